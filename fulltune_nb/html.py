@@ -1,0 +1,87 @@
+"""Small, safe HTML for `_repr_html_`: one escape helper, tables, facts and bars.
+
+Everything that comes from outside (rows, model output, file names, exception texts) passes through `esc`.
+Colours are from Okabe and Ito's colour-blind safe palette; text takes the notebook theme's own colour, so light and
+dark themes both read well.
+"""
+
+from __future__ import annotations
+
+import html as _html
+from collections.abc import Iterable, Sequence
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+
+# Characters that reorder or hide the text around them: bidirectional controls and zero-width marks.
+_INVISIBLE = {ord(c): f"\\u{ord(c):04x}" for c in "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"}
+
+
+def esc(text: object, limit: int | None = None) -> str:
+    """Text made safe to stand in HTML, as element content or as a quoted attribute.
+
+    Markup, `$` (MathJax), control characters (ANSI codes too) and direction marks are neutralised.
+
+    Args:
+        text: anything; `str()` is taken of it.
+        limit: characters shown at most; what was cut is counted in the result.
+    """
+    text = str(text)
+    cut = 0
+    if limit is not None and len(text) > limit:
+        cut, text = len(text) - limit, text[:limit]
+    text = "".join(c if c >= " " or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    text = _html.escape(text.translate(_INVISIBLE), quote=True).replace("$", "&#36;")
+    return text + (f" … (+{cut:,} characters)" if cut else "")
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
+    """An HTML table; every cell and header is escaped. Numbers are set to the right."""
+    head = "".join(f'<th style="text-align:left;padding:2px 10px">{esc(h)}</th>' for h in headers)
+    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+    title = f'<caption style="text-align:left;font-weight:bold">{esc(caption)}</caption>' if caption else ""
+    return f'<table style="border-collapse:collapse">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _cell(value: object) -> str:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    align = "right" if is_number else "left"
+    return f'<td style="text-align:{align};padding:2px 10px;vertical-align:top;white-space:pre-wrap">{esc(value)}</td>'
+
+
+def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:
+    """A titled two-column table of names and values."""
+    return table(("", ""), pairs, caption=title).replace("<thead><tr>", '<thead style="display:none"><tr>')
+
+
+def bar(parts: Sequence[tuple[str, float]], limit: float | None = None, width: int = 560, unit: str = "") -> str:
+    """A stacked horizontal bar as SVG, with a legend; a vertical line marks `limit` where given.
+
+    Args:
+        parts: (name, size) pairs, sizes in one unit.
+        limit: where the line is drawn, in the same unit.
+        width: pixels.
+        unit: written behind each size in the legend.
+    """
+    total = sum(size for _, size in parts)
+    scale = width / max(total, limit or 0.0, 1e-12)
+    x, rects, legend = 0.0, [], []
+    for i, (name, size) in enumerate(parts):
+        colour = PALETTE[i % len(PALETTE)]
+        label = f"{name} {size:,.2f} {unit}".strip()
+        rects.append(f'<rect x="{x:.1f}" y="4" width="{size * scale:.1f}" height="22" fill="{colour}"><title>{esc(label)}</title></rect>')
+        legend.append(f'<span style="margin-right:12px;white-space:nowrap"><span style="color:{colour}">■</span> {esc(label)}</span>')
+        x += size * scale
+    if limit is not None:
+        at = min(limit * scale, width - 1)
+        rects.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="30" stroke="#D55E00" stroke-width="2" stroke-dasharray="4 2"/>')
+        legend.append(f'<span style="white-space:nowrap">┆ limit {limit:,.2f} {esc(unit)}</span>')
+    return f'<svg width="{width}" height="30" role="img">{"".join(rects)}</svg><div>{"".join(legend)}</div>'
+
+
+def human_bytes(count: float) -> str:
+    """Bytes as text in decimal units, such as `"4.29 GB"`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

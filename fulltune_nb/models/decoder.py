@@ -1,0 +1,247 @@
+"""The one transformer: every supported family is this decoder, built from a `ModelConfig`.
+
+Dimension letters: B rows, T tokens, S keys (cached and new), D hidden_size, H heads, K key/value heads, G = H / K,
+C head_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fulltune_nb.models.families import ModelConfig
+from fulltune_nb.models.kernels import activation, attend, gated_activation
+from fulltune_nb.models.kv_cache import KVCache
+from fulltune_nb.models.rope import inverse_frequencies, rotate, rotation_table
+
+Rotation = tuple[mx.array, mx.array]
+
+
+class Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich 2019) or layer norm, with the parameters the kind has; computed in float32."""
+
+    def __init__(self, kind: str, size: int, eps: float):
+        super().__init__()
+        self._kind, self._eps = kind, eps
+        if kind == "rms_plus_one":
+            self.weight = mx.zeros((size,))
+        elif kind != "layer_no_params":
+            self.weight = mx.ones((size,))
+        if kind == "layer":
+            self.bias = mx.zeros((size,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._kind == "rms":
+            return mx.fast.rms_norm(x, self.weight, self._eps)
+        if self._kind == "rms_plus_one":
+            return mx.fast.rms_norm(x, 1.0 + self.weight, self._eps)
+        return mx.fast.layer_norm(x, self.get("weight"), self.get("bias"), self._eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self._config = config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias="q_proj" in config.biases)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias="k_proj" in config.biases)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias="v_proj" in config.biases)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias="o_proj" in config.biases)
+        if config.qk_norm:
+            self.q_norm = Norm(config.norm, config.head_dim, config.norm_eps)
+            self.k_norm = Norm(config.norm, config.head_dim, config.norm_eps)
+
+    def __call__(self, x: mx.array, rotation: Rotation, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+        config = self._config
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, heads * C)
+        if config.clip_qkv is not None:
+            queries, keys, values = (mx.clip(part, -config.clip_qkv, config.clip_qkv) for part in (queries, keys, values))
+        queries, keys, values = self._split(queries), self._split(keys), self._split(values)  # -> (B, heads, T, C)
+        if config.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        if cache is not None:
+            keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
+        mixed = attend(queries, keys, values, mask)
+        rows, _, length, _ = mixed.shape
+        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+    def _split(self, x: mx.array) -> mx.array:
+        rows, length, _ = x.shape
+        return x.reshape(rows, length, -1, self._config.head_dim).transpose(0, 2, 1, 3)
+
+
+class MLP(nn.Module):
+    """Feed-forward: `down(act(gate(x)) * up(x))` when gated (Shazeer 2020), else `down(act(up(x)))`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self._activation = config.activation
+        if config.mlp != "plain":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="gate_proj" in config.biases)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="up_proj" in config.biases)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias="down_proj" in config.biases)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_proj" in self:
+            return self.down_proj(gated_activation(self._activation, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(activation(self._activation, self.up_proj(x)))
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to its best few experts (Jiang et al. 2024); only these are computed."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self._num_chosen = config.num_experts_per_token
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = [MLP(config) for _ in range(config.num_experts)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (B*T, D)
+        scores = self.router(tokens).astype(mx.float32)
+        chosen = mx.argpartition(-mx.stop_gradient(scores), kth=self._num_chosen - 1, axis=-1)[:, : self._num_chosen]
+        # Softmax over all experts, then normalised over the chosen, is the softmax over the chosen.
+        shares = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1).astype(x.dtype)
+        outputs, order = self._dispatch(tokens, chosen)
+        per_choice = outputs[mx.argsort(order)].reshape(*shares.shape, -1)  # (B*T, chosen, D)
+        return (per_choice * shares[..., None]).sum(axis=1).reshape(x.shape)
+
+    def _dispatch(self, tokens: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array]:
+        """Sorts (token, choice) pairs by expert and runs each expert once on its own rows.
+
+        The rows an expert gets depend on the data, so their counts are read here: one synchronisation a layer.
+        """
+        flat = chosen.reshape(-1)
+        order = mx.argsort(flat)
+        counts = (flat[None, :] == mx.arange(len(self.experts))[:, None]).sum(axis=1).tolist()
+        rows = tokens[order // self._num_chosen]
+        pieces, begin = [], 0
+        for expert, count in zip(self.experts, counts, strict=True):
+            if count:
+                pieces.append(expert(rows[begin : begin + count]))
+            begin += count
+        return mx.concatenate(pieces, axis=0), order
+
+
+class Block(nn.Module):
+    """One layer of the decoder."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        if config.block == "pre":
+            self.post_attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mlp = MixtureOfExperts(config) if config.mlp == "moe" else MLP(config)
+
+    def __call__(self, x: mx.array, rotation: Rotation, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+        normed = self.input_norm(x)
+        attended = self.attention(normed, rotation, mask, cache)
+        if "post_attention_norm" not in self:  # parallel: attention and mlp read the same input
+            return x + attended + self.mlp(normed)
+        x = x + attended
+        return x + self.mlp(self.post_attention_norm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model. Weights are random until loaded."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self._config = config
+        self._frequencies = mx.array(inverse_frequencies(config.rope))
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias="lm_head" in config.biases)
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model was built from."""
+        return self._config
+
+    def __call__(self, ids: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:
+        """Logits (B, T, V) for token ids (B, T); with a cache, T are the new tokens only."""
+        return self.head(self.hidden_states(ids, cache))
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token ids (B, T) -> the first block's input (B, T, D)."""
+        x = self.embed_tokens(ids)
+        return x if self._config.embed_scale is None else x * mx.array(self._config.embed_scale, dtype=x.dtype)
+
+    def hidden_states(self, ids: mx.array, cache: Sequence[KVCache] | None = None, checkpoint: bool = False) -> mx.array:
+        """The last block's output after the final norm: (B, T) -> (B, T, D).
+
+        Args:
+            ids: token ids (B, T).
+            cache: one `KVCache` a layer, updated in place.
+            checkpoint: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+        """
+        x = self.embed(ids)
+        length = ids.shape[1]
+        rotation = rotation_table(self._frequencies, cache[0].offset if cache else 0, length)
+        masks = self._masks(length, cache)
+        for i, block in enumerate(self.layers):
+            if checkpoint:
+                x = _checkpointed(block)(block.trainable_parameters(), x, rotation, masks[i])
+            else:
+                x = block(x, rotation, masks[i], cache[i] if cache else None)
+        return self.norm(x)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden states (..., D) -> logits (..., V)."""
+        if "lm_head" in self:
+            return self.lm_head(hidden)
+        return self.embed_tokens.as_linear(hidden)
+
+    def head_weights(self) -> dict[str, mx.array]:
+        """The head's arrays: `weight` (V, D), the embedding's own where tied, and `bias` (V,) where the family has one."""
+        return dict(self.lm_head.items()) if "lm_head" in self else {"weight": self.embed_tokens.weight}
+
+    def _masks(self, length: int, cache: Sequence[KVCache] | None) -> list[mx.array | None]:
+        """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared."""
+        made: dict[tuple[int, int | None], mx.array | None] = {}
+        masks = []
+        for i, window in enumerate(self._config.windows):
+            offset = cache[i].offset if cache else 0
+            first = cache[i].first_position(length) if cache else 0
+            key = (first, window)
+            if key not in made:
+                made[key] = causal_mask(length, offset, first, window)
+            masks.append(made[key])
+        return masks
+
+
+def causal_mask(length: int, offset: int = 0, first: int = 0, window: int | None = None) -> mx.array | None:
+    """What tokens at `offset ... offset + length - 1` may look at, among keys from position `first` on.
+
+    Returns:
+        (T, S) bool, True where allowed; None where everything is.
+    """
+    end = offset + length
+    sees_all = window is None or end - first <= window
+    if length == 1 and sees_all:
+        return None
+    queries = mx.arange(offset, end)[:, None]
+    keys = mx.arange(first, end)[None, :]
+    allowed = keys <= queries
+    return allowed if sees_all else allowed & (keys > queries - window)
+
+
+def _checkpointed(block: Block):
+    """The block as a function of its parameters whose insides are computed again in the backward pass.
+
+    The block itself is not changed: nothing is patched, so making it twice does nothing twice.
+    """
+
+    def forward(parameters: dict, x: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
+        block.update(parameters)
+        return block(x, rotation, mask)
+
+    return mx.checkpoint(forward)

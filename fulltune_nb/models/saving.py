@@ -1,0 +1,151 @@
+"""Writing weights: single files, and complete Hugging Face model folders.
+
+Files are written beside their place, flushed to the disk and renamed, so that what stands under a name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from fulltune_nb.errors import ModelError, WeightsError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.loading import INDEX_FILE
+from fulltune_nb.models.names import to_hf
+
+SHARD_BYTES = 5_000_000_000
+_DTYPE_NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its ending; renamed to it when the block ends well, removed when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a result is an ordinary one
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def hf_tensors(model: Decoder) -> dict[str, mx.array]:
+    """The model's arrays under their Hugging Face names."""
+    return {to_hf(name, model.config.family): array for name, array in tree_flatten(model.parameters())}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors into a `.safetensors` or `.npz` file, atomically.
+
+    bfloat16 stands in an npz as `mx.savez` writes it, which `mx.load` reads back; numpy alone does not know it.
+
+    Raises:
+        WeightsError: another ending, or the file cannot be written.
+    """
+    if path.suffix not in (".safetensors", ".npz"):
+        raise WeightsError(f"{path}: a weights file ends in .safetensors or .npz, found {path.suffix or 'no ending'!r}.")
+    try:
+        with atomic_path(path) as temporary:
+            if path.suffix == ".npz":
+                mx.savez(str(temporary), **tensors)
+            else:
+                mx.save_safetensors(str(temporary), dict(tensors), metadata={"format": "mlx", **(metadata or {})})
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{path} could not be written: {error}. Check free space and permissions.") from error
+
+
+def save_folder(folder: Path, model: Decoder, save_tokenizer: Callable[[str], Any] | None, generation_config: dict | None = None) -> None:
+    """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
+
+    `config.json` is the source's own, with the tying of the embeddings and the dtype written out.
+
+    Args:
+        folder: new or empty.
+        model: the weights.
+        save_tokenizer: `tokenizer.save_pretrained`, or None.
+        generation_config: written where given.
+
+    Raises:
+        ModelError: the folder is not empty or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} is not an empty folder. A model is saved into a new or empty one, so that nothing is overwritten.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = hf_tensors(model)
+        _write_shards(folder, tensors)
+        if save_tokenizer is not None:
+            save_tokenizer(str(folder))
+        if generation_config is not None:
+            write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
+        config = _exported_config(model, next(iter(tensors.values())).dtype)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
+
+
+def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
+    config = {**model.config.raw, "tie_word_embeddings": model.config.tie_word_embeddings}
+    written = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # the dialect of the source
+    config.update({key: _DTYPE_NAMES[dtype] for key in written})
+    return config
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> None:
+    shards = _split(tensors)
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard)
+        weight_map.update(dict.fromkeys(shard, name))
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+
+def _split(tensors: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
+    shards: list[dict[str, mx.array]] = [{}]
+    size = 0
+    for name, array in tensors.items():
+        if shards[-1] and size + array.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    return shards
