@@ -1,0 +1,117 @@
+"""What this machine and this environment are, for a first look and for bug reports: `ft.system_info()`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+
+from fulltune_nb.blas import BlasInfo, ensure_fast_blas
+from fulltune_nb.html import facts, human_bytes
+
+MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied
+
+
+@dataclass(frozen=True)
+class SystemInfo:
+    """Versions, device, memory and the BLAS in use.
+
+    Attributes:
+        version: of this package.
+        python, mlx, transformers: versions; "not installed" where that is so.
+        platform: operating system and processor architecture.
+        device: MLX's default device and its hardware's name.
+        cores: logical processors that this process may run on.
+        memory_total: bytes of main memory (on Apple silicon the GPU shares it).
+        blas: what computes float32 matrix products on the CPU.
+        matmul_gflops: measured 10^9 floating point operations a second of a float32 product on the default device; None
+            when not measured.
+    """
+
+    version: str
+    python: str
+    mlx: str
+    transformers: str
+    platform: str
+    device: str
+    cores: int
+    memory_total: int
+    blas: BlasInfo
+    matmul_gflops: float | None = None
+
+    def _facts(self) -> list[tuple[str, str]]:
+        blas = f"{self.blas.name} ({self.blas.how})"
+        speed = "not measured" if self.matmul_gflops is None else f"{self.matmul_gflops:,.0f} GFLOP/s"
+        return [
+            ("fulltune_nb", self.version),
+            ("Python", self.python),
+            ("mlx", self.mlx),
+            ("transformers", self.transformers),
+            ("platform", self.platform),
+            ("device", self.device),
+            ("cores", str(self.cores)),
+            ("memory", human_bytes(self.memory_total)),
+            ("BLAS", blas),
+            ("float32 matmul", speed),
+        ]
+
+    def __repr__(self) -> str:
+        return f"SystemInfo({', '.join(f'{name}: {value}' for name, value in self._facts())})"
+
+    def _repr_html_(self) -> str:
+        return facts("System", self._facts())
+
+
+def system_info(measure: bool = False) -> SystemInfo:
+    """Look at this machine and environment.
+
+    Args:
+        measure: also time a float32 matrix product (1024 x 1024; a fraction of a second).
+    """
+    import mlx.core as mx
+    import psutil
+
+    device = mx.default_device()
+    hardware = mx.device_info(device).get("device_name", "")
+    return SystemInfo(
+        version=_version("fulltune_nb"),
+        python=platform.python_version(),
+        mlx=mx.__version__,
+        transformers=_version("transformers"),
+        platform=f"{platform.system()} {platform.machine()}",
+        device=f"{device.type.name} {hardware}".strip(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_total=psutil.virtual_memory().total,
+        blas=ensure_fast_blas(),
+        matmul_gflops=matmul_gflops() if measure else None,
+    )
+
+
+def matmul_gflops(size: int = MEASURED_SIZE, seconds: float = 0.5) -> float:
+    """The best speed seen of a float32 (size, size) matrix product on MLX's default device, in GFLOP/s.
+
+    Args:
+        size: rows and columns.
+        seconds: how long to go on trying; there are at least two tries, as the first pays for threads and memory pages.
+    """
+    import mlx.core as mx
+
+    a = mx.ones((size, size), dtype=mx.float32)
+    mx.eval(a)
+    best, tries, until = float("inf"), 0, time.perf_counter() + seconds
+    while tries < 2 or time.perf_counter() < until:
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - start)
+        tries += 1
+    return 2 * size**3 / best / 1e9
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

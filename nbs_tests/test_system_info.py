@@ -1,0 +1,24 @@
+"""What `system_info` tells."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from fulltune_nb.blas import ensure_fast_blas
+from fulltune_nb.system_info import system_info
+
+
+def test_it_names_versions_device_memory_and_blas():
+    info = system_info()
+    assert info.mlx == mx.__version__ and info.blas == ensure_fast_blas()
+    assert info.memory_total > 2**28 and info.cores >= 1 and info.matmul_gflops is None
+    assert "\n" not in repr(info) and info.transformers in repr(info)
+
+
+def test_the_html_shows_the_same_facts():
+    page = system_info()._repr_html_()
+    assert page.startswith("<table") and mx.__version__ in page and "not measured" in page
+
+
+def test_speed_is_measured_when_asked_for():
+    assert system_info(measure=True).matmul_gflops > 0.5
