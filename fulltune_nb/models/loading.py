@@ -39,7 +39,7 @@ def resolve_model_path(model: str) -> Path:
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise ModelError(f"No model folder at {path}. Check the path, or name a hub repository like 'mistralai/Mistral-7B-v0.1'.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     try:
@@ -106,7 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
         if bad := [name for name in names if Path(name).name != name]:
             raise ModelError(f"{index} names files outside its folder: {bad[:_SHOWN]}. Nothing was read.")
         if missing := [name for name in names if not (folder / name).exists()]:
-            raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards named in {INDEX_FILE}: {missing[:_SHOWN]}. Download them.")
+            raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards of its index: {missing[:_SHOWN]}. Download them.")
         return [folder / name for name in names]
     if single.exists():
         return [single]
@@ -131,7 +131,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(path))
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} cannot be read as {path.suffix[1:]}: {error}. It may be cut short or damaged; copy it again.") from error
+        raise WeightsError(f"{path} cannot be read as {path.suffix[1:]}: {error}. If it is cut short, copy it again.") from error
     return dict(arrays)
 
 

@@ -1,0 +1,157 @@
+"""LanguageModel: a decoder with its tokenizer and configuration; load, save, generate, chat."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from fulltune_nb.errors import ModelError
+from fulltune_nb.html import facts, human_bytes
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import ModelConfig, read_config
+from fulltune_nb.models.loading import load_decoder, load_model_file, read_json, resolve_model_path
+from fulltune_nb.models.saving import save_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LanguageModel:
+    """A model, its tokenizer and its configuration.
+
+    Attributes:
+        model: the decoder, an `mlx.nn.Module`: ids (B, T) -> logits (B, T, V).
+        tokenizer: the `transformers` tokenizer.
+        source: where it was loaded from: folder or hub id; None for random weights.
+        generation_config: `generation_config.json` of the source, or None.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str | None = None,
+        generation_config: dict[str, Any] | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.generation_config = generation_config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LanguageModel:
+        """A model with random weights (MLX's default initialisation), float32.
+
+        Args:
+            config: what a `config.json` holds.
+            tokenizer: its tokenizer.
+            seed: of the weights.
+        """
+        mx.random.seed(seed)
+        model = Decoder(read_config(config))
+        mx.eval(model.parameters())
+        return cls(model, tokenizer)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and mechanisms of the model."""
+        return self.model.config
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights the model has; tied ones count once."""
+        return sum(array.size for _, array in tree_flatten(self.model.parameters()))
+
+    @property
+    def dtype(self) -> str:
+        """Storage dtype of the weights, such as `"float32"`."""
+        return str(self.model.embed_tokens.weight.dtype).removeprefix("mlx.core.")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer: from `generation_config.json`, else the tokenizer's EOS."""
+        ids = (self.generation_config or {}).get("eos_token_id")
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            return ()
+        return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes a complete Hugging Face folder that `transformers`, `mlx-lm` and `load_model` read.
+
+        Args:
+            folder: new or empty.
+
+        Raises:
+            ModelError: the folder is not empty or cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config)
+        return folder
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.config.family}, {self.num_parameters:,} parameters, {self.dtype}, source={self.source!r})"
+
+    def _repr_html_(self) -> str:
+        config = self.config
+        size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        experts = [("experts", f"{config.num_experts}, {config.num_experts_per_token} a token")] if config.num_experts else []
+        window = [("sliding window", f"{config.sliding_window:,} tokens")] if config.sliding_window else []
+        return facts(
+            f"{config.family}, {self.num_parameters:,} parameters",
+            [
+                ("source", self.source or "random weights"),
+                ("weights", f"{human_bytes(size)} in {self.dtype}"),
+                ("layers × hidden", f"{config.num_layers} × {config.hidden_size}"),
+                ("heads (key/value)", f"{config.num_heads} ({config.num_kv_heads}) of {config.head_dim}"),
+                *experts,
+                *window,
+                ("vocabulary", f"{config.vocab_size:,}" + (", tied to the head" if config.tie_word_embeddings else "")),
+                ("chat template", "yes" if self.tokenizer.chat_template else "none"),
+            ],
+        )
+
+
+def load_model(
+    path: str | os.PathLike, model_file: str | os.PathLike | None = None, dtype: str | None = None
+) -> LanguageModel:
+    """Loads a model folder or a hub repository, with a model file laid on top where given.
+
+    Args:
+        path: a Hugging Face model folder, or a hub id such as `"mistralai/Mistral-7B-v0.1"`.
+        model_file: `.safetensors` or `.npz` with Hugging Face tensor names; its weights replace the folder's.
+        dtype: `"float32"` or `"bfloat16"`; None keeps the checkpoint's (float16 becomes float32).
+
+    Raises:
+        ModelError: not found, not supported, or not readable; the message says what to do.
+        WeightsError: tensors missing, unexpected or mis-shaped.
+    """
+    folder = resolve_model_path(os.fspath(path))
+    model = load_decoder(folder, dtype)
+    if model_file is not None:
+        load_model_file(model, Path(model_file).expanduser())
+    generation_path = folder / "generation_config.json"
+    generation_config = read_json(generation_path) if generation_path.exists() else None
+    return LanguageModel(model, load_tokenizer(folder), os.fspath(path), generation_config)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, without running any code of the folder's.
+
+    Raises:
+        ModelError: there is none, or it needs code from the checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here; all mean the same to the reader
+        raise ModelError(
+            f"{folder}: the tokenizer could not be loaded: {error}. The folder needs tokenizer.json or tokenizer.model."
+        ) from error
