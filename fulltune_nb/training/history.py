@@ -1,0 +1,266 @@
+"""What happened during training: reports of steps and evaluations, events, and the list that holds them.
+
+Reports are plain frozen records. `History` is a list of them in the order they came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fulltune_nb import html
+from fulltune_nb.errors import CheckpointError, MissingDependencyError
+
+_POINTS = 200  # points of the small curve; more reports are averaged into them
+_ROWS = 10  # reports shown in a cell
+
+
+class _Record:
+    """To and from plain JSON values. NaN and infinity, which JSON has not, become null and come back as NaN."""
+
+    kind_of_report: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and `kind` ("step", "eval" or "event") to tell the reports apart."""
+        values = {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if "kind" in values:  # an event's own kind stands under "event"
+            values["event"] = values.pop("kind")
+        return {"kind": self.kind_of_report, **values}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> StepReport | EvalReport | Event:
+        """A report from what `to_dict` gave. Names it does not know are left out, so that later versions can add some.
+
+        Raises:
+            CheckpointError: not a report, or a field is missing.
+        """
+        report = _KINDS.get(values.get("kind")) if isinstance(values, dict) else None
+        if report is None:
+            raise CheckpointError(f"expected a report with kind {', '.join(map(repr, _KINDS))}, got {str(values)[:80]!r}.")
+        given = {k: v for k, v in values.items() if k != "kind"}
+        if "event" in given:
+            given["kind"] = given.pop("event")
+        fields = {field.name: field for field in dataclasses.fields(report)}
+        missing = [name for name, field in fields.items() if name not in given and field.default is dataclasses.MISSING]
+        if missing:
+            raise CheckpointError(f"a report of kind {values['kind']!r} lacks {', '.join(missing)}: {str(values)[:80]!r}.")
+        floats = {name for name, field in fields.items() if field.type == "float"}
+        return report(**{k: math.nan if v is None and k in floats else v for k, v in given.items() if k in fields})
+
+
+def _to_json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class StepReport(_Record):
+    """One optimizer step."""
+
+    kind_of_report: ClassVar[str] = "step"
+
+    step: int
+    """Steps taken, this one included: the first report has 1."""
+    epoch: float
+    """Passes over the training split, this step included."""
+    loss: float
+    """Mean cross-entropy over the step's trained tokens, in nats."""
+    tokens: int
+    """Trained tokens in the step."""
+    learning_rate: float
+    """Rate this step was taken with."""
+    grad_norm: float
+    """Global L2 norm of the gradient, before clipping."""
+    seconds: float
+    """Wall-clock time of the step."""
+    tokens_per_second: float
+    """`tokens / seconds`."""
+    peak_memory: int = 0
+    """Largest number of bytes MLX had in use during the step; without its cache."""
+    active_memory: int = 0
+    """Bytes in use after the step."""
+    cache_memory: int = 0
+    """Bytes MLX keeps for reuse after the step."""
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: loss {self.loss:.3f}, lr {self.learning_rate:.3g}, {self.tokens_per_second:.0f} tokens/s, "
+            f"peak {html.human_bytes(self.peak_memory)}"
+        )
+
+    def _repr_html_(self) -> str:
+        return html.facts(f"Step {self.step}", _readable(self))
+
+
+@dataclass(frozen=True)
+class EvalReport(_Record):
+    """Loss over a split, or a part of it."""
+
+    kind_of_report: ClassVar[str] = "eval"
+
+    split: str
+    """"valid", "test" or "train"."""
+    step: int
+    """Optimizer steps taken before it."""
+    loss: float
+    """Summed cross-entropy over all trained tokens, divided by their number, in nats."""
+    perplexity: float
+    """`exp(loss)`."""
+    tokens: int
+    """Trained tokens counted."""
+    seconds: float
+    """Wall-clock time."""
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.split} loss {self.loss:.3f}, ppl {self.perplexity:.3f} ({self.tokens} tokens)"
+
+    def _repr_html_(self) -> str:
+        return html.facts(f"{self.split} at step {self.step}", _readable(self))
+
+
+@dataclass(frozen=True)
+class Event(_Record):
+    """Something that happened between steps."""
+
+    kind_of_report: ClassVar[str] = "event"
+
+    step: int
+    """Optimizer steps taken before it."""
+    kind: str
+    """A short word, such as "learning_rate", "resume", "pause", "early_stop"."""
+    message: str
+    """What happened, in a sentence."""
+    time: float
+    """Seconds since 1970."""
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.kind}: {self.message}"
+
+    def _repr_html_(self) -> str:
+        return html.facts(f"{self.kind} at step {self.step}", _readable(self))
+
+
+_KINDS: dict[str, type] = {report.kind_of_report: report for report in (StepReport, EvalReport, Event)}
+
+
+def _readable(report: _Record) -> Iterator[tuple[str, object]]:
+    for field in dataclasses.fields(report):
+        value = getattr(report, field.name)
+        if field.name.endswith("_memory"):
+            value = html.human_bytes(value)
+        elif isinstance(value, float):
+            value = f"{value:.6g}"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        yield field.name.replace("_", " "), value
+
+
+class History(list):
+    """Reports and events of a run, oldest first. A list in every respect; a slice of it is a `History` too."""
+
+    @property
+    def steps(self) -> list[StepReport]:
+        """The step reports."""
+        return [r for r in self if isinstance(r, StepReport)]
+
+    @property
+    def evals(self) -> list[EvalReport]:
+        """The evaluation reports."""
+        return [r for r in self if isinstance(r, EvalReport)]
+
+    @property
+    def events(self) -> list[Event]:
+        """The events."""
+        return [r for r in self if isinstance(r, Event)]
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return History(found) if isinstance(index, slice) else found
+
+    def to_frame(self):
+        """A pandas DataFrame with a row for each report; `kind` tells them apart.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependencyError("to_frame needs pandas: pip install pandas") from error
+        columns = dict.fromkeys(["kind", *(f.name for r in _KINDS.values() for f in dataclasses.fields(r) if f.name != "kind"), "event"])
+        rows = []
+        for report in self:
+            row = report.to_dict()
+            # to_dict writes null for NaN, for JSON's sake; a frame can hold the values themselves.
+            row.update({k: getattr(report, k) for k in row if k not in ("kind", "event")})
+            rows.append(row)
+        return pandas.DataFrame(rows, columns=list(columns))
+
+    def to_jsonable(self) -> list[dict[str, Any]]:
+        """Plain values that `json.dumps(..., allow_nan=False)` takes."""
+        return [report.to_dict() for report in self]
+
+    @classmethod
+    def from_jsonable(cls, values: Iterable[dict[str, Any]]) -> History:
+        """The history that `to_jsonable` gave.
+
+        Raises:
+            CheckpointError: an entry is not a report.
+        """
+        return cls(_Record.from_dict(v) for v in values)
+
+    def __repr__(self) -> str:
+        return f"History({len(self.steps)} steps, {len(self.evals)} evaluations, {len(self.events)} events)"
+
+    def _repr_html_(self) -> str:
+        steps, evals = self.steps, self.evals
+        shown = self[-_ROWS:]
+        caption = "Last reports" if len(self) > _ROWS else "Reports"
+        parts = [html.facts(f"Training history: {len(steps):,} steps", _summary(steps, evals))]
+        if len(steps) > 1:
+            parts.append(_sparkline([r.loss for r in steps]))
+        parts.append(html.table(("report", "what"), [(type(r).__name__, _cut(str(r))) for r in shown], caption))
+        hidden = len(self) - len(shown)
+        if hidden:
+            parts.append(f"<div>… and {hidden:,} before them</div>")
+        return "".join(parts)
+
+
+def _cut(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"
+
+
+def _summary(steps: list[StepReport], evals: list[EvalReport]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    if steps:
+        seconds, tokens = sum(r.seconds for r in steps), sum(r.tokens for r in steps)
+        rows.append(("loss, first and last", f"{steps[0].loss:.4f} → {steps[-1].loss:.4f}"))
+        rows.append(("trained tokens", f"{tokens:,}"))
+        rows.append(("time in steps", f"{seconds:.1f} s ({tokens / seconds if seconds else math.nan:,.0f} tokens/s)"))
+        rows.append(("peak memory", html.human_bytes(max(r.peak_memory for r in steps))))
+    for split in dict.fromkeys(r.split for r in evals):
+        own = [r for r in evals if r.split == split]
+        best = min(own, key=lambda r: r.loss if r.loss == r.loss else math.inf)
+        rows.append((f"{split} loss, last", f"{own[-1].loss:.4f} (perplexity {own[-1].perplexity:.3f}) at step {own[-1].step:,}"))
+        rows.append((f"{split} loss, best", f"{best.loss:.4f} (perplexity {best.perplexity:.3f}) at step {best.step:,}"))
+    return rows
+
+
+def _sparkline(values: list[float], width: int = 560, height: int = 60) -> str:
+    """The curve of `values` as SVG, at most `_POINTS` points; what is not finite is left out of the means."""
+    size = math.ceil(len(values) / _POINTS)
+    points = []
+    for start in range(0, len(values), size):
+        finite = [v for v in values[start : start + size] if math.isfinite(v)]
+        if finite:
+            points.append((start + min(size, len(values) - start) / 2, sum(finite) / len(finite)))
+    if len(points) < 2:
+        return ""
+    low, high = min(v for _, v in points), max(v for _, v in points)
+    spread = (high - low) or 1.0
+    xy = " ".join(f"{x / len(values) * width:.1f},{4 + (height - 8) * (high - v) / spread:.1f}" for x, v in points)
+    line = f'<polyline points="{xy}" fill="none" stroke="{html.PALETTE[0]}" stroke-width="1.5"/>'
+    label = f"loss over {len(values):,} steps, from {high:.3f} (top) to {low:.3f} (bottom)"
+    return f'<svg width="{width}" height="{height}" role="img" aria-label="{label}">{line}<title>{label}</title></svg><div>{label}</div>'

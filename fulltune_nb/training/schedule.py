@@ -1,0 +1,155 @@
+"""Learning-rate schedules: pure functions of the step, so that a resumed run needs only the step to go on.
+
+Steps are counted from 0. Values are Python floats. The named schedules of mlx_lm's YAML form give the values of
+`mlx.optimizers.schedulers`, joined with their warmup as mlx_lm joins them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fulltune_nb.training import checks
+from fulltune_nb.training.checks import Refused, SettingError, nearest
+
+if TYPE_CHECKING:
+    from fulltune_nb.training.config import TrainConfig
+
+Schedule = Callable[[int], float]
+
+SHAPES = ("constant", "linear", "cosine")
+"""The schedules that span the whole run and take the peak from `learning_rate`."""
+
+
+def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:
+    """The schedule of a run: step (from 0) -> learning rate.
+
+    With warmup W and a peak rate P, step s < W has P * (s + 1) / (W + 1), so that the first step already moves and step W is
+    the first with P. "linear" and "cosine" then fall to 0 at step `total_steps`, one past the last, and stay there.
+
+    Args:
+        config: its `learning_rate`, `lr_schedule` and `warmup` count.
+        total_steps: optimizer steps of the whole run.
+    """
+    if isinstance(config.lr_schedule, Mapping):
+        return _named(config.lr_schedule, config.warmup)
+    return _spanning(config.lr_schedule or "constant", config.learning_rate, config.warmup, total_steps)
+
+
+def peak_learning_rate(config: TrainConfig) -> float:
+    """The rate the schedule starts from after its warmup, in the schedule's own words where it has mlx's form."""
+    if isinstance(config.lr_schedule, Mapping):
+        return float(config.lr_schedule["arguments"][0])
+    return config.learning_rate
+
+
+def _spanning(shape: str, peak: float, warmup: int, total_steps: int) -> Schedule:
+    def schedule(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        if shape == "constant":
+            return peak
+        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return peak * (1.0 - done) if shape == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return schedule
+
+
+def _constant(rate: float) -> Schedule:
+    return lambda step: rate
+
+
+def _exponential_decay(init: float, decay_rate: float) -> Schedule:
+    return lambda step: init * decay_rate**step
+
+
+def _step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
+    return lambda step: init * decay_rate ** (step // step_size)
+
+
+def _linear_schedule(init: float, end: float, steps: int) -> Schedule:
+    return lambda step: init + (end - init) * min(step, steps) / steps
+
+
+def _cosine_decay(init: float, decay_steps: int, end: float = 0.0) -> Schedule:
+    return lambda step: end + 0.5 * (1.0 + math.cos(math.pi * min(step, decay_steps) / decay_steps)) * (init - end)
+
+
+_RATE = checks.number(low=0.0)
+_STEPS = checks.whole(1)
+_NAMED: dict[str, tuple[Callable[..., Schedule], dict[str, checks.Check], int]] = {
+    "constant": (_constant, {"rate": _RATE}, 1),
+    "exponential_decay": (_exponential_decay, {"init": _RATE, "decay_rate": _RATE}, 2),
+    "step_decay": (_step_decay, {"init": _RATE, "decay_rate": _RATE, "step_size": _STEPS}, 3),
+    "linear_schedule": (_linear_schedule, {"init": _RATE, "end": _RATE, "steps": _STEPS}, 3),
+    "cosine_decay": (_cosine_decay, {"init": _RATE, "decay_steps": _STEPS, "end": _RATE}, 2),
+}
+"""mlx's name -> (maker, arguments with their checks in order, how many are required)."""
+
+
+def _named(settings: Mapping[str, Any], warmup: int) -> Schedule:
+    """mlx_lm's form: a linear warmup up to and including step `warmup`, then the named schedule from its own step 0."""
+    maker = _NAMED[settings["name"]][0]
+    schedule = maker(*settings["arguments"])
+    warmup = settings.get("warmup", warmup)
+    if not warmup:
+        return schedule
+    rise = _linear_schedule(settings.get("warmup_init", 0.0), settings["arguments"][0], warmup)
+    return lambda step: rise(step) if step <= warmup else schedule(step - warmup - 1)
+
+
+def check_lr_schedule(given: Any, warmup: int) -> str | dict[str, Any] | None:
+    """A checked copy of `TrainConfig.lr_schedule`.
+
+    Args:
+        given: None, the name of a spanning schedule, or mlx_lm's form {name, arguments, warmup, warmup_init}.
+        warmup: the config's own warmup, which must not contradict the form's.
+
+    Raises:
+        SettingError: an unknown schedule, a wrong number of arguments, or a value of the wrong type or range.
+    """
+    if given is None or (isinstance(given, str) and given in SHAPES):
+        return given
+    if isinstance(given, str):
+        if given in _NAMED:
+            names = ", ".join(_NAMED[given][1])
+            raise _error(f"{given} takes arguments: write it as {{name: {given}, arguments: [{names}]}}")
+        raise _error(f"no schedule is called {given!r}. {nearest(given, SHAPES)}")
+    if not isinstance(given, Mapping):
+        raise _error(f"expected one of {', '.join(SHAPES)} or mlx's form {{name: ..., arguments: [...]}}, got {checks.show(given)}")
+    return _check_form(dict(given), warmup)
+
+
+def _check_form(form: dict[str, Any], warmup: int) -> dict[str, Any]:
+    for key in form:
+        if key not in ("name", "arguments", "warmup", "warmup_init"):
+            raise _error(f"unknown key {key!r}. {nearest(key, ('name', 'arguments', 'warmup', 'warmup_init'))}")
+    name = form.get("name")
+    if not isinstance(name, str) or name not in _NAMED:
+        raise _error(f"name: no such schedule, {checks.show(name)}. {nearest(name, _NAMED)}")
+    _, parameters, required = _NAMED[name]
+    arguments = form.get("arguments")
+    if not isinstance(arguments, (list, tuple)) or not required <= len(arguments) <= len(parameters):
+        count = f"{required}" if required == len(parameters) else f"{required} to {len(parameters)}"
+        raise _error(f"{name}: expected arguments [{', '.join(parameters)}] ({count} values), got {checks.show(arguments)}")
+    named = zip(parameters.items(), arguments, strict=False)  # the last argument may be left out
+    result = {"name": name, "arguments": [_run(check, f"{name}'s {parameter}", value) for (parameter, check), value in named]}
+    if "warmup" in form:
+        result["warmup"] = _run(checks.whole(0), "warmup", form["warmup"])
+        if warmup and result["warmup"] != warmup:
+            raise _error(f"its warmup {result['warmup']} and the setting warmup={warmup} disagree. Leave one out")
+    if "warmup_init" in form:
+        result["warmup_init"] = _run(_RATE, "warmup_init", form["warmup_init"])
+    return result
+
+
+def _run(check: checks.Check, what: str, value: Any) -> Any:
+    try:
+        return check(value)
+    except Refused as refused:
+        raise _error(f"{what}: expected {refused}, got {checks.show(value)}") from None
+
+
+def _error(message: str) -> SettingError:
+    return SettingError(f"lr_schedule: {message}{'' if message[-1] in '.?' else '.'}", "lr_schedule")

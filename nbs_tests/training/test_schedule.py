@@ -1,0 +1,123 @@
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.schedule import make_schedule, peak_learning_rate
+
+
+def rates(total=20, **settings):
+    schedule = make_schedule(TrainConfig(learning_rate=2.0, **settings), total)
+    return [schedule(step) for step in range(total + 3)]
+
+
+@pytest.mark.parametrize("shape", [None, "constant"])
+def test_constant_stays(shape):
+    assert set(rates(lr_schedule=shape)) == {2.0}
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_linear_and_cosine_fall_from_the_peak_to_zero_and_stay_there(shape):
+    found = rates(lr_schedule=shape)
+    assert found[0] == 2.0 and found[10] == pytest.approx(1.0) and found[20:] == pytest.approx([0, 0, 0], abs=1e-15)
+    assert all(a > b for a, b in zip(found[:20], found[1:21], strict=True))
+    assert found[19] > 0
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_warmup_rises_from_above_zero_to_the_peak(shape):
+    found = rates(lr_schedule=shape, warmup=4)
+    assert found[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert max(found) == 2.0
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("total, warmup", [(1, 0), (5, 5), (5, 50), (0, 0)])
+def test_short_runs_have_a_schedule_too(shape, total, warmup):
+    found = rates(total=total, lr_schedule=shape, warmup=warmup)
+    assert all(0 <= rate <= 2.0 for rate in found) and found[0] > 0
+
+
+def test_the_schedule_is_a_pure_function_of_plain_numbers():
+    schedule = make_schedule(TrainConfig(lr_schedule="cosine", warmup=3), 30)
+    forward = [schedule(step) for step in range(30)]
+    assert [schedule(step) for step in reversed(range(30))] == forward[::-1]
+    assert all(type(rate) is float for rate in forward)
+
+
+def joined_by_mlx(name, arguments, warmup=0, warmup_init=0.0):
+    """The schedule that mlx_lm builds from its YAML form."""
+    body = getattr(optim.schedulers, name)(*arguments)
+    if not warmup:
+        return body
+    rise = optim.schedulers.linear_schedule(warmup_init, arguments[0], warmup)
+    return optim.schedulers.join_schedules([rise, body], [warmup + 1])
+
+
+@pytest.mark.parametrize("warmup", [{}, {"warmup": 5, "warmup_init": 1e-7}, {"warmup": 4}])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("cosine_decay", [1e-5, 20, 1e-7]),
+        ("cosine_decay", [1e-5, 20]),
+        ("linear_schedule", [1e-5, 1e-6, 15]),
+        ("exponential_decay", [1e-3, 0.9]),
+        ("step_decay", [1e-3, 0.5, 4]),
+    ],
+)
+def test_named_schedules_have_mlx_values(name, arguments, warmup):
+    config = TrainConfig(lr_schedule={"name": name, "arguments": arguments, **warmup})
+    ours, theirs = make_schedule(config, 1000), joined_by_mlx(name, arguments, **warmup)
+    for step in range(40):
+        assert ours(step) == pytest.approx(mx.array(theirs(mx.array(step))).item(), rel=2e-6, abs=1e-12)
+    assert peak_learning_rate(config) == arguments[0]
+
+
+def test_constant_by_name():
+    schedule = make_schedule(TrainConfig(lr_schedule={"name": "constant", "arguments": [0.5], "warmup": 2}), 10)
+    assert [schedule(step) for step in range(4)] == [0.0, 0.25, 0.5, 0.5]
+
+
+def test_the_settings_own_warmup_serves_a_form_without_one():
+    form = {"name": "constant", "arguments": [0.5]}
+    schedule = make_schedule(TrainConfig(lr_schedule=form, warmup=2), 10)
+    assert [schedule(step) for step in range(4)] == [0.0, 0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "form, words",
+    [
+        ({"name": "cosine", "arguments": [1, 2]}, "cosine_decay"),
+        ({"name": "Adam", "arguments": [1, 2]}, "Valid names"),
+        ({"arguments": [1, 2]}, "name"),
+        ({"name": "cosine_decay"}, "arguments"),
+        ({"name": "cosine_decay", "arguments": [1e-5]}, "2 to 3"),
+        ({"name": "cosine_decay", "arguments": [1e-5, 10, 0, 3]}, "2 to 3"),
+        ({"name": "cosine_decay", "arguments": {"init": 1e-5}}, "arguments"),
+        ({"name": "cosine_decay", "arguments": "ab"}, "arguments"),
+        ({"name": "cosine_decay", "arguments": ["1e-5", 10]}, "number"),
+        ({"name": "cosine_decay", "arguments": [1e-5, 10.5]}, "whole number"),
+        ({"name": "cosine_decay", "arguments": [1e-5, 0]}, "at least 1"),
+        ({"name": "step_decay", "arguments": [1e-5, -1, 2]}, "at least 0"),
+        ({"name": "cosine_decay", "arguments": [1e-5, 10], "warm_up": 3}, "warmup"),
+        ({"name": "cosine_decay", "arguments": [1e-5, 10], "warmup": "3"}, "whole number"),
+        ({"name": "cosine_decay", "arguments": [1e-5, 10], "warmup_init": -1}, "number"),
+        ("cosine_decay", "takes arguments"),
+        ("cosin", "cosine"),
+        (3, "expected one of"),
+        (["cosine"], "expected one of"),
+    ],
+    ids=str,
+)
+def test_a_wrong_schedule_is_refused(form, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        TrainConfig(lr_schedule=form)
+    assert str(caught.value).startswith("lr_schedule: ")
+
+
+def test_two_warmups_that_disagree_are_refused():
+    form = {"name": "constant", "arguments": [0.5], "warmup": 3}
+    with pytest.raises(ConfigError, match="disagree"):
+        TrainConfig(lr_schedule=form, warmup=4)
+    assert TrainConfig(lr_schedule=form, warmup=3).warmup == 3
