@@ -1,5 +1,113 @@
-"""Full fine-tuning of language models in a notebook, with MLX."""
+"""Full fine-tuning of language models in a notebook, with MLX.
+
+    import fulltune_nb as ft
+
+    lm = ft.load_model("path/or/hub-id")
+    data = ft.load_data("folder", lm.tokenizer)
+    trainer = ft.Trainer(lm, data, ft.TrainConfig(iters=600), run_dir="runs/a")
+    trainer.run()
+    ft.plot_loss(trainer.history)
+    lm.save("my-model")
+
+The names below load when they are first used: importing the package takes a moment and shows nothing. All error classes
+stand in `fulltune_nb.errors`; those that programs catch are here too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.blas import ensure_fast_blas
 
 ensure_fast_blas()  # before anything imports mlx.core: afterwards is too late
+
+from fulltune_nb.errors import (  # noqa: E402
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FulltuneError,
+    ModelError,
+    NonFiniteError,
+    TrainingError,
+)
+from fulltune_nb.system_info import system_info  # noqa: E402  at once: loaded later, the module would take the function's name
+from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
+
+if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
+    from fulltune_nb.data.dataset import load_data
+    from fulltune_nb.data.encoding import Example
+    from fulltune_nb.language_model import LanguageModel, load_model
+    from fulltune_nb.plots import plot_loss, plot_memory
+    from fulltune_nb.training.config import TrainConfig
+    from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+    from fulltune_nb.training.memory import preflight
+    from fulltune_nb.training.trainer import Trainer
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EvalReport",
+    "Event",
+    "Example",
+    "FulltuneError",
+    "History",
+    "LanguageModel",
+    "ModelError",
+    "NonFiniteError",
+    "StepReport",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "load_data",
+    "load_model",
+    "plot_loss",
+    "plot_memory",
+    "preflight",
+    "system_info",
+]
+
+_HOMES = {
+    "EvalReport": "training.history",
+    "Event": "training.history",
+    "Example": "data.encoding",
+    "History": "training.history",
+    "LanguageModel": "language_model",
+    "StepReport": "training.history",
+    "TrainConfig": "training.config",
+    "Trainer": "training.trainer",
+    "load_data": "data.dataset",
+    "load_model": "language_model",
+    "plot_loss": "plots",
+    "plot_memory": "plots",
+    "preflight": "training.memory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the module that a public name lives in, the first time it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fulltune_nb")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
+def _show_progress() -> Any:
+    """What `Trainer.run` shows by default."""
+    from fulltune_nb.panels.progress import progress
+
+    return progress()
+
+
+if not any(make.__name__ == _show_progress.__name__ for make in default_callbacks):  # the module may be run again (autoreload)
+    default_callbacks.append(_show_progress)

@@ -1,0 +1,92 @@
+"""What `import fulltune_nb` offers, and what it costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fulltune_nb as ft
+
+NAMES = """
+CheckpointError ConfigError DataError EvalReport Event Example FulltuneError History LanguageModel ModelError NonFiniteError
+StepReport TrainConfig Trainer TrainingError load_data load_model plot_loss plot_memory preflight system_info
+""".split()
+HEAVY = ("mlx", "numpy", "transformers", "tokenizers", "huggingface_hub", "matplotlib", "IPython", "ipywidgets", "pandas", "tqdm", "torch")
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_the_public_names_are_these():
+    assert list(ft.__all__) == NAMES  # a name added or taken away here is a change for every user: note it in the changelog
+    assert len(NAMES) <= 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_there_and_says_what_it_is(name):
+    value = getattr(ft, name)
+    assert value.__name__ == name and value.__module__.startswith("fulltune_nb.")
+    assert inspect.getdoc(value)
+
+
+def test_dir_lists_the_public_names_and_nothing_else():
+    assert [name for name in dir(ft) if not name.startswith("_")] == NAMES
+
+
+def test_star_import_gives_the_public_names():
+    found: dict = {}
+    exec("from fulltune_nb import *", found)
+    assert set(NAMES) == {name for name in found if not name.startswith("__")}
+
+
+def test_an_unknown_name_is_an_attribute_error_that_names_it():
+    with pytest.raises(AttributeError, match="load_modle"):
+        _ = ft.load_modle
+
+
+def test_type_checkers_are_told_the_same_names_and_places():
+    tree = ast.parse(Path(ft.__file__).read_text("utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    told = {alias.name: node.module for node in block.body for alias in node.names}
+    assert told == {name: f"fulltune_nb.{home}" for name, home in ft._HOMES.items()}
+
+
+def test_every_error_class_is_a_fulltune_error_and_stands_in_errors():
+    classes = [c for c in vars(ft.errors).values() if inspect.isclass(c)]
+    assert len(classes) == 10 and all(issubclass(c, ft.FulltuneError) for c in classes)
+
+
+def test_importing_is_quiet_and_leaves_the_heavy_packages_alone():
+    code = f"import sys, fulltune_nb; print([m for m in {HEAVY!r} if m in sys.modules])"
+    result = python(code)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
+
+
+def test_importing_takes_less_than_one_and_a_half_seconds():
+    code = "import time; start = time.perf_counter(); import fulltune_nb; print(time.perf_counter() - start)"
+    assert min(float(python(code).stdout) for _ in range(3)) < 1.5
+
+
+def test_system_info_stays_a_function_after_its_module_is_imported():
+    result = python("import fulltune_nb as ft, fulltune_nb.system_info, importlib; importlib.import_module('fulltune_nb.system_info'); "
+                    "assert callable(ft.system_info)")
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert ft.__version__ == importlib.metadata.version("fulltune_nb")
+
+
+def test_progress_is_registered_once_however_often_the_package_is_run():
+    from fulltune_nb.training.callbacks import default_callbacks
+
+    importlib.reload(ft)
+    assert [make.__name__ for make in default_callbacks].count("_show_progress") == 1
