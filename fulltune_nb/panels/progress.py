@@ -1,0 +1,297 @@
+"""What `Trainer.run` shows by default: a bar in a terminal, one changing output in a notebook, plain lines anywhere else.
+
+The environment variable `FULLTUNE_PROGRESS` chooses: `auto` (the default), `terminal`, `notebook`, `plain` or `off`. A notebook
+run by papermill is a notebook too; set `plain` there for lines that a log can hold.
+
+Shown values: the loss is the mean over the trained tokens of the last `config.steps_per_report` steps, the speed is that of these
+steps, the peak is the largest of the run, and the time left counts evaluations and saving too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from typing import Any
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.html import esc, facts, table
+
+VARIABLE = "FULLTUNE_PROGRESS"
+REFRESH_SECONDS = 1.0  # a notebook's output changes no more often
+SILENCE_SECONDS = 60.0  # with slow steps, a plain line comes at the latest after so long
+_SHOWN = 8  # evaluations, and events, that the notebook's record lists
+
+
+def progress() -> Any:
+    """The callback that suits the place this process runs in.
+
+    Raises:
+        ConfigError: `FULLTUNE_PROGRESS` is set to something unknown.
+    """
+    shapes = {"terminal": TerminalProgress, "notebook": NotebookProgress, "plain": PlainProgress, "off": object}
+    wanted = os.environ.get(VARIABLE, "").strip().lower() or "auto"
+    if wanted == "auto":
+        wanted = "notebook" if _in_kernel() else "terminal" if _is_terminal(sys.stderr) else "plain"
+    if wanted not in shapes:
+        raise ConfigError(f"{VARIABLE}: expected auto, {', '.join(shapes)}, got {wanted!r}. Set it to one of these, or unset it.")
+    return shapes[wanted]()
+
+
+def _in_kernel() -> bool:
+    """Whether this is a Jupyter kernel. IPython is not imported for the question: without it there is no kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def _is_terminal(stream: Any) -> bool:
+    return bool(getattr(stream, "isatty", lambda: False)())
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `3:20` or `1:02:03`."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as `0.52 GB`."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+class _Progress:
+    """Takes the reports in; the three shapes show them, with a `show_...` method for each that the trainer calls.
+
+    Attributes:
+        target: the step count at which this run ends or pauses.
+        peak: largest number of bytes in use so far.
+    """
+
+    def __init__(self) -> None:
+        self.target = 0
+        self.peak = 0
+        self._recent: deque = deque(maxlen=1)
+        self._started: float | None = None
+        self._first_step: tuple[int, float] | None = None
+
+    # -- what the trainer calls -----------------------------------------------------------------------------------
+
+    def on_start(self, trainer: Any, target: int | None = None) -> None:
+        """Before the first step of a `run`; `target` is the step count at which it will end."""
+        self.target = trainer.total_steps if target is None else target
+        self._recent = deque(maxlen=trainer.config.steps_per_report)
+        self._started = time.monotonic()
+        self.show_start(trainer)
+        for event in _unseen_events(trainer):
+            self.show_event(trainer, event)
+
+    def on_step(self, trainer: Any, report: Any) -> None:
+        """After a step."""
+        self._ensure_started(trainer)
+        self._recent.append(report)
+        self.peak = max(self.peak, report.peak_memory)
+        if self._first_step is None:
+            self._first_step = (report.step, time.monotonic())
+        self.show_step(trainer, report)
+
+    def on_eval(self, trainer: Any, report: Any) -> None:
+        """After an evaluation."""
+        self._ensure_started(trainer)
+        self.show_eval(trainer, report)
+
+    def on_save(self, trainer: Any, path: Any) -> None:
+        """After a checkpoint."""
+        self._ensure_started(trainer)
+        self.show_save(trainer, path)
+
+    def on_event(self, trainer: Any, event: Any) -> None:
+        """After anything else worth a line."""
+        self._ensure_started(trainer)
+        self.show_event(trainer, event)
+
+    def on_end(self, trainer: Any) -> None:
+        """When `run` returns or raises."""
+        self._ensure_started(trainer)
+        self.show_end(trainer)
+
+    def _ensure_started(self, trainer: Any) -> None:
+        if self._started is None:  # used as a callback by something that does not announce its start
+            self.on_start(trainer)
+
+    # -- what is known --------------------------------------------------------------------------------------------
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the trained tokens of the recent steps, in nats."""
+        tokens = sum(report.tokens for report in self._recent)
+        return sum(report.loss * report.tokens for report in self._recent) / tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Trained tokens a second in the recent steps."""
+        return sum(report.tokens for report in self._recent) / max(sum(report.seconds for report in self._recent), 1e-9)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start of the run."""
+        return time.monotonic() - (self._started if self._started is not None else time.monotonic())
+
+    def seconds_left(self, step: int) -> float:
+        """Expected seconds from after `step` to the target. The first step, which compiles, counts only while it is alone."""
+        first, at = self._first_step
+        pace = (time.monotonic() - at) / (step - first) if step > first else self._recent[-1].seconds
+        return pace * (self.target - step)
+
+    def ending(self, trainer: Any) -> str:
+        """How the run ended, in a word or two."""
+        if trainer.done:
+            return "stopped early" if getattr(trainer, "stopped_early", False) else "done"
+        return "paused" if trainer.interrupted or trainer.step_count >= self.target else "stopped by an error"
+
+
+def _unseen_events(trainer: Any) -> list:
+    """Events since the last step, which came while nothing was there to show them: how the trainer was made or resumed."""
+    found: list = []
+    for report in reversed(trainer.history):
+        if report.kind_of_report == "step":
+            break
+        if report.kind_of_report == "event" and report.kind not in ("pause", "early_stop"):  # those a run has shown
+            found.insert(0, report)
+    return found
+
+
+class PlainProgress(_Progress):
+    """Whole lines on standard output: for logs."""
+
+    def _line(self, trainer: Any, text: str) -> None:
+        print(f"step {trainer.step_count}/{trainer.total_steps}: {_one_line(text)}", flush=True)
+        self._last_line = time.monotonic()
+
+    def show_start(self, trainer: Any) -> None:
+        self._last_line = time.monotonic()
+
+    def show_step(self, trainer: Any, report: Any) -> None:
+        due = report.step % trainer.config.steps_per_report == 0 or report.step == self.target
+        if due or time.monotonic() - self._last_line >= SILENCE_SECONDS:
+            self._line(
+                trainer,
+                f"loss {self.loss:.3f}, lr {report.learning_rate:.2e}, {self.tokens_per_second:.0f} tokens/s, "
+                f"peak {gigabytes(report.peak_memory)}, {clock(self.seconds_left(report.step))} left",
+            )
+
+    def show_eval(self, trainer: Any, report: Any) -> None:
+        self._line(trainer, _eval_text(report))
+
+    def show_save(self, trainer: Any, path: Any) -> None:
+        self._line(trainer, f"saved {path}")
+
+    def show_event(self, trainer: Any, event: Any) -> None:
+        self._line(trainer, event.message)
+
+    def show_end(self, trainer: Any) -> None:
+        self._line(trainer, f"{self.ending(trainer)} after {clock(self.elapsed)}, peak {gigabytes(self.peak)}")
+
+
+def _eval_text(report: Any) -> str:
+    return f"{report.split} loss {report.loss:.3f}, perplexity {report.perplexity:.3f} ({report.tokens:,} tokens, {report.seconds:.1f} s)"
+
+
+class TerminalProgress(_Progress):
+    """A tqdm bar on standard error; evaluations and events are lines above it."""
+
+    def show_start(self, trainer: Any) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=self.target, initial=trainer.step_count, file=sys.stderr, unit="step", dynamic_ncols=True)
+
+    def show_step(self, trainer: Any, report: Any) -> None:
+        text = f"loss {self.loss:.3f}, lr {report.learning_rate:.2e}, {self.tokens_per_second:.0f} tokens/s"
+        self._bar.set_postfix_str(text, refresh=False)  # tqdm itself decides when there is time to draw
+        self._bar.update(report.step - self._bar.n)
+
+    def _write(self, text: str) -> None:
+        self._bar.write(_one_line(text), file=sys.stderr)
+
+    def show_eval(self, trainer: Any, report: Any) -> None:
+        self._write(f"step {report.step}: {_eval_text(report)}")
+
+    def show_save(self, trainer: Any, path: Any) -> None:
+        pass  # saving is part of the run's routine: a line each time would push the evaluations away
+
+    def show_event(self, trainer: Any, event: Any) -> None:
+        self._write(f"step {event.step}: {event.message}")
+
+    def show_end(self, trainer: Any) -> None:
+        self._bar.refresh()
+        self._bar.close()
+
+
+class NotebookProgress(_Progress):
+    """One output that changes at most once a second and ends as a table that needs no kernel to be read."""
+
+    def show_start(self, trainer: Any) -> None:
+        from IPython.display import display
+
+        self._evals: deque = deque(maxlen=_SHOWN)
+        self._events: deque = deque(maxlen=_SHOWN)
+        self._drawn = time.monotonic()
+        self._handle = display(self._bundle(trainer, "starting"), raw=True, display_id=True)
+
+    def show_step(self, trainer: Any, report: Any) -> None:
+        self._refresh(trainer)
+
+    def show_eval(self, trainer: Any, report: Any) -> None:
+        self._evals.append((f"{report.step:,}", report.split, f"{report.loss:.4f}", f"{report.perplexity:.3f}"))
+        self._refresh(trainer)
+
+    def show_save(self, trainer: Any, path: Any) -> None:
+        self._events.append((f"{trainer.step_count:,}", "saved", str(path)))
+        self._refresh(trainer)
+
+    def show_event(self, trainer: Any, event: Any) -> None:
+        self._events.append((f"{event.step:,}", event.kind.replace("_", " "), event.message))
+        self._refresh(trainer)
+
+    def show_end(self, trainer: Any) -> None:
+        self._draw(trainer, f"{self.ending(trainer)} after {clock(self.elapsed)}")
+
+    def _refresh(self, trainer: Any) -> None:
+        if time.monotonic() - self._drawn >= REFRESH_SECONDS:
+            left = clock(self.seconds_left(trainer.step_count)) if self._recent else "?"
+            self._draw(trainer, f"{clock(self.elapsed)} so far, {left} left")
+
+    def _draw(self, trainer: Any, state: str) -> None:
+        self._drawn = time.monotonic()
+        self._handle.update(self._bundle(trainer, state), raw=True)
+
+    def _bundle(self, trainer: Any, state: str) -> dict[str, str]:
+        step, total = trainer.step_count, trainer.total_steps
+        title = f"step {step:,} of {total:,}: {state}"
+        pairs = list(self._values())
+        text = ", ".join([title, *(f"{name} {value}" for name, value in pairs)])
+        bar = f'<progress value="{step}" max="{max(total, 1)}" style="width:320px" aria-label="{esc(title)}"></progress> {esc(title)}'
+        parts = [f"<div>{bar}</div>"]
+        if pairs:
+            parts.append(facts("", pairs))
+        if self._evals:
+            parts.append(table(("step", "split", "loss", "perplexity"), self._evals, "Evaluations"))
+        if self._events:
+            parts.append(table(("step", "event", ""), self._events, "Events"))
+        return {"text/html": "".join(parts), "text/plain": text}
+
+    def _values(self):
+        if not self._recent:
+            return
+        report = self._recent[-1]
+        yield "epoch", f"{report.epoch:.2f}"
+        yield "loss", f"{self.loss:.4f} (mean of the last {len(self._recent)} steps)"
+        yield "learning rate", f"{report.learning_rate:.2e}"
+        yield "speed", f"{self.tokens_per_second:,.0f} tokens/s"
+        yield "peak memory", gigabytes(self.peak)

@@ -1,0 +1,272 @@
+"""What `Trainer.run` shows: which shape where, and what each shape says."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.panels import progress as module
+from fulltune_nb.panels.progress import NotebookProgress, PlainProgress, TerminalProgress, clock, progress
+from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+
+
+class Clock:
+    """Time that moves when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def moment(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+class FakeTrainer:
+    """Calls a callback as `Trainer.run` does; every step takes a second of the clock's time."""
+
+    def __init__(self, callback, moment, total=30, every=10):
+        self.callback, self.moment = callback, moment
+        self.config = SimpleNamespace(steps_per_report=every)
+        self.total_steps, self.step_count = total, 0
+        self.history, self.done, self.interrupted = History(), False, False
+
+    def run(self, n=None, seconds=1.0, error=None):
+        target = self.total_steps if n is None else self.step_count + n
+        self.callback.on_start(self, target)
+        try:
+            while self.step_count < target:
+                self.step(seconds)
+                if error and self.step_count == 3:
+                    raise error
+        finally:
+            self.callback.on_end(self)
+
+    def step(self, seconds=1.0):
+        self.moment.now += seconds
+        self.step_count += 1
+        self.done = self.step_count == self.total_steps
+        loss = 4.0 - self.step_count / 10
+        report = StepReport(self.step_count, self.step_count / 20, loss, 100, 1e-5, 1.0, seconds, 100 / seconds, 520_000_000)
+        self.history.append(report)
+        self.callback.on_step(self, report)
+
+    def evaluate(self):
+        self.callback.on_eval(self, EvalReport("valid", self.step_count, 2.5, 12.18, 12345, 3.25))
+
+    def event(self, kind, message):
+        self.callback.on_event(self, Event(self.step_count, kind, message, 0.0))
+
+
+# -- which shape --------------------------------------------------------------------------------------------------
+
+
+SHAPES = [("terminal", TerminalProgress), ("notebook", NotebookProgress), ("plain", PlainProgress), ("off", object)]
+
+
+@pytest.mark.parametrize("name, shape", SHAPES)
+def test_the_variable_chooses_the_shape(monkeypatch, name, shape):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", name.upper())
+    assert type(progress()) is shape
+
+
+@pytest.mark.parametrize("value", [None, "", "auto"])
+def test_by_itself_it_goes_by_kernel_then_terminal(monkeypatch, value):
+    monkeypatch.delenv("FULLTUNE_PROGRESS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FULLTUNE_PROGRESS", value)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    assert type(progress()) is PlainProgress
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert type(progress()) is TerminalProgress
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace()))  # IPython in a terminal
+    assert type(progress()) is TerminalProgress
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
+    assert type(progress()) is NotebookProgress
+
+
+def test_an_unknown_shape_is_an_error_that_lists_the_known(monkeypatch):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "loud")
+    with pytest.raises(ConfigError, match="FULLTUNE_PROGRESS: expected auto, terminal, notebook, plain, off, got 'loud'"):
+        progress()
+
+
+# -- plain --------------------------------------------------------------------------------------------------------
+
+
+def test_plain_says_a_line_every_n_steps_and_one_at_the_end(moment, capsys):
+    FakeTrainer(PlainProgress(), moment, total=25).run()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "step 10/25: loss 3.450, lr 1.00e-05, 100 tokens/s, peak 0.52 GB, 0:15 left",
+        "step 20/25: loss 2.450, lr 1.00e-05, 100 tokens/s, peak 0.52 GB, 0:05 left",
+        "step 25/25: loss 1.950, lr 1.00e-05, 100 tokens/s, peak 0.52 GB, 0:00 left",
+        "step 25/25: done after 0:25, peak 0.52 GB",
+    ]
+    assert err == ""
+
+
+def test_plain_tells_of_evaluations_saves_and_events_in_whole_lines(moment, capsys):
+    trainer = FakeTrainer(PlainProgress(), moment, every=100)
+    trainer.step()
+    trainer.evaluate()
+    trainer.callback.on_save(trainer, "runs/a/checkpoints/000001")
+    trainer.event("learning_rate", "learning rate changed\r\nfrom 1 to 2")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/30: valid loss 2.500, perplexity 12.180 (12,345 tokens, 3.2 s)",
+        "step 1/30: saved runs/a/checkpoints/000001",
+        "step 1/30: learning rate changed from 1 to 2",
+    ]
+
+
+def test_plain_does_not_stay_silent_for_long_when_steps_are_slow(moment, capsys):
+    FakeTrainer(PlainProgress(), moment, total=5, every=1000).run(seconds=40.0)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["step 2/5", "step 4/5", "step 5/5", "step 5/5"]
+
+
+def test_time_left_leaves_the_first_step_out_since_it_compiles(moment, capsys):
+    trainer = FakeTrainer(PlainProgress(), moment, total=20)
+    trainer.callback.on_start(trainer, 20)
+    trainer.step(seconds=100.0)
+    capsys.readouterr()
+    for _ in range(9):
+        trainer.step(seconds=1.0)
+    assert "0:10 left" in capsys.readouterr().out
+
+
+def test_time_left_counts_what_happens_between_the_steps(moment, capsys):
+    trainer = FakeTrainer(PlainProgress(), moment, total=20)
+    trainer.callback.on_start(trainer, 20)
+    for _ in range(10):
+        trainer.step(seconds=1.0)
+        moment.now += 1.0  # such as an evaluation
+    assert "0:20 left" in capsys.readouterr().out
+
+
+def test_what_happened_before_the_run_is_told_at_its_start_once(moment, capsys):
+    trainer = FakeTrainer(PlainProgress(), moment, every=100)
+    trainer.history.append(Event(0, "dtype", "weights were bfloat16", 0.0))
+    trainer.run(2)
+    trainer.history.append(Event(2, "pause", "interrupted", 0.0))
+    trainer.history.append(Event(2, "learning_rate", "learning rate changed", 0.0))
+    trainer.callback = PlainProgress()
+    trainer.run(2)
+    out = capsys.readouterr().out
+    assert out.count("weights were bfloat16") == 1 and out.count("learning rate changed") == 1 and "interrupted" not in out
+
+
+@pytest.mark.parametrize("total, n, interrupted, word", [(5, None, False, "done"), (9, 5, False, "paused"), (9, 3, True, "paused")])
+def test_the_last_line_says_how_the_run_ended(moment, capsys, total, n, interrupted, word):
+    trainer = FakeTrainer(PlainProgress(), moment, total=total)
+    trainer.interrupted = interrupted
+    trainer.run(n)
+    assert f": {word} after" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_error_is_not_called_an_end(moment, capsys):
+    trainer = FakeTrainer(PlainProgress(), moment)
+    with pytest.raises(ValueError):
+        trainer.run(error=ValueError("nan"))
+    assert "step 3/30: stopped by an error" in capsys.readouterr().out
+
+
+# -- terminal -----------------------------------------------------------------------------------------------------
+
+
+def test_the_terminal_has_a_bar_with_lines_above_it_on_standard_error(moment, capsys):
+    trainer = FakeTrainer(TerminalProgress(), moment, total=12)
+    trainer.callback.on_start(trainer, 12)
+    for _ in range(12):
+        trainer.step()
+    trainer.evaluate()
+    trainer.event("early_stop", "no better loss")
+    trainer.callback.on_end(trainer)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", err)]
+    assert "step 12: valid loss 2.500, perplexity 12.180 (12,345 tokens, 3.2 s)" in lines
+    assert "step 12: no better loss" in lines
+    assert "100%" in err and "12/12" in err and "loss 3.250, lr 1.00e-05, 100 tokens/s" in err
+
+
+def test_a_bar_of_a_resumed_run_begins_where_the_run_stands(moment, capsys):
+    trainer = FakeTrainer(TerminalProgress(), moment, total=100)
+    trainer.step_count = 50
+    trainer.run(10)
+    err = capsys.readouterr().err
+    assert "50/60" in err and "60/60" in err
+
+
+# -- notebook -----------------------------------------------------------------------------------------------------
+
+
+class Shown:
+    """Stands in for IPython's display."""
+
+    def __init__(self):
+        self.bundles = []
+
+    def __call__(self, bundle, raw, display_id):
+        assert raw and display_id
+        self.bundles.append(bundle)
+        return self
+
+    def update(self, bundle, raw):
+        assert raw
+        self.bundles.append(bundle)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    made = Shown()
+    monkeypatch.setattr("IPython.display.display", made)
+    return made
+
+
+def test_a_notebook_is_updated_at_most_once_a_second(moment, shown):
+    FakeTrainer(NotebookProgress(), moment, total=100).run(seconds=0.05)
+    assert 5 <= len(shown.bundles) <= 5 + 2  # 5 seconds, the start and the end
+
+
+def test_a_notebook_ends_with_a_record_that_tells_everything(moment, shown):
+    trainer = FakeTrainer(NotebookProgress(), moment, total=1200)
+    trainer.callback.on_start(trainer, 1200)
+    for _ in range(20):
+        trainer.step(0.01)
+    trainer.evaluate()
+    trainer.event("learning_rate", "changed")
+    trainer.callback.on_save(trainer, "runs/a")
+    trainer.interrupted = True
+    trainer.callback.on_end(trainer)
+    page, text = shown.bundles[-1]["text/html"], shown.bundles[-1]["text/plain"]
+    for part in ("step 20 of 1,200: paused after 0:00", "0.52 GB", "10,000 tokens/s", "2.5000", "12.180", "changed", "runs/a", "1.00"):
+        assert part in page
+    assert text.startswith("step 20 of 1,200: paused after 0:00, epoch 1.00, loss 2.4500")
+
+
+def test_foreign_text_is_shown_as_text(moment, shown):
+    trainer = FakeTrainer(NotebookProgress(), moment)
+    trainer.callback.on_start(trainer, 30)
+    trainer.event("note", "<img src=x onerror=alert(1)>")
+    trainer.callback.on_end(trainer)
+    assert "<img" not in shown.bundles[-1]["text/html"] and "&lt;img" in shown.bundles[-1]["text/html"]
+
+
+def test_a_run_of_no_steps_is_shown_too(moment, shown):
+    FakeTrainer(NotebookProgress(), moment, total=0).run()
+    assert "step 0 of 0" in shown.bundles[-1]["text/plain"]
+
+
+def test_times_are_readable():
+    assert [clock(s) for s in (0, 5.4, 200, 3723, -1)] == ["0:00", "0:05", "3:20", "1:02:03", "0:00"]
