@@ -1,0 +1,224 @@
+"""How one tensor is updated: the arithmetic of each optimizer as pure functions, and what it keeps between steps.
+
+AdamW, Adam, SGD and Lion are written as single-output element-wise functions, compiled once for all shapes. A function with
+one output may write into the memory of an input that nobody holds any more, so moments and parameters are updated in place
+and a step needs no memory of its own (one function with three outputs, measured: no faster, and three copies of the tensor).
+Everything that changes from step to step comes in as a scalar array, so nothing is compiled twice. Adafactor and Muon are
+those of `mlx.optimizers`.
+
+State and arithmetic are float32 whatever the parameter's dtype: in bfloat16 a second moment with beta 0.999 would never
+change. The result is rounded to the parameter's dtype.
+
+Names: p parameter, g gradient, m and v first and second moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.optimizers
+
+State = dict[str, mx.array]
+Shape = tuple[int, ...]
+
+_compiled = partial(mx.compile, shapeless=True)
+
+
+def _scalar(value: float) -> mx.array:
+    return mx.array(value, dtype=mx.float32)
+
+
+class UpdateRule(Protocol):
+    """An optimizer, seen from one tensor. Rules hold no state; `begin` is called once a step."""
+
+    def slots(self, shape: Shape) -> dict[str, Shape]:
+        """Name -> shape of the float32 arrays kept for a parameter of this shape; they start as zeros."""
+
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Any:
+        """The scalars of a step, for all tensors with this learning rate and weight decay. `step` counts from 1."""
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Any) -> tuple[mx.array, State]:
+        """The parameter and the state after the step; lazy."""
+
+
+@_compiled
+def _decayed_gradient(p: mx.array, g: mx.array, weight_decay: mx.array, scale: mx.array) -> mx.array:
+    return g.astype(mx.float32) * scale + weight_decay * p.astype(mx.float32)
+
+
+@_compiled
+def _average(m: mx.array, g: mx.array, keep: mx.array, take: mx.array) -> mx.array:
+    return keep * m + take * g.astype(mx.float32)
+
+
+@_compiled
+def _average_of_squares(v: mx.array, g: mx.array, keep: mx.array, take: mx.array, scale: mx.array) -> mx.array:
+    g = g.astype(mx.float32) * scale
+    return keep * v + take * (g * g)
+
+
+@_compiled
+def _adam_step(p, m, v, keep, rate, root, eps) -> mx.array:
+    return (keep * p.astype(mx.float32) - rate * m / (mx.sqrt(v) * root + eps)).astype(p.dtype)
+
+
+@_compiled
+def _descend(p: mx.array, g: mx.array, rate: mx.array) -> mx.array:
+    return (p.astype(mx.float32) - rate * g.astype(mx.float32)).astype(p.dtype)
+
+
+@_compiled
+def _descend_ahead(p, g, m, rate, rate_of_momentum) -> mx.array:
+    return (p.astype(mx.float32) - (rate * g.astype(mx.float32) + rate_of_momentum * m)).astype(p.dtype)
+
+
+@_compiled
+def _lion_step(p, g, m, keep, take, kept, rate) -> mx.array:
+    return (kept * p.astype(mx.float32) - rate * mx.sign(keep * m + take * g.astype(mx.float32))).astype(p.dtype)
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015), bias-corrected as in PyTorch; AdamW (Loshchilov & Hutter 2019) when `decoupled`.
+
+    Not decoupled, weight decay is added to the gradient, as `torch.optim.Adam` does.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], decoupled: bool):
+        self.betas, self.eps, self.bias_correction = settings["betas"], settings["eps"], settings.get("bias_correction", True)
+        self.decoupled = decoupled
+
+    def slots(self, shape: Shape) -> dict[str, Shape]:
+        return {"m": shape, "v": shape}
+
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
+        b1, b2 = self.betas
+        correction1, correction2 = (1.0 - b1**step, 1.0 - b2**step) if self.bias_correction else (1.0, 1.0)
+        decay_now = weight_decay if self.decoupled else 0.0
+        l2 = None if self.decoupled or not weight_decay else (_scalar(weight_decay), _scalar(gradient_scale))
+        scale = 1.0 if l2 else gradient_scale  # the decayed gradient is scaled already
+        return {
+            "l2": l2,
+            "m": (_scalar(b1), _scalar((1.0 - b1) * scale)),
+            "v": (_scalar(b2), _scalar(1.0 - b2), _scalar(scale)),
+            "p": (
+                _scalar(1.0 - learning_rate * decay_now),
+                _scalar(learning_rate / correction1),
+                _scalar(1.0 / math.sqrt(correction2)),
+                _scalar(self.eps),
+            ),
+        }
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
+        if scalars["l2"]:
+            g = _decayed_gradient(p, g, *scalars["l2"])
+        m = _average(state["m"], g, *scalars["m"])
+        v = _average_of_squares(state["v"], g, *scalars["v"])
+        return _adam_step(p, m, v, *scalars["p"]), {"m": m, "v": v}
+
+
+class SGD:
+    """Stochastic gradient descent with momentum, dampening and Nesterov's look ahead, as `mlx.optimizers.SGD`."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.momentum, self.dampening, self.nesterov = settings["momentum"], settings["dampening"], settings["nesterov"]
+
+    def slots(self, shape: Shape) -> dict[str, Shape]:
+        return {"v": shape} if self.momentum else {}
+
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
+        l2 = (_scalar(weight_decay), _scalar(gradient_scale)) if weight_decay else None
+        scale = 1.0 if l2 else gradient_scale
+        return {
+            "l2": l2,
+            "v": (_scalar(self.momentum), _scalar((1.0 - self.dampening) * scale)),
+            "plain": (_scalar(learning_rate * scale),),
+            "momentum": (_scalar(learning_rate),),
+            "nesterov": (_scalar(learning_rate * scale), _scalar(learning_rate * self.momentum)),
+        }
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
+        if scalars["l2"]:
+            g = _decayed_gradient(p, g, *scalars["l2"])
+        if not self.momentum:
+            return _descend(p, g, *scalars["plain"]), {}
+        v = _average(state["v"], g, *scalars["v"])
+        if self.nesterov:
+            return _descend_ahead(p, g, v, *scalars["nesterov"]), {"v": v}
+        return _descend(p, v, *scalars["momentum"]), {"v": v}
+
+
+class Lion:
+    """Lion (Chen et al. 2023): the sign of an average of gradients."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.betas = settings["betas"]
+
+    def slots(self, shape: Shape) -> dict[str, Shape]:
+        return {"m": shape}
+
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
+        b1, b2 = self.betas
+        return {
+            "p": (
+                _scalar(b1),
+                _scalar((1.0 - b1) * gradient_scale),
+                _scalar(1.0 - learning_rate * weight_decay),
+                _scalar(learning_rate),
+            ),
+            "m": (_scalar(b2), _scalar((1.0 - b2) * gradient_scale)),
+        }
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
+        return _lion_step(p, g, state["m"], *scalars["p"]), {"m": _average(state["m"], g, *scalars["m"])}
+
+
+class MlxRule:
+    """An optimizer of `mlx.optimizers`, one tensor at a time, in float32.
+
+    Args:
+        optimizer: its `learning_rate`, `weight_decay` and step are set anew for every step.
+        per_matrix: a stack of matrices (E, out, in) is treated as E parameters.
+    """
+
+    def __init__(self, optimizer: mlx.optimizers.Optimizer, per_matrix: bool = False):
+        self.optimizer, self.per_matrix = optimizer, per_matrix
+
+    def slots(self, shape: Shape) -> dict[str, Shape]:
+        probe: State = {}
+        self.optimizer.init_single(mx.zeros(shape, dtype=mx.float32), probe)  # lazy: nothing is allocated
+        return {name: array.shape for name, array in probe.items()}
+
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
+        scalars = {"step": mx.array(step, dtype=mx.uint64), "learning_rate": _scalar(learning_rate)}
+        return {"state": scalars, "weight_decay": weight_decay, "scale": None if gradient_scale == 1.0 else _scalar(gradient_scale)}
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
+        self.optimizer.state.update(scalars["state"])
+        self.optimizer.weight_decay = scalars["weight_decay"]
+        dtype, p, g = p.dtype, p.astype(mx.float32), g.astype(mx.float32)
+        if scalars["scale"] is not None:
+            g = g * scalars["scale"]
+        if not (self.per_matrix and p.ndim > 2):
+            state = dict(state)
+            return self.optimizer.apply_single(g, p, state).astype(dtype), state
+        states = [{name: array[i] for name, array in state.items()} for i in range(p.shape[0])]
+        p = mx.stack([self.optimizer.apply_single(g[i], p[i], states[i]) for i in range(p.shape[0])])
+        return p.astype(dtype), {name: mx.stack([one[name] for one in states]) for name in state}
+
+
+def make_rule(name: str, settings: Mapping[str, Any]) -> UpdateRule:
+    """The rule of an optimizer, from all of its settings (`optimizer_settings`)."""
+    if name in ("adamw", "adam"):
+        return Adam(settings, decoupled=name == "adamw")
+    if name == "sgd":
+        return SGD(settings)
+    if name == "lion":
+        return Lion(settings)
+    if name == "adafactor":
+        return MlxRule(mlx.optimizers.Adafactor(learning_rate=0.0, **settings))
+    own = {key: settings[key] for key in ("momentum", "nesterov", "ns_steps")}
+    return MlxRule(mlx.optimizers.Muon(learning_rate=0.0, **own), per_matrix=True)
