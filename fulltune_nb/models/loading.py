@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
+from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.names import hf_names
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 _SHOWN = 10  # tensors named in an error message
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older checkpoints stored; recomputed here
 
 
@@ -41,7 +43,8 @@ def resolve_model_path(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    # model*: some repositories hold the weights a second time, as consolidated.safetensors
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except HFValidationError as error:
@@ -65,12 +68,36 @@ def load_decoder(folder: Path, dtype: str | None = None) -> Decoder:
         WeightsError: tensors missing, unexpected or mis-shaped.
     """
     target = _target_dtype(dtype)
-    model = Decoder(read_config(read_json(folder / "config.json"), str(folder / "config.json")))
+    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    arrays = _read_folder(folder)
+    if _has_own_head(config, arrays):  # the weights win over config.json, as in transformers
+        config = replace(config, tie_word_embeddings=False)
+    model = Decoder(config)
+    assign_tensors(model, arrays, str(folder), target)
+    return model
+
+
+def load_folder_weights(model: Decoder, folder: Path, dtype: mx.Dtype | None = None) -> None:
+    """Fills the model with a folder's weights.
+
+    Raises:
+        ModelError: weights in a form that is not read.
+        WeightsError: tensors missing, unexpected or mis-shaped; the model is as before.
+    """
+    assign_tensors(model, _read_folder(folder), str(folder), dtype)
+
+
+def _read_folder(folder: Path) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for path in weight_files(folder):
         arrays.update(read_tensors(path))
-    assign_tensors(model, arrays, str(folder), target)
-    return model
+    return arrays
+
+
+def _has_own_head(config: ModelConfig, arrays: Mapping[str, mx.array]) -> bool:
+    """Whether tensors of a model that should be tied bring a head that is not the embedding."""
+    both_there = config.tie_word_embeddings and _EMBEDDING in arrays and _HEAD in arrays
+    return both_there and not mx.array_equal(arrays[_EMBEDDING], arrays[_HEAD]).item()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,12 +119,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: the shards its index names, or the single file.
+    """The safetensors files of a model folder: the single file, or the shards its index names.
 
     Raises:
         ModelError: none there (with the reason where other formats are), or an index that names files outside the folder.
     """
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if single.exists():  # before the index, as transformers looks
+        return [single]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -108,14 +137,15 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := [name for name in names if not (folder / name).exists()]:
             raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards of its index: {missing[:_SHOWN]}. Download them.")
         return [folder / name for name in names]
-    if single.exists():
-        return [single]
     if pickled := sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*")):
         raise ModelError(
             f"{folder} has its weights only as {', '.join(pickled[:_SHOWN])}. These are pickle files, which can run code when they are"
             " opened, so they are not read. Get the safetensors version, or convert with transformers: from_pretrained, save_pretrained."
         )
-    raise ModelError(f"{folder} has neither model.safetensors nor {INDEX_FILE}.")
+    raise ModelError(
+        f"{folder} has neither model.safetensors nor {INDEX_FILE}. A hub repository that offers pytorch_model.bin alone is not read:"
+        " pickle files can run code when they are opened. Convert it with transformers: from_pretrained, save_pretrained."
+    )
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -136,16 +166,22 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
 
 
 def assign_tensors(
-    model: Decoder, arrays: Mapping[str, mx.array], where: str, dtype: mx.Dtype | None = None, partial: bool = False
+    model: Decoder,
+    arrays: MutableMapping[str, mx.array],
+    where: str,
+    dtype: mx.Dtype | None = None,
+    partial: bool = False,
+    keep_dtypes: bool = False,
 ) -> None:
     """Puts tensors with Hugging Face names into the model, after all names and shapes have been checked.
 
     Args:
         model: the decoder to fill.
-        arrays: Hugging Face name -> array.
+        arrays: Hugging Face name -> array; emptied on the way, so that no tensor is in memory in two dtypes for long.
         where: file or folder, for messages.
-        dtype: what they become; None keeps float32 and bfloat16 and makes float16 float32.
+        dtype: what they become; None keeps float32 and bfloat16 and makes other ones (float16, float64) float32.
         partial: a file that holds only some of the tensors is fine.
+        keep_dtypes: each becomes what the model's tensor of its name is now, whatever `dtype` says.
 
     Raises:
         WeightsError: tensors missing, unexpected or mis-shaped; nothing was changed.
@@ -153,8 +189,10 @@ def assign_tensors(
     ours = dict(tree_flatten(model.parameters()))
     names = hf_names(list(ours), model.config.family)
     given = {name: array for name, array in arrays.items() if not name.endswith(_NOT_WEIGHTS)}
-    if model.config.tie_word_embeddings:
-        given.pop("lm_head.weight", None)
+    if model.config.tie_word_embeddings and _HEAD in given:
+        if _has_own_head(model.config, given):
+            raise WeightsError(f"{where} has an lm_head.weight that differs from its embeddings, but the model's head is tied to them.")
+        given[_EMBEDDING] = given.pop(_HEAD)  # the same values; some checkpoints name only the head
     missing = [] if partial else sorted(set(names) - set(given))
     unexpected = sorted(set(given) - set(names))
     mis_shaped = [
@@ -166,20 +204,22 @@ def assign_tensors(
         raise WeightsError(_tensor_problems(where, missing, unexpected, mis_shaped))
     if not_float := [f"{name}: {array.dtype}" for name, array in given.items() if not mx.issubdtype(array.dtype, mx.floating)]:
         raise WeightsError(f"{where}: floating-point weights are needed, found {_listed(not_float)}.")
-    for name, array in given.items():
-        array = array.astype(dtype or (mx.float32 if array.dtype == mx.float16 else array.dtype))
+    arrays.clear()
+    for name in list(given):
+        array = given.pop(name)
+        own = array.dtype if array.dtype in DTYPES.values() else mx.float32
+        array = array.astype(ours[names[name]].dtype if keep_dtypes else dtype or own)
         mx.eval(array)  # read now: the file may be replaced later, and lazy arrays cannot cross threads
         _assign(model, names[name], array)
 
 
 def load_model_file(model: Decoder, path: Path) -> None:
-    """Lays a model file (Hugging Face names, every tensor of the model) over the weights, in their dtype.
+    """Lays a model file (Hugging Face names, every tensor of the model) over the weights, in their dtypes.
 
     Raises:
         WeightsError: unreadable, or tensors missing, unexpected or mis-shaped; the model is as before.
     """
-    dtype = next(array.dtype for _, array in tree_flatten(model.parameters()))
-    assign_tensors(model, read_tensors(path), str(path), dtype)
+    assign_tensors(model, read_tensors(path), str(path), keep_dtypes=True)
 
 
 def _assign(model: Decoder, name: str, array: mx.array) -> None:

@@ -1,0 +1,54 @@
+"""Where reports and events go: the history, the run directory's metrics, and the callbacks of the moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+from fulltune_nb.training.run_directory import RunDirectory
+
+_METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
+
+
+class Journal:
+    """Keeps the history of one trainer and tells others of each entry.
+
+    Attributes:
+        history: every report and event, oldest first.
+        directory: where metrics are written too, or None.
+    """
+
+    def __init__(self, trainer: Any):
+        self.history = History()
+        self.directory: RunDirectory | None = None
+        self._trainer = trainer
+        self._callbacks: tuple[Any, ...] = ()
+
+    @contextmanager
+    def calling(self, callbacks: Sequence[Any]) -> Iterator[None]:
+        """Within the block, these callbacks are told of everything."""
+        before, self._callbacks = self._callbacks, tuple(callbacks)
+        try:
+            yield
+        finally:
+            self._callbacks = before
+
+    def record(self, report: StepReport | EvalReport | Event) -> None:
+        """Adds an entry and tells of it."""
+        self.history.append(report)
+        if self.directory:
+            self.directory.append_metrics(report)
+        self.tell(_METHODS[type(report)], report)
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Adds an event of now."""
+        self.record(Event(step, kind, message, time.time()))
+
+    def tell(self, method: str, *subject: Any) -> None:
+        """Calls `method(trainer, *subject)` on every callback that has it."""
+        for callback in self._callbacks:
+            if (function := getattr(callback, method, None)) is not None:
+                function(self._trainer, *subject)

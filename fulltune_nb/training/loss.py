@@ -1,0 +1,88 @@
+"""Cross-entropy of a language model's head, in chunks, so that logits of all tokens never exist at once.
+
+Only positions with a trained target are given here at all, and gradients are worked out chunk by chunk together with
+the loss, while the chunk's logits are at hand (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024).
+
+Dimension letters: N trained positions, D hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from fulltune_nb.models.cpu_math import softmax_statistics
+
+CHUNK_ELEMENTS = 2**24
+"""Logits of a chunk: 64 MiB in float32."""
+
+Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
+
+
+def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> mx.array:
+    """Weighted sum of -log p(target), in float32; differentiable in `hidden` and `head`.
+
+    Args:
+        hidden: (N, D), after the final norm.
+        head: the output projection's arrays.
+        targets: (N,) token ids.
+        weights: (N,) float32; 0 for padding. Pass 1 / trained tokens of the step for the step's mean.
+    """
+    names = list(head)
+
+    @mx.custom_function
+    def loss_with_gradients(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        return _loss_with_gradients(hidden, dict(zip(names, arrays, strict=True)), targets, weights)
+
+    @loss_with_gradients.vjp
+    def scaled(primals, cotangents, outputs):
+        return tuple(gradient * cotangents[0].astype(gradient.dtype) for gradient in outputs[1:])
+
+    return loss_with_gradients(hidden, *head.values())[0]
+
+
+def cross_entropy_only(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> mx.array:
+    """The same sum without gradients, for evaluation: one chunk's logits at a time."""
+    total = mx.array(0.0)
+    for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
+        losses, _ = _token_losses(mx.depends([hidden[rows]], [total])[0], head, targets[rows])
+        total = total + (losses * weights[rows]).sum()
+    return total
+
+
+def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
+    """Loss, then the gradients of `hidden` and of each array of `head`, in their order."""
+    total = mx.array(0.0)
+    hidden_gradients = []
+    head_gradients = {name: mx.zeros_like(array) for name, array in head.items()}
+    for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
+        # Each chunk waits for the one before: otherwise all would be computed side by side and exist together.
+        part = mx.depends([hidden[rows]], [total, *head_gradients.values()])[0]
+        losses, probabilities = _token_losses(part, head, targets[rows])
+        total = total + (losses * weights[rows]).sum()
+        # d loss / d logits = weight * (softmax - one_hot(target))
+        logit_gradients = probabilities * weights[rows, None]
+        at_target = mx.take_along_axis(logit_gradients, targets[rows, None], axis=1) - weights[rows, None]
+        logit_gradients = mx.put_along_axis(logit_gradients, targets[rows, None], at_target, axis=1).astype(hidden.dtype)
+        hidden_gradients.append(logit_gradients @ head["weight"])
+        head_gradients["weight"] = head_gradients["weight"] + logit_gradients.T @ part
+        if "bias" in head:
+            head_gradients["bias"] = head_gradients["bias"] + logit_gradients.sum(axis=0)
+    return total, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
+
+
+def _token_losses(hidden: mx.array, head: Head, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """-log p(target) (n,) and p (n, V) of a chunk, in float32."""
+    logits = hidden @ head["weight"].T
+    if "bias" in head:
+        logits = logits + head["bias"]
+    logits = logits.astype(mx.float32)
+    log_sum, probabilities = softmax_statistics(logits)
+    at_target = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return log_sum - at_target, probabilities
+
+
+def _chunks(length: int, vocab_size: int) -> list[slice]:
+    size = max(32, CHUNK_ELEMENTS // vocab_size)
+    return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]

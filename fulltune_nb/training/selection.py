@@ -1,0 +1,50 @@
+"""Which weights are trained: all, or those that name patterns choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from mlx.utils import tree_flatten
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.names import to_hf
+
+
+def select_trainable(model: Decoder, train_only: Sequence[str], freeze: Sequence[str]) -> None:
+    """Makes every tensor trainable, then freezes what `train_only` leaves out and `freeze` names.
+
+    Args:
+        model: changed in place; whatever was frozen before does not matter.
+        train_only: shell-style patterns on Hugging Face tensor names; empty means all.
+        freeze: patterns of what stays as it is; wins over `train_only`.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or nothing left to train.
+    """
+    model.unfreeze()
+    names = {name: to_hf(name, model.config.family) for name, _ in tree_flatten(model.parameters())}
+    for setting, patterns in (("train_only", train_only), ("freeze", freeze)):
+        for pattern in patterns:
+            if not any(fnmatchcase(hf_name, pattern) for hf_name in names.values()):
+                some = ", ".join(list(names.values())[:4])
+                raise ConfigError(f"{setting}: {pattern!r} matches no tensor. Names look like {some}; '*' stands for anything.")
+    trained = {
+        name
+        for name, hf_name in names.items()
+        if (not train_only or any(fnmatchcase(hf_name, pattern) for pattern in train_only))
+        and not any(fnmatchcase(hf_name, pattern) for pattern in freeze)
+    }
+    if not trained:
+        raise ConfigError("train_only and freeze together leave nothing to train.")
+    for name in names.keys() - trained:
+        _freeze(model, name)
+
+
+def _freeze(model: Decoder, name: str) -> None:
+    *parents, leaf = name.split(".")
+    module = model
+    for part in parents:
+        module = module[int(part)] if part.isdigit() else module[part]
+    module.freeze(recurse=False, keys=leaf)
