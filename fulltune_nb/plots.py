@@ -1,0 +1,203 @@
+"""Histories as matplotlib plots: loss and memory over the steps.
+
+Made for a notebook and for a paper alike: a figure made here is white with dark text in any theme, curves differ in line
+style and marker besides colour, and axes given by the caller keep the caller's style.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.html import PALETTE
+from fulltune_nb.training.history import EvalReport, Event, StepReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Of the palette, the colours that stand out from white (contrast 3:1 and more).
+_BLUE, _GREEN, _PINK, _VERMILLION = PALETTE[0], PALETTE[2], PALETTE[3], PALETTE[5]
+_GREY = "#666666"
+_EVAL_LOOKS = {"valid": (_VERMILLION, "o", "--"), "test": (_GREEN, "s", "none"), "train": (_PINK, "D", ":")}
+_OWN_STYLE = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "white"),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), "#222222"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    "legend.edgecolor": "#cccccc",
+    "grid.color": "#bbbbbb",
+    "axes.axisbelow": True,
+    "font.size": 10.0,
+}
+_SMOOTHED_FROM = 20  # steps; fewer need no second line
+_MARKED_UP_TO = 40  # steps; more would make a row of dots of the line
+_LABELLED_EVENTS = 12  # more labels would cover each other
+_OPEN_FIGURES = 10
+_own_figures: deque = deque()  # weak references to the figures made here that pyplot may still hold
+
+
+def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
+    """Training loss of every step, its moving mean beside it, evaluations as points, and events as dotted lines.
+
+    Args:
+        history: `trainer.history`, or any list of its reports; it may be empty.
+        ax: where to draw; a new figure where left out.
+
+    Raises:
+        ConfigError: `history` is not a list of reports.
+    """
+    steps, evals, events = _sorted_out(history, "plot_loss")
+    with _style(ax):
+        ax = _new_axes() if ax is None else ax
+        if steps:
+            _draw_training_loss(ax, steps)
+        for split in dict.fromkeys(report.split for report in evals):
+            _draw_evaluations(ax, split, [report for report in evals if report.split == split])
+        _draw_events(ax, events, steps)
+        return _finish(ax, "loss (nats per token)", empty=not steps and not evals)
+
+
+def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
+    """Memory of every step: its peak, what is in use after it, and that with MLX's cache, in GB (10^9 bytes).
+
+    Args:
+        history: `trainer.history`, or any list of its reports; it may be empty.
+        ax: where to draw; a new figure where left out.
+
+    Raises:
+        ConfigError: `history` is not a list of reports.
+    """
+    steps, _, events = _sorted_out(history, "plot_memory")
+    with _style(ax):
+        ax = _new_axes() if ax is None else ax
+        if steps:
+            x, peak = _series(steps, "peak_memory")
+            active, cache = _series(steps, "active_memory")[1], _series(steps, "cache_memory")[1]
+            sparse = {"markevery": max(1, len(x) // 12), "markersize": 4, "linewidth": 1.5}
+            ax.plot(x, peak / 1e9, color=_VERMILLION, marker="o", label="peak within the step", **sparse)
+            ax.plot(x, (active + cache) / 1e9, color=_GREY, marker="^", linestyle=":", label="after it, with MLX's cache", **sparse)
+            ax.plot(x, active / 1e9, color=_BLUE, marker="s", linestyle="--", label="after it, in use", **sparse)
+            ax.set_ylim(bottom=0)
+        _draw_events(ax, events, steps)
+        return _finish(ax, "memory (GB)", empty=not steps)
+
+
+# -- reports to numbers -----------------------------------------------------------------------------------------------
+
+
+def _sorted_out(history: Iterable[Any], function: str) -> tuple[list[StepReport], list[EvalReport], list[Event]]:
+    if hasattr(history, "history") or not isinstance(history, Iterable):
+        hint = " Pass its .history." if hasattr(history, "history") else ""
+        raise ConfigError(f"{function}: expected a history, which is a list of reports, got {type(history).__name__}.{hint}")
+    steps, evals, events = [], [], []
+    places = {StepReport: steps, EvalReport: evals, Event: events}
+    for report in history:
+        if type(report) not in places:
+            raise ConfigError(f"{function}: expected StepReport, EvalReport or Event in the history, got {type(report).__name__}.")
+        places[type(report)].append(report)
+    return steps, evals, events
+
+
+def _series(reports: list, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Step numbers and values, both (n,) float64; what is not finite is NaN, where a line breaks."""
+    values = np.array([getattr(report, field) for report in reports], dtype=np.float64)
+    return np.array([report.step for report in reports], dtype=np.float64), np.where(np.isfinite(values), values, np.nan)
+
+
+def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The centred mean over `window` values, fewer at the ends; never across a NaN: each finite stretch is taken by itself."""
+    smooth = np.full_like(values, np.nan)
+    finite = np.isfinite(values)
+    borders = np.flatnonzero(np.diff(finite, prepend=False, append=False))  # start, end, start, end, ...
+    for start, end in zip(borders[::2], borders[1::2], strict=True):
+        sums = np.concatenate([[0.0], np.cumsum(values[start:end])])
+        at = np.arange(end - start)
+        low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, end - start)
+        smooth[start:end] = (sums[high] - sums[low]) / (high - low)
+    return smooth
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _style(ax: Axes | None) -> AbstractContextManager:
+    return nullcontext() if ax is not None else matplotlib.rc_context(_OWN_STYLE)
+
+
+def _new_axes() -> Axes:
+    """Axes of a figure that pyplot knows of, so that a notebook shows it after the cell.
+
+    A notebook closes figures then; a script never does. There, pyplot keeps the latest of ours only; the others live on for
+    those who hold them.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
+    _own_figures.append(weakref.ref(figure))
+    while len(_own_figures) > _OPEN_FIGURES:
+        oldest = _own_figures.popleft()()
+        if oldest is not None:
+            plt.close(oldest)
+    return ax
+
+
+def _draw_training_loss(ax: Axes, steps: list[StepReport]) -> None:
+    x, loss = _series(steps, "loss")
+    smoothed = len(x) >= _SMOOTHED_FROM
+    faint = {"linewidth": 0.7, "alpha": 0.45} if smoothed else {"linewidth": 1.5}
+    ax.plot(x, loss, color=_BLUE, marker="." if len(x) <= _MARKED_UP_TO else "none", markersize=4, label="training", zorder=2, **faint)
+    if smoothed:
+        window = max(5, len(x) // 40) // 2 * 2 + 1  # odd: as many steps before as after
+        ax.plot(x, _moving_mean(loss, window), color=_BLUE, linewidth=2.0, label=f"training, mean of {window} steps", zorder=3)
+    broken = x[~np.isfinite(loss)]
+    if len(broken):
+        label = f"not finite ({len(broken):,})"
+        bottom = ax.get_xaxis_transform()  # x in steps, y as a share of the axes' height
+        ax.plot(broken, np.full_like(broken, 0.03), "x", color=_VERMILLION, transform=bottom, label=label, zorder=5)
+
+
+def _draw_evaluations(ax: Axes, split: str, reports: list[EvalReport]) -> None:
+    colour, marker, line = _EVAL_LOOKS.get(split, (_GREY, "^", "--"))
+    x, loss = _series(reports, "loss")
+    line = line if len(x) > 1 else "none"
+    ax.plot(x, loss, color=colour, marker=marker, markersize=5, linestyle=line, linewidth=1.5, label=split, zorder=4)
+
+
+def _draw_events(ax: Axes, events: list[Event], steps: list[StepReport]) -> None:
+    """A dotted line and a word for each step at which something happened; step 0 is where every run begins."""
+    labels: dict[int, list[str]] = {}
+    for event in events:
+        if event.step > 0:
+            labels.setdefault(event.step, []).append(_event_label(event, steps))
+    for step, words in labels.items():
+        ax.axvline(step, color=_GREY, linestyle=":", linewidth=1.2, zorder=1)
+        if len(labels) <= _LABELLED_EVENTS:
+            place = {"xy": (step, 1.0), "xycoords": ax.get_xaxis_transform(), "xytext": (-2, -2), "textcoords": "offset points"}
+            ax.annotate(", ".join(dict.fromkeys(words)), rotation=90, ha="right", va="top", fontsize="x-small", color=_GREY, **place)
+    if len(labels) > _LABELLED_EVENTS:
+        ax.plot([], [], color=_GREY, linestyle=":", label=f"{len(labels):,} events")
+
+
+def _event_label(event: Event, steps: list[StepReport]) -> str:
+    if event.kind == "learning_rate":
+        after = next((report for report in steps if report.step > event.step), None)
+        return f"learning rate {after.learning_rate:.3g}" if after else "learning rate"
+    return event.kind.replace("_", " ")
+
+
+def _finish(ax: Axes, label: str, empty: bool) -> Axes:
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel(label)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(True, linewidth=0.6, alpha=0.5)
+    if empty:
+        ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", va="center")
+    elif ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize="small")
+    return ax

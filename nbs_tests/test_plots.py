@@ -1,0 +1,169 @@
+"""The plots: what they draw of a history, and what they leave alone."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import fulltune_nb as ft
+from fulltune_nb import plots
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    plt.close("all")
+    yield
+    plt.close("all")
+
+
+def step(number: int, loss: float = 1.0, **values) -> ft.StepReport:
+    values = {"learning_rate": 1e-5, "peak_memory": 3 * 10**9, "active_memory": 2 * 10**9, "cache_memory": 5 * 10**8, **values}
+    fixed = {"tokens": 10, "grad_norm": 1.0, "seconds": 0.1, "tokens_per_second": 100.0}
+    return ft.StepReport(step=number, epoch=number / 10, loss=loss, **fixed, **values)
+
+
+def valid(number: int, loss: float, split: str = "valid") -> ft.EvalReport:
+    return ft.EvalReport(split, number, loss, math.exp(loss), 10, 0.1)
+
+
+def lines(ax) -> dict[str, tuple[list, list]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()}
+
+
+def test_every_loss_is_drawn_as_it_was():
+    losses = [3.0, 2.5, 2.75]
+    ax = ft.plot_loss(ft.History(step(i + 1, loss) for i, loss in enumerate(losses)))
+    assert lines(ax)["training"] == ([1, 2, 3], losses)
+
+
+def test_a_moving_mean_stands_beside_the_losses_of_long_runs_never_instead():
+    losses = list(np.random.default_rng(0).normal(size=200))
+    drawn = lines(ft.plot_loss([step(i + 1, loss) for i, loss in enumerate(losses)]))
+    assert drawn["training"][1] == losses
+    x, mean = drawn["training, mean of 5 steps"]
+    assert x == list(range(1, 201))
+    np.testing.assert_allclose(mean[100], np.mean(losses[98:103]))
+    np.testing.assert_allclose(mean[0], np.mean(losses[:3]))
+
+
+def test_the_moving_mean_stops_at_nan_and_begins_anew_behind_it():
+    losses = [1.0] * 30 + [math.nan, math.inf] + [5.0] * 30
+    ax = ft.plot_loss([step(i + 1, loss) for i, loss in enumerate(losses)])
+    mean = lines(ax)["training, mean of 5 steps"][1]
+    assert mean[:30] == [1.0] * 30 and mean[32:] == [5.0] * 30 and all(math.isnan(v) for v in mean[30:32])
+    assert lines(ax)["not finite (2)"][0] == [31, 32]
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [math.nan] * 3, [1.0], [1.0, math.nan, 2.0]])
+def test_the_moving_mean_is_the_plain_mean_of_each_window(values):
+    expected = [v if math.isnan(v) else np.mean([v]) for v in values]
+    np.testing.assert_equal(plots._moving_mean(np.array(values), 3), np.array(expected))
+
+
+def test_evaluations_are_points_that_differ_by_marker_too():
+    history = [valid(0, 4.0, "test"), step(1), valid(1, 3.0), step(2), valid(2, 2.0), valid(2, 2.5, "test")]
+    ax = ft.plot_loss(history)
+    assert lines(ax)["valid"] == ([1, 2], [3.0, 2.0]) and lines(ax)["test"] == ([0, 2], [4.0, 2.5])
+    looks = {line.get_label(): (line.get_marker(), line.get_linestyle()) for line in ax.get_lines()}
+    assert len({looks["valid"], looks["test"], looks["training"]}) == 3
+    assert looks["test"][1] == "None"  # two points before and after are no curve
+
+
+def test_a_change_of_the_learning_rate_is_marked_with_the_new_rate():
+    history = [step(1), ft.Event(1, "learning_rate", "changed", 0.0), step(2, learning_rate=3e-5), ft.Event(0, "dtype", "", 0.0)]
+    for plot in (ft.plot_loss, ft.plot_memory):
+        ax = plot(history)
+        assert [text.get_text() for text in ax.texts] == ["learning rate 3e-05"]
+        assert any(list(line.get_xdata()) == [1, 1] for line in ax.get_lines())
+
+
+def test_many_events_are_counted_and_not_written_over_each_other():
+    ax = ft.plot_loss([step(i) for i in range(1, 60)] + [ft.Event(i, "pause", "", 0.0) for i in range(1, 40)])
+    assert not ax.texts and "39 events" in lines(ax)
+
+
+def test_memory_is_drawn_in_gigabytes_from_zero():
+    ax = ft.plot_memory([step(1), step(2, peak_memory=4 * 10**9)])
+    drawn = lines(ax)
+    assert drawn["peak within the step"] == ([1, 2], [3.0, 4.0])
+    assert drawn["after it, in use"][1] == [2.0, 2.0] and drawn["after it, with MLX's cache"][1] == [2.5, 2.5]
+    assert ax.get_ylim()[0] == 0 and "GB" in ax.get_ylabel()
+    assert len({line.get_linestyle() for line in ax.get_lines()}) == 3
+
+
+def test_axes_name_their_units():
+    ax = ft.plot_loss([step(1)])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("optimizer step", "loss (nats per token)")
+
+
+@pytest.mark.parametrize("plot", [ft.plot_loss, ft.plot_memory])
+@pytest.mark.parametrize("history", [[], ft.History(), (r for r in ())])
+def test_an_empty_history_gives_a_plot_that_says_so(plot, history):
+    ax = plot(history)
+    assert [text.get_text() for text in ax.texts] == ["nothing recorded yet"] and ax.get_xlabel() and ax.get_legend() is None
+    ax.figure.savefig(io.BytesIO(), format="png")
+
+
+@pytest.mark.parametrize("history", [[step(1)], [valid(0, 4.0)], [step(1, math.nan)], [ft.Event(3, "pause", "", 0.0)]])
+@pytest.mark.parametrize("plot", [ft.plot_loss, ft.plot_memory])
+def test_the_smallest_histories_can_be_drawn(plot, history):
+    plot(history).figure.canvas.draw()
+
+
+def test_the_callers_axes_are_used_and_keep_their_style():
+    figure, (left, right) = plt.subplots(1, 2)
+    left.set_facecolor("black")
+    assert ft.plot_loss([step(1)], ax=left) is left and ft.plot_memory([step(1)], right) is right
+    assert plt.get_fignums() == [figure.number] and matplotlib.colors.to_hex(left.get_facecolor()) == "#000000"
+
+
+def test_own_figures_are_dark_on_white_in_any_theme_and_settings_stay_as_they_were():
+    with plt.style.context("dark_background"):
+        before = dict(matplotlib.rcParams)
+        ax = ft.plot_loss([step(i) for i in range(1, 40)])
+        assert dict(matplotlib.rcParams) == before
+    colours = [ax.get_facecolor(), ax.figure.get_facecolor(), ax.get_legend().get_frame().get_facecolor()[:3]]
+    assert {matplotlib.colors.to_hex(c) for c in colours} == {"#ffffff"}
+    assert {matplotlib.colors.to_hex(t.get_color()) for t in (ax.xaxis.label, *ax.get_legend().get_texts())} == {"#222222"}
+
+
+def test_figures_do_not_pile_up_and_the_users_own_stay():
+    own = plt.figure()
+    first = ft.plot_loss([step(1)])
+    for _ in range(30):
+        ft.plot_loss([step(1)])
+    assert len(plt.get_fignums()) <= 11 and plt.fignum_exists(own.number)
+    first.figure.canvas.draw()  # who holds an old one can go on using it
+
+
+def test_a_figure_is_one_that_pyplot_shows():
+    assert ft.plot_loss([step(1)]).figure.number in plt.get_fignums()
+
+
+def test_twenty_thousand_steps_are_drawn_fast():
+    history = [step(i, math.sin(i)) for i in range(1, 20001)]
+    start = time.perf_counter()
+    for plot in (ft.plot_loss, ft.plot_memory):
+        plot(history).figure.canvas.draw()
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [1.0, 2.0], {"loss": [1.0]}])
+def test_what_is_no_history_is_refused(wrong):
+    with pytest.raises(ft.ConfigError, match="plot_loss: expected"):
+        ft.plot_loss(wrong)
+
+
+def test_a_trainer_given_in_place_of_its_history_is_pointed_to_it():
+    trainer = type("Trainer", (), {"history": []})()
+    with pytest.raises(ft.ConfigError, match="got Trainer. Pass its .history."):
+        ft.plot_memory(trainer)
