@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from fulltune_nb.models.cpu_math import softmax_statistics
 
-CHUNK_ELEMENTS = 2**24
-"""Logits of a chunk: 64 MiB in float32."""
+CHUNK_ELEMENTS = 2**22
+"""Logits of a chunk: 16 MiB in float32. About 20 such arrays exist at the peak, as MLX works on some operations ahead."""
 
 Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
 
@@ -57,8 +57,8 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
     hidden_gradients = []
     head_gradients = {name: mx.zeros_like(array) for name, array in head.items()}
     for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
-        # Each chunk waits for the one before: otherwise all would be computed side by side and exist together.
-        part = mx.depends([hidden[rows]], [total, *head_gradients.values()])[0]
+        # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
+        part = mx.depends([hidden[rows]], [total, *hidden_gradients[-1:], *head_gradients.values()])[0]
         losses, probabilities = _token_losses(part, head, targets[rows])
         total = total + (losses * weights[rows]).sum()
         # d loss / d logits = weight * (softmax - one_hot(target))

@@ -1,0 +1,50 @@
+"""Small models and data for the trainer's tests."""
+
+import pytest
+
+import fulltune_nb as ft
+
+TINY_LLAMA = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
+}
+WORDS = "the quick brown fox jumps over lazy dog rows table city most people answer fine thank you".split()
+
+
+def make_rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Prompt and completion rows of varied lengths."""
+    return [
+        {
+            "prompt": " ".join(WORDS[(i + j) % len(WORDS)] for j in range(2 + i % 7)),
+            "completion": " ".join(WORDS[(2 * i + j) % len(WORDS)] for j in range(1 + i % 5)),
+        }
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def make_lm(tokenizer):
+    """`make_lm(**changes of config.json)`: a model with the same random weights each time."""
+    return lambda **changes: ft.LanguageModel.from_config({**TINY_LLAMA, **changes}, tokenizer, seed=1)
+
+
+@pytest.fixture
+def make_data(tokenizer):
+    """`make_data(rows, **load_data settings)`: train, valid and test of completions."""
+
+    def make(rows: int = 10, **settings):
+        splits = {"train": make_rows(rows), "valid": make_rows(5, start=100), "test": make_rows(7, start=200)}
+        return ft.load_data(splits, tokenizer, **settings)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_lm, make_data):
+    """`make_trainer(rows=10, run_dir=None, **TrainConfig settings)`."""
+
+    def make(rows: int = 10, run_dir=None, **settings):
+        config = ft.TrainConfig(**{"batch_size": 4, "iters": 8, "learning_rate": 1e-3, "mask_prompt": True, **settings})
+        return ft.Trainer(make_lm(), make_data(rows, config=config), config, run_dir)
+
+    return make

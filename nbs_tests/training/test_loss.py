@@ -1,0 +1,77 @@
+"""The chunked cross-entropy against MLX's plain one."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from fulltune_nb.training import loss as loss_module
+from fulltune_nb.training.loss import cross_entropy, cross_entropy_only
+
+NUM_POSITIONS, HIDDEN, VOCAB = 70, 16, 97
+
+
+@pytest.fixture(params=[32, 10_000], ids=["three chunks", "one chunk"])
+def chunk_rows(request, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", request.param * VOCAB)
+
+
+def _problem(bias: bool):
+    random = np.random.RandomState(0)
+    hidden = mx.array(random.randn(NUM_POSITIONS, HIDDEN), dtype=mx.float32)
+    head = {"weight": mx.array(random.randn(VOCAB, HIDDEN), dtype=mx.float32)}
+    if bias:
+        head["bias"] = mx.array(random.randn(VOCAB), dtype=mx.float32)
+    targets = mx.array(random.randint(0, VOCAB, NUM_POSITIONS))
+    weights = mx.array((np.arange(NUM_POSITIONS) < 60) / 60, dtype=mx.float32)  # the last ten are padding
+    return hidden, head, targets, weights
+
+
+def _plain(hidden, head, targets, weights):
+    logits = hidden @ head["weight"].T + head.get("bias", 0.0)
+    return (nn.losses.cross_entropy(logits, targets) * weights).sum()
+
+
+def _distance(ours, reference):
+    return (mx.linalg.norm(ours - reference) / mx.linalg.norm(reference)).item()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_and_all_gradients_equal_the_plain_ones(chunk_rows, bias):
+    hidden, head, targets, weights = _problem(bias)
+    ours, (d_hidden, d_head) = mx.value_and_grad(lambda h, w: 3.0 * cross_entropy(h, w, targets, weights), argnums=(0, 1))(hidden, head)
+    plain, (p_hidden, p_head) = mx.value_and_grad(lambda h, w: 3.0 * _plain(h, w, targets, weights), argnums=(0, 1))(hidden, head)
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert _distance(d_hidden, p_hidden) < 1e-5
+    for name in head:
+        assert _distance(d_head[name], p_head[name]) < 1e-5
+
+
+def test_evaluation_gives_the_same_loss(chunk_rows):
+    hidden, head, targets, weights = _problem(bias=True)
+    assert cross_entropy_only(hidden, head, targets, weights).item() == pytest.approx(_plain(hidden, head, targets, weights).item(), rel=1e-6)
+
+
+def test_padding_has_no_gradient():
+    hidden, head, targets, weights = _problem(bias=False)
+    gradient = mx.grad(lambda h: cross_entropy(h, head, targets, weights))(hidden)
+    assert mx.abs(gradient[60:]).max().item() == 0
+    assert mx.abs(gradient[:60]).min(axis=0).max().item() > 0
+
+
+def test_logits_of_all_positions_never_exist_at_once(monkeypatch):
+    rows, vocab = 4096, 4096
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 64 * vocab)
+    hidden, weight = mx.random.normal((rows, 64)), mx.random.normal((vocab, 64))
+    targets, weights = mx.zeros((rows,), dtype=mx.int32), mx.ones((rows,))
+    mx.eval(hidden, weight, targets, weights)
+
+    def peak(loss):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.grad(loss, argnums=(0, 1))(hidden, weight))
+        return mx.get_peak_memory() - before
+
+    all_logits = rows * vocab * 4
+    chunked = peak(lambda h, w: cross_entropy(h, {"weight": w}, targets, weights))
+    assert chunked < all_logits < peak(lambda h, w: _plain(h, {"weight": w}, targets, weights))
