@@ -1,3 +1,51 @@
-"""Runs before any test module is imported."""
+"""Fixtures for all tests. Runs before any test module is imported."""
 
-import fulltune_nb  # noqa: F401  first of all: it gives MLX its BLAS, which is too late once a test has imported mlx
+import fulltune_nb  # noqa: F401, I001  first of all: it gives MLX its BLAS, which is too late once a test has imported mlx
+import pytest
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIAL_TOKENS += ["<start_of_turn>", "<end_of_turn>"]
+CORPUS = """\
+The quick brown fox jumps over the lazy dog. How many rows are in the table? Which city has the most people?
+select name from cities where population > 1000; select count(*) from trains where colour = 'red';
+user assistant system model tool What is the answer? The answer is forty two. Hello! How are you today? I am fine, thank you.
+naïve café, größer, Übung, 東京 and 日本, numbers 0 1 2 3 4 5 6 7 8 9, brackets [INST] [/INST] <<SYS>> <</SYS>> {"name": "add"}
+"""
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """`make_tokenizer(chat_template=None, adds_bos=False, **options)`: a new tokenizer each time, so that a test may change it.
+
+    A byte-level BPE of a few hundred tokens with <s>, </s> and <pad>, and the special tokens of some chat formats.
+    `adds_bos` makes `encode` put <s> in front; `options` go to `PreTrainedTokenizerFast`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # sorted: the set's own order changes from run to run
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet, special_tokens=SPECIAL_TOKENS)
+    trained.train_from_iterator(CORPUS.splitlines(), trainer)
+    description = trained.to_str()
+
+    def make(chat_template=None, adds_bos=False, **options):
+        backend = Tokenizer.from_str(description)
+        if adds_bos:
+            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **options}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer):
+    """One tokenizer with a ChatML template for tests that only read it; vocabulary of at most 500."""
+    return make_tokenizer(CHATML)

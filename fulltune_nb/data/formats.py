@@ -1,0 +1,125 @@
+"""The three row formats: which one a split has, and whether a row fits it.
+
+    chat         {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}     tools may be left out
+    completions  {"prompt": ..., "completion": ...}
+    text         {"text": ...}
+
+The key names can be changed by the `*_feature` settings. Other keys are ignored; a key whose value is null counts as absent.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fulltune_nb.data.settings import DataSettings
+
+FORMATS = ("chat", "completions", "text")
+"""In the order in which a row that fits several is taken."""
+
+
+def keys_of(name: str, settings: DataSettings) -> tuple[str, ...]:
+    """The keys that a row of format `name` must have."""
+    return {
+        "chat": (settings.chat_feature,),
+        "completions": (settings.prompt_feature, settings.completion_feature),
+        "text": (settings.text_feature,),
+    }[name]
+
+
+def row_format(row: Mapping[str, Any], settings: DataSettings) -> str | None:
+    """The first format all of whose keys the row has, or None."""
+    for name in FORMATS:
+        if all(row.get(key) is not None for key in keys_of(name, settings)):
+            return name
+    return None
+
+
+def detect_format(rows: Sequence[Mapping[str, Any]], settings: DataSettings) -> str | None:
+    """The format most rows have (the earliest seen where two are equally common), or None if no row has any.
+
+    It is the most common one and not the first row's, so that one bad first row is what gets reported, not all the others.
+    """
+    counts = Counter(row_format(row, settings) for row in rows)
+    counts.pop(None, None)
+    return max(counts, key=counts.get) if counts else None
+
+
+def expected_keys(settings: DataSettings) -> str:
+    """The three formats' keys as text for messages."""
+    return "; ".join(f"{name}: {' and '.join(repr(k) for k in keys_of(name, settings))}" for name in FORMATS)
+
+
+def row_problem(row: Mapping[str, Any], format: str, settings: DataSettings) -> str | None:
+    """What is wrong with a row of a split whose format is `format`; None if nothing."""
+    missing = [key for key in keys_of(format, settings) if row.get(key) is None]
+    if missing:
+        return _missing_keys(row, format, missing, settings)
+    if format == "chat":
+        return _messages_problem(row[settings.chat_feature], settings.chat_feature) or _tools_problem(row)
+    for key in keys_of(format, settings):
+        if not isinstance(row[key], str):
+            return f"{key!r} is {_kind(row[key])}, expected a string"
+    return _tools_problem(row) if format == "completions" else None
+
+
+def _missing_keys(row: Mapping[str, Any], format: str, missing: list[str], settings: DataSettings) -> str:
+    other = row_format(row, settings)
+    if other is not None:
+        return f"mixed formats: this row is {other}, most rows of the split are {format} (without {_names(missing)} here)"
+    null = [key for key in missing if key in row]
+    text = f"missing key {_names(missing)}" if not null else f"{_names(null)} is null"
+    close = [c for key in missing for c in difflib.get_close_matches(key, [str(k) for k in row], n=1) if c not in missing]
+    return f"{text} ({format} format); the row has {_names(row)}" + (f". Is {_names(close)} misspelt?" if close else "")
+
+
+def _messages_problem(messages: Any, key: str) -> str | None:
+    if not isinstance(messages, (list, tuple)):
+        return f"{key!r} is {_kind(messages)}, expected a list of messages"
+    if not messages:
+        return f"{key!r} is an empty list, expected at least one message"
+    for i, message in enumerate(messages):
+        at = f"{key}[{i}]"
+        if not isinstance(message, Mapping):
+            return f"{at} is {_kind(message)}, expected an object with 'role' and 'content'"
+        if not isinstance(message.get("role"), str):
+            return f"{at}: 'role' is {_kind(message['role'])}, expected a string" if "role" in message else f"{at}: missing key 'role'"
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            return f"{at}: 'content' is {'null' if 'content' in message else 'missing'}, expected a string"
+        if content is not None and not isinstance(content, str):
+            parts = " (join the text parts to one string)" if isinstance(content, list) else ""
+            return f"{at}: 'content' is {_kind(content)}, expected a string{parts}"
+    return None
+
+
+def _tools_problem(row: Mapping[str, Any]) -> str | None:
+    tools = row.get("tools")
+    if tools is None or isinstance(tools, (list, tuple)):
+        return None
+    return f"'tools' is {_kind(tools)}, expected a list of tool descriptions"
+
+
+def messages_of(row: Mapping[str, Any], format: str, settings: DataSettings) -> list[Mapping[str, Any]]:
+    """The conversation of a chat or completions row; a completion is a user/assistant pair."""
+    if format == "chat":
+        return list(row[settings.chat_feature])
+    return [
+        {"role": "user", "content": row[settings.prompt_feature]},
+        {"role": "assistant", "content": row[settings.completion_feature]},
+    ]
+
+
+def _names(keys: Any, limit: int = 8) -> str:
+    names = [repr(str(k)[:40]) for k in keys]
+    return (", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")) or "no keys"
+
+
+_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+
+
+def _kind(value: Any) -> str:
+    """The JSON name of a value's type; for values that are not from JSON, Python's."""
+    return _KINDS.get(type(value), f"of type {type(value).__name__}")

@@ -1,0 +1,243 @@
+"""Files and lists to rows. Every bad line is collected by file and line; nothing is decided here about formats."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fulltune_nb.errors import DataError
+
+SPLITS = ("train", "valid", "test")
+MAX_LINE_BYTES = 16 * 2**20
+"""A longer line is reported and skipped without being held in memory. As text it would be some four million tokens."""
+PROBLEMS_SHOWN = 20
+
+_OTHER_NAMES = {"train": ("training",), "valid": ("validation", "val", "dev", "eval"), "test": ("testing", "tests")}
+_FOLDER_LAYOUT = "a folder with train.jsonl, valid.jsonl and test.jsonl (any of them)"
+
+
+@dataclass
+class RawSplit:
+    """The rows of one split as read."""
+
+    name: str
+    label: str
+    """What stands before the row number: `"train.jsonl"`, or `"train"` for rows in memory."""
+    rows: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    """(source, row), the source being label and 1-based line."""
+    problems: list[str] = field(default_factory=list)
+    blank_lines: int = 0
+
+
+def bad_rows_error(problems: list[str], where: str) -> DataError:
+    """The error that lists bad rows: the first 20 in the message, all in `.problems`."""
+    shown = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS_SHOWN])
+    more = len(problems) - PROBLEMS_SHOWN
+    rest = f"\n  ... and {more:,} more (all of them are in the error's .problems)" if more > 0 else ""
+    rows = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
+    return DataError(f"{rows} in {where}; nothing was loaded. Correct or remove these rows:\n{shown}{rest}", problems)
+
+
+# ---------------------------------------------------------------- rows in memory
+
+
+def read_memory(source: Mapping[str, Any]) -> list[RawSplit]:
+    """Splits from `{"train": rows, "valid": rows, "test": rows}`; a split that is None counts as absent.
+
+    Raises:
+        DataError: a split has an unknown name or is no list of rows, or there is none at all.
+    """
+    for name in source:
+        if name not in SPLITS:
+            close = _nearest_split(str(name))
+            hint = f" Is {close!r} meant?" if close else ""
+            raise DataError(f"Unknown split {str(name)!r}: expected {', '.join(SPLITS)}.{hint}")
+    splits = [_read_list(name, source[name]) for name in SPLITS if source.get(name) is not None]
+    if not splits:
+        raise DataError(f"No split given: expected rows under at least one of {', '.join(SPLITS)}.")
+    return splits
+
+
+def _read_list(name: str, rows: Any) -> RawSplit:
+    if isinstance(rows, (str, bytes, os.PathLike, Mapping)) or not isinstance(rows, Iterable):
+        raise DataError(f"{name}: expected a list of rows (dicts), got {type(rows).__name__}.")
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a pandas DataFrame iterates over its column names
+        raise DataError(f'{name}: expected a list of rows (dicts), got a {type(rows).__name__}. Pass its to_dict("records").')
+    split = RawSplit(name, name)
+    for number, row in enumerate(rows, 1):
+        source = f"{name}:{number}"
+        if isinstance(row, Mapping):
+            split.rows.append((source, row))
+        else:
+            split.problems.append(f"{source}: not an object (dict) but of type {type(row).__name__}")
+    if not split.rows and not split.problems:
+        split.problems.append(f"{name}: no rows; leave the split out or give it rows")
+    return split
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
+    """Splits from the `.jsonl` files of a folder, and notes on what in it was not read.
+
+    Raises:
+        DataError: there is no such folder, or none of the three files in it.
+    """
+    names = _folder_names(folder)
+    found = [name for name in SPLITS if f"{name}.jsonl" in names]
+    if not found:
+        raise DataError(_no_splits(folder, names))
+    unread = [name for name in names if name.endswith(".jsonl") and name[: -len(".jsonl")] not in SPLITS]
+    notes = []
+    if unread:
+        meant = {name: close for name in unread if (close := _nearest_split(name)) and close not in found}
+        hints = "".join(f" Is {name} meant as {close}.jsonl?" for name, close in list(meant.items())[:3])
+        notes.append(f"Not read: {_listing(unread, 5)}; only train.jsonl, valid.jsonl and test.jsonl are.{hints}")
+    return [read_file(name, folder / f"{name}.jsonl") for name in found], notes
+
+
+def _folder_names(folder: Path) -> list[str]:
+    """The names in a folder.
+
+    Raises:
+        DataError: not a folder; the message lists the nearest names that there are.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except NotADirectoryError:
+        hint = f" Give the folder it is in: {str(folder.parent)!r}." if folder.is_file() else ""
+        raise DataError(f"{str(folder)!r} is a file: expected {_FOLDER_LAYOUT}.{hint}") from None
+    except FileNotFoundError:
+        raise DataError(f"There is no folder {str(folder)!r}: expected {_FOLDER_LAYOUT}.{_nearest_folder(folder)}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"The folder {str(folder)!r} cannot be read: {error}.") from error
+
+
+def _nearest_folder(folder: Path) -> str:
+    parent = next((p for p in folder.parents if p.is_dir()), None)
+    if parent is None:
+        return ""
+    try:
+        folders = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError:
+        return ""
+    wanted = folder.relative_to(parent).parts[0]
+    close = difflib.get_close_matches(wanted, folders, n=3, cutoff=0.5)
+    if close:
+        return f" Near it in {str(parent)!r}: {', '.join(close)}."
+    return f" {str(parent)!r} has these folders: {_listing(folders)}."
+
+
+def _no_splits(folder: Path, names: list[str]) -> str:
+    renames = [f"{name} -> {close}.jsonl" for name in names if (close := _nearest_split(name))]
+    hint = f" Rename (one JSON object per line): {', '.join(renames[:3])}." if renames else ""
+    return f"No data in {str(folder)!r}: expected {_FOLDER_LAYOUT}, found {_listing(names)}.{hint}"
+
+
+def _listing(names: list[str], limit: int = 10) -> str:
+    return (", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")) or "nothing"
+
+
+def _nearest_split(name: str) -> str | None:
+    """The split that a file or key of this name probably is."""
+    stem = name.lower().split(".")[0]
+    for split in SPLITS:
+        if stem in (split, *_OTHER_NAMES[split]) or difflib.get_close_matches(stem, [split], cutoff=0.75):
+            return split
+    return None
+
+
+def read_file(name: str, path: Path) -> RawSplit:
+    """The rows of one JSON Lines file: UTF-8 (a byte order mark is allowed), LF or CRLF; blank lines are counted."""
+    split = RawSplit(name, path.name)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+            if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+                split.problems.append(f"{path.name}:1: not UTF-8 but UTF-16 (it begins with that byte order mark); save the file as UTF-8")
+                return split
+            file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
+            for number, line, size in _lines(file):
+                _read_line(split, number, line, size)
+    except OSError as error:
+        split.problems.append(f"{path.name}: cannot be read: {error.strerror or error}")
+    if not split.rows and not split.problems:
+        what = f"only {split.blank_lines} blank lines" if split.blank_lines else "an empty file"
+        split.problems.append(f"{path.name}: {what}, expected one JSON object per line; fill the file or remove it")
+    return split
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None, int]]:
+    """(1-based number, line, bytes in it); the line is None where it is longer than `MAX_LINE_BYTES`."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        size = len(line)
+        if size <= MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield number, line, size
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(2**20)):
+            size += len(line)
+        yield number, None, size
+
+
+def _read_line(split: RawSplit, number: int, line: bytes | None, size: int) -> None:
+    source = f"{split.label}:{number}"
+    if line is None:
+        limit = MAX_LINE_BYTES // 2**20
+        reason = f"a line of {size / 2**20:,.1f} MiB, the limit is {limit} MiB; is a line break missing? Write one JSON object per line"
+        split.problems.append(f"{source}: {reason}")
+    elif not line.strip():
+        split.blank_lines += 1
+    else:
+        try:
+            split.rows.append((source, parse_line(line)))
+        except _BadLine as bad:
+            split.problems.append(f"{source}: {bad}")
+
+
+class _BadLine(Exception):
+    """One line is not a row; the text is the reason."""
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The object on one line.
+
+    Raises:
+        _BadLine: it is not UTF-8, not JSON, not an object, or gives a key twice.
+    """
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise _BadLine(f"not UTF-8 (byte 0x{byte:02x} at byte {error.start + 1} of the line); save the file as UTF-8") from None
+    try:
+        row = json.loads(text, object_pairs_hook=_no_twice)
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 10) : error.pos + 20].rstrip("\r\n")
+        whole = text.strip() in ("[", "{", "],", "}", "},", "]")
+        hint = " (JSON Lines needs each object on one line of its own)" if whole else ""
+        raise _BadLine(f"not JSON: {error.msg} at character {error.pos + 1}, near {near!r}{hint}") from None
+    except (RecursionError, ValueError) as error:
+        raise _BadLine(f"not readable as JSON: {str(error)[:200]}") from None
+    if not isinstance(row, dict):
+        what = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(row), "a number")
+        hint = "; write each of its elements on a line of its own" if isinstance(row, list) else ""
+        raise _BadLine(f"not an object but {what}{hint}")
+    return row
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python keeps the last of two equal keys without a word; a row like that has lost something."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _BadLine(f"the key {twice[:40]!r} is given twice in one object; keep one")
+    return row

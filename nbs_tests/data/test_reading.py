@@ -1,0 +1,212 @@
+"""Files and lists to rows: what is accepted, and how bad input is reported."""
+
+import json
+import tracemalloc
+
+import pytest
+
+from fulltune_nb.data import reading
+from fulltune_nb.data.reading import bad_rows_error, read_file, read_folder, read_memory
+from fulltune_nb.errors import DataError
+
+
+def read(tmp_path, content: bytes):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    return read_file("train", path)
+
+
+def test_rows_come_with_file_and_line_and_duplicates_stay(tmp_path):
+    split = read(tmp_path, b'{"text": "a"}\n{"text": "a"}\n{"text": "b", "id": 1}')
+    assert split.rows == [
+        ("train.jsonl:1", {"text": "a"}),
+        ("train.jsonl:2", {"text": "a"}),
+        ("train.jsonl:3", {"text": "b", "id": 1}),
+    ]
+    assert split.problems == [] and split.blank_lines == 0
+
+
+def test_byte_order_mark_and_crlf_are_accepted(tmp_path):
+    split = read(tmp_path, b'\xef\xbb\xbf{"text": "a\\r\\n"}\r\n{"text": "b"}\r\n')
+    assert [row for _, row in split.rows] == [{"text": "a\r\n"}, {"text": "b"}] and split.problems == []
+
+
+def test_blank_lines_are_counted_and_keep_the_line_numbers(tmp_path):
+    split = read(tmp_path, b'\n{"text": "a"}\n  \r\n{"text": "b"}\n\n')
+    assert [source for source, _ in split.rows] == ["train.jsonl:2", "train.jsonl:4"] and split.blank_lines == 3
+
+
+def test_line_separators_of_unicode_inside_a_string_end_no_line(tmp_path):
+    split = read(tmp_path, '{"text": "a\u2028b\u0085c"}\n'.encode())
+    assert split.rows == [("train.jsonl:1", {"text": "a\u2028b\u0085c"})]
+
+
+BAD_LINES = [
+    (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte 14 of the line)"),
+    (b'{"text": "a"', "not JSON: Expecting ',' delimiter"),
+    (b"{'text': 'a'}", "not JSON"),
+    (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
+    (b"hello", "not JSON"),
+    (b"[", "each object on one line"),
+    (b'["a"]', "not an object but a list"),
+    (b'"a"', "not an object but a string"),
+    (b"3", "not an object but a number"),
+    (b"true", "not an object but true or false"),
+    (b"null", "not an object but null"),
+    (b'{"text": "a", "text": "b"}', "the key 'text' is given twice"),
+    (b'{"messages": [{"role": "user", "role": "system"}]}', "the key 'role' is given twice"),
+    (b'{"a":' * 100_000, "not readable as JSON"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+]
+
+
+@pytest.mark.parametrize("line, said", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_bad_line_is_reported_with_file_and_line_and_the_others_are_read(tmp_path, line, said):
+    split = read(tmp_path, b'{"text": "a"}\n' + line + b'\n{"text": "c"}\n')
+    assert [row["text"] for _, row in split.rows] == ["a", "c"]
+    assert len(split.problems) == 1 and split.problems[0].startswith("train.jsonl:2: ") and said in split.problems[0]
+    assert len(split.problems[0]) < 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_file_is_one_problem(tmp_path, encoding):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    split = read(tmp_path, (mark + '{"text": "a"}\n' * 30).encode(encoding))
+    assert len(split.problems) == 1 and "train.jsonl:1: not UTF-8 but UTF-16" in split.problems[0]
+
+
+@pytest.mark.parametrize("content, said", [(b"", "an empty file"), (b"\n\n", "only 2 blank lines"), (b"\xef\xbb\xbf", "an empty file")])
+def test_file_without_rows_is_a_problem(tmp_path, content, said):
+    assert said in read(tmp_path, content).problems[0]
+
+
+@pytest.mark.parametrize("last", [b"", b'\n{"text": "b"}\n'])
+def test_line_of_50_mb_is_a_problem_by_line_and_never_held_in_memory(tmp_path, last):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 50_000_000 + b'"}' + last)
+    tracemalloc.start()
+    split = read_file("train", path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [source for source, _ in split.rows] == ["train.jsonl:1", "train.jsonl:3"][: 1 + bool(last)]
+    assert len(split.problems) == 1 and "train.jsonl:2: a line of 47.7 MiB, the limit is 16 MiB" in split.problems[0]
+    assert peak < 2.5 * reading.MAX_LINE_BYTES
+
+
+def test_line_of_just_the_limit_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 20)
+    fits, too_long = json.dumps({"text": "x" * 8}), json.dumps({"text": "x" * 9})
+    assert len(fits) == 20
+    split = read(tmp_path, f"{fits}\n{too_long}\n{fits}\n{fits}".encode())
+    assert [source for source, _ in split.rows] == ["train.jsonl:1", "train.jsonl:3", "train.jsonl:4"]
+    assert [p.split(" ")[0] for p in split.problems] == ["train.jsonl:2:"]
+
+
+def test_error_shows_the_first_20_problems_and_holds_all():
+    problems = [f"train.jsonl:{i}: not JSON" for i in range(1, 36)]
+    error = bad_rows_error(problems, "the folder")
+    shown = [line for line in str(error).splitlines() if "train.jsonl:" in line]
+    assert len(shown) == 20 and "train.jsonl:20:" in shown[-1]
+    assert "35 problems in the folder" in str(error) and "15 more" in str(error) and error.problems == problems
+    assert "more" not in str(bad_rows_error(problems[:20], "the folder"))
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_folder_with_some_of_the_files_is_read(tmp_path):
+    for name in ("test", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "README.md").write_text("about")
+    splits, notes = read_folder(tmp_path)
+    assert [s.name for s in splits] == ["valid", "test"] and notes == []
+
+
+def test_jsonl_files_that_are_not_read_are_noted_with_the_name_that_is_meant(tmp_path):
+    for name in ("train.jsonl", "validation.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    note = read_folder(tmp_path)[1][0]
+    assert "more.jsonl, validation.jsonl" in note and "Is validation.jsonl meant as valid.jsonl?" in note
+
+
+def test_missing_folder_is_an_error_with_the_nearest_name(tmp_path):
+    (tmp_path / "wikisql").mkdir()
+    with pytest.raises(DataError, match=r"no folder.*wikisqll.*wikisql\."):
+        read_folder(tmp_path / "wikisqll")
+    with pytest.raises(DataError, match="has these folders: wikisql"):
+        read_folder(tmp_path / "zzz" / "deeper")
+
+
+def test_file_in_place_of_a_folder_is_an_error_that_names_the_folder(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(DataError) as error:
+        read_folder(path)
+    assert "is a file" in str(error.value) and f"Give the folder it is in: {str(tmp_path)!r}" in str(error.value)
+
+
+WRONG_NAMES = [
+    (["Train.jsonl", "val.jsonl"], "Train.jsonl -> train.jsonl, val.jsonl -> valid.jsonl"),
+    (["train.json"], "train.json -> train.jsonl"),
+]
+
+
+@pytest.mark.parametrize("names, hint", WRONG_NAMES)
+def test_folder_without_data_is_an_error_that_lists_what_is_there(tmp_path, names, hint):
+    for name in [*names, "notes.txt"]:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError) as error:
+        read_folder(tmp_path)
+    assert all(name in str(error.value) for name in [*names, "notes.txt"]) and hint in str(error.value)
+
+
+def test_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="found nothing"):
+        read_folder(tmp_path)
+
+
+def test_folder_in_place_of_a_file_is_a_problem(tmp_path):
+    (tmp_path / "train.jsonl").mkdir()
+    assert "train.jsonl: cannot be read" in read_folder(tmp_path)[0][0].problems[0]
+
+
+# ---------------------------------------------------------------- rows in memory
+
+
+def test_rows_in_memory_come_with_split_and_number():
+    row = {"text": "a"}
+    splits = read_memory({"test": [row], "train": iter([row, row]), "valid": None})
+    assert [(s.name, s.rows) for s in splits] == [("train", [("train:1", row), ("train:2", row)]), ("test", [("test:1", row)])]
+
+
+def test_row_in_memory_that_is_no_dict_is_a_problem_by_number():
+    split = read_memory({"train": [{"text": "a"}, "b", None]})[0]
+    assert [p.split(" not")[0] for p in split.problems] == ["train:2:", "train:3:"]
+
+
+@pytest.mark.parametrize("name, meant", [("validation", "valid"), ("tests", "test"), ("Train", "train"), ("dev", "valid")])
+def test_unknown_split_is_an_error_with_the_nearest_name(name, meant):
+    with pytest.raises(DataError, match=f"Unknown split '{name}'.*{meant!r} meant"):
+        read_memory({name: [{"text": "a"}]})
+
+
+@pytest.mark.parametrize("rows", ["train.jsonl", {"text": "a"}, 3, b"x"])
+def test_split_that_is_no_list_is_an_error(rows):
+    with pytest.raises(DataError, match="train: expected a list of rows"):
+        read_memory({"train": rows})
+
+
+def test_data_frame_is_an_error_that_says_what_to_pass():
+    pandas = pytest.importorskip("pandas", reason="pandas is an optional package")
+    with pytest.raises(DataError, match="to_dict"):
+        read_memory({"train": pandas.DataFrame({"text": ["a"]})})
+
+
+@pytest.mark.parametrize("source", [{}, {"train": None}])
+def test_no_split_is_an_error(source):
+    with pytest.raises(DataError, match="No split given"):
+        read_memory(source)
+
+
+def test_empty_list_is_a_problem():
+    assert read_memory({"train": [{"text": "a"}], "valid": []})[1].problems == ["valid: no rows; leave the split out or give it rows"]
