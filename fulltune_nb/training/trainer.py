@@ -146,10 +146,10 @@ class Trainer:
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
         """
         with interrupts_deferred():
-            started = time.perf_counter()
-            mx.reset_peak_memory()
             if self.step_count == 0 and self._directory and not self._directory.checkpoints():
                 self.save()  # a run can always go back to where it began
+            started = time.perf_counter()
+            mx.reset_peak_memory()
             batches = self._next_batches()
             loss, gradients = self._gradients(batches)
             norm = global_norm(gradients)
