@@ -243,3 +243,42 @@ def test_trained_tokens_of_any_conversation_are_its_assistant_turns(tokenizer, c
     expected = [content + "<|im_end|>\n" for role, content in conversation if role == "assistant"]
     assert trained_runs(example, tokenizer) == expected
     assert tokenizer.decode(example.tokens) == example.text
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer():
+    """`make(template)`: a tokenizer that marks spaces by ▁ and puts one in front, as Llama 2, Mistral and Gemma have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, show_progress=False, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)]
+    )
+    backend.train_from_iterator(["How are you? Fine. And now? Still fine. user model assistant [INST] [/INST]"] * 3, trainer)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    description = backend.to_str()
+
+    def make(template):
+        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(description), chat_template=template, **tokens)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (templates.LLAMA2, [" Fine. </s>", " Still fine. </s>"]),
+        (templates.GEMMA, ["Fine.<end_of_turn>\n", "Still fine.<end_of_turn>\n"]),
+        (templates.CHATML, CHATML_ENDS),
+    ],
+)
+def test_turns_are_found_with_a_sentencepiece_tokenizer(sentencepiece_tokenizer, template, expected):
+    tokenizer = sentencepiece_tokenizer(template)
+    example = encode_one({"messages": [Q1, A1, Q2, A2]}, "chat", tokenizer)
+    assert trained_runs(example, tokenizer) == expected
+    assert example.tokens.tolist() == tokenizer.apply_chat_template([Q1, A1, Q2, A2], return_dict=False)
