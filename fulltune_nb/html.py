@@ -10,6 +10,9 @@ from __future__ import annotations
 import html as _html
 from collections.abc import Iterable, Sequence
 
+NO_MATH = "mathjax_ignore tex2jax_ignore"
+"""Class of elements whose text MathJax leaves alone."""
+
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 
 # Characters that reorder or hide the text around them: bidirectional controls and zero-width marks.
@@ -19,7 +22,8 @@ _INVISIBLE = {ord(c): f"\\u{ord(c):04x}" for c in "\u200b\u200e\u200f\u202a\u202
 def esc(text: object, limit: int | None = None) -> str:
     """Text made safe to stand in HTML, as element content or as a quoted attribute.
 
-    Markup, `$` (MathJax), control characters (ANSI codes too) and direction marks are neutralised.
+    Markup, control characters (ANSI codes too) and direction marks are neutralised. `$` needs more: a browser decodes
+    any entity before MathJax looks, so text is put into `<pre>` or under the class `NO_MATH`, as `table` and `bar` do.
 
     Args:
         text: anything; `str()` is taken of it.
@@ -30,7 +34,7 @@ def esc(text: object, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         cut, text = len(text) - limit, text[:limit]
     text = "".join(c if c >= " " or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-    text = _html.escape(text.translate(_INVISIBLE), quote=True).replace("$", "&#36;")
+    text = _html.escape(text.translate(_INVISIBLE), quote=True)
     return text + (f" … (+{cut:,} characters)" if cut else "")
 
 
@@ -39,7 +43,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
     head = "".join(f'<th style="text-align:left;padding:2px 10px">{esc(h)}</th>' for h in headers)
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     title = f'<caption style="text-align:left;font-weight:bold">{esc(caption)}</caption>' if caption else ""
-    return f'<table style="border-collapse:collapse">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="{NO_MATH}" style="border-collapse:collapse">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _cell(value: object) -> str:
@@ -75,7 +79,7 @@ def bar(parts: Sequence[tuple[str, float]], limit: float | None = None, width: i
         at = min(limit * scale, width - 1)
         rects.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="30" stroke="#D55E00" stroke-width="2" stroke-dasharray="4 2"/>')
         legend.append(f'<span style="white-space:nowrap">┆ limit {limit:,.2f} {esc(unit)}</span>')
-    return f'<svg width="{width}" height="30" role="img">{"".join(rects)}</svg><div>{"".join(legend)}</div>'
+    return f'<svg width="{width}" height="30" role="img">{"".join(rects)}</svg><div class="{NO_MATH}">{"".join(legend)}</div>'
 
 
 def human_bytes(count: float) -> str:

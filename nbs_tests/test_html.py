@@ -1,0 +1,40 @@
+"""Text from outside never becomes markup."""
+
+import pytest
+
+from fulltune_nb import html
+
+HOSTILE = ["<img src=x onerror=alert(1)>", "</pre><script>alert(1)</script>", "\" onmouseover='x'", "\x1b[31mred", "\u202eevil\u202c", "a\x00b"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_escaped_text_has_no_markup_controls_or_direction_marks(text):
+    escaped = html.esc(text)
+    assert not set(escaped) & set("<>\"'\x1b\x00\u202e\u202c")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_tables_facts_and_bars_escape_names_and_values(text):
+    shown = html.table([text], [[text]], caption=text) + html.facts(text, [(text, text)]) + html.bar([(text, 1.0)], limit=2.0, unit=text)
+    assert text not in shown and "<script" not in shown and "<img" not in shown
+
+
+def test_line_breaks_and_tabs_stay_and_what_is_cut_is_counted():
+    assert html.esc("a\n\tb") == "a\n\tb"
+    assert html.esc("x" * 1500, limit=10) == "x" * 10 + " … (+1,490 characters)"
+
+
+def test_dollar_signs_stand_where_mathjax_does_not_look():
+    assert 'class="mathjax_ignore' in html.table(["price"], [["$5 and $10"]])
+    assert html.bar([("$5 and $10", 1.0)]).count('class="mathjax_ignore') == 1
+
+
+def test_numbers_are_set_to_the_right_and_bars_keep_proportions():
+    assert "text-align:right" in html.table(["n"], [[3]]) and "text-align:right" not in html.table(["n"], [["3"]])
+    svg = html.bar([("a", 1.0), ("b", 3.0)], width=400)
+    assert 'width="100.0"' in svg and 'width="300.0"' in svg
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (4_290_000_000, "4.29 GB"), (2e12, "2.00 TB")])
+def test_bytes_are_written_in_decimal_units(count, text):
+    assert html.human_bytes(count) == text
