@@ -1,0 +1,186 @@
+"""The CPU's fast exponentials against numpy in float64 and against the MLX operations they replace."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from fulltune_nb.models import cpu_math
+
+INF, NAN = np.inf, np.nan
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+def normal(*shape: int, scale: float = 3.0, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).normal(scale=scale, size=shape).astype(np.float32))
+
+
+def relative_error(got: mx.array, want: np.ndarray) -> float:
+    return float(np.max(np.abs(np.array(got, dtype=np.float64) - want) / np.maximum(np.abs(want), np.finfo(np.float32).tiny)))
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["compiled", "inside a gradient"])
+def test_exp_is_right_to_float32_over_the_whole_normal_range(traced):
+    x = np.concatenate([np.linspace(-87.3, 88.3, 200_001), np.linspace(-1e-3, 1e-3, 1001)]).astype(np.float32)
+    got = mx.vjp(cpu_math.fast_exp, [mx.array(x)], [mx.array(x)])[0][0] if traced else cpu_math.fast_exp(mx.array(x))
+    assert relative_error(got, np.exp(x.astype(np.float64))) < 1e-6
+
+
+def test_exp_of_special_values():
+    x = [0.0, -0.0, -INF, -1e30, -88.0, INF, 1e30, 89.0, NAN]
+    got = np.array(cpu_math.fast_exp(mx.array(x)))
+    np.testing.assert_array_equal(got, np.array([1, 1, 0, 0, 0, INF, INF, INF, NAN], dtype=np.float32))
+
+
+def test_exp_beside_its_borders_goes_down_to_zero_and_up_to_infinity_without_a_step_back():
+    got = np.array(cpu_math.fast_exp(mx.array(np.linspace(-89, -87, 2001, dtype=np.float32))))
+    assert (np.diff(got) >= 0).all() and got[0] == 0.0
+    got = np.array(cpu_math.fast_exp(mx.array(np.linspace(88, 89, 1001, dtype=np.float32))))
+    assert (got[:-1] <= got[1:]).all() and got[-1] == INF
+
+
+def test_softmax_is_numpys():
+    x = normal(3, 5, 77, scale=8.0)
+    x32 = np.array(x)
+    e = np.exp((x32 - x32.max(-1, keepdims=True)).astype(np.float64))  # the difference's own rounding is float32's, not exp's
+    assert relative_error(cpu_math.softmax(x), e / e.sum(-1, keepdims=True)) < 1e-6
+
+
+def test_softmax_gives_masked_positions_zero_and_passes_nan_on():
+    x = mx.array([[1.0, -INF, 1.0, -INF], [5e4, -5e4, -3e38, 0.0], [0.0, NAN, 0.0, 0.0], [-INF] * 4])
+    got = np.array(cpu_math.softmax(x))
+    np.testing.assert_array_equal(got[:2], [[0.5, 0, 0.5, 0], [1, 0, 0, 0]])
+    assert np.isnan(got[2:]).all()
+
+
+def test_a_masked_position_gets_no_gradient_and_gives_none_to_others():
+    x, weights = mx.array([[1.0, -INF, 2.0]]), mx.array([[1.0, 5.0, 3.0]])
+    masked = mx.grad(lambda x: (cpu_math.softmax(x) * weights).sum())(x)
+    alone = mx.grad(lambda x: (cpu_math.softmax(x) * weights[:, ::2]).sum())(x[:, ::2])
+    np.testing.assert_allclose(np.array(masked)[0, [0, 2]], np.array(alone)[0], rtol=1e-6)
+    assert masked[0, 1].item() == 0.0
+
+
+def test_softmax_statistics_are_the_log_sum_and_the_softmax():
+    logits = normal(6, 1000, scale=10.0)
+    wide = np.array(logits, dtype=np.float64)
+    top = wide.max(-1, keepdims=True)
+    want = np.log(np.exp(wide - top).sum(-1)) + top[:, 0]
+    log_sum, probabilities = cpu_math.softmax_statistics(logits)
+    assert relative_error(log_sum, want) < 1e-6
+    assert np.abs(np.array(probabilities) - np.exp(wide - want[:, None])).max() < 1e-6
+    assert log_sum.shape == (6,)
+
+
+def test_softmax_statistics_of_huge_and_of_excluded_logits_are_finite():
+    log_sum, probabilities = cpu_math.softmax_statistics(mx.array([[3e38, 0.0, -3e38], [-INF, 2.0, -INF]]))
+    np.testing.assert_allclose(np.array(log_sum), [3e38, 2.0], rtol=1e-6)
+    np.testing.assert_array_equal(np.array(probabilities), [[1, 0, 0], [0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("function", "reference"),
+    [(cpu_math.silu, lambda x: x * sigmoid(x)), (cpu_math.gelu_tanh, gelu_tanh)],
+    ids=["silu", "gelu_tanh"],
+)
+def test_activations_are_numpys(function, reference):
+    x = np.linspace(-12, 12, 50_001).astype(np.float32)
+    wide = x.astype(np.float64)
+    got = np.array(function(mx.array(x)), dtype=np.float64)
+    assert np.abs(got - reference(wide)).max() < 2e-6 and np.linalg.norm(got - reference(wide)) < 3e-7 * np.linalg.norm(reference(wide))
+    up = normal(50_001)
+    gated = {cpu_math.silu: cpu_math.swiglu, cpu_math.gelu_tanh: cpu_math.geglu}[function](mx.array(x), up)
+    want = reference(wide) * np.array(up, dtype=np.float64)
+    assert np.linalg.norm(np.array(gated) - want) < 3e-7 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("x", [-1e4, -200.0, 200.0, 1e4])
+@pytest.mark.parametrize("function", [cpu_math.silu, cpu_math.gelu_tanh])
+def test_activations_far_out_are_zero_or_the_input_with_gradients_zero_or_one(function, x):
+    value, gradient = mx.vjp(function, [mx.array([x])], [mx.array([1.0])])
+    assert value[0].item() == max(x, 0.0) and gradient[0].item() == float(x > 0)
+
+
+def test_activations_pass_nan_on():
+    one, nan = mx.array([1.0]), mx.array([NAN])
+    for got in (cpu_math.silu(nan), cpu_math.gelu_tanh(nan), cpu_math.swiglu(one, nan), cpu_math.geglu(nan, one)):
+        assert np.isnan(got.item())
+
+
+PAIRS = {
+    "fast_exp": (cpu_math.fast_exp, mx.exp, 1),
+    "softmax": (cpu_math.softmax, lambda x: mx.softmax(x, axis=-1), 1),
+    "silu": (cpu_math.silu, nn.silu, 1),
+    "gelu_tanh": (cpu_math.gelu_tanh, nn.gelu_approx, 1),
+    "swiglu": (cpu_math.swiglu, lambda g, u: nn.silu(g) * u, 2),
+    "geglu": (cpu_math.geglu, lambda g, u: nn.gelu_approx(g) * u, 2),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "inside mx.compile"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients_are_those_of_automatic_differentiation(name, compiled):
+    function, reference, count = PAIRS[name]
+    inputs = [normal(2, 9, 33, seed=i) for i in range(count)]
+    weights = normal(2, 9, 33, seed=9)
+    arguments = tuple(range(count))
+    gradients = mx.grad(lambda *a: (function(*a) * weights).sum(), arguments)
+    got = (mx.compile(gradients) if compiled else gradients)(*inputs)
+    want = mx.grad(lambda *a: (reference(*a) * weights).sum(), arguments)(*inputs)
+    for ours, theirs in zip(got, want, strict=True):
+        assert mx.linalg.norm(ours - theirs).item() < 2e-6 * mx.linalg.norm(theirs).item()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_views_that_are_not_contiguous_give_the_same(name):
+    function, reference, count = PAIRS[name]
+    inputs = [normal(7, 4, 6, seed=i).transpose(1, 2, 0) for i in range(count)]
+    assert mx.allclose(function(*inputs), reference(*inputs), rtol=1e-5, atol=1e-6)
+    got, want = (mx.grad(lambda *a, f=f: f(*a).square().sum())(*inputs) for f in (function, reference))
+    assert mx.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("name", PAIRS)
+def test_other_dtypes_keep_mlxs_own_functions_and_their_dtype(name, dtype):
+    function, reference, count = PAIRS[name]
+    inputs = [normal(5, 8, seed=i).astype(dtype) for i in range(count)]
+    assert not cpu_math.applies(*inputs) and cpu_math.applies(normal(2))
+    got = function(*inputs)
+    assert got.dtype == dtype and mx.allclose(got, reference(*inputs), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.long
+def test_softmax_statistics_are_at_least_twice_as_fast_as_mlxs_own():
+    import time
+
+    logits = normal(256, 4096)
+
+    def own():
+        log_sum = mx.logsumexp(logits, axis=-1, keepdims=True)
+        return log_sum, mx.exp(logits - log_sum)
+
+    best = {}
+    for _ in range(8):  # taken in turns, so that other load on the machine hits both
+        for name, function in (("own", own), ("ours", lambda: cpu_math.softmax_statistics(logits))):
+            start = time.process_time()
+            mx.eval(function())
+            best[name] = min(best.get(name, INF), time.process_time() - start)
+    assert best["own"] > 2 * best["ours"], best
