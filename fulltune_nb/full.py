@@ -1,0 +1,273 @@
+"""`python -m fulltune_nb.full`: trains every weight of a model, tests it, and writes what can be taken home.
+
+Every flag is a field of `Options` or of `TrainConfig`; its help is the field's docstring. The same names stand in the YAML file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulltune_nb.command_line import Parser, add_fields, field_names, run, start
+from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.training import checks
+from fulltune_nb.training.checks import SettingError
+from fulltune_nb.training.config import TrainConfig, read_yaml
+
+if TYPE_CHECKING:
+    from fulltune_nb.data.dataset import DataSet
+    from fulltune_nb.language_model import LanguageModel
+    from fulltune_nb.training.trainer import Trainer
+
+EPILOG = """\
+examples:
+  python -m fulltune_nb.full --model mistralai/Mistral-7B-v0.1 --train --data data --iters 600
+  python -m fulltune_nb.full --config config.yaml --train --test --learning-rate 3e-5
+  python -m fulltune_nb.full --model-file model.npz --data data --test
+  python -m fulltune_nb.full --train --run-dir runs/a --resume
+
+Flags win over the YAML file, which is described in docs/example_config.yaml.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command does and where things are; how it trains is `TrainConfig`.
+
+    Raises:
+        ConfigError: a value of the wrong type.
+    """
+
+    model: str | None = None
+    """Model folder or hub id. May be left out where the model file tells where it came from."""
+    train: bool = False
+    """Train, and write the model file and a model folder."""
+    test: bool = False
+    """Print loss and perplexity on the test split."""
+    data: str = "data"
+    """Folder with train.jsonl, valid.jsonl and test.jsonl."""
+    model_file: str = "model.npz"
+    """The weights, .npz or .safetensors: written by training; read first if it exists, so that training goes on from it."""
+    export: bool = True
+    """Write a complete Hugging Face model folder after training."""
+    export_dir: str | None = None
+    """Where to. Left out: beside the model file, model_hf for model.npz."""
+    dtype: str | None = None
+    """float32 or bfloat16, in memory. Left out: as stored (float16 becomes float32)."""
+    run_dir: str | None = None
+    """Folder for checkpoints and metrics. Left out: the weights alone are saved, to the model file, every save_every steps."""
+    resume: bool = False
+    """Go on with the run in run_dir exactly where it stopped, with its settings, model and data."""
+
+    def __post_init__(self):
+        for name in field_names(Options):
+            is_flag = isinstance(getattr(Options, name), bool)
+            checks.run(checks.flag if is_flag else checks.optional(checks.text), name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that was asked for."""
+
+    options: Options
+    config: TrainConfig
+    given: frozenset[str]
+    """Names that stood in a flag or in the YAML file."""
+
+    @property
+    def model_file(self) -> Path:
+        """Path of the model file."""
+        return Path(self.options.model_file).expanduser()
+
+
+def read_settings(flags: Mapping[str, Any]) -> Settings:
+    """Joins flags and the YAML file; a flag wins, whatever its value.
+
+    Args:
+        flags: what stood on the command line, and nothing else; `config` is the YAML file's path.
+
+    Raises:
+        ConfigError: unknown names, wrong types or values; with file and line where they stood in the file.
+    """
+    own, path = field_names(Options), flags.get("config")
+    options = {name: value for name, value in flags.items() if name in own}
+    training = {name: value for name, value in flags.items() if name not in own and name != "config"}
+    if path is None:
+        return Settings(Options(**options), TrainConfig.from_dict(training), frozenset(flags))
+    stored = read_yaml(path)
+    config = TrainConfig.from_yaml(path, ignore=own, **training)
+    try:
+        checked = Options(**{**{name: value for name, value in stored.items() if name in own}, **options})
+    except SettingError as error:
+        where = "" if error.setting in flags else f"{stored.where(error.setting)}: "
+        raise ConfigError(f"{where}{error}") from None
+    return Settings(checked, config, frozenset(stored) | set(flags))
+
+
+def check_paths(settings: Settings) -> None:
+    """Finds out what is missing before a model is loaded.
+
+    Raises:
+        ConfigError, DataError, WeightsError: nothing to do, or something that is needed is not there.
+    """
+    from fulltune_nb.model_file import check_ending
+
+    options = settings.options
+    if not options.train and not options.test:
+        raise ConfigError("Nothing to do: give --train, --test or both.")
+    check_ending(settings.model_file)
+    if "model_file" in settings.given and not options.train and not settings.model_file.is_file():
+        raise ConfigError(f"No weights file at {settings.model_file}. Train first, correct --model-file, or leave it out to test --model.")
+    if options.resume:
+        if not options.train or options.run_dir is None:
+            raise ConfigError("--resume goes on with a training run: give --train and --run-dir too.")
+        return  # the run knows its data
+    if options.train and options.run_dir is not None and holds_run(Path(options.run_dir).expanduser()):
+        raise ConfigError(f"{options.run_dir} already holds a run. Add --resume to go on with it, or give another --run-dir.")
+    folder = Path(options.data).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {options.data!r}. Give --data a folder with train.jsonl, valid.jsonl and test.jsonl.")
+    for split in ("train", "test"):
+        if getattr(options, split) and not (folder / f"{split}.jsonl").is_file():
+            there = ", ".join(sorted(path.name for path in folder.glob("*.json*"))[:8]) or "no .jsonl file"
+            raise DataError(f"--{split} needs {folder / f'{split}.jsonl'}; found there: {there}.")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was begun in a folder."""
+    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*"))
+
+
+def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
+    """Model and data, with a line for each thing worth knowing."""
+    from fulltune_nb.data.dataset import load_data
+    from fulltune_nb.model_file import load_with_model_file
+
+    options, path = settings.options, settings.model_file
+    if not path.is_file():
+        if not options.train:
+            print(f"There is no {path}: the model is tested as it is.")
+        lm = load_with_model_file(options.model, None, options.dtype)
+    else:
+        again = "For a fresh start, remove it or name another --model-file."
+        print(f"Training goes on from the weights in {path}. {again}" if options.train else f"Weights: {path}")
+        lm = load_with_model_file(options.model, path, options.dtype)
+    print(f"Model: {lm!r}")
+    stored = lm.config.raw.get("dtype") or lm.config.raw.get("torch_dtype")
+    if stored == "float16" and options.dtype is None and options.train:
+        print("The checkpoint is float16, in which updates underflow: it is trained in float32. --dtype bfloat16 takes half the memory.")
+    data = load_data(options.data, lm.tokenizer, config=settings.config)
+    show_data(data)
+    return lm, data
+
+
+def show_data(data: DataSet) -> None:
+    """The data's size and notes, a line each."""
+    print(f"Data: {data!r}")
+    for note in data.notes:
+        print(note)
+
+
+def make_trainer(settings: Settings) -> Trainer:
+    """A new trainer, or the one of the run that is to be resumed."""
+    from fulltune_nb.training.trainer import Trainer
+
+    options = settings.options
+    if not options.resume:
+        return Trainer(*load(settings), settings.config, options.run_dir)
+    trainer = Trainer.resume(options.run_dir)
+    print(f"Model: {trainer.lm!r}")
+    show_data(trainer.data)
+    for name in sorted(settings.given & field_names(TrainConfig)):
+        now, then = getattr(settings.config, name), getattr(trainer.config, name)
+        if now != then:
+            raise ConfigError(f"{name} is {now!r} here and {then!r} in the run. A resumed run keeps its settings: leave this one out.")
+    return trainer
+
+
+class SaveModelFile:
+    """Writes the weights every `save_every` steps, in runs that have no checkpoints."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_step(self, trainer: Trainer, report: Any) -> None:
+        """After a step."""
+        if trainer.run_dir is None and report.step % trainer.config.save_every == 0 and report.step < trainer.total_steps:
+            save_weights(trainer, self.path)
+
+
+def save_weights(trainer: Trainer, path: Path) -> None:
+    """The weights as they are now into the model file."""
+    from fulltune_nb.model_file import save_model_file
+
+    save_model_file(path, trainer.lm, trainer.data.train.format)
+
+
+def train(settings: Settings) -> Trainer:
+    """Trains to the end or to an interrupt, and writes the model file and, at the end, the model folder."""
+    from fulltune_nb.model_file import export_folder
+
+    trainer, path = make_trainer(settings), settings.model_file
+    trainer.run(callbacks=[SaveModelFile(path)])
+    save_weights(trainer, path)
+    print(f"Weights after step {trainer.step_count}: {path}")
+    if trainer.interrupted:
+        exactly = " --resume" if settings.options.run_dir else ""
+        print(f"Interrupted after step {trainer.step_count} of {trainer.total_steps}. The same command{exactly} goes on from here.")
+    elif settings.options.export:
+        wanted = Path(settings.options.export_dir or path.with_name(f"{path.stem}_hf")).expanduser()
+        note = {"data_format": trainer.data.train.format, "base_model": trainer.lm.source, "steps": trainer.step_count}
+        print(f"Model folder: {export_folder(trainer.lm, wanted, note)}")
+    return trainer
+
+
+def test_line(loss: float) -> str:
+    """The line that a test ends with. Loss in nats a token; its exponential is the perplexity."""
+    return f"Test loss {loss:.3f}, Test ppl {math.exp(loss) if loss < 700 else math.inf:.3f}."
+
+
+def work(flags: Mapping[str, Any]) -> int:
+    """What the command does; returns its exit code."""
+    settings = read_settings(flags)
+    check_paths(settings)
+    trainer = train(settings) if settings.options.train else None
+    if trainer is not None and trainer.interrupted:
+        return 130
+    if not settings.options.test:
+        return 0
+    batches = None if settings.config.test_batches < 0 else settings.config.test_batches
+    if trainer is not None:
+        print(test_line(trainer.evaluate("test", batches).loss))
+        return 0
+    from fulltune_nb.training.allocator import cap_cache
+    from fulltune_nb.training.evaluate import evaluate_loss
+
+    cap_cache()
+    lm, data = load(settings)
+    print(test_line(evaluate_loss(lm.model, data.test, settings.config.batch_size, batches)[0]))
+    return 0
+
+
+def build_parser() -> Parser:
+    """The command's arguments; none has a default, so that what was given can be told from what was not."""
+    name, usage = "python -m fulltune_nb.full", "python -m fulltune_nb.full [--model MODEL] [--data DIR] [--train] [--test] [settings]"
+    parser = Parser(prog=name, usage=usage, description="Full fine-tuning: every weight is trained.", epilog=EPILOG)
+    add_fields(parser.add_argument_group("what to do"), Options)
+    parser.add_argument("--config", "-c", metavar="YAML", help="file with any of these settings", default=argparse.SUPPRESS)
+    add_fields(parser.add_argument_group("how to train and test"), TrainConfig)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    flags = vars(build_parser().parse_args(argv))
+    return run(lambda: work(flags))
+
+
+if __name__ == "__main__":
+    start(main)
