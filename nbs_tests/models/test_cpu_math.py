@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,11 +15,21 @@ INF, NAN = np.inf, np.nan
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu():
+def on_the_cpu(monkeypatch):
+    """On the CPU, and the module's own forms whatever the size, so that small examples test them."""
+    monkeypatch.setattr(cpu_math, "FEWEST_ELEMENTS", 1)
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(before)
+
+
+@pytest.fixture
+def big_cache():
+    """What training sets: freed arrays are kept for the next ones, not given back to the system."""
+    before = mx.set_cache_limit(2**28)
+    yield
+    mx.set_cache_limit(before)
 
 
 def normal(*shape: int, scale: float = 3.0, seed: int = 0) -> mx.array:
@@ -36,7 +48,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["compiled", "inside a gradient"])
+@pytest.mark.parametrize("traced", [False, True], ids=["alone", "inside a gradient"])
 def test_exp_is_right_to_float32_over_the_whole_normal_range(traced):
     x = np.concatenate([np.linspace(-87.3, 88.3, 200_001), np.linspace(-1e-3, 1e-3, 1001)]).astype(np.float32)
     got = mx.vjp(cpu_math.fast_exp, [mx.array(x)], [mx.array(x)])[0][0] if traced else cpu_math.fast_exp(mx.array(x))
@@ -167,10 +179,19 @@ def test_other_dtypes_keep_mlxs_own_functions_and_their_dtype(name, dtype):
     assert got.dtype == dtype and mx.allclose(got, reference(*inputs), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.long
-def test_softmax_statistics_are_at_least_twice_as_fast_as_mlxs_own():
-    import time
+@pytest.mark.parametrize("name", PAIRS)
+def test_small_arrays_are_left_to_mlx_and_give_the_same(name, monkeypatch):
+    monkeypatch.undo()
+    function, reference, count = PAIRS[name]
+    for elements in (8191, 8192):
+        inputs = [normal(elements, seed=i) for i in range(count)]
+        assert cpu_math.applies(*inputs) == (elements == 8192)
+        got, want = (mx.grad(lambda *a, f=f: f(*a).square().sum())(*inputs) for f in (function, reference))
+        assert mx.linalg.norm(got - want).item() < 1e-5 * mx.linalg.norm(want).item()
 
+
+@pytest.mark.long
+def test_softmax_statistics_are_at_least_twice_as_fast_as_mlxs_own(big_cache):
     logits = normal(256, 4096)
 
     def own():
