@@ -35,8 +35,9 @@ class Norm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if self._kind == "rms":
             return mx.fast.rms_norm(x, self.weight, self._eps)
-        if self._kind == "rms_plus_one":
-            return mx.fast.rms_norm(x, 1.0 + self.weight, self._eps)
+        if self._kind == "rms_plus_one":  # in bfloat16, 1 + weight would lose the weight's last bits
+            scale = 1.0 + self.weight.astype(mx.float32)
+            return mx.fast.rms_norm(x.astype(mx.float32), scale, self._eps).astype(x.dtype)
         return mx.fast.layer_norm(x, self.get("weight"), self.get("bias"), self._eps)
 
 
@@ -148,6 +149,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_norm(x))
 
 
+class HeadBias(nn.Module):
+    """What is left of the head where its weight is the embedding's."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = mx.zeros((size,))
+
+
 class Decoder(nn.Module):
     """A decoder-only language model. Weights are random until loaded."""
 
@@ -160,6 +169,8 @@ class Decoder(nn.Module):
         self.norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias="lm_head" in config.biases)
+        elif "lm_head" in config.biases:
+            self.lm_head = HeadBias(config.vocab_size)
 
     @property
     def config(self) -> ModelConfig:
@@ -173,6 +184,8 @@ class Decoder(nn.Module):
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids (B, T) -> the first block's input (B, T, D)."""
         x = self.embed_tokens(ids)
+        if self._config.padding_id is not None:  # as torch's Embedding(padding_idx=...): its row gets no gradient from here
+            x = mx.where((ids == self._config.padding_id)[..., None], mx.stop_gradient(x), x)
         return x if self._config.embed_scale is None else x * mx.array(self._config.embed_scale, dtype=x.dtype)
 
     def hidden_states(self, ids: mx.array, cache: Sequence[KVCache] | None = None, checkpoint: bool = False) -> mx.array:
@@ -196,13 +209,15 @@ class Decoder(nn.Module):
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""
-        if "lm_head" in self:
-            return self.lm_head(hidden)
-        return self.embed_tokens.as_linear(hidden)
+        weights = self.head_weights()
+        if "bias" in weights:
+            return mx.addmm(weights["bias"], hidden, weights["weight"].T)
+        return hidden @ weights["weight"].T
 
     def head_weights(self) -> dict[str, mx.array]:
         """The head's arrays: `weight` (V, D), the embedding's own where tied, and `bias` (V,) where the family has one."""
-        return dict(self.lm_head.items()) if "lm_head" in self else {"weight": self.embed_tokens.weight}
+        own = dict(self.lm_head.items()) if "lm_head" in self else {}
+        return {"weight": self.embed_tokens.weight, **own}
 
     def _masks(self, length: int, cache: Sequence[KVCache] | None) -> list[mx.array | None]:
         """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fulltune_nb.errors import ModelError
+from fulltune_nb.models.kernels import ACTIVATIONS
 from fulltune_nb.models.rope import RopeConfig, read_rope
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -88,7 +89,10 @@ FAMILIES: dict[str, Family] = {
         biases={ATTENTION_PROJECTIONS: "attention_bias"},
         scale_embeddings=True,
         activation_aliases={"gelu": "gelu_pytorch_tanh"},
-        defaults={"tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16},
+        defaults={
+            "tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16,
+            "pad_token_id": 0,
+        },
     ),
     "phi": Family(
         norm="layer",
@@ -106,6 +110,7 @@ FAMILIES: dict[str, Family] = {
         norm="layer_no_params",
         norm_eps=1e-5,
         biases={ATTENTION_PROJECTIONS: "attention_bias"},
+        defaults={"pad_token_id": 1},
     ),
 }
 
@@ -117,7 +122,10 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "rope_theta": 1e4,
     "max_position_embeddings": 2048,
+    "pad_token_id": None,
 }
+_NOT_NULL = ("tie_word_embeddings", "hidden_act", "rope_theta", "max_position_embeddings")
+_EXPERT_KEYS = ("num_local_experts", "num_experts_per_tok")
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,8 @@ class ModelConfig:
     rope: RopeConfig
     qk_norm: bool = False
     clip_qkv: float | None = None
+    padding_id: int | None = None
+    """The token whose row of the embedding the input does not train, as with torch's `Embedding(padding_idx=...)`."""
     num_experts: int = 0
     num_experts_per_token: int = 0
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -163,7 +173,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         ModelError: the family is not supported, the checkpoint is quantized, or a size is missing or impossible.
     """
     family_name = raw.get("model_type")
-    if family_name not in FAMILIES:
+    if not isinstance(family_name, str) or family_name not in FAMILIES:
         near = difflib.get_close_matches(str(family_name), FAMILIES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ModelError(f"{where}: model_type is {family_name!r}, but the supported families are {', '.join(FAMILIES)}.{hint}")
@@ -173,7 +183,10 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
             " cannot take small updates. Use the original, unquantized checkpoint."
         )
     family = FAMILIES[family_name]
-    values = {**COMMON_DEFAULTS, **family.defaults, **raw}
+    defaults = {**COMMON_DEFAULTS, **family.defaults}
+    values = {**defaults, **raw}
+    for key in _NOT_NULL:
+        values[key] = defaults[key] if values[key] is None else values[key]
     sizes = {
         name: _size(values, key, where)
         for name, key in (
@@ -186,8 +199,9 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     if num_heads % num_kv_heads:
         raise ModelError(f"{where}: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads}).")
     head_dim = _size(values, "head_dim", where) if values.get("head_dim") else sizes["hidden_size"] // num_heads
-    activation = values["hidden_act"]
-    is_moe = family.mlp == "moe"
+    experts, chosen = (_size(values, key, where) for key in _EXPERT_KEYS) if family.mlp == "moe" else (0, 0)
+    if chosen > experts:
+        raise ModelError(f"{where}: num_experts_per_tok ({chosen}) is larger than num_local_experts ({experts}).")
     return ModelConfig(
         family=family_name,
         **sizes,
@@ -198,7 +212,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         norm_eps=float(values[family.norm_eps]) if isinstance(family.norm_eps, str) else family.norm_eps,
         block=family.block,
         mlp=family.mlp,
-        activation=family.activation_aliases.get(activation, activation),
+        activation=_activation(family, values, where),
         biases=_biases(family, values),
         embed_scale=sizes["hidden_size"] ** 0.5 if family.scale_embeddings else None,
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
@@ -206,8 +220,9 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         rope=read_rope(values, head_dim, where),
         qk_norm=bool(values.get("qk_layernorm", False)),
         clip_qkv=values.get("clip_qkv"),
-        num_experts=_size(values, "num_local_experts", where) if is_moe else 0,
-        num_experts_per_token=_size(values, "num_experts_per_tok", where) if is_moe else 0,
+        padding_id=_padding_id(values, sizes["vocab_size"]),
+        num_experts=experts,
+        num_experts_per_token=chosen,
         raw=dict(raw),
     )
 
@@ -217,6 +232,20 @@ def _size(values: Mapping[str, Any], key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ModelError(f"{where}: {key} must be a positive whole number, found {value!r}.")
     return value
+
+
+def _activation(family: Family, values: Mapping[str, Any], where: str) -> str:
+    name = family.activation_aliases.get(values["hidden_act"], values["hidden_act"])
+    if name not in ACTIVATIONS:
+        raise ModelError(f"{where}: hidden_act is {name!r}; supported are {', '.join(ACTIVATIONS)}.")
+    return name
+
+
+def _padding_id(values: Mapping[str, Any], vocab_size: int) -> int | None:
+    padding_id = values["pad_token_id"]
+    if padding_id is None or not -vocab_size <= padding_id < vocab_size:
+        return None
+    return padding_id % vocab_size  # torch counts a negative one from the end
 
 
 def _biases(family: Family, values: Mapping[str, Any]) -> frozenset[str]:

@@ -19,10 +19,12 @@ from fulltune_nb.errors import ModelError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """`theta`: base wavelength; `rotary_dim`: R; `scaling`: `"default"`, `"linear"` or `"llama3"` with its `parameters`."""
+    """`theta`: base wavelength; `rotary_dim`: R, the `fraction` of C that the config gives; `scaling`: `"default"`, `"linear"` or
+    `"llama3"` with its `parameters`."""
 
     theta: float
     rotary_dim: int
+    fraction: float = 1.0
     scaling: str = "default"
     parameters: tuple[tuple[str, float], ...] = ()
 
@@ -40,8 +42,10 @@ def read_rope(values: Mapping[str, Any], head_dim: int, where: str) -> RopeConfi
     Raises:
         ModelError: a scaling that is not supported, one lacking a parameter, or different ones for different layers.
     """
-    new_dialect, old_scaling = values.get("rope_parameters"), values.get("rope_scaling")
-    parameters: dict[str, Any] = {**(old_scaling or {}), **(new_dialect or {})}
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}  # where both are, transformers takes the first
+    if not isinstance(given, Mapping):
+        raise ModelError(f"{where}: rope_scaling and rope_parameters must be objects, found {given!r}.")
+    parameters: dict[str, Any] = dict(given)
     if parameters and all(isinstance(value, Mapping) for value in parameters.values()):
         kinds = list(parameters.values())
         if any(kind != kinds[0] for kind in kinds):
@@ -50,6 +54,9 @@ def read_rope(values: Mapping[str, Any], head_dim: int, where: str) -> RopeConfi
     scaling = parameters.get("rope_type") or parameters.get("type") or "default"
     if scaling not in _NEEDED:
         raise ModelError(f"{where}: rope scaling {scaling!r} is not supported; supported are {', '.join(_NEEDED)}.")
+    if scaling == "llama3" and values.get("max_position_embeddings"):  # as transformers fills it in
+        stated = values.get("original_max_position_embeddings") or values["max_position_embeddings"]
+        parameters.setdefault("original_max_position_embeddings", stated)
     if missing := [key for key in _NEEDED[scaling] if parameters.get(key) is None]:
         raise ModelError(f"{where}: rope scaling {scaling!r} needs {', '.join(missing)}.")
     theta = parameters.get("rope_theta", values["rope_theta"])
@@ -57,7 +64,7 @@ def read_rope(values: Mapping[str, Any], head_dim: int, where: str) -> RopeConfi
     rotary_dim = int(head_dim * fraction)
     if rotary_dim <= 0 or rotary_dim % 2:
         raise ModelError(f"{where}: {fraction} of head_dim {head_dim} gives {rotary_dim} rotated dimensions; an even number is needed.")
-    return RopeConfig(float(theta), rotary_dim, scaling, tuple((key, float(parameters[key])) for key in _NEEDED[scaling]))
+    return RopeConfig(float(theta), rotary_dim, fraction, scaling, tuple((key, float(parameters[key])) for key in _NEEDED[scaling]))
 
 
 def inverse_frequencies(config: RopeConfig) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import FAMILIES, ModelConfig
 from fulltune_nb.models.loading import INDEX_FILE
 from fulltune_nb.models.names import to_hf
 
@@ -103,6 +105,7 @@ def save_folder(folder: Path, model: Decoder, save_tokenizer: Callable[[str], An
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} is not an empty folder. A model is saved into a new or empty one, so that nothing is overwritten.")
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = hf_tensors(model)
@@ -113,15 +116,44 @@ def save_folder(folder: Path, model: Decoder, save_tokenizer: Callable[[str], An
             write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
         config = _exported_config(model, next(iter(tensors.values())).dtype)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
+    except BaseException as error:  # an interrupt too leaves no half-written model that looks like one
+        _remove_contents(folder, and_itself=made)
+        if isinstance(error, OSError):
+            raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
+        raise
+
+
+def _remove_contents(folder: Path, and_itself: bool) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if and_itself and folder.is_dir():
+        folder.rmdir()
 
 
 def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
     config = {**model.config.raw, "tie_word_embeddings": model.config.tie_word_embeddings}
+    for key, value in _left_out(model.config).items():
+        if config.get(key) is None:
+            config[key] = value
     written = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # the dialect of the source
     config.update({key: _DTYPE_NAMES[dtype] for key in written})
     return config
+
+
+def _left_out(config: ModelConfig) -> dict[str, Any]:
+    """What readers with other defaults, or of the older dialect only (mlx-lm), need to see written out."""
+    rope = config.rope
+    values = {"num_key_value_heads": config.num_kv_heads, "rope_theta": rope.theta}
+    if config.head_dim * config.num_heads != config.hidden_size or "head_dim" in FAMILIES[config.family].defaults:
+        values["head_dim"] = config.head_dim
+    if rope.fraction != 1.0 or "partial_rotary_factor" in FAMILIES[config.family].defaults:
+        values["partial_rotary_factor"] = rope.fraction
+    if rope.scaling != "default":
+        values["rope_scaling"] = {"rope_type": rope.scaling, **dict(rope.parameters)}
+    return values
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> None:

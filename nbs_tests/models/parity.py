@@ -1,0 +1,84 @@
+"""Our side of the parity tests: folders to load, loss gradients, greedy decoding, and the comparisons."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import save_file
+
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.kv_cache import make_cache
+from fulltune_nb.models.names import to_hf
+
+LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
+NO_GRADIENT = 1e-6
+"""Below this share of the largest gradient a tensor's gradient is rounding noise (a router that always picks one expert)."""
+
+
+def need(package: str, install: str) -> None:
+    """Skips the test where an optional package is missing; fails it in CI, which must have it."""
+    if importlib.util.find_spec(package) is None:
+        message = f"{package} is not installed: the comparison with it is not made live. Install with `{install}`."
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def need_torch() -> None:
+    """`need`, for torch."""
+    need("torch", "pip install torch==2.13.0")
+
+
+def write_folder(folder: Path, raw: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """A model folder without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def relative_error(found: np.ndarray | mx.array, expected: np.ndarray) -> float:
+    """Norm of the difference over the norm of the reference, in float64."""
+    expected = np.asarray(expected, dtype=np.float64)
+    return float(np.linalg.norm(np.asarray(found, dtype=np.float64) - expected) / np.linalg.norm(expected))
+
+
+def gradients(decoder: Decoder, ids: np.ndarray, checkpoint: bool) -> dict[str, np.ndarray]:
+    """Of the mean next-token cross-entropy, under Hugging Face names."""
+
+    def loss(ids: mx.array) -> mx.array:
+        logits = decoder.head(decoder.hidden_states(ids, checkpoint=checkpoint))[:, :-1]
+        return nn.losses.cross_entropy(logits, ids[:, 1:], reduction="mean")
+
+    _, found = nn.value_and_grad(decoder, loss)(mx.array(ids))
+    return {to_hf(name, decoder.config.family): np.array(array) for name, array in tree_flatten(found)}
+
+
+def assert_gradients_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Every tensor within the tolerance, and none missing."""
+    assert set(found) == set(expected)
+    largest = max(np.linalg.norm(array) for array in expected.values())
+    for name, reference in expected.items():
+        if np.linalg.norm(reference) <= NO_GRADIENT * largest:
+            assert np.linalg.norm(found[name]) <= NO_GRADIENT * largest, name
+        else:
+            assert relative_error(found[name], reference) < GRADIENT_TOLERANCE, name
+
+
+def greedy(decoder: Decoder, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
+    """Token by token with the cache: (1, T) -> (new_tokens,)."""
+    cache = make_cache(decoder.config.windows)
+    answer, new = [], mx.array(prompt)
+    for _ in range(new_tokens):
+        new = mx.argmax(decoder(new, cache)[:, -1:], axis=-1)
+        answer.append(new.item())
+    return np.array(answer)

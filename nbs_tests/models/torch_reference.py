@@ -1,0 +1,77 @@
+"""What transformers and torch compute: the reference of the parity tests. Importing this needs torch."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+torch.set_num_threads(1)  # the models are so small that threads cost more than they bring
+
+
+def build(raw: dict[str, Any], seed: int) -> torch.nn.Module:
+    """A transformers model of a config.json's content, with random weights large enough that every mechanism shows."""
+    config = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                scale = 0.15 if "embed" in name else 1.3 / parameter.shape[-1] ** 0.5
+                parameter.copy_(scale * noise)
+            else:
+                parameter.add_(0.2 * noise)
+    return model
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The model of a folder, as transformers reads it; float32 unless the folder says otherwise."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="auto").eval()
+
+
+def checkpoint(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The tensors of the checkpoint that transformers writes of a model, under their names there."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """(B, T, V), float32."""
+    with torch.no_grad():
+        return model(torch.from_numpy(ids).long()).logits.float().numpy()
+
+
+def gradients(model: torch.nn.Module, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the mean next-token cross-entropy, under the names of the checkpoint. The model is used up."""
+    tensor = torch.from_numpy(ids).long()
+    predicted = model(tensor).logits[:, :-1]
+    torch.nn.functional.cross_entropy(predicted.flatten(0, 1), tensor[:, 1:].flatten()).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return checkpoint(model)  # gradients written as weights are: transformers itself splits what it keeps fused
+
+
+def greedy(model: torch.nn.Module, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
+    """`generate` without sampling, never stopping: (1, T) -> (new_tokens,)."""
+    tensor = torch.from_numpy(prompt).long()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    with torch.no_grad():
+        full = model.generate(tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=new_tokens, use_cache=True)
+    return full[0, tensor.shape[1] :].numpy().astype(np.int32)
+
+
+def smallest_gap(model: torch.nn.Module, prompt: np.ndarray, answer: np.ndarray) -> float:
+    """How far the chosen token was ahead of the second best, at the closest call of a greedy answer."""
+    ids = np.concatenate([prompt[0], answer])[None]
+    best = np.sort(logits(model, ids)[0, prompt.shape[1] - 1 : -1], axis=-1)
+    return float((best[:, -1] - best[:, -2]).min())
