@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -21,13 +21,14 @@ from fulltune_nb.training.history import EvalReport, Event, StepReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of the palette, the colours that stand out from white (contrast 3:1 and more).
 _BLUE, _GREEN, _PINK, _VERMILLION = PALETTE[0], PALETTE[2], PALETTE[3], PALETTE[5]
 _GREY = "#666666"
 _EVAL_LOOKS = {"valid": (_VERMILLION, "o", "--"), "test": (_GREEN, "s", "none"), "train": (_PINK, "D", ":")}
 _OWN_STYLE = {
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "white"),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "white"),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), "#222222"),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "legend.edgecolor": "#cccccc",
@@ -53,8 +54,7 @@ def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         ConfigError: `history` is not a list of reports.
     """
     steps, evals, events = _sorted_out(history, "plot_loss")
-    with _style(ax):
-        ax = _new_axes() if ax is None else ax
+    with _drawing(ax) as ax:
         if steps:
             _draw_training_loss(ax, steps)
         for split in dict.fromkeys(report.split for report in evals):
@@ -74,8 +74,7 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         ConfigError: `history` is not a list of reports.
     """
     steps, _, events = _sorted_out(history, "plot_memory")
-    with _style(ax):
-        ax = _new_axes() if ax is None else ax
+    with _drawing(ax) as ax:
         if steps:
             x, peak = _series(steps, "peak_memory")
             active, cache = _series(steps, "active_memory")[1], _series(steps, "cache_memory")[1]
@@ -126,25 +125,33 @@ def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def _style(ax: Axes | None) -> AbstractContextManager:
-    return nullcontext() if ax is not None else matplotlib.rc_context(_OWN_STYLE)
+@contextmanager
+def _drawing(ax: Axes | None) -> Iterator[Axes]:
+    """The axes to draw on: those given as they are, or new ones, and then our style within the block."""
+    if ax is not None:
+        yield ax
+        return
+    # Outside our style: pyplot's first figure starts the notebook's backend, which changes settings that must outlast it.
+    figure = _new_figure()
+    with matplotlib.rc_context(_OWN_STYLE):
+        yield figure.add_subplot()
 
 
-def _new_axes() -> Axes:
-    """Axes of a figure that pyplot knows of, so that a notebook shows it after the cell.
+def _new_figure() -> Figure:
+    """A figure that pyplot knows of, so that a notebook shows it after the cell.
 
     A notebook closes figures then; a script never does. There, pyplot keeps the latest of ours only; the others live on for
     those who hold them.
     """
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
+    figure = plt.figure(figsize=(7.0, 4.0), layout="constrained", facecolor=_OWN_STYLE["figure.facecolor"])
     _own_figures.append(weakref.ref(figure))
     while len(_own_figures) > _OPEN_FIGURES:
         oldest = _own_figures.popleft()()
         if oldest is not None:
             plt.close(oldest)
-    return ax
+    return figure
 
 
 def _draw_training_loss(ax: Axes, steps: list[StepReport]) -> None:
