@@ -1,0 +1,129 @@
+"""The notebooks as they are committed, and as they run with no front end."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import fulltune_nb as ft
+from fulltune_nb import demo, tiny
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+QUICKSTART = demo.find_notebook()
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parameters_of(path: Path) -> dict[str, object]:
+    """Names and values of the parameters cell."""
+    found: dict = {}
+    exec(code_cells(read(path))[0].source, found)
+    return {name: found[name] for name in found["__annotations__"]}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_is_committed_without_outputs(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(notebook))
+    assert "papermill" not in notebook.metadata and all("papermill" not in cell.metadata for cell in notebook.cells)
+    assert not notebook.metadata.get("widgets")
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_its_first_code_cell_holds_annotated_parameters(path):
+    first, *others = code_cells(read(path))
+    assert first.metadata.tags == ["parameters"] and not any("parameters" in cell.metadata.get("tags", []) for cell in others)
+    assert all(isinstance(node, ast.AnnAssign) for node in ast.parse(first.source).body)
+    for name, value in parameters_of(path).items():
+        assert value is not None, f"{name}: papermill reads the type from the value too"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_no_cell_swallows_an_exit(path):
+    assert not any("exit(" in cell.source for cell in code_cells(read(path)))  # papermill takes it for success
+
+
+def test_the_quickstart_trains_with_the_settings_that_the_tiny_model_is_known_to_learn_with():
+    parameters = parameters_of(QUICKSTART)
+    shared = set(parameters) & set(tiny.FINE_TUNING)
+    assert {"iters", "batch_size", "learning_rate"} <= shared
+    assert {name: parameters[name] for name in shared} == {name: tiny.FINE_TUNING[name] for name in shared}
+
+
+# -- executed ---------------------------------------------------------------------------------------------------------
+
+
+def execute_quickstart(folder: Path, **parameters: object):
+    """The results it wrote and the executed notebook."""
+    executed = folder / "executed.ipynb"
+    demo.execute(QUICKSTART, executed, {"out": str(folder / "out"), "result": str(folder / "result.json"), **parameters})
+    return json.loads((folder / "result.json").read_text("utf-8")), read(executed)
+
+
+def outputs_of(notebook, cell_id: str) -> list:
+    return next(cell.outputs for cell in notebook.cells if cell.id == cell_id)
+
+
+def text_of(notebook, cell_id: str) -> str:
+    return "".join(output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs_of(notebook, cell_id))
+
+
+@pytest.mark.long
+def test_the_quickstart_runs_and_tells_its_story(tmp_path):
+    results, notebook = execute_quickstart(tmp_path, iters=6, questions=6)
+    assert results["after"]["perplexity"] < results["before"]["perplexity"] / 2
+    assert results["questions"] == 6 and 0 <= results["exact_match"] <= 1 and results["tokens_per_second"] > 0
+    assert results["split"] == "test" and results["config"]["iters"] == 6
+    for cell in ("plot-loss", "plot-memory"):
+        assert [list(output.data) for output in outputs_of(notebook, cell)] and "image/png" in outputs_of(notebook, cell)[0].data
+    assert "step 6/6: done" in text_of(notebook, "train-run")
+    assert not [output for cell in code_cells(notebook) for output in cell.outputs if output.get("name") == "stderr"]
+    lm = ft.load_model(results["exported"])
+    assert lm.dtype == "float32" and Path(results["run_dir"], "checkpoints").is_dir()
+
+
+def rows_as_chat(rows: list[dict]) -> list[dict]:
+    system = {"role": "system", "content": "Answer in SQL."}
+    turns = [({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}) for row in rows]
+    return [{"messages": [system, user, assistant]} for user, assistant in turns]
+
+
+def rows_as_text(rows: list[dict]) -> list[dict]:
+    return [{"text": f"{row['prompt']}\nA: {row['completion']}"} for row in rows]
+
+
+CASES = [
+    (rows_as_chat, ("train", "valid"), {}, "valid", True),
+    (rows_as_text, ("train", "test"), {"mask_prompt": False, "answer_after": "A:"}, "test", True),
+    (rows_as_text, ("train",), {"mask_prompt": False}, "train", False),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("convert, splits, parameters, held_out, has_match", CASES, ids=["chat", "text", "text without answers"])
+def test_the_quickstart_takes_other_models_and_data(tmp_path, convert, splits, parameters, held_out, has_match):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, rows in tiny.text_to_sql(train=12, valid=8, test=8).items():
+        if name in splits:
+            (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in convert(rows)), "utf-8")
+    model = ft.load_model(tiny.BASE_MODEL).save(tmp_path / "model")
+    results, notebook = execute_quickstart(
+        tmp_path, model=str(model), data=str(data), iters=2, batch_size=4, questions=6, max_tokens=4, **parameters
+    )
+    assert results["split"] == held_out and results["questions"] == 6
+    assert (results["exact_match"] is not None) == has_match
+    assert results["model"] == str(model)
+    assert ("exact match" in text_of(notebook, "answers-table")) == has_match
