@@ -124,6 +124,9 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "pad_token_id": None,
 }
+_SAME_ACTIVATION = {  # other names that transformers has for the same functions
+    "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new", "gelu_python_tanh": "gelu_new", "gelu_python": "gelu",
+}
 _NOT_NULL = ("tie_word_embeddings", "hidden_act", "rope_theta", "max_position_embeddings")
 _EXPERT_KEYS = ("num_local_experts", "num_experts_per_tok")
 
@@ -198,7 +201,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     num_kv_heads = _size(values, "num_key_value_heads", where) if values.get("num_key_value_heads") else num_heads
     if num_heads % num_kv_heads:
         raise ModelError(f"{where}: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads}).")
-    head_dim = _size(values, "head_dim", where) if values.get("head_dim") else sizes["hidden_size"] // num_heads
+    head_dim = _size(values, "head_dim", where) if values.get("head_dim") else _split(sizes["hidden_size"], num_heads, where)
     experts, chosen = (_size(values, key, where) for key in _EXPERT_KEYS) if family.mlp == "moe" else (0, 0)
     if chosen > experts:
         raise ModelError(f"{where}: num_experts_per_tok ({chosen}) is larger than num_local_experts ({experts}).")
@@ -216,7 +219,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         biases=_biases(family, values),
         embed_scale=sizes["hidden_size"] ** 0.5 if family.scale_embeddings else None,
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
-        windows=_windows(family, values, sizes["num_layers"]),
+        windows=_windows(family, values, sizes["num_layers"], where),
         rope=read_rope(values, head_dim, where),
         qk_norm=bool(values.get("qk_layernorm", False)),
         clip_qkv=values.get("clip_qkv"),
@@ -235,7 +238,8 @@ def _size(values: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _activation(family: Family, values: Mapping[str, Any], where: str) -> str:
-    name = family.activation_aliases.get(values["hidden_act"], values["hidden_act"])
+    aliases = {**_SAME_ACTIVATION, **family.activation_aliases}
+    name = aliases.get(values["hidden_act"], values["hidden_act"])
     if name not in ACTIVATIONS:
         raise ModelError(f"{where}: hidden_act is {name!r}; supported are {', '.join(ACTIVATIONS)}.")
     return name
@@ -243,9 +247,17 @@ def _activation(family: Family, values: Mapping[str, Any], where: str) -> str:
 
 def _padding_id(values: Mapping[str, Any], vocab_size: int) -> int | None:
     padding_id = values["pad_token_id"]
-    if padding_id is None or not -vocab_size <= padding_id < vocab_size:
+    if not isinstance(padding_id, int) or not -vocab_size <= padding_id < vocab_size:
         return None
     return padding_id % vocab_size  # torch counts a negative one from the end
+
+
+def _split(hidden_size: int, num_heads: int, where: str) -> int:
+    if hidden_size % num_heads:
+        raise ModelError(
+            f"{where}: hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_heads}) where head_dim is not given."
+        )
+    return hidden_size // num_heads
 
 
 def _biases(family: Family, values: Mapping[str, Any]) -> frozenset[str]:
@@ -257,13 +269,15 @@ def _biases(family: Family, values: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
-def _windows(family: Family, values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+def _windows(family: Family, values: Mapping[str, Any], num_layers: int, where: str) -> tuple[int | None, ...]:
     """`layer_types` wins where it is written; before it existed, Qwen2 gave the window to layers from `max_window_layers` on."""
-    window = values.get("sliding_window")
-    if family.windows == "none" or window is None or not values.get("use_sliding_window", True):
+    if family.windows == "none" or values.get("sliding_window") is None or not values.get("use_sliding_window", True):
         return (None,) * num_layers
+    window = _size(values, "sliding_window", where)
     if family.windows == "all":
         return (window,) * num_layers
     if layer_types := values.get("layer_types"):
+        if len(layer_types) != num_layers:
+            raise ModelError(f"{where}: layer_types has {len(layer_types)} entries, but num_hidden_layers is {num_layers}.")
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     return tuple(window if layer >= values["max_window_layers"] else None for layer in range(num_layers))
