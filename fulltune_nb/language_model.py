@@ -134,28 +134,52 @@ class LanguageModel:
         tokens = prompt_ids(self.tokenizer, prompt, self.config.vocab_size)
         return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **settings: Any) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         """The assistant's answer to a conversation, through the tokenizer's chat template (ChatML where it has none).
+
+        It ends where the template ends an assistant's turn, too.
 
         Args:
             messages: dicts such as `{"role": "user", "content": "Hello"}`; the last one is usually the user's.
+            max_tokens, temperature, top_p, top_k, min_p, stop, seed: as in `generate`.
             tools: what the template may offer the model, as `transformers` takes it.
-            settings: those of `generate`, by name.
 
         Raises:
             GenerationError: messages the template refuses, or a setting that cannot be used.
         """
-        return "".join(self.stream_chat(messages, tools, **settings))
+        return "".join(self.stream_chat(messages, max_tokens, temperature, top_p, top_k, min_p, stop, seed, tools))
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **settings: Any) -> Iterator[str]:
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> Iterator[str]:
         """`chat`, as pieces of text while they come. May be left at any time.
 
         Raises:
             GenerationError: messages the template refuses, or a setting that cannot be used.
         """
-        checked = GenerationSettings(**settings)
+        settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
         tokens = self.chat_tokens(messages, tools)
-        return stream_answer(self.model, self.tokenizer, tokens, checked, self._ends(checked, chat=True), continues=False)
+        return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings, chat=True), continues=False)
 
     def generate_many(self, prompts: Sequence[Prompt], batch_size: int = 32, **settings: Any) -> list[str]:
         """`generate` for many prompts, side by side: some ten times as fast.

@@ -200,11 +200,11 @@ def test_numpy_numbers_and_one_stop_text_are_fine():
     assert (settings.max_tokens, settings.temperature, settings.top_k, settings.stop, settings.seed) == (3, 0.5, 2, ("end",), 7)
 
 
-def test_generate_and_stream_take_the_same_settings():
-    generate, stream = (inspect.signature(method).parameters for method in (LanguageModel.generate, LanguageModel.stream))
-    assert list(generate.values()) == list(stream.values())
-    assert list(generate)[2:] == list(inspect.signature(GenerationSettings).parameters)
-    assert [p.default for p in generate.values()][2:] == [p.default for p in inspect.signature(GenerationSettings).parameters.values()]
+@pytest.mark.parametrize("method", [LanguageModel.generate, LanguageModel.stream, LanguageModel.chat, LanguageModel.stream_chat])
+def test_every_way_to_an_answer_takes_the_same_settings(method):
+    settings = list(inspect.signature(GenerationSettings).parameters.values())
+    found = [p for p in inspect.signature(method).parameters.values() if p.name not in ("self", "prompt", "messages", "tools")]
+    assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in settings]
 
 
 # Drawing
