@@ -8,28 +8,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class _Deferral:
+    """The SIGINT handler of a block: remembers the first, raises at the second."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.arrived:
+            raise KeyboardInterrupt
+        self.arrived = True
+
+
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
     """Raises KeyboardInterrupt at the block's end when SIGINT arrived inside; a second SIGINT raises at once.
 
-    Only the main thread gets signals; elsewhere, and where somebody has turned SIGINT off, this does nothing.
+    Of blocks within each other the outermost raises. Only the main thread gets signals; elsewhere, and where somebody has
+    turned SIGINT off, this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+    previous = signal.getsignal(signal.SIGINT)
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or not callable(previous) or isinstance(previous, _Deferral):
         yield
         return
-    arrived = False
-    previous = signal.getsignal(signal.SIGINT)
-
-    def remember(number, frame):
-        nonlocal arrived
-        if arrived:
-            raise KeyboardInterrupt
-        arrived = True
-
-    signal.signal(signal.SIGINT, remember)
+    deferral = _Deferral()
+    signal.signal(signal.SIGINT, deferral)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if arrived:
+    if deferral.arrived:
         raise KeyboardInterrupt

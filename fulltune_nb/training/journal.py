@@ -19,11 +19,13 @@ class Journal:
     Attributes:
         history: every report and event, oldest first.
         directory: where metrics are written too, or None.
+        listeners: callbacks that are told of every entry for as long as they stand here, within `calling` and outside.
     """
 
     def __init__(self, trainer: Any):
         self.history = History()
         self.directory: RunDirectory | None = None
+        self.listeners: list[Any] = []
         self._trainer = trainer
         self._callbacks: tuple[Any, ...] = ()
 
@@ -48,7 +50,7 @@ class Journal:
         self.record(Event(step, kind, message, time.time()))
 
     def tell(self, method: str, *subject: Any) -> None:
-        """Calls `method(trainer, *subject)` on every callback that has it."""
-        for callback in self._callbacks:
+        """Calls `method(trainer, *subject)` on every callback and listener that has it."""
+        for callback in (*self._callbacks, *self.listeners):
             if (function := getattr(callback, method, None)) is not None:
                 function(self._trainer, *subject)

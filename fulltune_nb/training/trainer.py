@@ -117,6 +117,11 @@ class Trainer:
         return self._journal.history
 
     @property
+    def journal(self) -> Journal:
+        """Where reports and events go; its `listeners` are told of each, whoever takes the steps."""
+        return self._journal
+
+    @property
     def _directory(self) -> RunDirectory | None:
         return self._journal.directory
 

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 import fulltune_nb as ft
 from fulltune_nb.errors import ConfigError, DataError, NonFiniteError, TrainingError
 from fulltune_nb.models.saving import hf_tensors
+from fulltune_nb.training.interrupts import interrupts_deferred
 from nbs_tests.training.conftest import make_rows
 
 
@@ -318,3 +319,34 @@ def test_reports_show_time_rate_and_memory(make_trainer):
     assert report.peak_memory > report.active_memory >= 3 * weight_bytes  # weights and two moments stay
     assert "Trainer(step 1 of 8" in repr(trainer)
     assert "<table" in trainer._repr_html_()
+
+
+def test_of_blocks_that_hold_an_interrupt_back_the_outermost_raises_it():
+    passed = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_deferred():
+            with interrupts_deferred():
+                os.kill(os.getpid(), signal.SIGINT)
+                passed.append("inner")
+            passed.append("outer")
+    assert passed == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_listeners_are_told_also_outside_run(make_trainer):
+    trainer, told = make_trainer(), []
+
+    class Listener:
+        def on_step(self, trainer, report):
+            told.append(report.step)
+
+        def on_eval(self, trainer, report):
+            told.append(report.split)
+
+    trainer.journal.listeners.append(Listener())
+    trainer.step()
+    trainer.evaluate("test")
+    trainer.run(1)
+    trainer.journal.listeners.clear()
+    trainer.step()
+    assert told == [1, "test", 2]

@@ -1,0 +1,231 @@
+"""Driving a trainer from the event loop of a notebook's kernel: the run goes on while other cells and buttons work.
+
+Every step is taken on the main thread, whole, in one asyncio task that lets go of the event loop for a moment after each. So
+buttons are answered within a step, and other cells see weights that stand still. Nothing here uses a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fulltune_nb.errors import TrainingError
+from fulltune_nb.panels.interrupts import InterruptWatch, hear
+from fulltune_nb.training.history import EvalReport, StepReport
+from fulltune_nb.training.interrupts import interrupts_deferred
+from fulltune_nb.training.trainer import Trainer
+
+PAUSE_SECONDS = 0.001
+"""How long the event loop is let go after a step. With 0 a button needs four steps to be heard."""
+
+_loops: weakref.WeakKeyDictionary[Trainer, TrainLoop] = weakref.WeakKeyDictionary()
+
+
+def loop_of(trainer: Trainer) -> TrainLoop:
+    """The one loop of a trainer, which everything that drives it shares. To be called on the main thread."""
+    loop = _loops.get(trainer)
+    if loop is None:
+        loop = _loops[trainer] = TrainLoop(trainer)
+    loop.capture_event_loop()
+    return loop
+
+
+def running_loop(model: Any) -> TrainLoop | None:
+    """The loop that is training a model at this moment, if any."""
+    return next((loop for loop in list(_loops.values()) if loop.running and loop.trainer.lm.model is model), None)
+
+
+class TrainLoop:
+    """Starts, pauses and ends the run of one trainer. Use `loop_of`, which gives each trainer one.
+
+    Attributes:
+        listeners: objects with `on_change(loop)`, called when a run begins or ends.
+        between_steps: async functions awaited after each step while a run goes on.
+        error: what ended the last run, or None.
+        interrupted: whether the last run was ended by an interrupt.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = weakref.ref(trainer)  # the trainer is this object's key: a reference would keep both for ever
+        self.listeners: list[Any] = []
+        self.between_steps: list[Callable[[], Awaitable[None]]] = []
+        self.error: BaseException | None = None
+        self.interrupted = False
+        self._goal = 0
+        self._paused = True
+        self._task: asyncio.Task | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._watch = InterruptWatch(self._interrupt)
+        self._waiting = 0
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that is driven."""
+        trainer = self._trainer()
+        if trainer is None:
+            raise TrainingError("This loop's trainer is gone. Keep a reference to the trainer.")
+        return trainer
+
+    @property
+    def running(self) -> bool:
+        """Whether steps are being taken, one after the other."""
+        return self._task is not None and not self._task.done() and self._wants_more()
+
+    @property
+    def goal(self) -> int:
+        """The step count at which the current run, or the last one, ends."""
+        return self._goal
+
+    def _wants_more(self) -> bool:
+        trainer = self.trainer
+        return not self._paused and not trainer.stopped_early and trainer.step_count < self._goal
+
+    # -- from other threads ---------------------------------------------------------------------------------------
+
+    def capture_event_loop(self) -> None:
+        """Remembers the event loop that is running here, the kernel's."""
+        try:
+            self._event_loop = asyncio.get_running_loop()
+        except RuntimeError:
+            pass  # plain Python: nothing runs in the background there
+
+    def post(self, action: Callable[[], Any]) -> None:
+        """Has `action` called on the main thread, between two steps; from any thread, such as that of a button's callback.
+
+        Without an event loop it is called at once.
+        """
+        if self._event_loop is not None and self._event_loop.is_running():
+            self._event_loop.call_soon_threadsafe(action)
+        else:
+            action()
+
+    def later(self, seconds: float, action: Callable[[], Any]) -> asyncio.TimerHandle | None:
+        """Has `action` called on the main thread after some time; None where no event loop runs. On the main thread only."""
+        if self._event_loop is None or not self._event_loop.is_running():
+            return None
+        return self._event_loop.call_later(seconds, action)
+
+    # -- run and pause --------------------------------------------------------------------------------------------
+
+    def start(self, n: int | None = None) -> None:
+        """Begins to train in the background, to the end of the run or `n` more steps. While a run goes on, only its end changes.
+
+        Raises:
+            TrainingError: no event loop is running, or another trainer is training this model.
+        """
+        trainer = self.trainer
+        self.capture_event_loop()
+        if self._event_loop is None or not self._event_loop.is_running():
+            raise TrainingError(
+                "Training in the background needs a running event loop, as in a notebook, and there is none here."
+                " Use trainer.run(), which trains and returns when done; or, within async code, start() and then `await wait()`."
+            )
+        other = running_loop(trainer.lm.model)
+        if other is not None and other is not self:
+            raise TrainingError(f"This model is being trained already, by {other.trainer!r}. Pause that run first.")
+        self.error, self.interrupted, trainer.interrupted = None, False, False
+        self._goal = trainer.total_steps if n is None else min(trainer.total_steps, trainer.step_count + n)
+        self._paused = False
+        if self._task is None or self._task.done():  # else: the run goes on, or was paused a moment ago and takes this up
+            self._task = self._event_loop.create_task(self._drive(), name="fulltune_nb training")
+        self._tell_change()
+
+    def pause(self) -> None:
+        """Ends the run after the step that is under way; `start` goes on from there."""
+        self._paused = True
+
+    async def wait(self) -> None:
+        """Returns when the run is over: paused, done or interrupted. At once where none goes on.
+
+        An interrupt meanwhile pauses the run at a whole step. So does cancelling the wait.
+
+        Raises:
+            Exception: the run's own error.
+        """
+        while self._task is not None and not self._task.done():
+            self._waiting += 1
+            self._watch.forwards = False
+            self._watch.watch()
+            try:
+                await asyncio.wait({self._task})
+            except asyncio.CancelledError:
+                self.pause()
+                raise
+            finally:
+                self._waiting -= 1
+                self._watch.forwards = self._waiting == 0
+                if self._task.done() and not self._waiting:
+                    self._watch.leave()
+        if self.error is not None:
+            raise self.error
+
+    async def _drive(self) -> None:
+        trainer, steps = self.trainer, self.trainer.steps()
+        try:
+            while self._wants_more():
+                self._watch.watch()
+                with interrupts_deferred():
+                    next(steps, None)
+                for function in list(self.between_steps):
+                    await function()
+                await asyncio.sleep(PAUSE_SECONDS)
+        except KeyboardInterrupt:
+            hear()  # every run that goes on is meant
+        except asyncio.CancelledError:  # the event loop is closing
+            raise
+        except BaseException as error:  # a task's exceptions are shown nowhere: kept for `wait` and for the panels
+            self.error = error
+        finally:
+            self._paused = True
+            self._end(trainer)
+
+    def _interrupt(self) -> None:
+        self._paused = self.interrupted = True
+
+    def _end(self, trainer: Trainer) -> None:
+        if not self._waiting:
+            self._watch.leave()
+        try:
+            if self.interrupted and self.error is None:
+                trainer.interrupted = True
+                message = f"interrupted; paused after step {trainer.step_count} of {trainer.total_steps}"
+                trainer.journal.event(trainer.step_count, "pause", message)
+                if trainer.run_dir:
+                    trainer.save()
+        except Exception as error:
+            self.error = error
+        self._tell_change()
+
+    def _tell_change(self) -> None:
+        for listener in list(self.listeners):
+            listener.on_change(self)
+
+    # -- one thing at a time, between the steps of a run -----------------------------------------------------------
+
+    def step(self, n: int = 1) -> StepReport | None:
+        """Takes `n` steps here and now, with evaluations and checkpoints when due; returns the last report, None when done.
+
+        Raises:
+            TrainingError: a run goes on.
+        """
+        if self.running:
+            raise TrainingError("A run goes on in the background: a step of your own would come on top. Call pause() first.")
+        self.error = None
+        reports = list(self.trainer.steps(n))
+        self._tell_change()
+        return reports[-1] if reports else None
+
+    def evaluate(self, split: str = "valid") -> EvalReport:
+        """Evaluates a whole split, between two steps of a run that goes on."""
+        return self.trainer.evaluate(split)
+
+    def save(self) -> Path:
+        """Writes a checkpoint, between two steps of a run that goes on."""
+        return self.trainer.save()
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "paused"
+        return f"TrainLoop({state}, {self.trainer!r})"
