@@ -32,11 +32,12 @@ class NotebookError(TrainingError):
 
 def main(arguments: list[str] | None = None) -> int:
     """Executes the notebook and prints what came of it. Returns the exit code."""
-    args = _parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     return run(lambda: _demo(args))
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The command line."""
     parser = Parser(prog="python -m fulltune_nb.demo", description=__doc__.split("\n\n", 1)[1])
     parser.add_argument("--out", help=f"a new or empty folder for all that is written (default: {DEFAULT_OUT}, or {DEFAULT_OUT}-2 ...)")
     parser.add_argument("--notebook", help=f"the notebook to execute (default: the package's {NOTEBOOK})")

@@ -1,0 +1,86 @@
+"""The documentation says what is so: names, signatures, links, commands."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import fulltune_nb as ft
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+API = (DOCS / "api.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
+def parameters(call: str) -> list[str]:
+    """`f(a, *, b=1, ...)` -> ["a", "*", "b=1"]; what the dots stand for is not compared."""
+    return [part.strip() for part in re.fullmatch(r"[\w.]+\((.*?)(?:, \.\.\.)?\)", call).group(1).split(", ") if part.strip()]
+
+
+def documented() -> dict[str, str]:
+    return {re.match(r"ft\.(\w+)", call).group(1): call for call in re.findall(r"^### `(ft\..*)`$", API, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", ft.__all__)
+def test_every_public_name_is_in_the_api(name):
+    assert f"`ft.{name}" in API
+
+
+@pytest.mark.parametrize("name", sorted(documented()))
+def test_signatures_in_the_api_are_the_real_ones(name):
+    signature = inspect.signature(getattr(ft, name))
+    bare = signature.replace(
+        parameters=[p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD],
+        return_annotation=inspect.Signature.empty,
+    )
+    real = [part for part in str(bare)[1:-1].split(", ") if part != "/"]
+    told = parameters(documented()[name])
+    assert told == (real[: len(told)] if documented()[name].endswith("...)") else real)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_index_lists_every_decision_by_its_title():
+    index = (DOCS / "index.md").read_text("utf-8")
+    for page in sorted((DOCS / "decisions").glob("*.md")):
+        title = page.read_text("utf-8").splitlines()[0].removeprefix("# ")
+        assert f"[{title}](decisions/{page.name})" in index
+        assert title.startswith(f"{page.name[:4]}: ")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_examples_are_python_and_use_names_that_exist(page):
+    for block in code_blocks(page.read_text("utf-8"), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ft":
+                assert hasattr(ft, node.attr), node.attr
+
+
+def test_the_readme_has_the_two_commands_first_and_once_each():
+    blocks = [block.strip() for block in code_blocks(README, "bash")]
+    assert blocks[:2] == ["pip install -e '.[cpu]' && python -m fulltune_nb.demo", "pip install -e '.[cpu,test]' && pytest"]
+    assert all(len(re.findall(rf"^{re.escape(block)}$", README, re.MULTILINE)) == 1 for block in blocks[:2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_use_flags_that_exist(page):
+    from fulltune_nb import convert, demo, full, generate
+
+    parsers = {module.__name__.split(".")[-1]: module.build_parser() for module in (convert, demo, full, generate)}
+    for module, rest in re.findall(r"^python -m fulltune_nb\.(\w+)(.*)$", page.read_text("utf-8"), re.MULTILINE):
+        flags = {flag for action in parsers[module]._actions for flag in action.option_strings}
+        assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)) <= flags
