@@ -7,6 +7,7 @@ as something else is refused with the reason, never guessed.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -217,6 +218,10 @@ class TrainConfig:
         rows.sort(key=lambda row: row[2] == "default")
         return html.table(("setting", "value", ""), rows, caption="Training settings")
 
+
+# `__new__` takes anything; what help and completion show is this.
+_parameters = inspect.signature(TrainConfig.__init__).parameters.values()
+TrainConfig.__signature__ = inspect.Signature([p for p in _parameters if p.name != "self"])
 
 _CHECKS: dict[str, checks.Check] = {
     "batch_size": checks.whole(1),
