@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.command_line import Parser, add_fields, field_names, run, start
 from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.html import human_bytes
 from fulltune_nb.training import checks
 from fulltune_nb.training.checks import SettingError
 from fulltune_nb.training.config import TrainConfig, read_yaml
@@ -172,13 +173,25 @@ def show_data(data: DataSet) -> None:
         print(note)
 
 
+def show_memory(lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
+    """The memory that training is predicted to need, and what to change where that is too much."""
+    from fulltune_nb.training.memory import preflight
+
+    plan = preflight(lm, data, config)
+    print(f"Memory: about {human_bytes(plan.peak)} at the peak, of {human_bytes(plan.limit)}.")
+    if not plan.fits:
+        print("\n  ".join(["This may be more than there is. What would help:", *plan.advice]))
+
+
 def make_trainer(settings: Settings) -> Trainer:
     """A new trainer, or the one of the run that is to be resumed."""
     from fulltune_nb.training.trainer import Trainer
 
     options = settings.options
     if not options.resume:
-        return Trainer(*load(settings), settings.config, options.run_dir)
+        lm, data = load(settings)
+        show_memory(lm, data, settings.config)
+        return Trainer(lm, data, settings.config, options.run_dir)
     trainer = Trainer.resume(options.run_dir)
     print(f"Model: {trainer.lm!r}")
     show_data(trainer.data)
