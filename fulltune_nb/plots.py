@@ -109,7 +109,7 @@ def _series(reports: list, field: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([report.step for report in reports], dtype=np.float64), np.where(np.isfinite(values), values, np.nan)
 
 
-def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The centred mean over `window` values, fewer at the ends; never across a NaN: each finite stretch is taken by itself."""
     smooth = np.full_like(values, np.nan)
     finite = np.isfinite(values)
@@ -161,7 +161,7 @@ def _draw_training_loss(ax: Axes, steps: list[StepReport]) -> None:
     ax.plot(x, loss, color=_BLUE, marker="." if len(x) <= _MARKED_UP_TO else "none", markersize=4, label="training", zorder=2, **faint)
     if smoothed:
         window = max(5, len(x) // 40) // 2 * 2 + 1  # odd: as many steps before as after
-        ax.plot(x, _moving_mean(loss, window), color=_BLUE, linewidth=2.0, label=f"training, mean of {window} steps", zorder=3)
+        ax.plot(x, moving_mean(loss, window), color=_BLUE, linewidth=2.0, label=f"training, mean of {window} steps", zorder=3)
     broken = x[~np.isfinite(loss)]
     if len(broken):
         label = f"not finite ({len(broken):,})"
