@@ -186,10 +186,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
             " cannot take small updates. Use the original, unquantized checkpoint."
         )
     family = FAMILIES[family_name]
-    defaults = {**COMMON_DEFAULTS, **family.defaults}
-    values = {**defaults, **raw}
-    for key in _NOT_NULL:
-        values[key] = defaults[key] if values[key] is None else values[key]
+    values = _with_defaults(family, raw)
     sizes = {
         name: _size(values, key, where)
         for name, key in (
@@ -197,11 +194,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
             ("num_layers", "num_hidden_layers"), ("num_heads", "num_attention_heads"),
         )
     }
-    num_heads = sizes["num_heads"]
-    num_kv_heads = _size(values, "num_key_value_heads", where) if values.get("num_key_value_heads") else num_heads
-    if num_heads % num_kv_heads:
-        raise ModelError(f"{where}: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads}).")
-    head_dim = _size(values, "head_dim", where) if values.get("head_dim") else _split(sizes["hidden_size"], num_heads, where)
+    num_kv_heads, head_dim = _head_sizes(values, sizes["hidden_size"], sizes["num_heads"], where)
     experts, chosen = (_size(values, key, where) for key in _EXPERT_KEYS) if family.mlp == "moe" else (0, 0)
     if chosen > experts:
         raise ModelError(f"{where}: num_experts_per_tok ({chosen}) is larger than num_local_experts ({experts}).")
@@ -252,12 +245,24 @@ def _padding_id(values: Mapping[str, Any], vocab_size: int) -> int | None:
     return padding_id % vocab_size  # torch counts a negative one from the end
 
 
-def _split(hidden_size: int, num_heads: int, where: str) -> int:
+def _with_defaults(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {**COMMON_DEFAULTS, **family.defaults}
+    values = {**defaults, **raw}
+    return {**values, **{key: defaults[key] for key in _NOT_NULL if values[key] is None}}
+
+
+def _head_sizes(values: Mapping[str, Any], hidden_size: int, num_heads: int, where: str) -> tuple[int, int]:
+    """How many key/value heads, and elements in each head."""
+    num_kv_heads = _size(values, "num_key_value_heads", where) if values.get("num_key_value_heads") else num_heads
+    if num_heads % num_kv_heads:
+        raise ModelError(f"{where}: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads}).")
+    if values.get("head_dim"):
+        return num_kv_heads, _size(values, "head_dim", where)
     if hidden_size % num_heads:
         raise ModelError(
             f"{where}: hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_heads}) where head_dim is not given."
         )
-    return hidden_size // num_heads
+    return num_kv_heads, hidden_size // num_heads
 
 
 def _biases(family: Family, values: Mapping[str, Any]) -> frozenset[str]:

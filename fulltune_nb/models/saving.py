@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,14 @@ def save_folder(folder: Path, model: Decoder, save_tokenizer: Callable[[str], An
 
 
 def _remove_contents(folder: Path, and_itself: bool) -> None:
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    if and_itself and folder.is_dir():
-        folder.rmdir()
+    with suppress(OSError):  # the error that led here is the one to report
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if and_itself:
+            folder.rmdir()
 
 
 def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
@@ -145,14 +146,18 @@ def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
 
 def _left_out(config: ModelConfig) -> dict[str, Any]:
     """What readers with other defaults, or of the older dialect only (mlx-lm), need to see written out."""
-    rope = config.rope
+    rope, family = config.rope, FAMILIES[config.family]
     values = {"num_key_value_heads": config.num_kv_heads, "rope_theta": rope.theta}
-    if config.head_dim * config.num_heads != config.hidden_size or "head_dim" in FAMILIES[config.family].defaults:
+    if isinstance(family.norm_eps, str):
+        values[family.norm_eps] = config.norm_eps
+    if config.head_dim * config.num_heads != config.hidden_size or "head_dim" in family.defaults:
         values["head_dim"] = config.head_dim
-    if rope.fraction != 1.0 or "partial_rotary_factor" in FAMILIES[config.family].defaults:
+    if rope.fraction != 1.0 or "partial_rotary_factor" in family.defaults:
         values["partial_rotary_factor"] = rope.fraction
     if rope.scaling != "default":
-        values["rope_scaling"] = {"rope_type": rope.scaling, **dict(rope.parameters)}
+        whole = {"original_max_position_embeddings": int}  # a count: readers check that it is whole
+        parameters = {key: whole.get(key, float)(value) for key, value in rope.parameters}
+        values["rope_scaling"] = {"rope_type": rope.scaling, **parameters}
     return values
 
 

@@ -16,10 +16,16 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import read_config
 from fulltune_nb.models.kv_cache import make_cache
 from fulltune_nb.models.names import to_hf
+from fulltune_nb.models.saving import hf_tensors
+from nbs_tests.models.model_cases import SMALL
 
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
+RAW = {"model_type": "llama", **SMALL}
+TIED = {**RAW, "tie_word_embeddings": True}
+EMBEDDING, HEAD, QUERY = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
 NO_GRADIENT = 1e-6
 """Below this share of the largest gradient a tensor's gradient is rounding noise (a router that always picks one expert)."""
 
@@ -44,6 +50,17 @@ def write_folder(folder: Path, raw: dict[str, Any], tensors: dict[str, np.ndarra
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def tensors_of(raw: dict[str, Any] = RAW, seed: int = 0) -> dict[str, np.ndarray]:
+    """A whole checkpoint with random weights, under Hugging Face names."""
+    mx.random.seed(seed)
+    return {name: np.array(array) for name, array in hf_tensors(Decoder(read_config(raw))).items()}
+
+
+def dtypes(model: nn.Module) -> set[mx.Dtype]:
+    """Of all weights."""
+    return {array.dtype for _, array in tree_flatten(model.parameters())}
 
 
 def relative_error(found: np.ndarray | mx.array, expected: np.ndarray) -> float:
