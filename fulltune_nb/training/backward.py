@@ -1,7 +1,8 @@
-"""Loss and gradients of one micro-batch, with automatic differentiation over the whole model."""
+"""Loss and gradients of a step, with automatic differentiation over the whole model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -40,9 +41,16 @@ def loss_and_gradients(model: Decoder, batch: Batch, step_tokens: int, checkpoin
     return nn.value_and_grad(model, loss)(model)
 
 
-def add_gradients(total: Gradients | None, more: Gradients) -> Gradients:
-    """The sum of two gradient trees; `more` itself where there is nothing yet."""
-    return more if total is None else tree_map(mx.add, total, more)
+def step_gradients(model: Decoder, batches: Sequence[Batch], checkpoint: bool = False) -> tuple[mx.array, Gradients]:
+    """Mean loss over all trained tokens of a step, and its gradients; the last micro-batch's part is not evaluated yet."""
+    step_tokens = sum(batch.num_tokens for batch in batches)
+    total, gradients = mx.array(0.0), None
+    for batch in batches:
+        mx.eval(total, gradients)  # one micro-batch's activations at a time
+        loss, more = loss_and_gradients(model, batch, step_tokens, checkpoint)
+        total = total + loss
+        gradients = more if gradients is None else tree_map(mx.add, gradients, more)
+    return total, gradients
 
 
 def global_norm(gradients: Gradients) -> mx.array:

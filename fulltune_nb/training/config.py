@@ -278,3 +278,21 @@ def _plain(value: Any) -> Any:
 
 def _readable(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check_agreement(settings: Any, config: TrainConfig) -> None:
+    """Data settings stand in the config too, so that a run can be repeated from it: both must say the same.
+
+    Args:
+        settings: the `DataSettings` of the data.
+        config: the training settings.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    for name, value in vars(settings).items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"{name} is {value!r} in the data but {getattr(config, name)!r} in the config. Load the data with"
+                f" load_data(..., config=config), or set {name} alike in both."
+            )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fulltune_nb.errors import ConfigError
 from fulltune_nb.training import checks
 from fulltune_nb.training.checks import Refused, SettingError, nearest
 
@@ -153,3 +154,32 @@ def _run(check: checks.Check, what: str, value: Any) -> Any:
 
 def _error(message: str) -> SettingError:
     return SettingError(f"lr_schedule: {message}{'' if message[-1] in '.?' else '.'}", "lr_schedule")
+
+
+class LearningRate:
+    """A schedule that can be scaled on the way.
+
+    Attributes:
+        factor: what the schedule's rate is multiplied by; 1 until `set` is called.
+    """
+
+    def __init__(self, schedule: Schedule):
+        self._schedule = schedule
+        self.factor = 1.0
+
+    def at(self, step: int) -> float:
+        """The rate of step `step`, counted from 0."""
+        return self._schedule(step) * self.factor
+
+    def set(self, step: int, learning_rate: float) -> None:
+        """Makes this the rate of step `step`; the schedule goes on from there, scaled alike.
+
+        Raises:
+            ConfigError: not a positive number, or the schedule has come to zero, which nothing can scale.
+        """
+        if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be a positive number, found {learning_rate!r}.")
+        scheduled = self._schedule(step)
+        if scheduled <= 0:
+            raise ConfigError(f"the schedule's rate at step {step} is {scheduled}: it cannot be scaled to {learning_rate}.")
+        self.factor = learning_rate / scheduled

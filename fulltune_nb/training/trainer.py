@@ -14,16 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from fulltune_nb.data.batching import Batch, BatchOrder, collate
+from fulltune_nb.data.batching import Batch
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.errors import ConfigError, DataError, NonFiniteError, TrainingError
+from fulltune_nb.errors import DataError, NonFiniteError, TrainingError
 from fulltune_nb.html import facts
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.allocator import cap_cache
-from fulltune_nb.training.backward import Gradients, add_gradients, clip_scale, global_norm, loss_and_gradients
+from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
 from fulltune_nb.training.callbacks import default_callbacks
-from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.config import TrainConfig, check_agreement
 from fulltune_nb.training.evaluate import evaluate_loss
 from fulltune_nb.training.history import EvalReport, History, StepReport
 from fulltune_nb.training.interrupts import interrupts_deferred
@@ -31,8 +31,9 @@ from fulltune_nb.training.journal import Journal
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.patience import Patience
 from fulltune_nb.training.run_directory import RunDirectory, restore
-from fulltune_nb.training.schedule import make_schedule
+from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.selection import select_trainable
+from fulltune_nb.training.step_batches import StepBatches
 
 
 class Trainer:
@@ -92,17 +93,15 @@ class Trainer:
     def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
         if data.train is None:
             raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
-        _check_agreement(data, config)
+        check_agreement(data.settings, config)
         self.lm, self.data, self.config = lm, data, config
         self.interrupted = False
         self.step_count = 0
         self._journal = Journal(self)
         self._patience = Patience(config.patience)
-        self._rate_factor = 1.0
-        self._order = BatchOrder(data.train, config.batch_size, config.seed, config.grad_accumulation_steps)
-        self.total_steps = config.total_steps(self._order.steps_per_epoch)
-        self._schedule = make_schedule(config, self.total_steps)
-        self._epoch_steps: tuple[int, list] | None = None
+        self._batches = StepBatches(data.train, config)
+        self.total_steps = config.total_steps(self._batches.steps_per_epoch)
+        self._rate = LearningRate(make_schedule(config, self.total_steps))
         cap_cache()
         if lm.dtype != "float32":
             self._event("dtype", f"weights were {lm.dtype} and are trained in float32: bfloat16 would lose small updates")
@@ -155,8 +154,8 @@ class Trainer:
                 self.save()  # a run can always go back to where it began
             started = time.perf_counter()
             mx.reset_peak_memory()
-            batches = self._next_batches()
-            loss, gradients = self._gradients(batches)
+            batches = self._batches.of_step(self.step_count)
+            loss, gradients = step_gradients(self.lm.model, batches, self.config.grad_checkpoint)
             norm = global_norm(gradients)
             mx.eval(loss, norm, gradients)
             self._check_finite(loss.item(), norm.item(), batches)
@@ -167,21 +166,6 @@ class Trainer:
             report = self._report(loss.item(), norm.item(), rate, sum(batch.num_tokens for batch in batches), started)
             self._journal.record(report)
         return report
-
-    def _next_batches(self) -> list[Batch]:
-        epoch, cursor = divmod(self.step_count, self._order.steps_per_epoch)
-        if self._epoch_steps is None or self._epoch_steps[0] != epoch:
-            self._epoch_steps = (epoch, self._order.epoch(epoch))
-        return [collate(self.data.train, rows) for rows in self._epoch_steps[1][cursor]]
-
-    def _gradients(self, batches: Sequence[Batch]) -> tuple[mx.array, Gradients]:
-        step_tokens = sum(batch.num_tokens for batch in batches)
-        total, gradients = mx.array(0.0), None
-        for batch in batches:
-            mx.eval(total, gradients)  # one micro-batch's activations at a time
-            loss, more = loss_and_gradients(self.lm.model, batch, step_tokens, self.config.grad_checkpoint)
-            total, gradients = total + loss, add_gradients(gradients, more)
-        return total, gradients
 
     def _check_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -196,7 +180,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         return StepReport(
             step=self.step_count,
-            epoch=self.step_count / self._order.steps_per_epoch,
+            epoch=self.step_count / self._batches.steps_per_epoch,
             loss=loss,
             tokens=tokens,
             learning_rate=rate,
@@ -300,7 +284,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """The rate of the next step."""
-        return self._schedule(self.step_count) * self._rate_factor
+        return self._rate.at(self.step_count)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Makes this the rate of the next step; the schedule goes on from there, scaled alike. Recorded as an event.
@@ -308,12 +292,8 @@ class Trainer:
         Raises:
             ConfigError: not a positive number, or the schedule has come to zero, which nothing can scale.
         """
-        if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
-            raise ConfigError(f"learning_rate must be a positive number, found {learning_rate!r}.")
-        scheduled = self._schedule(self.step_count)
-        if scheduled <= 0:
-            raise ConfigError(f"the schedule's rate at step {self.step_count} is {scheduled}: it cannot be scaled to {learning_rate}.")
-        before, self._rate_factor = self.learning_rate, learning_rate / scheduled
+        before = self.learning_rate
+        self._rate.set(self.step_count, learning_rate)
         self._event("learning_rate", f"learning rate changed from {before:.6g} to {learning_rate:.6g}")
 
     def save(self) -> Path:
@@ -332,7 +312,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step_count,
-            "rate_factor": self._rate_factor,
+            "rate_factor": self._rate.factor,
             "patience": self._patience.to_dict(),
             "config": self.config.to_dict(),
             "model_source": self.lm.source,
@@ -343,7 +323,7 @@ class Trainer:
     def _load_state(self, state: dict[str, Any], optimizer_arrays: dict[str, mx.array]) -> None:
         self._journal.history[:] = History.from_jsonable(state["history"])
         self.step_count = state["step"]
-        self._rate_factor = state["rate_factor"]
+        self._rate.factor = state["rate_factor"]
         self._patience.load(state["patience"])
         self._optimizers.load_state_arrays(optimizer_arrays)
         self._directory.rewrite_metrics(self.history)
@@ -361,20 +341,10 @@ class Trainer:
             "Trainer",
             [
                 ("step", f"{self.step_count:,} of {self.total_steps:,}"),
-                ("epoch", f"{self.step_count / self._order.steps_per_epoch:.2f} ({self._order.steps_per_epoch:,} steps each)"),
+                ("epoch", f"{self.step_count / self._batches.steps_per_epoch:.2f} ({self._batches.steps_per_epoch:,} steps each)"),
                 ("last loss", "none yet" if last is None else f"{last:.4f}"),
                 ("next learning rate", f"{self.learning_rate:.3g}"),
                 ("optimizer", self.config.optimizer),
                 ("run_dir", self.run_dir or "none: nothing is written"),
             ],
         )
-
-
-def _check_agreement(data: DataSet, config: TrainConfig) -> None:
-    """Data settings stand in the config too, so that a run can be repeated from it: both must say the same."""
-    for name, value in vars(data.settings).items():
-        if getattr(config, name) != value:
-            raise ConfigError(
-                f"{name} is {value!r} in the data but {getattr(config, name)!r} in the config. Load the data with"
-                f" load_data(..., config=config), or set {name} alike in both."
-            )

@@ -1,0 +1,34 @@
+"""The micro-batches of every optimizer step, as a function of the step's number alone."""
+
+from __future__ import annotations
+
+from fulltune_nb.data.batching import Batch, BatchOrder, collate
+from fulltune_nb.data.dataset import Split
+from fulltune_nb.training.config import TrainConfig
+
+
+class StepBatches:
+    """Which rows each step trains on, epoch after epoch.
+
+    Args:
+        split: the training split.
+        config: `batch_size`, `grad_accumulation_steps` and `seed` count.
+    """
+
+    def __init__(self, split: Split, config: TrainConfig):
+        self._split = split
+        self._order = BatchOrder(split, config.batch_size, config.seed, config.grad_accumulation_steps)
+        self._epoch = -1
+        self._steps: list[list[tuple[int, ...]]] = []  # of self._epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every row is trained on once."""
+        return self._order.steps_per_epoch
+
+    def of_step(self, step: int) -> list[Batch]:
+        """The micro-batches of step `step`, counted from 0."""
+        epoch, cursor = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._order.epoch(epoch)
+        return [collate(self._split, rows) for rows in self._steps[cursor]]
