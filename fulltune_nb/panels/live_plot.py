@@ -64,8 +64,8 @@ class LivePlot:
         with matplotlib.rc_context(_STYLE):
             self._figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100)
             FigureCanvasAgg(self._figure)
-            loss = _LossPart(self._figure.add_axes((0.065, 0.16, 0.52, 0.73)))
-            memory = _MemoryPart(self._figure.add_axes((0.665, 0.16, 0.32, 0.73)), limit)
+            loss = _LossPart(self._figure.add_axes((0.065, 0.16, 0.52, 0.7)))
+            memory = _MemoryPart(self._figure.add_axes((0.665, 0.16, 0.32, 0.7)), limit)
         self._parts = (loss, memory)
         self._background: Any = None
 
@@ -197,7 +197,8 @@ class _Part:
         axes.yaxis.get_major_locator().set_params(nbins=5)
         axes.set(xlim=(0, 10), ylim=(0, 1))
         self._empty = axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", va="center")
-        self._events = self._curve("events", color=_GREY, linestyle=":", linewidth=1.2, transform=axes.get_xaxis_transform(), zorder=1)
+        look = {"color": _GREY, "linestyle": ":", "linewidth": 1.2, "zorder": 1}
+        self._events = axes.plot([], [], animated=True, visible=False, transform=axes.get_xaxis_transform(), **look)[0]
 
     def _curve(self, label: str, **look: Any) -> Line2D:
         """A line that is not part of the background."""
@@ -231,7 +232,16 @@ class _Part:
         """Above the axes, where it covers nothing."""
         shown = [line for line in self._curves if line.get_visible()]
         legend = self.axes.legend(
-            shown, self._labels, loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, frameon=False, fontsize="small", columnspacing=1.2
+            shown,
+            self._labels,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.99),
+            ncols=5,
+            frameon=False,
+            fontsize="small",
+            handlelength=1.6,
+            columnspacing=1.0,
+            borderaxespad=0,
         )
         for handle in legend.legend_handles:
             handle.set(animated=False, alpha=1.0)
@@ -239,7 +249,7 @@ class _Part:
 
     def draw_curves(self) -> None:
         """On top of the background."""
-        for line in sorted(self._curves, key=Line2D.get_zorder):
+        for line in sorted([self._events, *self._curves], key=Line2D.get_zorder):
             self.axes.draw_artist(line)
 
 
@@ -285,7 +295,7 @@ class _MemoryPart(_Part):
         super().__init__(axes, "memory (GB)")
         self._limit = limit / 1e9 if limit else None
         self._peak = self._curve("peak", color=_VERMILLION, linewidth=1.8)
-        self._all = self._curve("active + cache", color=_GREY, linestyle=":", linewidth=1.8)
+        self._all = self._curve("with cache", color=_GREY, linestyle=":", linewidth=1.8)
         self._active = self._curve("active", color=_BLUE, linestyle="--", linewidth=1.5)
         self._at_limit = self._curve("limit", color="black", linewidth=1.2, linestyle="-.", transform=axes.get_yaxis_transform())
         self._note = axes.text(0.03, 0.04, "", transform=axes.transAxes, fontsize="small", va="bottom")
