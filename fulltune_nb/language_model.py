@@ -24,6 +24,8 @@ from fulltune_nb.prompts import Prompt, answer_end, chat_ids, prompt_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
 
 class LanguageModel:
     """A model, its tokenizer and its configuration.
@@ -304,9 +306,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).exists() for name in _VOCABULARIES):  # transformers would make some an empty tokenizer
+        raise ModelError(f"{folder}: there is no tokenizer. The folder needs one of {', '.join(_VOCABULARIES)}.")
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; all mean the same to the reader
-        raise ModelError(
-            f"{folder}: the tokenizer could not be loaded: {error}. The folder needs tokenizer.json or tokenizer.model."
-        ) from error
+        raise ModelError(f"{folder}: the tokenizer could not be loaded: {error}") from error
