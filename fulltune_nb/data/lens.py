@@ -1,7 +1,8 @@
 """How examples, splits and data sets show themselves in a cell.
 
-A token that is trained on is underlined and tinted, a masked one is plain and faint, a special one has a dashed box: each can
-be told without its colour. All texts are escaped and stand in `<pre>`, which the notebook does not search for formulas.
+A token that is trained on is underlined and tinted, a masked one is plain and faint, a special one has a dashed box, one that was
+cut off is struck through: each can be told without its colour. All texts are escaped and stand in `<pre>`, which the notebook does
+not search for formulas.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from fulltune_nb.data.encoding import Example
+from fulltune_nb.data.special_tokens import check_special_tokens, special_ids
 from fulltune_nb.html import PALETTE, esc, facts, table
 
 TOKENS_SHOWN = 400
 """Tokens of an example shown in full; of a longer one the first and the last of them."""
 CHARACTERS_SHOWN = 1200
+CUT_TOKENS_SHOWN = 60
+"""Of the tokens cut off at the end, the first so many are shown."""
 
 _TRAINED = f"text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px;background-color:{PALETTE[4]}55"
 _MASKED = "opacity:0.6"
 _SPECIAL = f"border:1px dashed {PALETTE[5]};border-radius:3px"
+_CUT = "text-decoration:line-through;opacity:0.6"
 _PRE = "white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0 10px 0;line-height:1.9"
 _LEGEND = (
     f'<div style="margin-bottom:6px"><u style="{_TRAINED}">trained on</u> (underlined, tinted) &nbsp; '
     f'<span style="{_MASKED}">masked</span> (plain, faint) &nbsp; <span style="{_SPECIAL}">special token</span> (dashed box) &nbsp; '
-    "· space &nbsp; ⏎ line break</div>"
+    f'· space &nbsp; ⏎ line break &nbsp; <s style="{_CUT}">cut off</s> (struck through)</div>'
 )
 
 
@@ -40,7 +45,13 @@ class Lens:
         return f"Lens({len(self.examples)} examples: {', '.join(e.source for e in self.examples[:3])}{more})"
 
     def _repr_html_(self) -> str:
-        return f"<div>{_LEGEND}{''.join(_head(e) + _tokens_html(e, self.tokenizer) for e in self.examples)}</div>"
+        return f"<div>{_LEGEND}{''.join(self._html(e) for e in self.examples)}</div>"
+
+    def _html(self, example: Example) -> str:
+        check = check_special_tokens([example], self.tokenizer)
+        counts = f", {check.bos[0]} BOS, {check.eos[0]} EOS"
+        warnings = "".join(f"<div>⚠ {esc(problem)}</div>" for problem in check.of(0))
+        return _head(example, counts) + warnings + _tokens_html(example, self.tokenizer)
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
@@ -74,18 +85,13 @@ def _byte_names(raw: str) -> str:
     return "<" + " ".join(f"{byte_of[c]:02X}" for c in raw) + ">"
 
 
-def _special_ids(tokenizer) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if getattr(token, "special", False)}
-
-
 def _visible(text: str) -> str:
     return text.replace(" ", "·").replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "⇥\t")
 
 
-def _head(example: Example) -> str:
+def _head(example: Example, more: str = "") -> str:
     cut = f", {example.cut:,} cut off at the end" if example.cut else ""
-    counts = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on{cut}"
+    counts = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on{more}{cut}"
     return f"<div><b>{esc(example.source)}</b> &nbsp; {counts}</div>"
 
 
@@ -94,7 +100,7 @@ def _tokens_html(example: Example, tokenizer) -> str:
     shown = np.arange(count)
     if count > TOKENS_SHOWN:
         shown = np.concatenate([shown[: TOKENS_SHOWN // 2], shown[-TOKENS_SHOWN // 2 :]])
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     texts = token_texts(tokenizer, [int(example.tokens[i]) for i in shown])
     boxes, before = [], -1
     for i, text in zip(shown, texts, strict=True):
@@ -103,7 +109,36 @@ def _tokens_html(example: Example, tokenizer) -> str:
             boxes.append(f"<b> … {len(hidden):,} tokens not shown, {int(hidden.sum()):,} of them trained on … </b>")
         boxes.append(_token_box(int(i), text, int(example.tokens[i]), bool(example.loss_mask[i]), int(example.tokens[i]) in special))
         before = i
+    boxes.append(_cut_html(example, tokenizer))
     return f'<pre style="{_PRE}">{"".join(boxes)}</pre>'
+
+
+def _cut_html(example: Example, tokenizer) -> str:
+    """The first tokens that were cut off, and how many more there are."""
+    if not example.cut:
+        return ""
+    cut = _cut_tokens(example, tokenizer)
+    title = f"cut off by max_seq_length={len(example.tokens)}"
+    boxes = [f'<s class="cut" style="{_CUT};margin-right:2px" title="{title}">{esc(_visible(t))}</s>' for t in token_texts(tokenizer, cut)]
+    more = example.cut - len(cut)
+    return "".join(boxes) + (f"<b> … {more:,} more cut off</b>" if more else "")
+
+
+def _cut_tokens(example: Example, tokenizer) -> list[int]:
+    """The first of the tokens that are gone, found again in the text; none where it is tokenized differently now."""
+    kept, wanted = example.tokens.tolist(), min(example.cut, CUT_TOKENS_SHOWN)
+    # Not the whole of a very long text: hardly a token has more than a dozen characters.
+    start = example.text[: 16 * (len(kept) + wanted)]
+    for adds_special_tokens in (False, True):
+        ids = list(tokenizer(start, add_special_tokens=adds_special_tokens, truncation=False, verbose=False)["input_ids"])
+        if ids[: len(kept)] != kept:
+            continue
+        if len(start) < len(example.text):
+            ids = ids[:-8]  # the last ones may be others where the text goes on
+        elif len(ids) == len(kept) + example.cut - 1:
+            ids.append(tokenizer.eos_token_id)  # which plain texts get behind them
+        return ids[len(kept) : len(kept) + wanted]
+    return []
 
 
 def _token_box(position: int, text: str, token_id: int, trained: bool, is_special: bool) -> str:

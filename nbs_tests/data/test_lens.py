@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data.lens import TOKENS_SHOWN, token_texts
+from fulltune_nb.data.lens import CUT_TOKENS_SHOWN, TOKENS_SHOWN, token_texts
+from fulltune_nb.data.special_tokens import BOS_DOUBLED
 from fulltune_nb.errors import ConfigError, DataError
 
 PAIRS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(5)]
@@ -106,3 +107,24 @@ def test_example_of_no_tokens_can_be_shown(make_tokenizer):
     split = load_data({"train": [{"text": ""}, {"text": "a b"}]}, make_tokenizer(eos_token=None)).train
     Page(split._repr_html_())
     Page(split[0]._repr_html_())
+
+
+def test_tokens_cut_off_are_shown_struck_through_and_counted(tokenizer):
+    row = {"prompt": "What is it?", "completion": " ".join(str(i) for i in range(400))}
+    whole = load_data({"train": [row]}, tokenizer).train[0]
+    data = load_data({"train": [row]}, tokenizer, max_seq_length=30)
+    html = data.show(1)._repr_html_()
+    shown = re.findall(r'<s class="cut"[^>]*>([^<]*)</s>', html)
+    assert [text.replace("·", " ") for text in shown] == token_texts(tokenizer, whole.tokens[30 : 30 + CUT_TOKENS_SHOWN].tolist())
+    assert f"{len(whole.tokens) - 30 - CUT_TOKENS_SHOWN:,} more cut off" in html
+
+
+def test_an_end_token_that_was_cut_off_is_shown(make_tokenizer):
+    tokenizer = make_tokenizer(adds_bos=True)
+    html = load_data({"train": [{"text": "a fox"}]}, tokenizer, max_seq_length=2).show(1)._repr_html_()
+    assert re.findall(r'<s class="cut"[^>]*>([^<]*)</s>', html)[-1] == "&lt;/s&gt;" and "more cut off" not in html
+
+
+def test_begin_and_end_tokens_are_counted_and_warned_about(make_tokenizer):
+    html = load_data({"train": [{"text": "<s>a fox"}]}, make_tokenizer(adds_bos=True)).show(1)._repr_html_()
+    assert "2 BOS, 1 EOS" in html and f"⚠ {BOS_DOUBLED}" in html
