@@ -42,7 +42,7 @@ def test_the_demo_does_the_whole_job_and_says_what_came_of_it(tmp_path, monkeypa
     places = {line[:21].strip(): Path(line[21:]) for line in printed.splitlines() if line[21:].startswith(str(out))}
     assert set(places) == {"exported model", "executed notebook", "HTML copy"}
     assert ft.load_model(places["exported model"]).num_parameters > 1e6
-    assert places["HTML copy"].read_text("utf-8").count("data:image/png") == 2
+    assert places["HTML copy"].read_text("utf-8").count('src="data:image/png') == 2
     assert nbformat.read(places["executed notebook"], 4).metadata.papermill.exception is None
     assert os.environ["MPLBACKEND"] == "agg" and "FULLTUNE_PROGRESS" not in os.environ
 

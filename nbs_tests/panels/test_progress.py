@@ -270,3 +270,49 @@ def test_a_run_of_no_steps_is_shown_too(moment, shown):
 
 def test_times_are_readable():
     assert [clock(s) for s in (0, 5.4, 200, 3723, -1)] == ["0:00", "0:05", "3:20", "1:02:03", "0:00"]
+
+
+# -- real trainers ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_shows_its_progress_without_being_asked(make_trainer, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "plain")
+    trainer = make_trainer(iters=6, steps_per_report=2, steps_per_eval=3, save_every=100, run_dir=tmp_path / "run")
+    trainer.run(4)
+    trainer.set_learning_rate(5e-4)
+    trainer.run()
+    lines = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    expected = ["valid loss", "saved", "loss", "valid loss", "loss", "paused after"]
+    expected += ["learning rate changed", "loss", "valid loss", "saved", "done after"]
+    assert len(lines) == len(expected) and all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
+
+
+def test_progress_can_be_turned_off(make_trainer, monkeypatch, capsys):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "off")
+    make_trainer(iters=2).run()
+    assert capsys.readouterr() == ("", "")
+
+
+KERNEL_CELLS = [
+    "import fulltune_nb as ft\nfrom fulltune_nb import tiny",
+    """
+lm = ft.load_model(tiny.BASE_MODEL)
+data = ft.load_data(tiny.text_to_sql(train=8, valid=4, test=4), lm.tokenizer)
+trainer = ft.Trainer(lm, data, ft.TrainConfig(iters=3, steps_per_eval=1))
+""",
+    "trainer.run()",
+]
+
+
+@pytest.mark.long
+def test_in_a_kernel_the_cell_keeps_one_output_that_needs_no_kernel(monkeypatch):
+    import nbclient
+    import nbformat
+
+    monkeypatch.delenv("FULLTUNE_PROGRESS", raising=False)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in KERNEL_CELLS])
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    (output,) = notebook.cells[-1].outputs
+    page = output.data["text/html"]
+    assert output.output_type == "display_data"
+    assert "step 3 of 3: done after" in page and "Evaluations" in page and page.count("<td") > 10
