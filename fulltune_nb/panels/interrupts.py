@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _watches: list[InterruptWatch] = []
@@ -58,3 +59,16 @@ def hear(number: int = signal.SIGINT, frame: Any = None) -> None:
     is_own = _previous is signal.default_int_handler and watches
     if callable(_previous) and not is_own and all(watch.forwards for watch in watches):
         _previous(number, frame)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block SIGINT raises KeyboardInterrupt, even where a kernel ignores it: for work that may be broken off."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)

@@ -73,6 +73,10 @@ class LivePlot:
         """Until the next picture may be drawn: at most one a second, and never more than 2% of the time."""
         return max(0.0, self._due_at - time.monotonic())
 
+    def is_current(self, history: History) -> bool:
+        """Whether the last picture shows all of the history."""
+        return bool(self.png) and self._columns.taken == len(history)
+
     def draw(self, history: History) -> bytes:
         """A picture of all that is in the history, now, as PNG."""
         started = time.monotonic()
@@ -108,6 +112,7 @@ class _Columns:
     Attributes:
         evals: for each split, the steps and the losses.
         events: steps at which something happened.
+        taken: reports taken in.
     """
 
     def __init__(self) -> None:
@@ -115,15 +120,15 @@ class _Columns:
 
     def _forget(self) -> None:
         self._numbers = np.empty((len(_FIELDS), 1024))
-        self._count = self._taken = 0
+        self._count = self.taken = 0
         self.evals: dict[str, tuple[list[float], list[float]]] = {}
         self.events: list[int] = []
 
     def take(self, history: History) -> None:
         """Takes in what has come since."""
-        if len(history) < self._taken:  # another history, or one that was cut
+        if len(history) < self.taken:  # another history, or one that was cut
             self._forget()
-        for report in history[self._taken :]:
+        for report in history[self.taken :]:
             if isinstance(report, StepReport):
                 self._add(report)
             elif report.kind_of_report == "eval":
@@ -132,7 +137,7 @@ class _Columns:
                 losses.append(report.loss if math.isfinite(report.loss) else math.nan)
             elif report.step > 0:  # step 0 is where every run begins
                 self.events.append(report.step)
-        self._taken = len(history)
+        self.taken = len(history)
 
     def _add(self, report: StepReport) -> None:
         if self._count == self._numbers.shape[1]:

@@ -21,36 +21,48 @@ from fulltune_nb.training.trainer import Trainer
 PAUSE_SECONDS = 0.001
 """How long the event loop is let go after a step. With 0 a button needs four steps to be heard."""
 
-_loops: weakref.WeakKeyDictionary[Trainer, TrainLoop] = weakref.WeakKeyDictionary()
+_loops: weakref.WeakSet[TrainLoop] = weakref.WeakSet()
 
 
 def loop_of(trainer: Trainer) -> TrainLoop:
-    """The one loop of a trainer, which everything that drives it shares. To be called on the main thread."""
-    loop = _loops.get(trainer)
+    """The one loop of a trainer, which everything that drives it shares. To be called on the main thread.
+
+    It stands among the journal's listeners and so lives and goes with the trainer. (In a dictionary with weak keys, a loop's
+    last error would keep the trainer for ever by its traceback.)
+    """
+    loop = next((listener for listener in trainer.journal.listeners if isinstance(listener, TrainLoop)), None)
     if loop is None:
-        loop = _loops[trainer] = TrainLoop(trainer)
+        loop = TrainLoop(trainer)
+        trainer.journal.listeners.append(loop)
+        _loops.add(loop)
     loop.capture_event_loop()
     return loop
 
 
 def running_loop(model: Any) -> TrainLoop | None:
     """The loop that is training a model at this moment, if any."""
-    return next((loop for loop in list(_loops.values()) if loop.running and loop.trainer.lm.model is model), None)
+    return next((loop for loop in list(_loops) if loop.running and loop.trainer.lm.model is model), None)
+
+
+def loops_of(model: Any) -> list[TrainLoop]:
+    """All loops that train a model, running or not."""
+    return [loop for loop in list(_loops.values()) if loop.trainer.lm.model is model]
 
 
 class TrainLoop:
     """Starts, pauses and ends the run of one trainer. Use `loop_of`, which gives each trainer one.
 
+    When a run begins or ends, the journal's listeners are told: `on_change(trainer)`.
+
     Attributes:
-        listeners: objects with `on_change(loop)`, called when a run begins or ends.
-        between_steps: async functions awaited after each step while a run goes on.
+        trainer: the trainer that is driven.
+        between_steps: async functions awaited before the first and after each step of a run.
         error: what ended the last run, or None.
         interrupted: whether the last run was ended by an interrupt.
     """
 
     def __init__(self, trainer: Trainer):
-        self._trainer = weakref.ref(trainer)  # the trainer is this object's key: a reference would keep both for ever
-        self.listeners: list[Any] = []
+        self.trainer = trainer
         self.between_steps: list[Callable[[], Awaitable[None]]] = []
         self.error: BaseException | None = None
         self.interrupted = False
@@ -62,17 +74,14 @@ class TrainLoop:
         self._waiting = 0
 
     @property
-    def trainer(self) -> Trainer:
-        """The trainer that is driven."""
-        trainer = self._trainer()
-        if trainer is None:
-            raise TrainingError("This loop's trainer is gone. Keep a reference to the trainer.")
-        return trainer
-
-    @property
     def running(self) -> bool:
         """Whether steps are being taken, one after the other."""
         return self._task is not None and not self._task.done() and self._wants_more()
+
+    @property
+    def pause_asked(self) -> bool:
+        """Whether no further step is wanted, though one may be under way: what happens between steps should come to an end."""
+        return self._paused
 
     @property
     def goal(self) -> int:
@@ -92,19 +101,24 @@ class TrainLoop:
         except RuntimeError:
             pass  # plain Python: nothing runs in the background there
 
+    @property
+    def in_event_loop(self) -> bool:
+        """Whether there is an event loop that a run could go on in."""
+        return self._event_loop is not None and self._event_loop.is_running()
+
     def post(self, action: Callable[[], Any]) -> None:
         """Has `action` called on the main thread, between two steps; from any thread, such as that of a button's callback.
 
         Without an event loop it is called at once.
         """
-        if self._event_loop is not None and self._event_loop.is_running():
+        if self.in_event_loop:
             self._event_loop.call_soon_threadsafe(action)
         else:
             action()
 
     def later(self, seconds: float, action: Callable[[], Any]) -> asyncio.TimerHandle | None:
         """Has `action` called on the main thread after some time; None where no event loop runs. On the main thread only."""
-        if self._event_loop is None or not self._event_loop.is_running():
+        if not self.in_event_loop:
             return None
         return self._event_loop.call_later(seconds, action)
 
@@ -113,12 +127,14 @@ class TrainLoop:
     def start(self, n: int | None = None) -> None:
         """Begins to train in the background, to the end of the run or `n` more steps. While a run goes on, only its end changes.
 
+        With `n` 0 no step is taken, only what stands in `between_steps`.
+
         Raises:
             TrainingError: no event loop is running, or another trainer is training this model.
         """
         trainer = self.trainer
         self.capture_event_loop()
-        if self._event_loop is None or not self._event_loop.is_running():
+        if not self.in_event_loop:
             raise TrainingError(
                 "Training in the background needs a running event loop, as in a notebook, and there is none here."
                 " Use trainer.run(), which trains and returns when done; or, within async code, start() and then `await wait()`."
@@ -131,7 +147,7 @@ class TrainLoop:
         self._paused = False
         if self._task is None or self._task.done():  # else: the run goes on, or was paused a moment ago and takes this up
             self._task = self._event_loop.create_task(self._drive(), name="fulltune_nb training")
-        self._tell_change()
+        self.tell_change()
 
     def pause(self) -> None:
         """Ends the run after the step that is under way; `start` goes on from there."""
@@ -163,14 +179,14 @@ class TrainLoop:
             raise self.error
 
     async def _drive(self) -> None:
-        trainer, steps = self.trainer, self.trainer.steps()
+        steps = self.trainer.steps()
         try:
+            await self._between_steps()
             while self._wants_more():
                 self._watch.watch()
                 with interrupts_deferred():
                     next(steps, None)
-                for function in list(self.between_steps):
-                    await function()
+                await self._between_steps()
                 await asyncio.sleep(PAUSE_SECONDS)
         except KeyboardInterrupt:
             hear()  # every run that goes on is meant
@@ -180,12 +196,18 @@ class TrainLoop:
             self.error = error
         finally:
             self._paused = True
-            self._end(trainer)
+            self._end()
+
+    async def _between_steps(self) -> None:
+        self._watch.watch()
+        for function in list(self.between_steps):
+            await function()
 
     def _interrupt(self) -> None:
         self._paused = self.interrupted = True
 
-    def _end(self, trainer: Trainer) -> None:
+    def _end(self) -> None:
+        trainer = self.trainer
         if not self._waiting:
             self._watch.leave()
         try:
@@ -197,11 +219,11 @@ class TrainLoop:
                     trainer.save()
         except Exception as error:
             self.error = error
-        self._tell_change()
+        self.tell_change()
 
-    def _tell_change(self) -> None:
-        for listener in list(self.listeners):
-            listener.on_change(self)
+    def tell_change(self) -> None:
+        """Has everything that shows the run look anew."""
+        self.trainer.journal.tell("on_change")
 
     # -- one thing at a time, between the steps of a run -----------------------------------------------------------
 
@@ -215,7 +237,7 @@ class TrainLoop:
             raise TrainingError("A run goes on in the background: a step of your own would come on top. Call pause() first.")
         self.error = None
         reports = list(self.trainer.steps(n))
-        self._tell_change()
+        self.tell_change()
         return reports[-1] if reports else None
 
     def evaluate(self, split: str = "valid") -> EvalReport:

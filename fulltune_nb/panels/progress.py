@@ -33,13 +33,13 @@ def progress() -> Any:
     shapes = {"terminal": TerminalProgress, "notebook": NotebookProgress, "plain": PlainProgress, "off": object}
     wanted = os.environ.get(VARIABLE, "").strip().lower() or "auto"
     if wanted == "auto":
-        wanted = "notebook" if _in_kernel() else "terminal" if _is_terminal(sys.stderr) else "plain"
+        wanted = "notebook" if in_kernel() else "terminal" if _is_terminal(sys.stderr) else "plain"
     if wanted not in shapes:
         raise ConfigError(f"{VARIABLE}: expected auto, {', '.join(shapes)}, got {wanted!r}. Set it to one of these, or unset it.")
     return shapes[wanted]()
 
 
-def _in_kernel() -> bool:
+def in_kernel() -> bool:
     """Whether this is a Jupyter kernel. IPython is not imported for the question: without it there is no kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None

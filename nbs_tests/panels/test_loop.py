@@ -298,12 +298,19 @@ def test_one_trainer_has_one_loop_and_it_goes_with_the_trainer(make_trainer):
     trainer, other = make_trainer(), make_trainer()
     loop = loop_of(trainer)
     assert loop_of(trainer) is loop and loop_of(other) is not loop
+
+    async def fail(loop):
+        loop.start()
+        with pytest.raises(SystemExit):
+            await loop.wait()
+
+    AtStep(trainer, 2, lambda: sys.exit(3))
+    asyncio.run(fail(loop))
+    assert loop.error  # its traceback leads to the trainer
     gone = weakref.ref(trainer)
-    del trainer
+    del trainer, loop
     gc.collect()
     assert gone() is None
-    with pytest.raises(ft.TrainingError, match="gone"):
-        _ = loop.trainer
 
 
 def test_two_trainers_do_not_train_one_model_at_a_time(make_trainer, make_data):

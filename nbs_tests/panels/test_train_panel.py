@@ -1,0 +1,435 @@
+"""The training panel without a kernel: buttons, fields, what is shown, several panels, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+
+import mlx.core as mx
+import pytest
+
+import fulltune_nb as ft
+from fulltune_nb.panels import live_plot, train_view
+from fulltune_nb.panels.controls import TrainControls
+from fulltune_nb.panels.train import TrainPanel
+
+HOSTILE = "<img src=x onerror=alert(1)></pre><script>alert(2)</script>$$x$$\x1b[31m\u202e"
+
+
+@pytest.fixture
+def panel_of():
+    """`panel_of(trainer, ...)`: a panel that is closed after the test."""
+    made = []
+
+    def make(*args, **settings):
+        made.append(TrainPanel(*args, **settings))
+        return made[-1]
+
+    yield make
+    for panel in made:
+        panel.close()
+
+
+def shown(panel):
+    """All that the panel shows as HTML."""
+    controls = panel.controls
+    return " ".join(widget.value for widget in (controls.status, controls.error, controls.log, controls.samples))
+
+
+async def until(condition, seconds=20.0):
+    end = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < end
+        await asyncio.sleep(0.002)
+
+
+async def settled(panel):
+    await panel.loop.wait()
+    await asyncio.sleep(0.01)
+
+
+def in_loop(function):
+    """Runs an async test."""
+
+    def test(*args, **kwargs):
+        asyncio.run(function(*args, **kwargs))
+
+    test.__name__, test.__doc__ = function.__name__, function.__doc__
+    test.__signature__ = __import__("inspect").signature(function)
+    return test
+
+
+# -- buttons ------------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_run_and_pause_buttons(make_trainer, panel_of):
+    panel = panel_of(make_trainer(iters=100_000))
+    assert "paused" in panel.controls.status.value
+    panel.controls.run.click()
+    await until(lambda: panel.trainer.step_count > 3)
+    assert panel.loop.running and panel.controls.learning_rate.disabled and "running" in panel.controls.status.value
+    panel.controls.pause.click()
+    await settled(panel)
+    taken = panel.trainer.step_count
+    assert not panel.controls.learning_rate.disabled and "paused" in panel.controls.status.value
+    await asyncio.sleep(0.1)
+    assert panel.trainer.step_count == taken == panel.controls.progress.value
+    assert f"step {taken} of 100,000" in panel.controls.status.value
+
+
+@in_loop
+async def test_pause_pressed_on_another_thread_is_heard(make_trainer, panel_of):
+    panel = panel_of(make_trainer(iters=100_000))
+    panel.start()
+    await until(lambda: panel.trainer.step_count > 1)
+    thread = threading.Thread(target=panel.controls.pause.click)  # a subshell's thread, with no event loop of its own
+    thread.start()
+    thread.join()
+    pressed_at = panel.trainer.step_count
+    await settled(panel)
+    assert panel.trainer.step_count <= pressed_at + 1
+
+
+@in_loop
+async def test_step_buttons_take_exactly_so_many_steps(make_trainer, panel_of):
+    panel = panel_of(make_trainer())
+    for expected in (1, 2):
+        panel.controls.step.click()
+        await until(lambda: panel.trainer.step_count)
+        await settled(panel)
+        assert panel.trainer.step_count == expected
+    panel.controls.step_count.value = 3
+    panel.controls.step_n.click()
+    await asyncio.sleep(0.01)
+    await settled(panel)
+    assert panel.trainer.step_count == 5
+    panel.controls.step.click()
+    panel.controls.step.click()
+    await asyncio.sleep(0.01)
+    await settled(panel)
+    assert panel.trainer.step_count == 7
+
+
+@in_loop
+async def test_step_during_a_run_to_the_end_changes_nothing(make_trainer, panel_of):
+    panel = panel_of(make_trainer(iters=60))
+    panel.start()
+    await until(lambda: panel.trainer.step_count > 2)
+    panel.controls.step.click()
+    await settled(panel)
+    assert panel.trainer.done
+
+
+@in_loop
+async def test_evaluate_save_and_stop_buttons(make_trainer, panel_of, tmp_path):
+    panel = panel_of(make_trainer(run_dir=tmp_path / "run", val_batches=0, save_every=1000))
+    panel.step(2)
+    panel.controls.split.value = "test"
+    panel.controls.evaluate.click()
+    panel.controls.save.click()
+    await asyncio.sleep(0.01)
+    assert panel.trainer.history.evals[-1].split == "test"
+    assert "test loss" in panel.controls.log.value and str(tmp_path / "run/checkpoints") in panel.controls.log.value
+    panel.start()
+    await until(lambda: panel.trainer.step_count > 3)
+    panel.controls.stop.click()
+    await settled(panel)
+    assert panel.trainer.history.events[-1].kind == "stop"
+    assert ft.Trainer.resume(tmp_path / "run", data=panel.trainer.data).step_count == panel.trainer.step_count
+
+
+def test_without_a_run_dir_save_is_disabled_and_says_why(make_trainer, panel_of):
+    panel = panel_of(make_trainer())
+    assert panel.controls.save.disabled and "run_dir" in panel.controls.save.tooltip
+    panel.stop()  # needs none
+    assert panel.trainer.history.events[-1].kind == "stop"
+
+
+def test_every_control_has_a_description_or_a_tooltip():
+    controls = TrainControls(["train"], can_save=False)
+    for name, widget in vars(controls).items():
+        if name != "box":
+            assert widget.tooltip, name
+    assert controls.split.value == "train"
+
+
+# -- without an event loop -------------------------------------------------------------------------------------------------
+
+
+def test_everything_but_start_works_in_plain_python(make_trainer, panel_of):
+    panel = panel_of(make_trainer(), prompts=["the quick"], max_tokens=3)
+    assert panel.step().step == 1
+    assert panel.evaluate().split == "valid"
+    panel.controls.step.click()
+    panel.controls.step_n.click()
+    assert panel.trainer.done
+    assert [sample.step for sample in panel.sample()] == [8]
+    assert "done" in panel.controls.status.value and panel.controls.progress.value == 8
+    assert bytes(panel.controls.plot.value).startswith(b"\x89PNG")
+    assert "loss" in panel._repr_html_() and "data:image/png" in panel._repr_html_()
+    assert repr(panel) == "TrainPanel(done, step 8 of 8)"
+
+
+def test_start_in_plain_python_names_what_to_call(make_trainer, panel_of):
+    panel = panel_of(make_trainer())
+    with pytest.raises(ft.TrainingError, match=r"trainer\.run\(\)"):
+        panel.start()
+    panel.controls.run.click()
+    assert "trainer.run()" in panel.controls.error.value and isinstance(panel.error, ft.TrainingError)
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_errors_are_shown_with_what_to_do_and_raised_by_wait(make_trainer, panel_of):
+    trainer = make_trainer(iters=20)
+    panel = panel_of(trainer)
+    panel.step(2)
+    good = trainer.lm.model.norm.weight
+    trainer.lm.model.norm.weight = good * float("nan")
+    panel.start()
+    with pytest.raises(ft.NonFiniteError):
+        await panel.wait()
+    assert "lower the learning rate" in panel.controls.error.value and panel.controls.error.layout.display != "none"
+    assert "error" in panel.controls.status.value
+    trainer.lm.model.norm.weight = good
+    panel.start(1)
+    await panel.wait()
+    assert panel.error is None and panel.controls.error.value == "" and panel.controls.error.layout.display == "none"
+    assert trainer.step_count == 3
+
+
+@pytest.mark.parametrize("error", [ValueError("unexpected"), MemoryError(), RuntimeError("[malloc] Unable to allocate 9 bytes")])
+def test_errors_from_elsewhere_come_with_advice(error):
+    page = train_view.error_html(error)
+    assert type(error).__name__ in page and ("Trainer.resume" in page or "batch_size" in page)
+
+
+def test_hostile_text_stays_text_wherever_it_comes_from(make_trainer, panel_of, monkeypatch):
+    panel = panel_of(make_trainer(), prompts=[HOSTILE])
+    trainer = panel.trainer
+    monkeypatch.setattr(trainer.lm, "stream_chat", lambda *_, **__: iter([HOSTILE, "x" * 1_000_000]))
+    panel.sample()
+    trainer.journal.event(0, HOSTILE, HOSTILE)
+    trainer.journal.tell("on_save", HOSTILE)
+    monkeypatch.setattr(trainer, "evaluate", lambda split: (_ for _ in ()).throw(ValueError(HOSTILE)))
+    panel.controls.evaluate.click()
+    page = shown(panel) + panel._repr_html_()
+    assert page.count("&lt;img src=x onerror") >= 5
+    for forbidden in ("<img src=x", "<script", "\x1b", "\u202e", "</pre>&lt;"):
+        assert forbidden not in page
+    assert len(page) < 100_000
+    assert panel.controls.prompts.value == HOSTILE  # a text field shows text as it is
+
+
+def test_the_learning_rate_field_changes_it_as_an_event(make_trainer, panel_of):
+    panel = panel_of(make_trainer(learning_rate=1e-3))
+    assert panel.controls.learning_rate.value == 1e-3
+    assert not panel.trainer.history.events
+    panel.controls.learning_rate.value = 5e-4
+    assert panel.trainer.learning_rate == 5e-4
+    assert [event.kind for event in panel.trainer.history.events] == ["learning_rate"]
+    panel.controls.learning_rate.value = -1.0
+    assert "positive" in panel.controls.error.value
+    assert panel.controls.learning_rate.value == 5e-4 == panel.trainer.learning_rate
+
+
+def test_the_learning_rate_field_follows_the_schedule_without_events(make_trainer, panel_of):
+    panel = panel_of(make_trainer(lr_schedule="linear"))
+    rates = []
+    for _ in range(3):
+        panel.step()
+        rates.append(panel.controls.learning_rate.value)
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 3
+    assert not panel.trainer.history.events and panel.error is None
+
+
+@in_loop
+async def test_a_rate_typed_before_the_run_began_is_refused_during_it(make_trainer, panel_of):
+    panel = panel_of(make_trainer(iters=100_000))
+    panel.start()
+    panel.controls.learning_rate.value = 0.5
+    await until(lambda: panel.trainer.step_count > 1)
+    assert panel.trainer.learning_rate == 1e-3 and "paused" in panel.controls.error.value
+    panel.pause()
+    await settled(panel)
+    assert panel.controls.learning_rate.value == 1e-3
+
+
+def test_a_run_in_a_cell_moves_the_panel_too(make_trainer, panel_of):
+    panel = panel_of(make_trainer())
+    states = []
+
+    class Look:
+        def on_step(self, trainer, report):
+            states.append(panel.controls.status.value)
+
+    panel.trainer.run(callbacks=[Look()])
+    assert "running in a cell" in states[-1]
+    assert "done" in panel.controls.status.value and panel.controls.progress.value == 8
+
+
+def test_a_resumed_runs_log_and_plot_hold_what_was_before(make_trainer, panel_of, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run", steps_per_eval=2)
+    trainer.run(4)
+    trainer.save()
+    panel = panel_of(ft.Trainer.resume(tmp_path / "run", data=trainer.data))
+    assert "resumed at step 4" in panel.controls.log.value and "valid loss" in panel.controls.log.value
+    assert panel.loop.trainer.step_count == 4 and "step 4 of 8" in panel.controls.status.value
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_samples_are_taken_every_n_steps_from_before_the_first(make_trainer, panel_of):
+    panel = panel_of(make_trainer(), prompts=["the quick", "lazy dog"], sample_every=4, max_tokens=3)
+    panel.start()
+    await panel.wait()
+    assert [(sample.step, sample.prompt) for sample in panel.samples.rows] == [
+        (step, prompt) for step in (0, 4, 8) for prompt in ("the quick", "lazy dog")
+    ]
+    assert panel.trainer.lm.chat([{"role": "user", "content": "lazy dog"}], max_tokens=3) == panel.samples.rows[-1].answer
+    assert panel.controls.samples.value.count("lazy dog") == 3
+
+
+@in_loop
+async def test_samples_do_not_change_the_run(make_trainer, panel_of):
+    straight, sampled = make_trainer(), make_trainer()
+    straight.run()
+    panel = panel_of(sampled, prompts=["the quick"], sample_every=1, max_tokens=2)
+    panel.start()
+    await panel.wait()
+    assert [r.loss for r in sampled.history.steps] == [r.loss for r in straight.history.steps]
+
+
+@in_loop
+async def test_sample_now_answers_while_paused_and_takes_no_step(make_trainer, panel_of):
+    panel = panel_of(make_trainer())
+    panel.controls.prompts.value = "the quick\n\nlazy"
+    panel.controls.max_tokens.value = 3
+    await asyncio.sleep(0.01)
+    assert panel.samples.prompts == ("the quick", "lazy") and panel.samples.max_tokens == 3
+    panel.controls.sample_now.click()
+    await asyncio.sleep(0.01)
+    await settled(panel)
+    assert len(panel.samples.rows) == 2 and panel.trainer.step_count == 0
+
+
+@in_loop
+async def test_pause_cuts_a_long_answer_off(make_trainer, panel_of, monkeypatch):
+    panel = panel_of(make_trainer(), prompts=["the"], sample_every=1)
+    pieces = iter(["word "] * 10_000)
+    monkeypatch.setattr(panel.trainer.lm, "stream_chat", lambda *_, **__: pieces)
+    panel.start()
+    await until(lambda: panel.samples.rows and len(panel.samples.rows[-1].answer) > 20)
+    panel.pause()
+    await panel.wait()
+    assert panel.trainer.step_count == 0 and next(pieces)
+
+
+def test_a_prompt_that_cannot_be_used_is_a_row_and_not_the_end(make_trainer, panel_of, monkeypatch):
+    panel = panel_of(make_trainer(), prompts=["a", "b"])
+
+    def refuse(*_, **__):
+        raise ft.errors.GenerationError("no such prompt")
+
+    monkeypatch.setattr(panel.trainer.lm, "stream_chat", refuse)
+    assert [sample.answer for sample in panel.sample()] == ["[GenerationError: no such prompt]"] * 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prompts": "one text"}, {"prompts": [3]}, {"sample_every": -1}, {"max_tokens": 0}, {"max_tokens": True}], ids=str
+)
+def test_unusable_sample_settings_are_errors(make_trainer, settings):
+    with pytest.raises(ft.ConfigError, match="must be"):
+        TrainPanel(make_trainer(), **settings)
+
+
+def test_prompts_with_line_breaks_are_kept_whole(make_trainer, panel_of):
+    panel = panel_of(make_trainer(), prompts=["one\ntwo"])
+    assert panel.samples.prompts == ("one\ntwo",) and panel.controls.prompts.disabled
+
+
+# -- several panels, closing ---------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_two_panels_of_one_trainer_agree(make_trainer, panel_of):
+    trainer = make_trainer(iters=100_000)
+    one, two = panel_of(trainer), panel_of(trainer)
+    one.controls.run.click()
+    await until(lambda: trainer.step_count > 3)
+    two.controls.pause.click()
+    await settled(one)
+    two.controls.learning_rate.value = 2e-3
+    one.controls.prompts.value = "the"
+    await asyncio.sleep(0.05)
+    assert one.loop is two.loop and not one.loop.running
+    for name in ("status", "progress", "learning_rate", "log", "prompts", "plot"):
+        assert getattr(one.controls, name).value == getattr(two.controls, name).value, name
+
+
+@in_loop
+async def test_closing_the_last_panel_pauses_and_leaves_nothing(make_trainer, panel_of):
+    import ipywidgets
+
+    before = len(ipywidgets.Widget.get_manager_state()["state"])
+    trainer = make_trainer(iters=100_000)
+    one, two = panel_of(trainer), panel_of(trainer)
+    one.start()
+    one.close()
+    one.close()
+    await until(lambda: trainer.step_count > 2)
+    assert two.loop.running
+    two.close()
+    await two.loop.wait()
+    assert not two.loop.running and trainer.journal.listeners == [two.loop]
+    taken = trainer.step_count
+    await asyncio.sleep(0.05)
+    assert trainer.step_count == taken
+    assert len(ipywidgets.Widget.get_manager_state()["state"]) == before
+    with pytest.raises(ft.TrainingError, match="closed"):
+        one.start()
+    assert repr(one) == "TrainPanel(closed)"
+
+
+def test_a_panel_that_is_dropped_does_not_keep_its_trainer(make_trainer):
+    panel = TrainPanel(make_trainer())
+    trainer = weakref.ref(panel.trainer)
+    del panel
+    gc.collect()
+    assert trainer() is None
+
+
+# -- cost ---------------------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_pictures_and_numbers_come_seldom(make_trainer, panel_of, monkeypatch):
+    drawn, draw = [], live_plot.LivePlot.draw
+    monkeypatch.setattr(live_plot.LivePlot, "draw", lambda plot, history: (drawn.append(1), draw(plot, history))[1])
+    panel = panel_of(make_trainer(iters=100_000, steps_per_eval=100_000))
+    panel.start()
+    started = asyncio.get_running_loop().time()
+    refreshed = []
+    panel.controls.status.observe(lambda _: refreshed.append(1), "value")
+    await until(lambda: asyncio.get_running_loop().time() > started + 2.0)
+    panel.pause()
+    await settled(panel)
+    assert len(drawn) <= 5
+    assert len(refreshed) <= 2.5 / train_view.REFRESH_SECONDS + 4
+
+
+def test_memory_of_old_reports_does_not_grow_in_the_log(make_trainer, panel_of):
+    panel = panel_of(make_trainer())
+    for number in range(1500):
+        panel.trainer.journal.history.append(ft.Event(0, "note", f"{number}", 0.0))
+        panel._view._note_report(panel.trainer.history[-1])
+    panel._view.refresh()
+    assert "1499" in panel.controls.log.value and "… and 940 before" in panel.controls.log.value
+    assert mx.get_active_memory() > 0
