@@ -21,6 +21,7 @@ from fulltune_nb.html import esc, facts, table
 VARIABLE = "FULLTUNE_PROGRESS"
 REFRESH_SECONDS = 1.0  # a notebook's output changes no more often
 SILENCE_SECONDS = 60.0  # with slow steps, a plain line comes at the latest after so long
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits into 80 columns
 _SHOWN = 8  # evaluations, and events, that the notebook's record lists
 
 
@@ -203,13 +204,22 @@ def _eval_text(report: Any) -> str:
     return f"{report.split} loss {report.loss:.3f}, perplexity {report.perplexity:.3f} ({report.tokens:,} tokens, {report.seconds:.1f} s)"
 
 
+def _has_size(stream: Any) -> bool:
+    """Whether the terminal that a stream writes to tells its size; some say 0 lines of 0 columns."""
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError):
+        return False
+
+
 class TerminalProgress(_Progress):
     """A tqdm bar on standard error; evaluations and events are lines above it."""
 
     def show_start(self, trainer: Any) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=self.target, initial=trainer.step_count, file=sys.stderr, unit="step", dynamic_ncols=True)
+        size = {"dynamic_ncols": True} if _has_size(sys.stderr) else {"ncols": 80, "nrows": 24}  # without one tqdm draws nothing
+        self._bar = tqdm(total=self.target, initial=trainer.step_count, file=sys.stderr, bar_format=_BAR, **size)
 
     def show_step(self, trainer: Any, report: Any) -> None:
         text = f"loss {self.loss:.3f}, lr {report.learning_rate:.2e}, {self.tokens_per_second:.0f} tokens/s"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +209,19 @@ def test_a_bar_of_a_resumed_run_begins_where_the_run_stands(moment, capsys):
     trainer.run(10)
     err = capsys.readouterr().err
     assert "50/60" in err and "60/60" in err
+
+
+def test_the_bar_is_drawn_on_a_terminal_that_does_not_tell_its_size():
+    code = "from nbs_tests.panels.test_progress import FakeTrainer, Clock; from fulltune_nb.panels.progress import progress\n"
+    code += "from fulltune_nb.panels import progress as module; module.time = Clock(); FakeTrainer(progress(), module.time, total=5).run()"
+    leader, follower = os.openpty()  # 0 lines of 0 columns
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "FULLTUNE_PROGRESS")}
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], stderr=follower, stdin=follower, check=True, env=environment, cwd=root, timeout=120)
+    os.close(follower)
+    shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert "0/5" in shown and "5/5" in shown and "loss 3.700, lr 1.00e-05, 100 tokens/s" in shown
 
 
 # -- notebook -----------------------------------------------------------------------------------------------------
