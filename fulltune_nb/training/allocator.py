@@ -1,19 +1,54 @@
-"""How much freed memory MLX keeps for reuse."""
+"""What becomes of freed arrays: kept for the next ones, on the CPU.
+
+MLX's CPU backend allocates with `malloc` and caches 32 MiB of freed arrays itself. The C library takes a large array from the
+system, zeroed page by page, and gives it back when freed: every operation pays for its result's pages, which takes as long
+as element-wise arithmetic on them. Two remedies:
+
+- glibc (Linux): let `malloc` keep large blocks in its heap, where they are cut and joined to any size. Measured on a 20M
+  Llama: 15% less processor time a step than the other remedy, as batches differ in length.
+- elsewhere: a larger cache of MLX's own. It finds a block only for an array of nearly its size, so it grows large.
+"""
 
 from __future__ import annotations
+
+import ctypes
+import sys
 
 import mlx.core as mx
 import psutil
 
 CPU_CACHE_BYTES = 2_000_000_000
+HEAP_CACHE_BYTES = 2**25  # MLX's own default
+
+# Parameters of mallopt(3), from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER_TRIM = 2**31 - 1
 
 
 def cap_cache() -> None:
-    """On the CPU, lets MLX keep up to 2 GB (an eighth of the memory at most) of freed arrays.
+    """On the CPU, makes freed arrays' memory stay with the process, for the arrays to come. Other devices keep MLX's default.
 
-    MLX's own CPU limit is 32 MiB: larger arrays are then paged in afresh by the system at every operation, which makes
-    element-wise work on them 4 to 5 times slower. Other devices keep MLX's default. The cache is not part of the peak that
-    reports show; `cache_memory` shows it.
+    With glibc that holds for everything the process allocates from then on: what it holds from the system stays near the
+    highest it ever needed. Elsewhere MLX keeps up to 2 GB (an eighth of the memory at most); this cache is not part of the
+    peak that reports show, `cache_memory` shows it.
     """
     if mx.default_device().type == mx.DeviceType.cpu:
-        mx.set_cache_limit(min(CPU_CACHE_BYTES, psutil.virtual_memory().total // 8))
+        if (mallopt := _mallopt()) is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+        mx.set_cache_limit(cache_limit())
+
+
+def cache_limit() -> int:
+    """Bytes of freed arrays that `cap_cache` allows; 0 on other devices, where MLX gives its cache back when memory is short."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return 0
+    return HEAP_CACHE_BYTES if _mallopt() is not None else min(CPU_CACHE_BYTES, psutil.virtual_memory().total // 8)
+
+
+def _mallopt():
+    """glibc's `mallopt`; None with another C library, whose `malloc` knows no such parameters."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return library.mallopt if hasattr(library, "gnu_get_libc_version") else None
