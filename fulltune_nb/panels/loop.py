@@ -46,7 +46,7 @@ def running_loop(model: Any) -> TrainLoop | None:
 
 def loops_of(model: Any) -> list[TrainLoop]:
     """All loops that train a model, running or not."""
-    return [loop for loop in list(_loops.values()) if loop.trainer.lm.model is model]
+    return [loop for loop in list(_loops) if loop.trainer.lm.model is model]
 
 
 class TrainLoop:
