@@ -182,7 +182,8 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def _table(splits: Sequence) -> str:
+def counts_table(splits: Sequence) -> str:
+    """Rows, tokens, lengths and losses of splits, a line each."""
     headers = ("split", "format", "rows", "tokens", "trained on", "share", "median length", "longest")
     headers += ("rows cut", "tokens cut", "rows not trained on")
     rows = []
@@ -212,7 +213,7 @@ def split_html(split, examples: int = 2) -> str:
     """A split in a cell: its counts, its lengths and its first examples."""
     legend = _LEGEND.split(" &nbsp; · space")[0] + "</div>"
     shown = "".join(_head(e) + _runs_html(e) for e in split[:examples])
-    return f"<div>{_table([split])}{_lengths_svg(split) if len(split) else ''}{legend}{shown}</div>"
+    return f"<div>{counts_table([split])}{_lengths_svg(split) if len(split) else ''}{legend}{shown}</div>"
 
 
 def dataset_html(data) -> str:
@@ -225,4 +226,4 @@ def dataset_html(data) -> str:
     lead = splits[0]
     legend = _LEGEND.split(" &nbsp; · space")[0] + "</div>"
     shown = "".join(_head(e) + _runs_html(e) for e in lead[:2])
-    return f"<div>{_table(splits)}{facts('', settings)}{notes}{_lengths_svg(lead)}{legend}{shown}</div>"
+    return f"<div>{counts_table(splits)}{facts('', settings)}{notes}{_lengths_svg(lead)}{legend}{shown}</div>"

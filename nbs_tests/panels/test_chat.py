@@ -1,0 +1,559 @@
+"""The chat panel without a front end: conversations, streaming, stopping, comparing, and chatting while training."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+
+import ipywidgets as widgets
+import pytest
+from ipywidgets.widgets.widget import _instances
+
+from fulltune_nb.errors import ConfigError, GenerationError
+from fulltune_nb.panels import chat as module
+from fulltune_nb.panels.chat import ChatPanel
+from fulltune_nb.panels.conversation import TURNS_SHOWN, Answer, Conversation, Turn
+from fulltune_nb.panels.loop import loop_of
+from nbs_tests.data.test_lens import ATTACK, Page
+from nbs_tests.panels.test_data import all_widgets
+
+
+@pytest.fixture
+def lm(make_lm):
+    return make_lm()
+
+
+@pytest.fixture
+def make_panel():
+    made = []
+
+    def make(*models, **settings):
+        made.append(ChatPanel(*models, **{"max_tokens": 12, **settings}))
+        return made[-1]
+
+    yield make
+    for panel in made:
+        panel.close()
+
+
+def user(*prompts):
+    return [{"role": "user", "content": prompt} for prompt in prompts]
+
+
+async def until(condition, seconds=20.0):
+    for _ in range(int(seconds / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came to that")
+
+
+# -- asking and answering ---------------------------------------------------------------------------------------------
+
+
+def test_in_plain_python_the_answer_is_there_when_send_returns(lm, make_panel):
+    panel = make_panel(lm)
+    panel.send("the quick fox")
+    assert panel.conversation.turns[0].answers[0].text == lm.chat(user("the quick fox"), max_tokens=12)
+    assert panel.conversation.turns[0].answers[0].state == "done" and not panel.busy
+
+
+def test_in_an_event_loop_it_is_written_piece_by_piece_while_other_code_runs(lm, make_panel):
+    seen = []
+
+    async def main():
+        panel = make_panel(lm)
+        panel.send("the quick fox")
+        assert panel.busy and panel.conversation.turns[0].answers[0].text == ""
+        while panel.busy:
+            seen.append(panel.conversation.turns[0].answers[0].text)
+            await asyncio.sleep(0)
+        await panel.wait()
+        return panel.conversation.turns[0].answers[0]
+
+    answer = asyncio.run(main())
+    assert answer.text == lm.chat(user("the quick fox"), max_tokens=12) and answer.state == "done"
+    lengths = sorted({len(text) for text in seen})
+    assert len(lengths) > 3 and all(answer.text.startswith(text) for text in seen)
+
+
+def test_the_conversation_goes_on_with_its_system_prompt(lm, make_panel, monkeypatch):
+    panel, asked = make_panel(lm, system="Be brief."), []
+    stream = lm.stream_chat
+    monkeypatch.setattr(lm, "stream_chat", lambda messages, **settings: asked.append((messages, settings)) or stream(messages, **settings))
+    panel.send("one")
+    panel.send("two")
+    first = panel.conversation.turns[0].answers[0].text
+    messages, settings = asked[1]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
+    assert [m["content"] for m in messages] == ["Be brief.", "one", first, "two"]
+    assert settings == {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0}
+    panel.controls.system.value, panel.controls.temperature.value, panel.controls.top_p.value = "", 0.7, 0.9
+    panel.regenerate()
+    messages, settings = asked[2]
+    assert [m["content"] for m in messages] == ["one", first, "two"] and settings["temperature"] == 0.7 and settings["top_p"] == 0.9
+
+
+def test_prompts_sent_meanwhile_are_answered_in_order(lm, make_panel):
+    async def main():
+        panel = make_panel(lm)
+        for prompt in ("one", "two", "three"):
+            panel.send(prompt)
+        await panel.wait()
+        return panel.conversation.turns
+
+    turns = asyncio.run(main())
+    assert [turn.prompt for turn in turns] == ["one", "two", "three"]
+    messages = user("one") + [{"role": "assistant", "content": turns[0].answers[0].text}] + user("two")
+    assert turns[1].answers[0].text == lm.chat(messages, max_tokens=12)
+
+
+def test_stop_keeps_what_is_there_and_leaves_the_rest_unasked(lm, make_panel):
+    async def main():
+        panel = make_panel(lm, max_tokens=400)
+        panel.send("one")
+        panel.send("two")
+        await until(lambda: panel.conversation.turns[0].answers[0].text)
+        panel.stop()
+        await panel.wait()
+        return panel
+
+    panel = asyncio.run(main())
+    first, second = (turn.answers[0] for turn in panel.conversation.turns)
+    assert first.state == second.state == "stopped" and first.text and not second.text
+    assert len(first.text) < len(lm.chat(user("one"), max_tokens=400))
+    assert "stopped before its end" in panel.controls.log.value and not panel.controls.live.value
+
+
+def test_regenerate_answers_the_last_prompt_anew(lm, make_panel):
+    panel = make_panel(lm)
+    with pytest.raises(GenerationError, match="Send a prompt first"):
+        panel.regenerate()
+    panel.send("one")
+    before = panel.conversation.turns[0].answers[0]
+    panel.regenerate()
+    after = panel.conversation.turns[0].answers[0]
+    assert after is not before and after.text == before.text and len(panel.conversation.turns) == 1
+
+
+def test_clear_forgets_and_ends_what_is_being_written(lm, make_panel):
+    async def main():
+        panel = make_panel(lm, max_tokens=2000)
+        panel.send("one")
+        await until(lambda: panel.conversation.turns[0].answers[0].text)
+        panel.clear()
+        await asyncio.wait_for(panel.wait(), 10)
+        assert panel.conversation.turns == [] and panel.controls.log.value == panel.controls.live.value == ""
+        panel.send("two")
+        panel.stop()
+        await panel.wait()
+        assert [turn.prompt for turn in panel.conversation.turns] == ["two"]
+
+    asyncio.run(main())
+
+
+def test_prompts_without_a_word_are_refused(lm, make_panel):
+    for prompt in ("", "  \n", None, 3):
+        with pytest.raises(GenerationError, match="at least one word"):
+            make_panel(lm).send(prompt)
+
+
+# -- two models -------------------------------------------------------------------------------------------------------
+
+
+def test_two_models_answer_one_prompt_side_by_side(make_lm, make_panel):
+    base, tuned = make_lm(), make_lm(hidden_size=16)
+    seen = []
+
+    async def main():
+        panel = make_panel(base, tuned)
+        panel.send("the quick fox")
+        while panel.busy:
+            seen.append(tuple(len(answer.text) for answer in panel.conversation.turns[0].answers))
+            await asyncio.sleep(0)
+        return panel
+
+    panel = asyncio.run(main())
+    answers = panel.conversation.turns[0].answers
+    for lm, answer in zip((base, tuned), answers, strict=True):
+        assert answer.text == lm.chat(user("the quick fox"), max_tokens=12) and answer.state == "done"
+    assert any(0 < a < len(answers[0].text) and 0 < b < len(answers[1].text) for a, b in seen)  # both were under way at a time
+    html = panel.controls.log.value
+    assert html.index("<b>Base</b>") < html.index("<b>Tuned</b>")
+
+
+def test_each_model_reads_its_own_answers(make_lm, make_panel):
+    panel = make_panel(make_lm(), make_lm(hidden_size=16))
+    panel.send("one")
+    turn = Turn("two", [Answer(), Answer()])
+    panel.conversation.turns.append(turn)
+    for which in (0, 1):
+        assert panel.conversation.messages(which, turn)[1]["content"] == panel.conversation.turns[0].answers[which].text
+
+
+def test_one_models_error_leaves_the_other_its_answer(make_lm, make_panel, monkeypatch):
+    base, tuned = make_lm(), make_lm(hidden_size=16)
+
+    def broken(messages, **settings):
+        yield "It is"
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(tuned, "stream_chat", broken)
+
+    async def main():
+        panel = make_panel(base, tuned)
+        panel.send("one")
+        with pytest.raises(ZeroDivisionError):
+            await panel.wait()
+        return panel
+
+    panel = asyncio.run(main())
+    first, second = panel.conversation.turns[0].answers
+    assert first.state == "done" and first.text
+    assert second.state == "failed" and second.text == "It is" and "ZeroDivisionError: oh" in second.problem
+    assert "role=\"alert\"" in panel.controls.log.value
+
+
+def test_the_same_model_twice_and_things_that_are_no_models_are_refused(lm, make_trainer):
+    with pytest.raises(ConfigError, match="same model.*load the base anew"):
+        ChatPanel(lm, lm)
+    with pytest.raises(ConfigError, match="Pass its .lm"):
+        ChatPanel(make_trainer())
+    with pytest.raises(ConfigError, match="2 names"):
+        ChatPanel(lm, make_trainer().lm, names=["one"])
+    with pytest.raises(GenerationError, match="temperature"):
+        ChatPanel(lm, temperature=-1)
+
+
+# -- while training ---------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_during_training_comes_from_the_weights_of_one_step(make_trainer, make_panel):
+    trainer = make_trainer(iters=400, steps_per_eval=1000)
+    steps = set()
+
+    async def main():
+        panel, loop = make_panel(trainer.lm), loop_of(trainer)
+        loop.start()
+        await until(lambda: trainer.step_count >= 3)
+        panel.send("the quick fox")
+        answer = panel.conversation.turns[0].answers[0]
+        await until(lambda: answer.state == "writing")
+        assert "is being trained" in panel.controls.status.value
+        while answer.open:
+            steps.add(trainer.step_count)
+            await asyncio.sleep(0)
+        await panel.wait()
+        assert loop.running
+        (step,) = steps
+        await until(lambda: trainer.step_count > step + 1)  # it goes on
+        loop.pause()
+        await loop.wait()
+        return panel
+
+    panel = asyncio.run(main())
+    (step,) = steps
+    turn = panel.conversation.turns[0]
+    assert f"weights of step {step}" in turn.note
+    twin = make_trainer(iters=400, steps_per_eval=1000)
+    list(twin.steps(step))
+    assert turn.answers[0].text == twin.lm.chat(user("the quick fox"), max_tokens=12)
+
+
+def test_training_ends_with_the_same_losses_as_without_a_chat(make_trainer, make_panel):
+    plain, chatted = make_trainer(iters=12), make_trainer(iters=12)
+    plain.run()
+
+    async def main():
+        panel = make_panel(chatted.lm)
+        loop_of(chatted).start()
+        for prompt in ("one", "two"):
+            panel.send(prompt)
+        await loop_of(chatted).wait()
+        await panel.wait()
+
+    asyncio.run(main())
+    assert [r.loss for r in chatted.history.steps] == [r.loss for r in plain.history.steps]
+
+
+def test_a_pause_during_an_answer_ends_the_run_at_once_and_the_answer_goes_on(make_trainer, make_panel):
+    trainer = make_trainer(iters=400)
+
+    async def main():
+        panel, loop = make_panel(trainer.lm, max_tokens=200), loop_of(trainer)
+        loop.start()
+        panel.send("one")
+        answer = panel.conversation.turns[0].answers[0]
+        await until(lambda: answer.text)
+        loop.pause()
+        await asyncio.wait_for(loop.wait(), 10)
+        at = trainer.step_count
+        assert answer.open
+        loop.start()  # waits for the answer before its first step
+        await asyncio.sleep(0.02)
+        assert answer.open and trainer.step_count == at
+        panel.stop()
+        await panel.wait()
+        await until(lambda: trainer.step_count > at)
+        loop.pause()
+        await loop.wait()
+        assert loop.between_steps == []
+
+    asyncio.run(main())
+
+
+def test_two_panels_on_a_model_in_training_take_turns(make_trainer, make_panel):
+    trainer = make_trainer(iters=400)
+
+    async def main():
+        one, two = make_panel(trainer.lm), make_panel(trainer.lm)
+        loop_of(trainer).start()
+        one.send("one")
+        two.send("two")
+        await asyncio.wait_for(asyncio.gather(one.wait(), two.wait()), 30)
+        loop_of(trainer).pause()
+        await loop_of(trainer).wait()
+        assert all(panel.conversation.turns[0].answers[0].state == "done" for panel in (one, two))
+
+    asyncio.run(main())
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_shown_with_what_to_do_and_raised_by_wait(lm, make_panel, monkeypatch):
+    refused = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refused}{{{{ m['content'] }}}}{{% endfor %}}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+
+    async def main():
+        panel = make_panel(lm, system="Be brief.")
+        panel.send("one")
+        with pytest.raises(GenerationError, match="no system"):
+            await panel.wait()
+        assert "leave that empty" in panel.controls.log.value and isinstance(panel.error, GenerationError)
+        panel.controls.system.value = ""
+        panel.regenerate()
+        await panel.wait()
+        assert panel.conversation.turns[0].answers[0].state == "done" and panel.error is None
+
+    asyncio.run(main())
+
+
+def test_a_base_models_borrowed_template_is_told(make_lm, make_tokenizer, make_panel):
+    lm = make_lm()
+    lm.tokenizer = make_tokenizer()
+    assert "has no chat template" in make_panel(lm).controls.status.value
+
+
+def test_an_interrupt_stops_the_answer_and_wait_returns(lm, make_panel):
+    async def main():
+        panel = make_panel(lm, max_tokens=2000)
+        panel.send("one")
+        answer = panel.conversation.turns[0].answers[0]
+        await until(lambda: answer.text)
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.wait_for(panel.wait(), 10)
+        assert answer.state == "stopped"
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a kernel does between its cells
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(main())
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        loop.close()
+        signal.signal(signal.SIGINT, before)
+
+
+# -- controls ---------------------------------------------------------------------------------------------------------
+
+
+def press_enter(panel, text):
+    """What a browser sends: Enter first, then the text."""
+    panel.controls.line._handle_custom_msg({"event": "submit"}, [])
+    panel.controls.line.value = text
+
+
+def test_enter_sends_and_empties_the_field(lm, make_panel):
+    async def main():
+        panel = make_panel(lm)
+        press_enter(panel, "one")
+        assert panel.controls.line.value == ""
+        await panel.wait()
+        panel.controls.line.value = "two"  # the field lost the cursor: sent to the kernel, not to the model
+        await asyncio.sleep(0.02)
+        assert len(panel.conversation.turns) == 1
+        panel.controls.line._handle_custom_msg({"event": "submit"}, [])
+        await until(lambda: len(panel.conversation.turns) == 2)
+        await panel.wait()
+        assert panel.conversation.turns[1].prompt == "two"
+        await asyncio.sleep(2 * module._ENTER_SECONDS)
+        assert len(panel.conversation.turns) == 2
+
+    asyncio.run(main())
+
+
+def off(panel):
+    return [getattr(panel.controls, name).disabled for name in ("send", "stop", "regenerate", "clear")]
+
+
+def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_nothing(lm, make_panel):
+    async def main():
+        panel = make_panel(lm, max_tokens=500)
+        controls = panel.controls
+        assert off(panel) == [False, True, True, True]
+        controls.line.value = "one"
+        controls.send.click()
+        assert off(panel) == [True, False, True, False]
+        press_enter(panel, "two")
+        assert "An answer is being written" in controls.status.value and controls.line.value == "two"
+        await until(lambda: panel.conversation.turns[0].answers[0].text)
+        controls.stop.click()
+        await panel.wait()
+        await asyncio.sleep(0.01)
+        assert off(panel) == [False, True, False, False]
+        controls.regenerate.click()
+        controls.stop.click()
+        await panel.wait()
+        controls.clear.click()
+        assert panel.conversation.turns == []
+
+    asyncio.run(main())
+
+
+def test_prompts_of_several_lines_have_a_field_of_their_own(lm, make_panel):
+    panel = make_panel(lm)
+    panel.controls.line.value = "begun"
+    panel.controls.several_lines.value = True
+    assert panel.controls.lines.value == "begun" and panel.controls.line.layout.display == "none"
+    panel.controls.lines.value = "one\ntwo"
+    panel.controls.send.click()
+    assert panel.conversation.turns[0].prompt == "one\ntwo" and panel.controls.lines.value == ""
+
+
+def test_callbacks_on_another_thread_leave_mlx_to_the_own_one(lm, make_panel, monkeypatch):
+    threads, stream = [], lm.stream_chat
+
+    def watched(messages, **settings):
+        threads.append(threading.get_ident())
+        return stream(messages, **settings)
+
+    monkeypatch.setattr(lm, "stream_chat", watched)
+
+    async def main():
+        panel = make_panel(lm)
+        panel.controls.line.value = "one"
+        thread = threading.Thread(target=panel.controls.send.click)
+        thread.start()
+        thread.join()
+        await until(lambda: panel.conversation.turns)
+        await panel.wait()
+        return panel.conversation.turns[0].answers[0]
+
+    answer = asyncio.run(main())
+    monkeypatch.undo()
+    assert answer.text == lm.chat(user("one"), max_tokens=12) and threads == [threading.get_ident()]
+
+
+def test_the_transcript_is_there_to_copy(lm, make_panel):
+    panel = make_panel(lm)
+    panel.send("one")
+    answer = panel.conversation.turns[0].answers[0].text
+    assert panel.transcript == f"You:\none\n\nModel:\n{answer}"
+    assert panel.controls.transcript.layout.display == "none"
+    panel.controls.show_transcript.value = True
+    assert panel.controls.transcript.value == panel.transcript and panel.controls.transcript.layout.display is None
+
+
+def test_every_control_has_a_description_or_a_tooltip(lm, make_panel):
+    for widget in all_widgets(make_panel(lm).widget):
+        if not isinstance(widget, widgets.Box):
+            assert widget.tooltip
+            assert getattr(widget, "description", "none") or isinstance(widget, (widgets.HTML, widgets.Textarea))
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [ATTACK, "\x1b[31mred\x1b[0m", "$5 and $10 $$x$$", "</pre></div><b>out"])
+def test_prompts_and_answers_cannot_bring_markup_into_the_page(lm, make_panel, text, monkeypatch):
+    def answer(messages, **settings):
+        yield text
+        raise GenerationError(text)
+
+    monkeypatch.setattr(lm, "stream_chat", answer)
+    panel = make_panel(lm, names=[text])
+    panel.send(text)
+    panel.notes.append(text)
+    panel._refresh()
+    for html in (panel.controls.log.value, panel.controls.status.value, panel._repr_html_()):
+        page = Page(html.replace("<br>", ""))
+        assert not page.tags & {"img", "script"} and "\x1b" not in html and "\u202e" not in html
+        assert "mathjax_ignore" in html
+
+
+def test_long_answers_and_long_conversations_are_shown_within_bounds():
+    turns = [Turn("p" * 10**6, [Answer("a" * 10**6, "done")])] + [Turn("q", [Answer("b", "done")]) for _ in range(500)]
+    conversation = Conversation(("Model",), turns)
+    assert len(conversation.bubbles(turns[:1])) < 50_000
+    assert len(conversation.to_html()) < 60_000 and f"the last {TURNS_SHOWN} of 501 turns" in conversation.to_html()
+
+
+def test_the_page_is_redrawn_no_more_often_than_it_should(lm, make_panel, monkeypatch):
+    monkeypatch.setattr(module, "REDRAW_SECONDS", 1000.0)
+    drawn = []
+
+    async def main():
+        panel = make_panel(lm, max_tokens=100)
+        panel.controls.live.observe(lambda change: drawn.append(change.new), "value")
+        panel.send("one")
+        await panel.wait()
+        await asyncio.sleep(0.01)
+        assert panel.conversation.turns[0].answers[0].text and "one" in panel.controls.log.value
+
+    asyncio.run(main())
+    assert len(drawn) <= 4
+
+
+# -- closing ----------------------------------------------------------------------------------------------------------
+
+
+def test_closing_ends_the_answer_and_leaves_nothing(lm):
+    before = set(_instances)
+
+    async def main():
+        panel = ChatPanel(lm, max_tokens=5000)
+        panel.send("one")
+        await until(lambda: panel.conversation.turns[0].answers[0].text)
+        panel.close()
+        panel.close()
+        await until(lambda: not panel.busy)
+        assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+        with pytest.raises(GenerationError, match="closed"):
+            panel.send("two")
+        return panel
+
+    panel = asyncio.run(main())
+    assert set(_instances) <= before and panel.conversation.turns[0].answers[0].state == "stopped"
+
+
+def test_a_closed_panel_holds_no_model(make_lm):
+    lm = make_lm()
+    panel, gone = ChatPanel(lm, max_tokens=2), weakref.ref(lm)
+    panel.send("one")
+    panel.close()
+    del lm
+    gc.collect()
+    assert gone() is None and panel.conversation.turns
+
+
+def test_repr_is_one_line_and_importing_needs_no_kernel(lm, make_panel):
+    assert repr(make_panel(lm)) == "ChatPanel(Model, 0 turns)" and "nothing said yet" in make_panel(lm)._repr_html_()
+    code = "import sys, fulltune_nb.panels.chat; print('IPython.display' in sys.modules and sys.modules['IPython'].get_ipython())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() in ("None", "False")

@@ -1,0 +1,240 @@
+"""The data panel without a front end: its methods, its controls, and what it shows."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import ipywidgets as widgets
+import numpy as np
+import pytest
+from ipywidgets.widgets.widget import _instances
+from PIL import Image
+
+from fulltune_nb.data import load_data, search
+from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.panels.data import DataPanel
+from fulltune_nb.panels.data_checks import FILTERS
+from fulltune_nb.panels.length_plot import HEIGHT, WIDTH, LengthPlot, lengths_text, whole_lengths
+from nbs_tests.data.test_lens import ATTACK, Page
+
+PAIRS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(6)]
+LONG = {"prompt": "What is it?", "completion": "fox " * 60}
+
+
+@pytest.fixture
+def data(tokenizer):
+    rows = {"train": [*PAIRS, LONG, PAIRS[0]], "valid": [LONG], "test": [PAIRS[5], {"prompt": "And?", "completion": "Nothing."}]}
+    return load_data(rows, tokenizer, mask_prompt=True, max_seq_length=40)
+
+
+@pytest.fixture
+def panel(data):
+    panel = DataPanel(data)
+    yield panel
+    panel.close()
+
+
+def all_widgets(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from all_widgets(child)
+
+
+def test_the_examples_can_be_gone_through(panel, data):
+    assert panel.example is data.train[0]
+    panel.previous()
+    assert panel.index == 0
+    for expected in [*range(1, 8), 7]:
+        panel.next()
+        assert panel.index == panel._index.value == expected
+    panel.show(3)
+    assert panel.example is data.train[3] and data.train[3].source in panel._status.value
+    panel.show(split="test")
+    assert panel.example is data.test[0] and panel._split.value == "test"  # index 3 is not there
+
+
+def test_controls_do_what_the_methods_do(panel, data):
+    panel._next.click()
+    panel._next.click()
+    panel._previous.click()
+    assert panel.index == panel._index.value == 1
+    panel._index.value = 4
+    assert panel.example is data.train[4]
+    panel._search.value = "IT IS 2"
+    assert panel.index == 2 and panel.rows.tolist() == [2] and "hit 1 of 1" in panel._status.value
+    panel._search.value = ""
+    panel._filter.value = "cut off"
+    assert panel.index == 6 and panel.rows.tolist() == [6]
+    panel._split.value = "valid"
+    assert panel.example is data.valid[0]
+
+
+def test_buttons_stand_still_at_the_ends(panel):
+    assert panel._previous.disabled and not panel._next.disabled
+    panel.show(7)
+    assert panel._next.disabled and not panel._previous.disabled
+
+
+def test_search_counts_hits_and_shows_the_first(panel):
+    assert panel.search("fox") == [6]
+    assert panel.index == 6 and "first of 60 in this row" in panel._lens.value and "<mark><b>fox</b></mark>" in panel._lens.value
+    assert panel.search("no such text") == [] and "0 hits" in panel.status
+    assert panel.index == 6  # nothing to go to
+    assert panel.search("") == [] and panel.hits is None and len(panel.rows) == 8
+
+
+def test_a_search_goes_on_in_another_split_and_heeds_the_filter(panel):
+    assert panel.search("what is 5") == [5]
+    panel.show(split="test")
+    assert panel.rows.tolist() == [0]
+    panel.show(filter="cut off")
+    assert panel.rows.tolist() == []
+
+
+def test_a_search_that_had_to_stop_says_so(panel, monkeypatch):
+    monkeypatch.setattr(search.search, "__defaults__", (30,))
+    panel.search("what")
+    assert "others were not looked at" in panel.status
+
+
+FOUND = dict(zip(FILTERS, [list(range(8)), [6], [], [], [5, 6]], strict=True))
+
+
+@pytest.mark.parametrize("which, rows", list(FOUND.items()), ids=list(FOUND))
+def test_filters_leave_their_rows(panel, which, rows):
+    panel.show(filter=which)
+    assert panel.rows.tolist() == rows
+
+
+def test_filter_of_rows_not_trained_on_and_of_warnings(make_tokenizer):
+    tokenizer = make_tokenizer(adds_bos=True)
+    panel = DataPanel(load_data({"train": [{"text": "a fox"}, {"text": "<s>a fox"}, {"text": "a dog"}]}, tokenizer, max_seq_length=2))
+    panel.show(filter="BOS or EOS warning")
+    assert panel.rows.tolist() == [1]
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}")
+    panel = DataPanel(load_data({"train": [{"messages": talk}, {"messages": talk[:1]}]}, tokenizer, mask_prompt=True))
+    panel.show(filter="not trained on")
+    assert panel.rows.tolist() == [1]
+
+
+def test_rows_in_several_splits_are_told_at_the_row_and_in_the_checks(panel):
+    panel.show(5)
+    assert "The same text stands in test:1" in panel._lens.value
+    panel.show(0)
+    assert "The same text" not in panel._lens.value  # within its own split only
+    html = panel.checks.to_html()
+    for part in ("train in test", "train:6 = test:1", "train in valid", "train:7 = valid:1"):
+        assert part in html
+    assert "train in itself" in html and "1 rows stood there before" in html
+
+
+def test_wrong_requests_are_refused_and_say_what_there_is(panel):
+    with pytest.raises(DataError, match="no split 'tset'.*train, valid, test"):
+        panel.show(split="tset")
+    with pytest.raises(DataError, match="0 to 7"):
+        panel.show(8)
+    with pytest.raises(ConfigError, match="cut off"):
+        panel.show(filter="long")
+    assert (panel.split, panel.index, panel.filter) == ("train", 0, "all")
+
+
+def test_an_error_of_a_control_is_shown_in_the_panel(panel, monkeypatch):
+    monkeypatch.setattr(panel, "example_html", lambda: 1 / 0)
+    panel._next.click()
+    assert "ZeroDivisionError" in panel._status.value and 'role="alert"' in panel._status.value
+
+
+def test_controls_may_be_used_from_another_thread(panel):
+    threads = [threading.Thread(target=panel._next.click) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert panel.index == 4
+
+
+def test_every_control_has_a_description_or_a_tooltip(panel):
+    for widget in all_widgets(panel.widget):
+        if isinstance(widget, (widgets.Button, widgets.Text, widgets.Dropdown, widgets.BoundedIntText)):
+            assert widget.description and widget.tooltip
+        elif not isinstance(widget, widgets.Box):
+            assert widget.tooltip
+
+
+HOSTILE = [ATTACK, "\x1b[31mred\x1b[0m", "$5 and $10 $$x$$", "</details></div><b>out"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_rows_sources_and_queries_cannot_bring_markup_into_the_page(tokenizer, text, tmp_path):
+    (tmp_path / "<img src=x onerror=alert(3)>").mkdir()
+    data = load_data({"train": [{"prompt": text, "completion": text, text: text}]}, tokenizer)
+    data.source = str(tmp_path / "<img src=x onerror=alert(3)>")
+    data.notes.append(text)
+    panel = DataPanel(data)
+    panel.search(text)
+    panel._tabs.selected_index = 2
+    html = panel._repr_html_()
+    for page in (html, panel._lens.value, panel._status.value, panel._checks.value, panel._lengths.value):
+        tags = Page(page.replace("<br>", "").replace(f'width="{WIDTH}" height="{HEIGHT}">', "></img>")).tags
+        assert tags <= {"div", "b", "u", "s", "span", "pre", "mark", "details", "summary", "img", *TABLE}
+        assert "onerror=alert(1)>" not in page and "\x1b" not in page and "\u202e" not in page
+    assert html.count("<img") == 1  # the picture of the lengths
+
+
+TABLE = {"table", "caption", "thead", "tbody", "tr", "th", "td", "ul", "li"}
+
+
+def test_a_row_of_a_megabyte_is_shown_within_bounds(tokenizer):
+    panel = DataPanel(load_data({"train": [{"text": "fox " * 250_000}]}, tokenizer))
+    panel.search("fox")
+    assert len(panel._lens.value) < 200_000 and len(panel._repr_html_()) < 400_000
+    assert "first of 250,000 in this row" in panel._lens.value
+
+
+def test_rows_in_memory_may_hold_what_json_cannot(tokenizer):
+    panel = DataPanel(load_data({"train": [{"text": "a fox", ("key",): {1, 2}}]}, tokenizer))
+    assert "Row as read" in panel._lens.value and "(&#x27;key&#x27;,)" in panel._lens.value
+
+
+def test_closing_leaves_no_widgets_and_no_callbacks(data):
+    before = set(_instances)
+    panel = DataPanel(data)
+    button = panel._next
+    panel.close()
+    panel.close()
+    assert set(_instances) <= before
+    button.click()
+    assert panel.index == 0
+
+
+def test_repr_is_one_line(panel):
+    assert repr(panel).startswith("DataPanel(train[0], DataSet(") and "\n" not in repr(panel)
+
+
+# -- lengths ----------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_say_what_the_cut_costs(data):
+    lost = data.train.tokens_cut
+    assert whole_lengths(data.train).sum() == data.train.tokens + lost
+    assert f"1 of 8 rows are cut: {lost:,} tokens lost, {100 * lost / (lost + data.train.tokens):.1f} % of all." in lengths_text(data.train)
+    assert "None is cut." in lengths_text(data.test)
+
+
+def test_the_picture_is_drawn_when_looked_at_and_follows_the_split(panel):
+    assert panel._image.value == b""
+    panel._tabs.selected_index = 1
+    first = panel._image.value
+    assert Image.open(io.BytesIO(first)).size == (WIDTH, HEIGHT)
+    panel.show(split="test")
+    assert panel._image.value != first and panel._lengths.value.count("None is cut") == 1
+
+
+def test_lengths_from_one_token_to_many_thousands_can_be_drawn(tokenizer):
+    plot = LengthPlot()
+    for texts in (["a"], ["a", "a fox"], ["a"] * 50 + ["fox " * 5000], ["fox " * n for n in range(1, 90)]):
+        split = load_data({"train": [{"text": text} for text in texts]}, tokenizer, max_seq_length=64).train
+        png = plot.draw(split, 64)
+        assert np.asarray(Image.open(io.BytesIO(png)).convert("L")).std() > 5  # something is there
