@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encoding import Example
     from fulltune_nb.language_model import LanguageModel, load_model
+    from fulltune_nb.panels.chat import ChatPanel
+    from fulltune_nb.panels.data import DataPanel
     from fulltune_nb.plots import plot_loss, plot_memory
     from fulltune_nb.training.config import TrainConfig
     from fulltune_nb.training.history import EvalReport, Event, History, StepReport
@@ -45,9 +47,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.training.trainer import Trainer
 
 __all__ = [
+    "ChatPanel",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DataPanel",
     "EvalReport",
     "Event",
     "Example",
@@ -69,6 +73,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ChatPanel": "panels.chat",
+    "DataPanel": "panels.data",
     "EvalReport": "training.history",
     "Event": "training.history",
     "Example": "data.encoding",

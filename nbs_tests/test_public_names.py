@@ -15,8 +15,8 @@ import pytest
 import fulltune_nb as ft
 
 NAMES = """
-CheckpointError ConfigError DataError EvalReport Event Example FulltuneError History LanguageModel ModelError NonFiniteError
-StepReport TrainConfig Trainer TrainingError load_data load_model plot_loss plot_memory preflight system_info
+ChatPanel CheckpointError ConfigError DataError DataPanel EvalReport Event Example FulltuneError History LanguageModel ModelError
+NonFiniteError StepReport TrainConfig Trainer TrainingError load_data load_model plot_loss plot_memory preflight system_info
 """.split()
 HEAVY = ("mlx", "numpy", "transformers", "tokenizers", "huggingface_hub", "matplotlib", "IPython", "ipywidgets", "pandas", "tqdm", "torch")
 

@@ -138,7 +138,8 @@ class ChatPanel:
         if not self.closed:
             self.closed = True
             self._answering.post(self._answering.stop)
-            self._answering.models = ()  # the notebook's list of outputs holds panels for ever; it must not hold models
+            # The notebook's list of outputs holds panels for ever. They must not hold models, nor errors, whose tracebacks do.
+            self._answering.models, self._answering.error, self._error = (), None, None
             close_all(self.widget)
 
     def _check_open(self) -> None:

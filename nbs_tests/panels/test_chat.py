@@ -543,10 +543,15 @@ def test_closing_ends_the_answer_and_leaves_nothing(lm):
     assert set(_instances) <= before and panel.conversation.turns[0].answers[0].state == "stopped"
 
 
-def test_a_closed_panel_holds_no_model(make_lm):
+def test_a_closed_panel_holds_no_model(make_lm, monkeypatch):
     lm = make_lm()
     panel, gone = ChatPanel(lm, max_tokens=2), weakref.ref(lm)
     panel.send("one")
+    panel.controls.max_tokens.value = 1
+    monkeypatch.setattr(lm.model.__class__, "head", lambda *_: 1 / 0)
+    panel.send("two")
+    assert isinstance(panel.error, ZeroDivisionError)
+    monkeypatch.undo()
     panel.close()
     del lm
     gc.collect()
