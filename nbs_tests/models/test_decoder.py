@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from fulltune_nb.models.decoder import Decoder, causal_mask
+from fulltune_nb.models.decoder import Decoder, Norm, causal_mask
 from fulltune_nb.models.families import read_config
 from fulltune_nb.models.loading import load_decoder
 from fulltune_nb.models.saving import save_folder
@@ -248,6 +248,15 @@ def test_checkpointing_needs_less_memory():
         peaks.append(mx.get_peak_memory() - before)
         mx.eval(decoder.parameters())
     assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_a_norm_of_one_plus_weight_adds_in_float32():
+    norm = Norm("rms_plus_one", 2, 1e-6)
+    norm.weight = mx.full((2,), 0.00390625).astype(mx.bfloat16)  # 2^-8: 1 + 2^-8 is no bfloat16
+    values = mx.array([[255.0, 1e-3]]).astype(mx.bfloat16)  # the first one's square alone decides: 255 -> sqrt(2)
+    found = norm(values)
+    assert found.dtype == mx.bfloat16
+    assert found[0, 0].item() == mx.array(2**0.5 * 1.00390625).astype(mx.bfloat16).item() != mx.array(2**0.5).astype(mx.bfloat16).item()
 
 
 def test_only_the_chosen_experts_are_computed():
