@@ -22,7 +22,7 @@ from fulltune_nb.models.saving import save_folder
 from fulltune_nb.prompts import Prompt, answer_end, chat_ids, prompt_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -304,11 +304,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it needs code from the checkpoint.
     """
-    from transformers import AutoTokenizer
-
     if not any((folder / name).exists() for name in _VOCABULARIES):  # transformers would make some an empty tokenizer
         raise ModelError(f"{folder}: there is no tokenizer. The folder needs one of {', '.join(_VOCABULARIES)}.")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return _auto_tokenizer().from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; all mean the same to the reader
         raise ModelError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+
+
+def _auto_tokenizer() -> type[AutoTokenizer]:
+    """`transformers.AutoTokenizer`, imported without its advice to install PyTorch, which nothing here needs."""
+    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        os.environ.pop(switch) if before is None else os.environ.update({switch: before})
+    return AutoTokenizer

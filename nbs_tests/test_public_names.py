@@ -75,6 +75,19 @@ def test_importing_takes_less_than_one_and_a_half_seconds():
     assert min(float(python(code).stdout) for _ in range(3)) < 1.5
 
 
+def test_loading_a_model_is_quiet_where_pytorch_is_not_installed():
+    code = """
+import importlib.util, os
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+import fulltune_nb as ft
+from fulltune_nb import tiny
+print(ft.load_model(tiny.BASE_MODEL).tokenizer.decode([300]) != "", "TRANSFORMERS_NO_ADVISORY_WARNINGS" in os.environ)
+"""
+    result = python(code)
+    assert (result.stdout.strip(), result.stderr) == ("True False", "")
+
+
 def test_system_info_stays_a_function_after_its_module_is_imported():
     result = python("import fulltune_nb as ft, fulltune_nb.system_info, importlib; importlib.import_module('fulltune_nb.system_info'); "
                     "assert callable(ft.system_info)")
