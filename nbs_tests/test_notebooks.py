@@ -94,6 +94,21 @@ def test_the_quickstart_runs_and_tells_its_story(tmp_path):
     assert lm.dtype == "float32" and Path(results["run_dir"], "checkpoints").is_dir()
 
 
+SMALL = {"iters": 4, "rows": 60, "questions": 6, "max_tokens": 8, "batch_size": 4}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != QUICKSTART], ids=lambda path: path.name)
+def test_every_other_notebook_runs_with_few_steps_and_rows(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"out": str(tmp_path / "out"), "result": str(tmp_path / "result.json")}
+    given = {name: value for name, value in {**SMALL, **places}.items() if name in parameters_of(path)}
+    demo.execute(path, tmp_path / "executed.ipynb", given)
+    cells = code_cells(read(tmp_path / "executed.ipynb"))
+    assert any(cell.outputs for cell in cells)
+    assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+
+
 def rows_as_chat(rows: list[dict]) -> list[dict]:
     system = {"role": "system", "content": "Answer in SQL."}
     turns = [({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}) for row in rows]
