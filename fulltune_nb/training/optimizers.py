@@ -158,11 +158,18 @@ class Optimizers:
         return html.table(("rule", "learning-rate factor", "weight decay", "tensors", "parameters"), rows, caption=state)
 
 
-def predict_state_bytes(model: nn.Module, config: TrainConfig) -> int:
-    """Bytes the optimizer state of a model will take, from shapes alone: nothing is allocated or evaluated."""
-    shapes = _shapes(model.trainable_parameters())
+def predict_state_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
+    """Bytes the optimizer state will take, from module paths and shapes of the trained parameters alone."""
     groups = {name: _group(name, shape, config, lambda path: path) for name, shape in shapes.items()}
     return 4 * sum(_size(shape) for own in _slots(shapes, groups, _rules(config)).values() for shape in own.values())
+
+
+def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
+    """Bytes that `Optimizers.update` needs besides parameters, gradients and state: none for the rules that work in place."""
+    if config.optimizer not in ("adafactor", "muon"):
+        return 0
+    largest = 4 * max((_size(s) for n, s in shapes.items() if config.optimizer == "adafactor" or is_hidden_matrix(n, s)), default=0)
+    return 2 * min(max(largest, _CHUNK_BYTES), 4 * sum(_size(s) for s in shapes.values()))
 
 
 def is_hidden_matrix(name: str, shape: Shape) -> bool:

@@ -23,7 +23,18 @@ def select_trainable(model: Decoder, train_only: Sequence[str], freeze: Sequence
     Raises:
         ConfigError: a pattern that matches nothing, or nothing left to train.
     """
+    trained = trained_names(model, train_only, freeze)
     model.unfreeze()
+    for name in {name for name, _ in tree_flatten(model.parameters())} - trained:
+        _freeze(model, name)
+
+
+def trained_names(model: Decoder, train_only: Sequence[str], freeze: Sequence[str]) -> set[str]:
+    """Module paths of the parameters that `select_trainable` leaves trainable.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or nothing left to train.
+    """
     names = {name: to_hf(name, model.config.family) for name, _ in tree_flatten(model.parameters())}
     for setting, patterns in (("train_only", train_only), ("freeze", freeze)):
         for pattern in patterns:
@@ -38,8 +49,7 @@ def select_trainable(model: Decoder, train_only: Sequence[str], freeze: Sequence
     }
     if not trained:
         raise ConfigError("train_only and freeze together leave nothing to train.")
-    for name in names.keys() - trained:
-        _freeze(model, name)
+    return trained
 
 
 def _freeze(model: Decoder, name: str) -> None:

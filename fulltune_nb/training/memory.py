@@ -1,0 +1,187 @@
+"""Will it fit? The memory a run will need, part by part, against this machine's limit, before anything is computed.
+
+`preflight` works from shapes, the data's lengths and the config; it allocates nothing. All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from fulltune_nb import html
+from fulltune_nb.errors import DataError
+from fulltune_nb.training.allocator import cache_limit
+from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.machine import MemoryReading, machine_limit, read_memory
+from fulltune_nb.training.memory_model import BYTES, Workload, count, moments
+from fulltune_nb.training.optimizers import predict_state_bytes, update_bytes
+from fulltune_nb.training.selection import trained_names
+
+__all__ = ["MemoryPlan", "MemoryReading", "machine_limit", "preflight", "read_memory"]
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory a run is predicted to need at its largest moment."""
+
+    parts: dict[str, int]
+    """Part -> bytes at that moment; together they are the peak."""
+    peak: int
+    """Bytes in use at the largest moment, as `StepReport.peak_memory` will show it."""
+    limit: int
+    """Bytes that arrays may take on this machine."""
+    cache: int
+    """Bytes of freed arrays that MLX may keep besides."""
+    moment: str
+    """When: "loss", "last block", "first block" (of the backward pass) or "update"."""
+    workload: str
+    """What was assumed, in words."""
+    advice: tuple[str, ...] = field(default=())
+    """What would make it fit, a sentence each; empty where it fits."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether peak and cache together stay within the limit."""
+        return self.peak + self.cache <= self.limit
+
+    def __repr__(self) -> str:
+        verdict = "fits" if self.fits else "does not fit"
+        return f"MemoryPlan(peak {html.human_bytes(self.peak)} of {html.human_bytes(self.limit)}, {verdict})"
+
+    def _repr_html_(self) -> str:
+        parts = [(name, size / _GB) for name, size in self.parts.items() if size]
+        cache = [("cache", self.cache / _GB)] if self.cache else []
+        verdict = "fits" if self.fits else "does not fit"
+        title = f"<div><b>Memory: {html.human_bytes(self.peak)} at the peak {verdict} in {html.human_bytes(self.limit)}</b></div>"
+        assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
+        advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)
+        return title + html.bar(parts + cache, self.limit / _GB, unit="GB") + assumed + (f"<ul>{advice}</ul>" if advice else "")
+
+
+def preflight(lm: Any, data: Any, config: TrainConfig | None = None) -> MemoryPlan:
+    """Predict a run's peak memory and say what to change where it is more than this machine has.
+
+    Args:
+        lm: the language model; only names and shapes of its parameters are looked at.
+        data: the data set; only lengths are looked at. None: rows of `max_seq_length`.
+        config: the settings; the defaults where left out.
+
+    Raises:
+        DataError: the data has no train split.
+        ConfigError: a pattern in `train_only` or `freeze` matches nothing.
+    """
+    config = config or TrainConfig()
+    if data is not None and data.train is None:
+        raise DataError("preflight needs a train split; this data has none. Add train.jsonl (or the key 'train').")
+    plan = _plan(lm, data, config)
+    return plan if plan.fits else dataclasses.replace(plan, advice=tuple(_advice(lm, data, config)))
+
+
+def _plan(lm: Any, data: Any, config: TrainConfig) -> MemoryPlan:
+    work = _workload(lm, data, config)
+    trained = {name: work.parameters[name] for name in work.trained}
+    always = {
+        "weights": BYTES * sum(count(shape) for shape in work.parameters.values()),
+        "optimizer state": predict_state_bytes(trained, config),
+    }
+    found = moments(work)
+    found["update"] = {"gradients": BYTES * sum(count(s) for s in trained.values()), "update": update_bytes(trained, config)}
+    moment = max(found, key=lambda name: sum(found[name].values()))
+    parts = {**always, **found[moment]}
+    rows, tokens = work.rows, work.tokens
+    words = f"{rows} row{'s' * (rows > 1)} of {tokens:,} tokens in a micro-batch, {config.optimizer}"
+    words += ", grad_checkpoint" if work.checkpoint else ""
+    return MemoryPlan(parts, sum(parts.values()), machine_limit(), cache_limit(), moment, words)
+
+
+def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
+    rows, tokens, share = config.batch_size, config.max_seq_length - 1, 1.0
+    if data is not None:
+        split = data.train
+        lengths = split.lengths[split.trainable]
+        tokens = max(min(tokens, int(lengths.max()) - 1), 1)
+        rows = min(rows, len(lengths))
+        share = min(split.trained_tokens / max(int((lengths - 1).sum()), 1), 1.0)
+        # Rows differ: the largest batch can have more targets than the average. Twice as many is rarely passed.
+        share = min(2.0 * share, 1.0)
+    return Workload(
+        parameters={name: array.shape for name, array in tree_flatten(lm.model.parameters())},
+        trained=frozenset(trained_names(lm.model, config.train_only, config.freeze)),
+        model=lm.config,
+        rows=rows,
+        tokens=tokens,
+        trained_share=share,
+        accumulates=config.grad_accumulation_steps > 1,
+        checkpoint=config.grad_checkpoint,
+        on_cpu=mx.default_device().type == mx.DeviceType.cpu,
+    )
+
+
+def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
+    """Single changes that make it fit; where none does, all of them together."""
+    fitting = []
+    for words, changed in _changes(lm, data, config):
+        plan = _plan(lm, data, changed)
+        if plan.fits:
+            fitting.append(f"{words}: {html.human_bytes(plan.peak)}.")
+    if fitting:
+        yield from fitting
+        return
+    plan = None
+    for changes in _combinations(lm, data, config):
+        plan = _plan(lm, data, config.replace(**changes))
+        if plan.fits:
+            words = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+            yield f"No single change is enough; these together are: {words}: {html.human_bytes(plan.peak)}."
+            return
+    yield (
+        f"The weights alone are {html.human_bytes(plan.parts['weights'])} in float32, and even with grad_checkpoint, small batches, short "
+        f"rows and adafactor a step needs {html.human_bytes(plan.peak)}: take a smaller model, train a part of it (train_only), or a "
+        "machine with more memory."
+    )
+
+
+def _combinations(lm: Any, data: Any, config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Changes together, one more each time."""
+    changes: dict[str, Any] = {"grad_checkpoint": True, "optimizer": "adafactor"}
+    yield changes
+    work = _workload(lm, data, config)
+    if work.rows > 1:
+        changes = changes | {"batch_size": 1, "grad_accumulation_steps": config.batch_size * config.grad_accumulation_steps}
+        yield changes
+    for length in _halves(work.tokens):
+        yield changes | {"max_seq_length": length}
+
+
+def _changes(lm: Any, data: Any, config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    if not config.grad_checkpoint:
+        yield "Set grad_checkpoint=True (about a third more time)", config.replace(grad_checkpoint=True)
+    for rows in _halves(_workload(lm, data, config).rows, 1):
+        steps = -(-config.batch_size // rows) * config.grad_accumulation_steps
+        changed = config.replace(batch_size=rows, grad_accumulation_steps=steps)
+        if _plan(lm, data, changed).fits:
+            yield f"Set batch_size={rows} and grad_accumulation_steps={steps} (the same rows in a step)", changed
+            break
+    for length in _halves(_workload(lm, data, config).tokens):
+        changed = config.replace(max_seq_length=length)
+        if _plan(lm, data, changed).fits:
+            yield f"Set max_seq_length={length} (longer rows are cut)", changed
+            break
+    if config.optimizer in ("adamw", "adam", "lion", "muon"):
+        yield "Set optimizer='adafactor' (needs another learning rate)", config.replace(optimizer="adafactor")
+
+
+def _halves(size: int, low: int = 64) -> Iterator[int]:
+    """Powers of two below `size`, the largest first, down to `low`."""
+    power = 1 << max(size - 1, 1).bit_length() - 1
+    while power >= low:
+        if power < size:
+            yield power
+        power //= 2

@@ -1,0 +1,206 @@
+import gc
+import json
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import fulltune_nb as ft
+from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import read_config
+from fulltune_nb.training import machine, memory
+from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.machine import machine_limit, read_memory
+from fulltune_nb.training.memory import preflight
+
+MISTRAL_7B = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}
+GB = 10**9
+
+
+def make_lm(**config):
+    """A model whose weights are never evaluated, so that any size costs nothing."""
+    read = read_config(config)
+    return SimpleNamespace(model=Decoder(read), config=read)
+
+
+def make_data(length=256, rows=100, share=1.0):
+    lengths = np.full(rows, length)
+    split = SimpleNamespace(lengths=lengths, trainable=np.arange(rows), trained_tokens=int(share * (lengths - 1).sum()))
+    return SimpleNamespace(train=split)
+
+
+@pytest.fixture
+def set_limit(monkeypatch):
+    return lambda size: monkeypatch.setattr(memory, "machine_limit", lambda: size)
+
+
+def test_a_seven_billion_model_is_planned_without_allocating_anything(set_limit):
+    set_limit(128 * GB)
+    before = mx.get_active_memory()
+    plan = preflight(make_lm(**MISTRAL_7B), make_data(512), TrainConfig(batch_size=1, grad_checkpoint=True))
+    assert mx.get_active_memory() - before < 10**7
+    assert plan.parts["weights"] == 4 * 7_241_732_096
+    assert plan.parts["optimizer state"] == 8 * 7_241_732_096
+    assert plan.parts["gradients"] == pytest.approx(4 * 7_241_732_096)
+    assert plan.moment == "first block" and plan.peak == sum(plan.parts.values())
+    assert 116 * GB < plan.peak < 125 * GB and plan.fits and plan.advice == ()
+
+
+def test_more_work_needs_more_and_savings_need_less(set_limit):
+    set_limit(GB)
+    lm = make_lm(**MISTRAL_7B | {"num_hidden_layers": 4, "hidden_size": 1024})
+    base = TrainConfig(batch_size=4)
+    peak = preflight(lm, make_data(512), base).peak
+    assert preflight(lm, make_data(1024), base).peak > 1.9 * peak / 2
+    assert preflight(lm, make_data(512), base.replace(batch_size=8)).peak > peak
+    assert preflight(lm, make_data(512), base.replace(grad_checkpoint=True)).peak < peak
+    assert preflight(lm, make_data(512), base.replace(optimizer="sgd")).peak < peak
+    assert preflight(lm, make_data(512), base.replace(grad_accumulation_steps=2)).peak > peak
+    assert preflight(lm, make_data(512), base.replace(train_only=["model.layers.3.*"])).peak < peak
+    assert preflight(lm, None, base).peak > preflight(lm, make_data(2000), base).peak
+
+
+def test_rows_shorter_than_the_limit_and_small_data_count_as_they_are(set_limit):
+    set_limit(GB)
+    lm = make_lm(**MISTRAL_7B | {"num_hidden_layers": 2})
+    assert "4 rows of 99 tokens" in preflight(lm, make_data(100), TrainConfig()).workload
+    assert "2 rows of 99 tokens" in preflight(lm, make_data(100, rows=2), TrainConfig()).workload
+    assert "4 rows of 63 tokens" in preflight(lm, make_data(100), TrainConfig(max_seq_length=64)).workload
+
+
+def test_what_does_not_fit_gets_advice_that_fits_when_followed(set_limit):
+    lm, data = make_lm(**MISTRAL_7B | {"num_hidden_layers": 4, "hidden_size": 1024, "vocab_size": 4000}), make_data(1024)
+    config = TrainConfig(batch_size=16)
+    set_limit(10**15)
+    whole = preflight(lm, data, config)
+    set_limit(int(0.8 * whole.peak) + whole.cache)
+    plan = preflight(lm, data, config)
+    assert not plan.fits and len(plan.advice) >= 2
+    assert any("grad_checkpoint=True" in sentence for sentence in plan.advice)
+    rows = next(sentence for sentence in plan.advice if "batch_size" in sentence)
+    settings = dict(word.split("=") for word in rows.split() if "=" in word)
+    changed = config.replace(**{name: int(value) for name, value in settings.items()})
+    assert preflight(lm, data, changed).fits and changed.batch_size * changed.grad_accumulation_steps == 16
+
+
+def test_where_no_single_change_is_enough_several_together_are_tried(set_limit, monkeypatch):
+    monkeypatch.setattr(memory, "_changes", lambda lm, data, config: [])
+    lm, data = make_lm(**MISTRAL_7B | {"num_hidden_layers": 4, "hidden_size": 1024, "vocab_size": 4000}), make_data(64)
+    config = TrainConfig(batch_size=64)
+    set_limit(10**15)
+    together = preflight(lm, data, config.replace(grad_checkpoint=True, optimizer="adafactor"))
+    set_limit(together.peak + together.cache)
+    (sentence,) = preflight(lm, data, config).advice
+    assert sentence.startswith("No single change") and "grad_checkpoint=True, optimizer='adafactor':" in sentence
+    set_limit(together.parts["weights"])
+    (sentence,) = preflight(lm, data, config).advice
+    assert "smaller model" in sentence
+
+
+def test_the_cache_counts_against_the_limit(set_limit):
+    lm = make_lm(**MISTRAL_7B | {"num_hidden_layers": 1})
+    set_limit(10**15)
+    plan = preflight(lm, make_data(), TrainConfig())
+    set_limit(plan.peak + plan.cache)
+    assert preflight(lm, make_data(), TrainConfig()).fits
+    set_limit(plan.peak + plan.cache - 1)
+    assert not preflight(lm, make_data(), TrainConfig()).fits
+
+
+def test_wrong_patterns_and_missing_data_are_refused():
+    lm = make_lm(**MISTRAL_7B | {"num_hidden_layers": 1})
+    with pytest.raises(ConfigError, match="matches no tensor"):
+        preflight(lm, make_data(), TrainConfig(freeze=["*nothing*"]))
+    with pytest.raises(DataError, match="train split"):
+        preflight(lm, SimpleNamespace(train=None), TrainConfig())
+
+
+def test_the_plan_shows_its_parts_against_the_limit(set_limit):
+    set_limit(GB)
+    plan = preflight(make_lm(**MISTRAL_7B), make_data(), TrainConfig())
+    shown = plan._repr_html_()
+    assert all(name in shown for name in ("weights", "optimizer state", "does not fit", "<svg", "limit 1.00 GB", "<li>"))
+    assert repr(plan).startswith("MemoryPlan(peak ") and "\n" not in repr(plan)
+    json.dumps(plan.parts)
+
+
+SHAPES = [
+    dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4),
+    dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, grad_checkpoint=True),
+    dict(hidden_size=128, intermediate_size=1024, num_hidden_layers=6, vocab_size=8192, length=200),
+    dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, length=500, batch_size=2),
+    dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=3, length=40, grad_accumulation_steps=2),
+    dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, model_type="phi", optimizer="sgd"),
+    dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, model_type="gemma", head_dim=64, freeze=["model.embed_tokens.*"]),
+    dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, train_only=["model.layers.4.*", "model.layers.5.*"]),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_the_prediction_is_near_the_measured_peak(tokenizer, shape):
+    model = {"model_type": "llama", "vocab_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    settings = {"batch_size": 4, "iters": 2}
+    length = shape.get("length", 128)
+    for name, value in shape.items():
+        (settings if name in TrainConfig.__dataclass_fields__ else model)[name] = value
+    model.pop("length", None)
+    lm = ft.LanguageModel.from_config(model, tokenizer, seed=1)
+    data = ft.load_data({"train": [{"text": "a " * 3000}] * 8}, tokenizer, max_seq_length=length)
+    config = TrainConfig(**settings, max_seq_length=length)
+    gc.collect()  # what earlier tests left must not be freed in the middle of this one
+    outside = mx.get_active_memory() - sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
+    plan = preflight(lm, data, config)
+    trainer = ft.Trainer(lm, data, config)
+    measured = [report.peak_memory for report in trainer.steps()][-1] - outside
+    assert plan.peak == pytest.approx(measured, rel=0.15)
+
+
+def test_the_readers_show_what_mlx_counts():
+    mx.reset_peak_memory()
+    array = mx.zeros((1000, 1000))
+    mx.eval(array)
+    reading = read_memory()
+    assert reading.active >= 4_000_000 and reading.peak >= reading.active and reading.cache >= 0
+    assert "active" in repr(reading) and "peak" in reading._repr_html_()
+
+
+def test_the_limit_is_the_memory_of_this_machine():
+    assert 10**8 < machine_limit() < 10**14
+
+
+@pytest.mark.parametrize(
+    "info, expected",
+    [
+        ({"max_recommended_working_set_size": 11 * GB, "memory_size": 16 * GB}, 11 * GB),
+        ({"total_memory": 80 * GB}, 80 * GB),
+        ({"memory_size": 16 * GB}, 16 * GB),
+    ],
+)
+def test_on_a_gpu_the_device_tells_its_limit(monkeypatch, info, expected):
+    monkeypatch.setattr(machine.mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(machine.mx, "device_info", lambda device: info)
+    assert machine_limit() == expected
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    files = {
+        "sys/a/b/memory.max": "max",
+        "sys/a/memory.max": "3000000000",
+        "sys/memory/job/memory.limit_in_bytes": "2000000000",
+        "sys/memory/memory.limit_in_bytes": "9223372036854771712",
+        "proc": "5:cpu:/\n4:memory:/job\n0::/a/b\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    found = list(machine._cgroup_limits(tmp_path / "proc", tmp_path / "sys"))
+    assert sorted(found) == [2_000_000_000, 3_000_000_000]
+    assert list(machine._cgroup_limits(tmp_path / "missing", tmp_path / "sys")) == []
+    monkeypatch.setattr(machine, "_cgroup_limits", lambda: [123])
+    assert machine_limit() == 123
