@@ -172,8 +172,8 @@ def _draw_training_loss(ax: Axes, steps: list[StepReport]) -> None:
 def _draw_evaluations(ax: Axes, split: str, reports: list[EvalReport]) -> None:
     colour, marker, line = _EVAL_LOOKS.get(split, (_GREY, "^", "--"))
     x, loss = _series(reports, "loss")
-    line = line if len(x) > 1 else "none"
-    ax.plot(x, loss, color=colour, marker=marker, markersize=5, linestyle=line, linewidth=1.5, label=split, zorder=4)
+    size = 8 if line == "none" else 5  # larger, so as to show around a point of a curve at the same place
+    ax.plot(x, loss, color=colour, marker=marker, markersize=size, linestyle=line, linewidth=1.5, label=split, zorder=4)
 
 
 def _draw_events(ax: Axes, events: list[Event], steps: list[StepReport]) -> None:
