@@ -59,7 +59,7 @@ class LivePlot:
         """
         self.png = b""
         self.seconds = 0.0
-        self._due_at = -math.inf
+        self._started = -math.inf
         self._columns = _Columns()
         with matplotlib.rc_context(_STYLE):
             self._figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100)
@@ -69,9 +69,10 @@ class LivePlot:
         self._parts = (loss, memory)
         self._background: Any = None
 
-    def seconds_to_wait(self) -> float:
-        """Until the next picture may be drawn: at most one a second, and never more than 2% of the time."""
-        return max(0.0, self._due_at - time.monotonic())
+    def seconds_to_wait(self, training: bool = True) -> float:
+        """Until the next picture may be drawn: at most one a second, and while training never more than 2% of the time."""
+        interval = max(MIN_SECONDS, self.seconds / MAX_SHARE) if training else MIN_SECONDS
+        return max(0.0, self._started + interval - time.monotonic())
 
     def is_current(self, history: History) -> bool:
         """Whether the last picture shows all of the history."""
@@ -94,7 +95,7 @@ class LivePlot:
             part.draw_curves()
         self.png = _encode(canvas.buffer_rgba())
         self.seconds = time.monotonic() - started
-        self._due_at = started + max(MIN_SECONDS, self.seconds / MAX_SHARE)
+        self._started = started
         return self.png
 
 

@@ -66,8 +66,7 @@ class TrainView:
     def close(self) -> None:
         """Hears no more and takes the widgets away."""
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
         self._trainer.journal.listeners.remove(self)
         self.controls.close()
 
@@ -201,16 +200,15 @@ class TrainView:
         if self._closed:
             return
         self.refresh()
-        if self._timer is not None:
-            self._timer.cancel()
-        wait = 0.0 if self._plot.is_current(self._trainer.history) else self._plot.seconds_to_wait()
+        self._stop_timer()
+        wait = 0.0 if self._plot.is_current(self._trainer.history) else self._plot.seconds_to_wait(self._loop.running or self._in_cell)
         self._timer = self._loop.later(wait, self.finish) if wait else None
         if self._timer is None:
             self.finish()
 
     def finish(self) -> None:
         """Draws now, unless the picture is current, and renews the record when the run is over."""
-        self._timer = None
+        self._stop_timer()
         if self._closed:
             return
         if not self._plot.is_current(self._trainer.history):
@@ -218,6 +216,11 @@ class TrainView:
         self._show_picture()
         if not self._loop.running and self._record.placed:
             self._record.renew(self._plot.png, self.record_html(), f"{self.state}: {self.status_line()}")
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
 
     def _show_picture(self) -> None:
         """Of several panels of one trainer, one draws."""

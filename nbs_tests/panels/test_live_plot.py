@@ -154,6 +154,7 @@ def test_drawing_waits_a_second_and_never_takes_more_than_two_percent_of_the_tim
     monkeypatch.setattr(module, "_encode", slow)
     plot.draw(History())
     assert plot.seconds_to_wait() == pytest.approx(0.2 / 0.02 - 0.2)
+    assert plot.seconds_to_wait(training=False) == pytest.approx(0.8)
 
 
 def test_twenty_thousand_reports_are_drawn_in_forty_milliseconds():

@@ -1,0 +1,186 @@
+"""The training panel in real kernels, without a browser: buttons, interrupts, errors, re-run cells.
+
+The ipykernel that is installed is tested; other versions' Pythons can be named in the variable FULLTUNE_KERNEL_PYTHONS.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from nbs_tests.panels.kernels import SETUP, Kernel, pythons, version_of
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module", params=pythons(), ids=lambda python: f"ipykernel {version_of(python)}")
+def kernel(request, tmp_path_factory):
+    made = Kernel(request.param, tmp_path_factory.mktemp("kernel"))
+    made.version = tuple(int(part) for part in version_of(request.param).split(".")[:2])
+    made.run(SETUP, timeout=120)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def panel(kernel):
+    """Button names to the widgets' ids, of a new panel `panel` of a new trainer `trainer`; closed after the test."""
+    kernel.run("trainer = make_trainer(); panel = TrainPanel(trainer); panel", cell_id="the panel's")
+    yield kernel.value("{name: getattr(panel.controls, name).model_id for name in ('run', 'pause', 'step', 'stop', 'learning_rate')}")
+    kernel.run("panel.closed or panel.close(); await asyncio.sleep(0.05)")
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def steps(kernel):
+    return kernel.value("trainer.step_count")
+
+
+@pytest.fixture(params=["main shell", "subshell"])
+def way(request, kernel):
+    """How the front end's messages come."""
+    if request.param == "subshell":
+        if kernel.version < (7, 0):
+            pytest.skip("this ipykernel has no subshells")
+        kernel.use_subshell()
+    yield request.param
+    kernel.subshell = None
+
+
+def test_run_and_pause_are_heard_within_a_step(kernel, panel, way):
+    kernel.run("heard = []; panel.controls.pause.on_click(lambda _: heard.append(trainer.step_count))")
+    kernel.press(panel["run"])
+    until(lambda: steps(kernel) > 5)
+    assert kernel.value("panel.loop.running")
+    kernel.press(panel["pause"])
+    until(lambda: not kernel.value("panel.loop.running"))
+    taken = steps(kernel)
+    assert taken <= kernel.value("heard")[0] + 1
+    time.sleep(0.3)
+    assert steps(kernel) == taken == kernel.value("panel.controls.progress.value")
+    kernel.run("trainer.step()")  # MLX works on the main thread as before
+
+
+def test_step_advances_by_exactly_one(kernel, panel, way):
+    for expected in (1, 2, 3):
+        kernel.press(panel["step"])
+        until(lambda: steps(kernel))
+        time.sleep(0.2)
+        assert steps(kernel) == expected
+
+
+def test_the_learning_rate_typed_while_paused_is_an_event(kernel, panel, way):
+    kernel.enter(panel["learning_rate"], value=0.25)
+    until(lambda: kernel.value("trainer.learning_rate") == 0.25)
+    assert kernel.value("[event.kind for event in trainer.history.events]") == ["learning_rate"]
+
+
+def test_other_cells_read_history_and_weights_while_the_run_goes_on(kernel, panel):
+    kernel.press(panel["run"])
+    seen = []
+    for _ in range(4):
+        seen.append(kernel.value("[trainer.step_count, len(trainer.history.steps), float(np.array(trainer.lm.model.norm.weight).sum())]"))
+        time.sleep(0.1)
+    assert seen[-1][0] > seen[0][0] and all(step == reports for step, reports, _ in seen)
+    assert len({total for _, _, total in seen}) > 1
+    assert kernel.value("panel.loop.running")
+
+
+def test_pause_is_heard_while_a_cell_waits(kernel, panel, way):
+    if way == "main shell" and kernel.version < (7, 4):
+        pytest.skip("this ipykernel handles no message of the main shell while a cell awaits something")
+    waiting = kernel.send("panel.start(); await panel.wait(); print('over')")
+    time.sleep(0.5)
+    kernel.press(panel["pause"])
+    assert "over" in kernel.outcome(waiting).text
+    assert 0 < steps(kernel) < 100_000
+
+
+def test_an_interrupt_between_cells_pauses_and_the_losses_stay_the_same(kernel, panel):
+    kernel.press(panel["run"])
+    until(lambda: steps(kernel) > 5)
+    kernel.interrupt()
+    until(lambda: not kernel.value("panel.loop.running"))
+    assert kernel.value("trainer.interrupted")
+    taken = steps(kernel)
+    kernel.run("panel.start(5); await panel.wait()")
+    kernel.run(f"straight = make_trainer(); straight.run({taken + 5})")
+    assert kernel.value("[r.loss for r in straight.history.steps] == [r.loss for r in trainer.history.steps]")
+
+
+@pytest.mark.parametrize("pause_seconds", [0.001, 0.2], ids=["mostly in steps", "mostly between steps"])
+def test_an_interrupt_of_the_cell_that_waits_pauses_and_is_no_error(kernel, panel, pause_seconds):
+    kernel.run(f"from fulltune_nb.panels import loop; loop.PAUSE_SECONDS = {pause_seconds}")
+    waiting = kernel.send("panel.start(); await panel.wait(); print('over')")
+    time.sleep(0.7)
+    kernel.interrupt()
+    cell = kernel.outcome(waiting)
+    kernel.run("loop.PAUSE_SECONDS = 0.001")
+    assert cell.status == "ok" and "over" in cell.text, cell.error
+    assert kernel.value("trainer.interrupted and not panel.loop.running")
+    kernel.run("panel.start(2); await panel.wait()")
+
+
+def test_an_interrupt_of_a_blocking_run_pauses_at_a_whole_step(kernel, panel):
+    running = kernel.send("trainer.run(); print('over')")
+    time.sleep(0.7)
+    kernel.interrupt()
+    assert "over" in kernel.outcome(running).text
+    assert kernel.value("trainer.interrupted and trainer.step_count == len(trainer.history.steps) > 0")
+
+
+def test_an_interrupt_of_another_cell_stops_that_and_the_run(kernel, panel):
+    kernel.press(panel["run"])
+    other = kernel.send("await asyncio.sleep(60)")
+    time.sleep(0.5)
+    kernel.interrupt()
+    assert kernel.outcome(other, timeout=20).status == "error"
+    until(lambda: not kernel.value("panel.loop.running"))
+
+
+def test_the_runs_own_error_is_raised_by_the_cell_that_waits(kernel, panel):
+    kernel.run("trainer.lm.model.norm.weight = trainer.lm.model.norm.weight * float('nan')")
+    cell = kernel.outcome(kernel.send("panel.start(); await panel.wait()"))
+    assert cell.status == "error" and "NonFiniteError" in cell.error and "train:" in cell.error
+    assert "NonFiniteError" in kernel.run("print(panel.controls.error.value)").text
+    assert any("NonFiniteError" in bundle.get("text/html", "") for bundle in cell.bundles + cell.updates)
+
+
+def test_the_cell_that_waits_keeps_a_picture_and_a_table(kernel, panel):
+    cell = kernel.run("panel.start(3); await panel.wait()")
+    bundles = cell.bundles + cell.updates
+    assert any("image/png" in bundle for bundle in bundles)
+    assert any("step 3 of" in bundle.get("text/html", "").lower() for bundle in bundles)
+
+
+def test_the_panels_cell_keeps_them_when_nobody_waits(kernel, panel):
+    shown = kernel.run("panel", cell_id="another")
+    assert any("application/vnd.jupyter.widget-view+json" in bundle for bundle in shown.bundles)
+    stepped = kernel.run("panel.step(); await asyncio.sleep(1.5)")  # the second picture may come a second after the first
+    assert any("image/png" in bundle for bundle in stepped.updates)
+
+
+def test_running_the_panels_cell_again_is_safe(kernel, panel):
+    kernel.press(panel["run"])
+    until(lambda: steps(kernel) > 2)
+    kernel.run("old = panel; panel = TrainPanel(trainer); panel", cell_id="the panel's")
+    assert kernel.value("[old.closed, panel.closed, panel.loop.running]") == [True, False, True]
+    kernel.run("old_trainer = weakref.ref(trainer); trainer = make_trainer(); panel = TrainPanel(trainer); panel", cell_id="the panel's")
+    kernel.run("old = None; await asyncio.sleep(0.1); gc.collect()")
+    assert kernel.value("old_trainer() is None"), "a panel shown before keeps its trainer"
+
+
+def test_closing_the_panel_ends_the_run(kernel, panel):
+    kernel.press(panel["run"])
+    until(lambda: steps(kernel) > 2)
+    kernel.run("panel.close(); await asyncio.sleep(0.05)")
+    taken = steps(kernel)
+    time.sleep(0.2)
+    assert steps(kernel) == taken
+    assert kernel.value("[task.get_name() for task in asyncio.all_tasks() if 'fulltune' in task.get_name()]") == []
