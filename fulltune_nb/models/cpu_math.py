@@ -130,6 +130,40 @@ def softmax_statistics(logits: mx.array) -> tuple[mx.array, mx.array]:
     return (maximum + mx.log(total))[:, 0], exponentials * (1.0 / total)
 
 
+# ---- products ------------------------------------------------------------------------------------------------------------
+
+_FEWEST_ROWS = 8
+"""Products of fewer rows read each weight once or twice: turning it into float32 would cost more than it saves."""
+
+
+@mx.custom_function
+def _product(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.T
+
+
+@_product.vjp
+def _product_vjp(primals, cotangent, _output):
+    # Automatic differentiation gives (x.T @ cotangent).T, whose rows lie across the memory: all that reads the gradient
+    # afterwards (its norm, the optimizer) would then be two to four times as slow.
+    x, weight = primals
+    rows, out = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    return cotangent @ weight, out.T @ rows
+
+
+def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """`x @ weight.T + bias`: (..., D) and (O, D) -> (..., O).
+
+    On the CPU, half-precision products of several rows are computed in float32 and rounded: only float32 has a fast BLAS.
+    """
+    if not _on_cpu():
+        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    if weight.dtype in (mx.bfloat16, mx.float16) and x.size >= _FEWEST_ROWS * x.shape[-1]:
+        product = _product(x.astype(mx.float32), weight.astype(mx.float32)).astype(mx.result_type(x, weight))
+    else:
+        product = _product(x, weight)
+    return product if bias is None else product + bias
+
+
 # ---- activations, plain and gated ----------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,20 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from fulltune_nb.models import cpu_math
 from fulltune_nb.models.families import ModelConfig
 from fulltune_nb.models.kernels import activation, attend, gated_activation
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.rope import inverse_frequencies, rotate, rotation_table
 
 Rotation = tuple[mx.array, mx.array]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with gradients that lie row by row."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return cpu_math.linear(x, self.weight, self.get("bias"))
 
 
 class Norm(nn.Module):
@@ -48,10 +56,10 @@ class Attention(nn.Module):
         super().__init__()
         self._config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias="q_proj" in config.biases)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias="k_proj" in config.biases)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias="v_proj" in config.biases)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias="o_proj" in config.biases)
+        self.q_proj = Linear(config.hidden_size, queries, bias="q_proj" in config.biases)
+        self.k_proj = Linear(config.hidden_size, keys, bias="k_proj" in config.biases)
+        self.v_proj = Linear(config.hidden_size, keys, bias="v_proj" in config.biases)
+        self.o_proj = Linear(queries, config.hidden_size, bias="o_proj" in config.biases)
         if config.qk_norm:
             self.q_norm = Norm(config.norm, config.head_dim, config.norm_eps)
             self.k_norm = Norm(config.norm, config.head_dim, config.norm_eps)
@@ -83,9 +91,9 @@ class MLP(nn.Module):
         super().__init__()
         self._activation = config.activation
         if config.mlp != "plain":
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="gate_proj" in config.biases)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="up_proj" in config.biases)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias="down_proj" in config.biases)
+            self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias="gate_proj" in config.biases)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias="up_proj" in config.biases)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias="down_proj" in config.biases)
 
     def __call__(self, x: mx.array) -> mx.array:
         if "gate_proj" in self:
@@ -99,7 +107,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self._num_chosen = config.num_experts_per_token
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.router = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = [MLP(config) for _ in range(config.num_experts)]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -168,7 +176,7 @@ class Decoder(nn.Module):
         self.layers = [Block(config) for _ in range(config.num_layers)]
         self.norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias="lm_head" in config.biases)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias="lm_head" in config.biases)
         elif "lm_head" in config.biases:
             self.lm_head = HeadBias(config.vocab_size)
 

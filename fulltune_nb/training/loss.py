@@ -55,7 +55,7 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
     """Loss, then the gradients of `hidden` and of each array of `head`, in their order."""
     total = mx.array(0.0)
     hidden_gradients = []
-    head_gradients = {name: mx.zeros_like(array) for name, array in head.items()}
+    head_gradients: dict[str, mx.array] = {}
     for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
         part = mx.depends([hidden[rows]], [total, *hidden_gradients[-1:], *head_gradients.values()])[0]
@@ -66,9 +66,10 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
         at_target = mx.take_along_axis(logit_gradients, targets[rows, None], axis=1) - weights[rows, None]
         logit_gradients = mx.put_along_axis(logit_gradients, targets[rows, None], at_target, axis=1).astype(hidden.dtype)
         hidden_gradients.append(logit_gradients @ head["weight"])
-        head_gradients["weight"] = head_gradients["weight"] + logit_gradients.T @ part
+        more = {"weight": logit_gradients.T @ part}
         if "bias" in head:
-            head_gradients["bias"] = head_gradients["bias"] + logit_gradients.sum(axis=0)
+            more["bias"] = logit_gradients.sum(axis=0)
+        head_gradients = {name: head_gradients[name] + more[name] for name in more} if head_gradients else more
     return total, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
 
 

@@ -205,3 +205,30 @@ def test_softmax_statistics_are_at_least_twice_as_fast_as_mlxs_own(big_cache):
             mx.eval(function())
             best[name] = min(best.get(name, INF), time.process_time() - start)
     assert best["own"] > 2 * best["ours"], best
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(4, 8), (2, 5, 8), (8,), (1, 1, 8)])
+def test_linear_is_the_product_and_its_gradients_lie_row_by_row(shape, bias):
+    x, weight, cotangent = normal(*shape), normal(6, 8, seed=1), normal(*shape[:-1], 6, seed=2)
+    arrays = [x, weight, normal(6, seed=3)] if bias else [x, weight]
+
+    def reference(x, weight, bias=0.0):
+        return x @ weight.T + bias
+
+    got, got_gradients = mx.vjp(cpu_math.linear, arrays, [cotangent])
+    want, want_gradients = mx.vjp(reference, arrays, [cotangent])
+    assert mx.allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(got_gradients, want_gradients, strict=True):
+        assert ours.shape == theirs.shape and mx.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert np.asarray(memoryview(got_gradients[1])).strides == (32, 4)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_linear_in_half_precision_is_float32s_rounded(dtype, rows):
+    x, weight = normal(rows, 64, scale=1.0).astype(dtype), normal(32, 64, scale=1.0, seed=1).astype(dtype)
+    got = cpu_math.linear(x, weight)
+    want = (x.astype(mx.float32) @ weight.astype(mx.float32).T).astype(dtype)
+    assert got.dtype == dtype
+    assert mx.allclose(got, want, rtol=1e-2, atol=1e-2) if rows == 1 else mx.array_equal(got, want)
