@@ -25,7 +25,7 @@ _TRAINED = f"text-decoration:underline;text-decoration-thickness:2px;text-underl
 _MASKED = "opacity:0.6"
 _SPECIAL = f"border:1px dashed {PALETTE[5]};border-radius:3px"
 _CUT = "text-decoration:line-through;opacity:0.6"
-_PRE = "white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0 10px 0;line-height:1.9"
+_PRE = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;margin:2px 0 10px 0;line-height:1.9"
 _LEGEND = (
     f'<div style="margin-bottom:6px"><u style="{_TRAINED}">trained on</u> (underlined, tinted) &nbsp; '
     f'<span style="{_MASKED}">masked</span> (plain, faint) &nbsp; <span style="{_SPECIAL}">special token</span> (dashed box) &nbsp; '
@@ -179,7 +179,7 @@ def example_html(example: Example) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+    return f"{100 * part / whole:.1f}\u00a0%" if whole else "-"
 
 
 def counts_table(splits: Sequence) -> str:

@@ -21,8 +21,8 @@ _STATES = {
     "failed": "failed",
 }
 _PRE = (
-    "white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0 0 0;padding:0;line-height:1.45;background:none;color:inherit;border:none;"
-    "font-family:var(--jp-content-font-family, sans-serif);font-size:var(--jp-content-font-size1, 14px)"
+    "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;margin:2px 0 0 0;padding:0;line-height:1.45;background:none;"
+    "color:inherit;border:none;font-family:var(--jp-content-font-family, sans-serif);font-size:var(--jp-content-font-size1, 14px)"
 )
 _BUBBLE = "padding:6px 10px;border-radius:6px;line-height:1.45;min-width:0"
 _COLOURS = (PALETTE[0], PALETTE[5])  # told apart by their names and places too

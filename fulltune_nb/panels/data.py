@@ -24,7 +24,7 @@ from fulltune_nb.panels.showing import Showing, close_all
 _ROW_CHARACTERS = 4000  # of a row as it was read
 _SEARCH_CHARACTERS = 200  # of what is searched for, where it is repeated
 _LABELS = {"description_width": "initial"}
-_PRE = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5;margin:4px 0"
+_PRE = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;line-height:1.5;margin:4px 0"
 
 
 class DataPanel:
@@ -173,9 +173,9 @@ class DataPanel:
         self._status = widgets.HTML(tooltip="Where this row stands")
         self._lens = widgets.HTML(tooltip="The row, token by token")
         self._lengths = widgets.HTML(tooltip="Lengths in words")
-        self._image = widgets.Image(
-            format="png", tooltip="Lengths of the split's rows in tokens", layout=widgets.Layout(width=f"{WIDTH}px", height=f"{HEIGHT}px")
-        )
+        # Without a tooltip, which ipywidgets 8.1 cannot show on pictures: it shows an error instead. The words below say the same.
+        size = {"width": f"{WIDTH}px", "height": f"{HEIGHT}px", "max_width": "100%", "object_fit": "contain"}
+        self._image = widgets.Image(format="png", layout=widgets.Layout(**size))
         self._checks = widgets.HTML(tooltip="What was found in the data set")
         self.widget = self._laid_out()
 

@@ -65,7 +65,7 @@ class DataChecks:
             f'<div class="{NO_MATH}"><b>Notes</b><ul style="margin:2px 0">{notes}</ul></div>' if notes else "",
             self._special_html(),
             self._duplicates_html(),
-            facts("Settings", [("source", data.source or "rows in memory"), *vars(data.settings).items()]),
+            facts("Settings", [("source", data.source or "rows in memory"), *((k, str(v)) for k, v in vars(data.settings).items())]),
         ]
         spaced = (f'<div style="margin-bottom:12px">{part}</div>' for part in parts if part)
         return f'<div style="line-height:1.5">{"".join(spaced)}</div>'
@@ -87,15 +87,19 @@ class DataChecks:
             if pairs and list(splits).index(name) < list(splits).index(other):
                 pairs_named = [f"{splits[name][a].source} = {splits[other][b].source}" for a, b in pairs[:_LISTED]]
                 back = len(self.duplicates.across[other, name])
-                rows.append((f"{name} in {other}", f"⚠ {len(pairs):,} rows, as {back:,} there", _listed(pairs_named, len(pairs))))
+                rows.append((f"{name} in {other}", f"⚠ {_rows(len(pairs))}, {back:,} there", _listed(pairs_named, len(pairs))))
         for name, count in self.duplicates.within.items():
             if count:
-                rows.append((f"{name} in itself", f"{count:,} rows stood there before", ""))
+                rows.append((f"{name} in itself", f"{_rows(count)} stood there before", ""))
         if not rows:
             return "<b>Duplicates</b><div>✓ no row stands in the data twice</div>"
         advice = "Held-out rows that are trained on say little about what was learned: take them out of one of the two."
         shown = any("⚠" in row[1] for row in rows)
         return table(("rows", "how many", "which"), rows, "Duplicates") + (f"<div>{advice}</div>" if shown else "")
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _listed(names: Sequence[str], count: int) -> str:

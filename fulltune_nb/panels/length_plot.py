@@ -36,7 +36,7 @@ class LengthPlot:
         """The histogram of a split as PNG. What was cut off is hatched."""
         with self._lock:
             self._figure.clear()
-            axes = self._figure.add_axes((0.105, 0.2, 0.87, 0.64))
+            axes = self._figure.add_axes((0.105, 0.2, 0.845, 0.64))  # room for the last label
             self._fill(axes, split, max_seq_length)
             file = io.BytesIO()
             self._figure.savefig(file, format="png", dpi=100)
@@ -95,4 +95,5 @@ def lengths_text(split: Split) -> str:
     if not split.truncated:
         return f"{text} None is cut."
     lost = 100 * split.tokens_cut / int(lengths.sum())
-    return f"{text} {split.truncated:,} of {len(split):,} rows are cut: {split.tokens_cut:,} tokens lost, {lost:.1f} % of all."
+    are = "is" if split.truncated == 1 else "are"
+    return f"{text} {split.truncated:,} of {len(split):,} rows {are} cut: {split.tokens_cut:,} tokens lost, {lost:.1f} % of all."

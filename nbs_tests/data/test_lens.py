@@ -88,7 +88,7 @@ def test_data_set_shows_counts_share_notes_and_marked_examples(tokenizer):
     data = load_data({"train": rows, "test": PAIRS}, tokenizer, mask_prompt=True, max_seq_length=40)
     html = data._repr_html_()
     Page(html)
-    share = f"{100 * data.train.trained_tokens / data.train.tokens:.1f} %"
+    share = f"{100 * data.train.trained_tokens / data.train.tokens:.1f}\u00a0%"
     for part in (f"{data.train.tokens:,}", share, "completions", data.notes[0], "max_seq_length", "<svg"):
         assert part in html
     assert re.findall(r'<u class="trained"[^>]*>([^<]*)</u>', html) == ["It is 0.&lt;|im_end|&gt;\n", "It is 1.&lt;|im_end|&gt;\n"]

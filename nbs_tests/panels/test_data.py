@@ -127,7 +127,7 @@ def test_rows_in_several_splits_are_told_at_the_row_and_in_the_checks(panel):
     html = panel.checks.to_html()
     for part in ("train in test", "train:6 = test:1", "train in valid", "train:7 = valid:1"):
         assert part in html
-    assert "train in itself" in html and "1 rows stood there before" in html
+    assert "train in itself" in html and "1 row stood there before" in html
 
 
 def test_wrong_requests_are_refused_and_say_what_there_is(panel):
@@ -159,6 +159,8 @@ def test_every_control_has_a_description_or_a_tooltip(panel):
     for widget in all_widgets(panel.widget):
         if isinstance(widget, (widgets.Button, widgets.Text, widgets.Dropdown, widgets.BoundedIntText)):
             assert widget.description and widget.tooltip
+        elif isinstance(widget, widgets.Image):
+            assert not widget.tooltip  # ipywidgets 8.1 shows an error in place of a picture that has one
         elif not isinstance(widget, widgets.Box):
             assert widget.tooltip
 
@@ -219,7 +221,7 @@ def test_repr_is_one_line(panel):
 def test_lengths_say_what_the_cut_costs(data):
     lost = data.train.tokens_cut
     assert whole_lengths(data.train).sum() == data.train.tokens + lost
-    assert f"1 of 8 rows are cut: {lost:,} tokens lost, {100 * lost / (lost + data.train.tokens):.1f} % of all." in lengths_text(data.train)
+    assert f"1 of 8 rows is cut: {lost:,} tokens lost, {100 * lost / (lost + data.train.tokens):.1f} % of all." in lengths_text(data.train)
     assert "None is cut." in lengths_text(data.test)
 
 
