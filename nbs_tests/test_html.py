@@ -4,7 +4,8 @@ import pytest
 
 from fulltune_nb import html
 
-HOSTILE = ["<img src=x onerror=alert(1)>", "</pre><script>alert(1)</script>", "\" onmouseover='x'", "\x1b[31mred", "\u202eevil\u202c", "a\x00b"]
+HOSTILE = ["<img src=x onerror=alert(1)>", "</pre><script>alert(1)</script>"]
+HOSTILE += ["\" onmouseover='x'", "\x1b[31mred", "\u202eevil\u202c", "a\x00b"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
