@@ -23,7 +23,7 @@ from fulltune_nb import blas_stub
 
 FUNCTIONS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 OPENBLAS_NAMES = ("libopenblasp.so.0", "libopenblas.so.0")  # Fedora's second one has no threads
-MKL_NAMES = ("libmkl_rt.so.2", "libmkl_rt.so.1", "libmkl_rt.so")
+MKL_NAMES = ("libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so.1", "libmkl_rt.so")
 MLX_CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12", "mlx-cuda")
 VARIABLE = "FULLTUNE_BLAS"
 HOW_TO_INSTALL = "`pip install scipy-openblas32` (or `conda install libopenblas`, or `apt-get install libopenblas0`)"
