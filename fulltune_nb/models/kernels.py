@@ -1,4 +1,4 @@
-"""The element-wise functions and the attention product the decoder is built of, each with its fastest form per device.
+"""The element-wise functions and the attention product the decoder is built of, each in its fastest form for the device.
 
 Dimension letters: B rows, T tokens, S keys, H heads, K key/value heads, G = H / K, C head_dim.
 """
@@ -11,21 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fulltune_nb.errors import ModelError
-
-
-def _gelu_tanh(x: mx.array) -> mx.array:
-    """`0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`: `gelu_new` and `gelu_pytorch_tanh` of Hugging Face."""
-    return 0.5 * x * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
-
+from fulltune_nb.models import cpu_math
 
 ACTIVATIONS = {
-    "silu": nn.silu,
-    "swish": nn.silu,
+    "silu": cpu_math.silu,
+    "swish": cpu_math.silu,
     "gelu": nn.gelu,
-    "gelu_new": mx.compile(_gelu_tanh),
-    "gelu_pytorch_tanh": mx.compile(_gelu_tanh),
+    "gelu_new": cpu_math.gelu_tanh,
+    "gelu_pytorch_tanh": cpu_math.gelu_tanh,
     "relu": nn.relu,
 }
+_GATED = {"silu": cpu_math.swiglu, "swish": cpu_math.swiglu, "gelu_new": cpu_math.geglu, "gelu_pytorch_tanh": cpu_math.geglu}
 
 
 def activation(name: str, x: mx.array) -> mx.array:
@@ -41,10 +37,24 @@ def activation(name: str, x: mx.array) -> mx.array:
 
 def gated_activation(name: str, gate: mx.array, up: mx.array) -> mx.array:
     """`act(gate) * up` (Shazeer 2020)."""
-    return activation(name, gate) * up
+    return _GATED[name](gate, up) if name in _GATED else activation(name, gate) * up
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
     """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C), mask (T, S) bool -> (B, H, T, C)."""
     scale = 1.0 / math.sqrt(queries.shape[-1])
+    if cpu_math.applies(queries, keys, values):
+        return _attend_on_cpu(queries * scale, keys, values, mask)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def _attend_on_cpu(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
+    """The heads of a group share their keys, so they are one larger product instead of G small ones."""
+    rows, heads, length, head_dim = queries.shape
+    kv_heads, num_keys = keys.shape[1:3]
+    grouped = queries.reshape(rows, kv_heads, -1, head_dim)  # (B, H, T, C) -> (B, K, G*T, C)
+    scores = (grouped @ keys.swapaxes(-1, -2)).reshape(rows, heads, length, num_keys)  # (B, K, G*T, S) -> (B, H, T, S)
+    if mask is not None:
+        scores = mx.where(mask, scores, -math.inf)
+    shares = cpu_math.softmax(scores).reshape(rows, kv_heads, -1, num_keys)
+    return (shares @ values).reshape(rows, heads, length, head_dim)
