@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.language_model import LanguageModel, load_model
     from fulltune_nb.panels.chat import ChatPanel
     from fulltune_nb.panels.data import DataPanel
+    from fulltune_nb.panels.train import TrainPanel
     from fulltune_nb.plots import plot_loss, plot_memory
     from fulltune_nb.training.config import TrainConfig
     from fulltune_nb.training.history import EvalReport, Event, History, StepReport
@@ -62,6 +63,7 @@ __all__ = [
     "NonFiniteError",
     "StepReport",
     "TrainConfig",
+    "TrainPanel",
     "Trainer",
     "TrainingError",
     "load_data",
@@ -82,6 +84,7 @@ _HOMES = {
     "LanguageModel": "language_model",
     "StepReport": "training.history",
     "TrainConfig": "training.config",
+    "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
     "load_data": "data.dataset",
     "load_model": "language_model",

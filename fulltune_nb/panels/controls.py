@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import ipywidgets as widgets
 
 from fulltune_nb.panels.live_plot import HEIGHT, WIDTH
+from fulltune_nb.panels.record import PANEL_CLASS
 
 _LABELS = {"description_width": "initial"}
 
@@ -40,6 +41,8 @@ class TrainControls:
             ],
             layout=widgets.Layout(width="100%", max_width=f"{WIDTH + 20}px", overflow="visible"),
         )
+
+        self.box.add_class(PANEL_CLASS)
 
     def _make_buttons(self, splits: Sequence[str], can_save: bool) -> None:
         self.run = _button("Run", "Train to the end of the run", "play", "primary")
@@ -88,9 +91,8 @@ class TrainControls:
         self.status = widgets.HTML(tooltip="Where the run stands")
         self.error = widgets.HTML(tooltip="The last error", layout=widgets.Layout(display="none"))
         size = {"width": f"{WIDTH}px", "height": f"{HEIGHT}px", "min_height": f"{HEIGHT}px"}  # before there is a picture too
-        self.plot = widgets.Image(
-            format="png", tooltip="Loss and memory over the steps", layout=widgets.Layout(**size, max_width="100%", object_fit="contain")
-        )
+        # No tooltip here: with one, ipywidgets 8.1.9 fails to show an image at all. The line above says in words what it shows.
+        self.plot = widgets.Image(format="png", layout=widgets.Layout(**size, max_width="100%", object_fit="contain"))
         self.log = widgets.HTML(tooltip="What happened, newest first")
         self.samples = widgets.HTML(tooltip="Answers while learning, newest first")
 

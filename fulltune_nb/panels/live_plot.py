@@ -304,7 +304,7 @@ class _MemoryPart(_Part):
         self._all = self._curve("with cache", color=_GREY, linestyle=":", linewidth=1.8)
         self._active = self._curve("active", color=_BLUE, linestyle="--", linewidth=1.5)
         self._at_limit = self._curve("limit", color="black", linewidth=1.2, linestyle="-.", transform=axes.get_yaxis_transform())
-        self._note = axes.text(0.03, 0.04, "", transform=axes.transAxes, fontsize="small", va="bottom")
+        self._note = axes.text(0, 1.11, "", transform=axes.transAxes, fontsize="small", va="bottom")
 
     def update(self, columns: _Columns) -> bool:
         x, peak, active = columns["step"], columns["peak_memory"] / 1e9, columns["active_memory"] / 1e9
@@ -317,7 +317,7 @@ class _MemoryPart(_Part):
             near = highest > self._limit / 4  # a limit far above would press the curves to the ground
             self._at_limit.set_data([0, 1], [self._limit, self._limit])
             self._at_limit.set_visible(near)
-            self._note.set_text("" if near else f"limit of this machine: {self._limit:.1f} GB, far above")
+            self._note.set_text("" if near else f"far below this machine's limit of {self._limit:.1f} GB")
             highest = max(highest, self._limit) if near else highest
         self._show_events(columns.events)
         return self._fit(x[-1] if len(x) else -1, 0.0, highest or 1.0)

@@ -1,7 +1,8 @@
 """The static record of a run in its notebook: a PNG and a table that need neither a kernel nor widgets to be seen.
 
 A notebook keeps no widgets when it is closed, but it keeps outputs. The record is two outputs with a `display_id`, renewed
-whenever the run pauses or ends: below the panel, or, when a cell waits for the run, there.
+whenever the run pauses or ends: below the panel, or, when a cell waits for the run, there. Below a panel that is alive, which
+shows the same, the record is hidden.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from fulltune_nb.panels.samples import Samples, cut
 from fulltune_nb.training.history import History
 from fulltune_nb.training.trainer import Trainer
 
+PANEL_CLASS = "fulltune-panel"  # of a panel's box
+_CLASS = "fulltune-record"
+_HIDDEN = (  # the picture is the output before the table
+    f"<style>.jp-OutputArea:has(.{PANEL_CLASS}) .jp-OutputArea-child:has(+ .jp-OutputArea-child .{_CLASS}),"
+    f" .jp-OutputArea:has(.{PANEL_CLASS}) .jp-OutputArea-child:has(.{_CLASS}) {{ display: none; }}</style>"
+)
 _ROWS = 12  # evaluations, events and samples that are listed
 
 
@@ -66,11 +73,11 @@ class Record:
         """
         if self._handles:
             self._handles[0].update({"image/png": b64encode(png).decode(), "text/plain": line}, raw=True)
-            self._handles[1].update({"text/html": page, "text/plain": line}, raw=True)
+            self._handles[1].update({"text/html": f'<div class="{_CLASS}">{_HIDDEN}{page}</div>', "text/plain": line}, raw=True)
 
 
 def _text(text: str) -> dict[str, str]:
-    return {"text/html": f"<div>{text}</div>", "text/plain": text}
+    return {"text/html": f'<div class="{_CLASS}">{_HIDDEN}{text}</div>', "text/plain": text}
 
 
 def record_html(trainer: Trainer, state: str, samples: Samples) -> str:

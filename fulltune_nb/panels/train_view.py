@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import FulltuneError
-from fulltune_nb.html import NO_MATH, esc, table
+from fulltune_nb.html import NO_MATH, esc, human_bytes, table
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.live_plot import LivePlot
 from fulltune_nb.panels.loop import TrainLoop
 from fulltune_nb.panels.pace import Pace
-from fulltune_nb.panels.progress import clock, gigabytes
+from fulltune_nb.panels.progress import clock
 from fulltune_nb.panels.record import Record, record_html
 from fulltune_nb.panels.samples import Samples, cut, prompts_text
 from fulltune_nb.training.history import EvalReport, Event, StepReport
@@ -25,6 +25,7 @@ from fulltune_nb.training.trainer import Trainer
 REFRESH_SECONDS = 0.25  # numbers change no more often while steps are taken
 _LOG_KEPT, _LOG_SHOWN = 1000, 60
 _NOTE = "A picture and a table of the run will stand here when it pauses or ends. They stay in the notebook's file."
+_CLOSE_LINES = '<div style="line-height:1.35">{}</div>'  # ipywidgets would set them 28 pixels apart
 _OUT_OF_MEMORY = "Memory ran out. Make the trainer anew with a smaller batch_size or max_seq_length, or with grad_checkpoint=True."
 _UNEXPECTED = (
     "The run is paused; panel.error holds the error, and `await panel.wait()` raises it with its traceback. If the model's state is in"
@@ -142,7 +143,7 @@ class TrainView:
         parts = [f"step {trainer.step_count:,} of {trainer.total_steps:,}"]
         if last is not None:
             parts += [f"epoch {last.epoch:.2f}", f"loss {self._pace.loss:.4f}", f"{self._pace.tokens_per_second:,.0f} tokens/s"]
-            parts.append(f"peak {gigabytes(last.peak_memory)}")
+            parts.append(f"peak {human_bytes(last.peak_memory)}")
             if not trainer.done:
                 parts.append(f"{clock(self._pace.seconds_left(trainer.total_steps - trainer.step_count))} left")
         return " · ".join(parts)
@@ -164,7 +165,7 @@ class TrainView:
         if not running:
             self._put("learning_rate", trainer.learning_rate)
         self._show_samples()
-        controls.log.value = self._log_html()
+        controls.log.value = _CLOSE_LINES.format(self._log_html())
         self._show_error()
 
     def _put(self, field: str, value: Any) -> None:
@@ -181,7 +182,7 @@ class TrainView:
         self._put("max_tokens", samples.max_tokens)
         if samples.version != self._samples_version:  # making the table takes a while
             self._samples_version = samples.version
-            self.controls.samples.value = samples.to_html()
+            self.controls.samples.value = _CLOSE_LINES.format(samples.to_html())
 
     def _log_html(self) -> str:
         if not self._log:
@@ -227,7 +228,6 @@ class TrainView:
         image = self.controls.plot
         if self._plot.png != image.value:
             image.value = self._plot.png
-            image.tooltip = f"Loss and memory over the steps. {self.status_line()}"
 
     def place_record(self) -> None:
         """From now on the record stands in the cell being executed."""
@@ -255,5 +255,6 @@ def error_html(error: BaseException) -> str:
         advice = _OUT_OF_MEMORY
     else:
         advice = _UNEXPECTED
-    style = "border:1px solid #D55E00;border-left-width:6px;padding:6px 10px;margin:4px 0;white-space:pre-wrap;overflow-wrap:anywhere"
+    style = "border:1px solid #D55E00;border-left-width:6px;padding:6px 10px;margin:4px 0;white-space:pre-wrap;"
+    style += "word-break:normal;overflow-wrap:anywhere;line-height:1.4"
     return f'<pre role="alert" class="{NO_MATH}" style="{style}">⚠ {esc(text, limit=4000)}{chr(10) if advice else ""}{esc(advice)}</pre>'

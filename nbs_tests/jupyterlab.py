@@ -1,0 +1,153 @@
+"""A real JupyterLab in a real browser, for tests. Settings and files are in temporary folders, none are the user's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+BROWSER_VARIABLE = "FULLTUNE_BROWSER"
+"""The path of a Chromium or Chrome; the usual names are looked for where it is not set."""
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def find_browser() -> str | None:
+    """The browser's path, or None."""
+    given = os.environ.get(BROWSER_VARIABLE)
+    return given or next(filter(None, map(shutil.which, _NAMES)), None)
+
+
+@contextmanager
+def jupyterlab(folder: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """Runs a JupyterLab whose notebooks are in `folder`; gives its address, with `{}` where the notebook's path goes."""
+    private = folder / ".jupyter-of-the-test"
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    names += ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    variables = {**os.environ, **{name: str(private / name.lower()) for name in names}, **(environment or {})}
+    variables.pop("MPLBACKEND", None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0"]
+    command += ["--IdentityProvider.token=t", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"]
+    private.mkdir()
+    quiet = private / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    with open(private / "log", "w") as log:
+        server = subprocess.Popen(command, env=variables, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/api?token=t", server, private / "log")
+            yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=t&reset"
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"JupyterLab does not answer:\n{log.read_text()[-3000:]}") from None
+            time.sleep(0.1)
+
+
+def write_notebook(path: Path, cells: list[str]) -> None:
+    """A notebook of code cells."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    nbformat.write(notebook, path)
+
+
+class Lab:
+    """A page with a notebook in JupyterLab."""
+
+    def __init__(self, page: Any, address: str):
+        self.page, self.address = page, address
+
+    def open(self, notebook: str, kernel: bool = True) -> None:
+        """Opens a notebook; with `kernel` waits for an idle one."""
+        self.page.goto(self.address.format(notebook))
+        self.page.wait_for_function("() => window.jupyterapp && window.jupyterapp.shell.currentWidget?.context?.isReady", timeout=60_000)
+        if kernel:
+            self.wait_until_idle()
+
+    def command(self, name: str) -> None:
+        """A command of JupyterLab, as the menus call it."""
+        self.page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
+
+    def wait_until_idle(self, seconds: float = 60) -> None:
+        """Until the kernel is idle, no cell running or waiting."""
+        self.page.wait_for_function(
+            "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+            " && !Array.from(document.querySelectorAll('.jp-InputPrompt')).some(prompt => prompt.textContent.includes('*'))",
+            timeout=seconds * 1000,
+        )
+
+    def run_all(self, seconds: float = 120) -> None:
+        """Runs all cells to the end."""
+        self.command("notebook:run-all-cells")
+        self.page.wait_for_timeout(300)
+        self.wait_until_idle(seconds)
+
+    def run_cell(self, number: int) -> None:
+        """Starts a cell, counted from 0, and does not wait."""
+        self.page.evaluate(
+            """number => {
+                const app = window.jupyterapp;
+                app.shell.currentWidget.content.activeCellIndex = number;
+                app.shell.currentWidget.content.deselectAll();
+                app.commands.execute('notebook:run-cell');
+            }""",
+            number,
+        )
+
+    def set_source(self, number: int, code: str) -> None:
+        """Replaces what stands in a cell."""
+        self.page.evaluate(
+            "([number, code]) => window.jupyterapp.shell.currentWidget.content.widgets[number].model.sharedModel.setSource(code)",
+            [number, code],
+        )
+
+    def output(self, number: int) -> Any:
+        """Where a cell's outputs are."""
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-Cell-outputArea")
+
+    def result(self, number: int, code: str, seconds: float = 30) -> str:
+        """The text output of some code, run in a cell."""
+        self.set_source(number, code)
+        self.run_cell(number)
+        self.page.wait_for_timeout(100)
+        prompt = self.page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-InputPrompt")
+        end = time.monotonic() + seconds
+        while "*" in prompt.inner_text():
+            assert time.monotonic() < end, f"{code!r} did not end"
+            self.page.wait_for_timeout(50)
+        return self.output(number).inner_text().strip()
+
+    def save(self) -> None:
+        """Saves the notebook's file."""
+        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.context.save()")
+
+    def theme(self, name: str) -> None:
+        """`JupyterLab Light` or `JupyterLab Dark`."""
+        self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})", name)
+        self.page.wait_for_timeout(700)

@@ -1,0 +1,223 @@
+"""The panels in a real JupyterLab in a real browser.
+
+Skipped where there is no browser, or no playwright; in CI (`CI` is set) that is a failure. Pictures are written where
+FULLTUNE_PICTURES says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from nbs_tests.jupyterlab import Lab, find_browser, jupyterlab, write_notebook
+from nbs_tests.panels.kernels import SETUP
+
+pytestmark = pytest.mark.long
+NOTEBOOK = "panels.ipynb"
+PANEL, CODE, WAITING = 2, 3, 4  # its cells
+
+
+def needs(there: object, what: str) -> None:
+    if not there:
+        message = f"no {what} here: the panels cannot be seen"
+        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = find_browser()
+    needs(found, "Chromium (Debian: apt-get install chromium; or name one in FULLTUNE_BROWSER)")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        needs(None, "playwright (pip install playwright)")
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module")
+def server(browser, folder):
+    with jupyterlab(folder, {"PYTHONPATH": str(Path(__file__).parents[1])}) as address:
+        yield address
+
+
+@pytest.fixture
+def lab(browser, server):
+    """A page of its own."""
+    with _page(browser, server) as made:
+        yield made
+
+
+@contextmanager
+def _page(browser, address):
+    page = browser.new_page(viewport={"width": 1280, "height": 1800})
+    page.set_default_timeout(30_000)
+    alerts = []
+
+    def answer(dialog):
+        if dialog.type != "beforeunload":  # which asks whether to leave unsaved changes
+            alerts.append(dialog.message)
+        dialog.accept()
+
+    page.on("dialog", answer)
+    yield Lab(page, address)
+    page.close()
+    assert not alerts, "something from outside ran as code"
+
+
+@pytest.fixture(scope="module")
+def notebook(browser, server, folder):
+    """A page with a notebook whose first cells have been run."""
+    write_notebook(folder / NOTEBOOK, ["0", SETUP, "0", "0", "0"])
+    with _page(browser, server) as made:
+        made.open(NOTEBOOK)
+        made.run_all()
+        yield made
+
+
+@pytest.fixture
+def trained(notebook, request, tmp_path):
+    """The notebook with a panel of a new trainer."""
+    settings = getattr(request, "param", "")
+    code = f"trainer = make_trainer(run_dir={str(tmp_path / 'run')!r}, {settings})\npanel = TrainPanel(trainer)\npanel"
+    notebook.result(PANEL, code, seconds=60)
+    button(notebook, "Run").wait_for()
+    return notebook
+
+
+def button(lab: Lab, name: str):
+    return lab.output(PANEL).locator("button").filter(has_text=re.compile(f"^{name}$"))
+
+
+def status(lab: Lab) -> str:
+    return lab.output(PANEL).get_by_role("status").inner_text()
+
+
+def shown_step(lab: Lab) -> int:
+    return int(re.search(r"step ([\d,]+) of", status(lab)).group(1).replace(",", ""))
+
+
+def picture(lab: Lab, name: str) -> None:
+    if where := os.environ.get("FULLTUNE_PICTURES"):
+        Path(where).mkdir(parents=True, exist_ok=True)
+        for theme in ("Light", "Dark"):
+            lab.theme(f"JupyterLab {theme}")
+            lab.page.locator(".fulltune-panel").screenshot(path=f"{where}/{name}-{theme.lower()}.png")
+        lab.theme("JupyterLab Light")
+
+
+def wait_for_text(lab: Lab, pattern: str, seconds: float = 20) -> None:
+    lab.page.wait_for_function(
+        "pattern => new RegExp(pattern).test(document.querySelector('.jp-Notebook [role=status]')?.innerText)",
+        arg=pattern,
+        timeout=seconds * 1000,
+    )
+
+
+def test_run_pause_step_and_cells_meanwhile(trained):
+    lab = trained
+    lab.result(CODE, "heard = []; panel.controls.pause.on_click(lambda _: heard.append(trainer.step_count))")
+    button(lab, "Run").click()
+    wait_for_text(lab, "running")
+    first = int(lab.result(CODE, "print(trainer.step_count)"))
+    weight = lab.result(CODE, "print(float(np.array(trainer.lm.model.norm.weight).sum()), trainer.history)")
+    later = int(lab.result(CODE, "print(trainer.step_count)"))
+    assert later > first and "steps" in weight
+    button(lab, "Pause").click()
+    wait_for_text(lab, "paused")
+    heard, taken = lab.result(CODE, "print(heard[0], trainer.step_count)").split()
+    assert int(taken) <= int(heard) + 1
+    lab.page.wait_for_timeout(500)
+    assert int(lab.result(CODE, "print(trainer.step_count)")) == int(taken) == shown_step(lab)
+    for more in (1, 2):
+        button(lab, "Step").click()
+        wait_for_text(lab, f"step {int(taken) + more:,} of")
+        lab.page.wait_for_timeout(200)
+        assert int(lab.result(CODE, "print(trainer.step_count)")) == int(taken) + more
+    field = lab.output(PANEL).get_by_label("learning rate")
+    field.fill("0.0005")
+    field.press("Enter")
+    lab.output(PANEL).get_by_text("learning rate changed from").first.wait_for(timeout=10_000)
+    button(lab, "Evaluate").click()
+    lab.output(PANEL).get_by_text("valid loss").first.wait_for(timeout=20_000)
+    lab.page.wait_for_timeout(1500)
+    picture(lab, "train-panel")
+
+
+def test_interrupting_the_kernel_pauses_and_the_losses_stay_the_same(trained):
+    lab = trained
+    button(lab, "Run").click()
+    wait_for_text(lab, "running")
+    lab.page.wait_for_timeout(500)
+    lab.command("notebook:interrupt-kernel")
+    wait_for_text(lab, "paused by an interrupt")
+    taken = int(lab.result(CODE, "print(trainer.step_count)"))
+    same = "[r.loss for r in straight.history.steps] == [r.loss for r in trainer.history.steps]"
+    assert lab.result(CODE, "panel.start(4); await panel.wait(); print(trainer.step_count)").endswith(str(taken + 4))
+    assert lab.result(WAITING, f"straight = make_trainer(); straight.run({taken + 4}); print({same})").endswith("True")
+
+
+HOSTILE = r"<img src=x onerror=alert(1)></pre><script>alert(2)</script>$$x$$ \x1b[31m \u202e"
+
+
+def test_hostile_text_stays_text(trained):
+    lab = trained
+    lab.result(CODE, f'HOSTILE = "{HOSTILE}"; trainer.journal.event(1, HOSTILE, HOSTILE); trainer.journal.tell("on_save", HOSTILE)')
+    lab.result(
+        CODE,
+        "trainer.lm.stream_chat = lambda *_, **__: iter([HOSTILE, 'x' * 1_000_000])\n"
+        "panel.samples.set([HOSTILE]); panel.sample()\n"
+        "def fail(split): raise ValueError(HOSTILE)\n"
+        "trainer.evaluate = fail",
+    )
+    button(lab, "Evaluate").click()
+    lab.output(PANEL).get_by_role("alert").wait_for(timeout=10_000)
+    lab.output(PANEL).get_by_role("tab", name="Samples").click()
+    lab.result(CODE, "panel.step(); await asyncio.sleep(1.2)")
+    lab.page.wait_for_timeout(700)
+    text = lab.output(PANEL).inner_text()
+    assert text.count("<img src=x onerror=alert(1)>") >= 3 and "$$x$$" in text
+    assert lab.output(PANEL).locator("img[src='x'], script, mjx-container").count() == 0
+    picture(lab, "hostile")
+
+
+@pytest.mark.parametrize("trained", ["iters=30"], indirect=True)
+def test_a_reopened_notebook_without_kernel_has_picture_and_table(trained, folder):
+    lab = trained
+    button(lab, "Run").click()
+    wait_for_text(lab, "done")
+    lab.page.wait_for_timeout(1500)
+    assert not lab.output(PANEL).get_by_text("Done at step 30 of 30").is_visible()  # the living panel shows the same
+    lab.result(CODE, "0")
+    lab.save()
+    lab.page.wait_for_timeout(500)
+    lab.command("kernelmenu:shutdown")
+    lab.page.wait_for_timeout(500)
+    lab.page.goto("about:blank")
+    lab.page.goto(lab.address.format(NOTEBOOK))
+    lab.page.wait_for_function("() => window.jupyterapp && window.jupyterapp.shell.currentWidget?.context?.isReady", timeout=60_000)
+    cell = lab.output(PANEL)
+    assert cell.locator(".fulltune-panel").count() == 0
+    image = cell.locator("img[src^='data:image/png']")
+    image.wait_for(timeout=20_000)
+    assert image.evaluate("image => image.naturalWidth") > 500
+    cell.get_by_text("Done at step 30 of 30").wait_for(timeout=5000)
+    if where := os.environ.get("FULLTUNE_PICTURES"):
+        cell.screenshot(path=f"{where}/reopened-light.png")
+    saved = nbformat.read(folder / NOTEBOOK, as_version=4)
+    assert any("image/png" in output.get("data", {}) for output in saved.cells[PANEL].outputs)
+    assert (folder / NOTEBOOK).stat().st_size < 2_000_000
