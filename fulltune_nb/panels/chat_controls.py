@@ -30,7 +30,8 @@ class ChatControls:
             layout=widgets.Layout(width="auto"),
         )  # fmt: skip
         self.transcript = widgets.Textarea(
-            tooltip="The conversation as plain text: click into it, then select all and copy", rows=8,
+            description="transcript", tooltip="The conversation as plain text: click into it, then select all and copy", rows=8,
+            style=_LABELS,
             layout=widgets.Layout(width="100%", display="none"),
         )  # fmt: skip
         self.log = widgets.HTML(tooltip="The conversation so far")
