@@ -68,18 +68,21 @@ def bar(parts: Sequence[tuple[str, float]], limit: float | None = None, width: i
     """
     total = sum(size for _, size in parts)
     scale = width / max(total, limit or 0.0, 1e-12)
-    x, rects, legend = 0.0, [], []
+    x, rects, legend, labels = 0.0, [], [], []
     for i, (name, size) in enumerate(parts):
         colour = PALETTE[i % len(PALETTE)]
         label = f"{name} {size:,.2f} {unit}".strip()
         rects.append(f'<rect x="{x:.1f}" y="4" width="{size * scale:.1f}" height="22" fill="{colour}"><title>{esc(label)}</title></rect>')
+        labels.append(label)
         legend.append(f'<span style="margin-right:12px;white-space:nowrap"><span style="color:{colour}">■</span> {esc(label)}</span>')
         x += size * scale
     if limit is not None:
         at = min(limit * scale, width - 1)
         rects.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="30" stroke="#D55E00" stroke-width="2" stroke-dasharray="4 2"/>')
-        legend.append(f'<span style="white-space:nowrap">┆ limit {limit:,.2f} {esc(unit)}</span>')
-    return f'<svg width="{width}" height="30" role="img">{"".join(rects)}</svg><div class="{NO_MATH}">{"".join(legend)}</div>'
+        labels.append(f"limit {limit:,.2f} {unit}".strip())
+        legend.append(f'<span style="white-space:nowrap">┆ {esc(labels[-1])}</span>')
+    svg = f'<svg width="{width}" height="30" role="img" aria-label="{esc(", ".join(labels))}">{"".join(rects)}</svg>'
+    return f'{svg}<div class="{NO_MATH}">{" ".join(legend)}</div>'  # the spaces are where a narrow page may break the line
 
 
 def human_bytes(count: float) -> str:

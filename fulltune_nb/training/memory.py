@@ -24,7 +24,7 @@ from fulltune_nb.training.selection import trained_names
 
 __all__ = ["MemoryPlan", "MemoryReading", "machine_limit", "preflight", "read_memory"]
 
-_GB = 1e9
+_MB, _GB = 1e6, 1e9
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class MemoryPlan:
         return f"MemoryPlan(peak {html.human_bytes(self.peak)} of {html.human_bytes(self.limit)}, {verdict})"
 
     def _repr_html_(self) -> str:
-        parts = [(name, size / _GB) for name, size in self.parts.items() if size]
-        cache = [("cache", self.cache / _GB)] if self.cache else []
+        scale, unit = (_GB, "GB") if self.peak >= _GB else (_MB, "MB")
+        parts = [(name, size / scale) for name, size in {**self.parts, "cache": self.cache}.items() if size]
         verdict = "fits" if self.fits else "does not fit"
         title = f"<div><b>Memory: {html.human_bytes(self.peak)} at the peak {verdict} in {html.human_bytes(self.limit)}</b></div>"
         assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
         advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)
-        return title + html.bar(parts + cache, self.limit / _GB, unit="GB") + assumed + (f"<ul>{advice}</ul>" if advice else "")
+        return title + html.bar(parts, self.limit / scale, unit=unit) + assumed + (f"<ul>{advice}</ul>" if advice else "")
 
 
 def preflight(lm: Any, data: Any, config: TrainConfig | None = None) -> MemoryPlan:

@@ -1,0 +1,228 @@
+"""The data panel and the chat panel in a real JupyterLab in a real browser; see `nbs_tests/test_browser.py`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from nbs_tests.jupyterlab import Lab, write_notebook
+from nbs_tests.panels.kernels import SETUP
+from nbs_tests.test_browser import browser, folder, lab, server  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.long
+
+HOSTILE = [
+    "<img src=x onerror=\"alert('one')\"></pre><script>alert('two')</script>",
+    "</details></div></pre><iframe srcdoc='<script>parent.alert(3)</script>'></iframe>",
+    "\x1b[31mred\x1b[0m \u202eabc\u202c",
+    "$5 and $10, $$x^2$$ \\(y\\)",
+]
+MODELS = """
+lm, other = make_trainer().lm, make_trainer().lm
+H = {hostile!r}
+class Parrot:
+    "Says what it is told to."
+    def __init__(self):
+        self.tokenizer, self.model = tokenizer, object()
+    def stream_chat(self, messages, **settings):
+        yield from (text + chr(10) for text in H)
+        yield "x" * 1_000_000
+        raise ValueError(H[0])
+"""
+DATA = """
+rows = tiny.text_to_sql(train=40, valid=5, test=5)
+rows["test"][0] = rows["train"][5]
+rows["train"][1]["completion"] += tokenizer.eos_token
+data = ft.load_data(rows, tokenizer, mask_prompt=True, max_seq_length=56)
+panel = ft.DataPanel(data)
+panel
+"""
+HOSTILE_DATA = """
+rows = [{"prompt": h, "completion": h, h: h} for h in H] + [{"prompt": "fox " * 250_000, "completion": "b"}]
+data = ft.load_data({"train": rows, "test": rows[:1]}, tokenizer, mask_prompt=True)
+data.source = H[0]
+panel = ft.DataPanel(data)
+panel
+"""
+PANEL, CODE = 2, 3
+
+
+@pytest.fixture
+def open_panel(lab, folder, request):  # noqa: F811
+    """Opens and runs a notebook that makes a panel in its third cell."""
+
+    def run(panel: str) -> Lab:
+        lab.path = folder / f"{request.node.name}.ipynb"
+        write_notebook(lab.path, [SETUP, MODELS.format(hostile=HOSTILE), panel, "0", "0"])
+        lab.open(lab.path.name)
+        lab.run_all()
+        lab.output(PANEL).locator(".jupyter-widgets").first.wait_for(timeout=30_000)
+        return lab
+
+    yield run
+    lab.command("kernelmenu:shutdown")
+
+
+def button(lab: Lab, name: str):  # noqa: F811
+    return lab.output(PANEL).get_by_role("button", name=name)  # not exactly: the icon is part of the name
+
+
+def tab(lab: Lab, name: str) -> None:  # noqa: F811
+    lab.output(PANEL).get_by_role("tab", name=name).click()
+
+
+def says(lab: Lab, text: str, seconds: float = 20) -> None:  # noqa: F811
+    """Waits until the panel shows a text."""
+    lab.output(PANEL).get_by_text(text).first.wait_for(timeout=seconds * 1000)
+
+
+def ask(lab: Lab, prompt: str) -> None:  # noqa: F811
+    field = lab.output(PANEL).get_by_label("prompt", exact=True).first
+    field.fill(prompt)
+    field.press("Enter")
+
+
+def assert_nothing_broke_out(lab: Lab) -> None:  # noqa: F811
+    foreign = lab.page.locator(".jp-OutputArea").locator("script, iframe, img[src='x'], mjx-container, .jupyter-widgets-error-widget")
+    assert foreign.count() == 0
+
+
+def picture(lab: Lab, name: str) -> None:  # noqa: F811
+    if where := os.environ.get("FULLTUNE_PICTURES"):
+        Path(where).mkdir(parents=True, exist_ok=True)
+        for theme in ("Light", "Dark"):
+            lab.theme(f"JupyterLab {theme}")
+            lab.output(PANEL).screenshot(path=f"{where}/{name}-{theme.lower()}.png")
+        lab.theme("JupyterLab Light")
+
+
+def reopen_without_kernel(lab: Lab) -> None:  # noqa: F811
+    lab.save()
+    lab.page.wait_for_timeout(500)
+    lab.command("kernelmenu:shutdown")
+    lab.page.goto("about:blank")
+    lab.open(lab.path.name, kernel=False)
+
+
+def test_rows_can_be_browsed_searched_and_filtered(open_panel):
+    lab = open_panel(DATA)  # noqa: F811
+    picture(lab, "data-panel")
+    button(lab, "Next").click()
+    says(lab, "train:2 · 40 rows in train")
+    says(lab, "EOS stands twice in a row")
+    assert lab.result(CODE, "print(panel.index)") == "1"
+    search = lab.output(PANEL).get_by_label("search")
+    search.fill("select max")
+    search.press("Enter")
+    says(lab, "hit 1 of")
+    found = int(lab.result(CODE, "print(len(panel.rows))"))
+    assert found == int(lab.result(CODE, "print(sum('select max' in e.text.lower() for e in data.train))")) > 0
+    lab.output(PANEL).get_by_label("split").select_option("test")
+    says(lab, "rows in test")
+    search.fill("")
+    search.press("Enter")
+    lab.output(PANEL).get_by_label("rows").select_option("also in another split")
+    says(lab, "The same text stands in train:6")
+    tab(lab, "Lengths")
+    image = lab.output(PANEL).locator("img.widget-image")
+    image.wait_for(timeout=10_000)
+    lab.page.wait_for_timeout(1500)
+    assert image.evaluate("image => image.naturalWidth") == 640
+    picture(lab, "data-panel-lengths")
+    tab(lab, "Checks")
+    says(lab, "train:6 = test:1")
+    picture(lab, "data-panel-checks")
+    assert_nothing_broke_out(lab)
+
+
+def test_a_chat_streams_answers_to_what_is_typed(open_panel):
+    lab = open_panel("panel = ft.ChatPanel(lm, max_tokens=150)\npanel")  # noqa: F811
+    lab.result(CODE, "seen = set(); panel.controls.live.observe(lambda change: seen.add(change.new), 'value')")
+    ask(lab, "$5 and $10 for ships")
+    says(lab, "Answering")
+    lab.page.wait_for_function("() => !document.body.innerText.includes('Answering')", timeout=60_000)
+    says(lab, "$5 and $10 for ships")
+    assert int(lab.result(CODE, "print(len(seen))")) > 3
+    assert lab.result(CODE, "print(panel.conversation.turns[0].answers[0].state)") == "done"
+    assert lab.output(PANEL).get_by_label("prompt", exact=True).first.input_value() == ""
+    ask(lab, "again")
+    says(lab, "Answering")
+    button(lab, "Stop").click()
+    says(lab, "stopped before its end")
+    button(lab, "Transcript").click()
+    assert "You:\n$5 and $10 for ships" in lab.output(PANEL).get_by_label("transcript").input_value()
+    button(lab, "Transcript").click()
+    assert_nothing_broke_out(lab)
+    picture(lab, "chat-panel")
+    reopen_without_kernel(lab)
+    lab.output(PANEL).locator("table").get_by_text("$5 and $10 for ships").wait_for(timeout=20_000)
+
+
+def test_two_models_are_compared_and_the_record_is_there_without_a_kernel(open_panel):
+    lab = open_panel("panel = ft.ChatPanel(lm, other, names=['before', 'after'], max_tokens=12)\npanel")  # noqa: F811
+    assert lab.output(PANEL).locator("table").count() == 1 or not lab.output(PANEL).get_by_text("nothing said yet").is_visible()
+    lab.result(CODE, "panel.send('the quick fox'); await panel.wait()")
+    for name in ("before", "after"):
+        says(lab, name)
+    record = lab.output(PANEL).get_by_text("Conversation", exact=True)
+    assert record.count() == 1 and not record.is_visible()  # while the panel itself is there
+    picture(lab, "chat-panel-compare")
+    answers = lab.result(CODE, "print(*(a.text.strip()[:8] for a in panel.conversation.turns[0].answers), sep='|')").split("|")
+    reopen_without_kernel(lab)
+    lab.output(PANEL).get_by_text("Conversation", exact=True).wait_for(timeout=20_000)
+    text = lab.output(PANEL).inner_text()
+    assert "the quick fox" in text and all(answer in text for answer in answers)
+    saved = nbformat.read(lab.path, as_version=4)
+    assert any("the quick fox" in output.get("data", {}).get("text/html", "") for output in saved.cells[PANEL].outputs)
+
+
+def test_a_chat_while_training_says_so_and_training_goes_on(open_panel):
+    lab = open_panel("trainer = make_trainer(); panel = ft.ChatPanel(trainer.lm, max_tokens=40)\npanel")  # noqa: F811
+    lab.result(CODE, "training = TrainPanel(trainer); training.start()")
+    ask(lab, "the quick fox")
+    says(lab, "is being trained")
+    says(lab, "training waited for the answer", seconds=60)
+    first, second = (int(lab.result(CODE, "print(trainer.step_count)")) for _ in range(2))
+    assert second > first
+    lab.result(CODE, "training.pause(); await training.wait()")
+
+
+def test_hostile_rows_stay_text(open_panel):
+    lab = open_panel(HOSTILE_DATA)  # noqa: F811
+    for row in range(5):
+        says(lab, f"train:{row + 1} · 5 rows")
+        lab.output(PANEL).locator("summary").first.click()
+        lab.page.wait_for_timeout(300)
+        assert_nothing_broke_out(lab)
+        if row < 4:
+            button(lab, "Next").click()
+    search = lab.output(PANEL).get_by_label("search")
+    search.fill(HOSTILE[0])
+    search.press("Enter")
+    says(lab, "hit 1 of 1")
+    for name in ("Checks", "Lengths", "Rows"):
+        tab(lab, name)
+        lab.page.wait_for_timeout(700)
+        assert_nothing_broke_out(lab)
+    assert "<img src=x onerror=" in lab.output(PANEL).inner_text()
+    reopen_without_kernel(lab)
+    lab.output(PANEL).get_by_text("Duplicates").wait_for(timeout=20_000)
+    assert_nothing_broke_out(lab)
+
+
+def test_hostile_prompts_answers_names_and_errors_stay_text(open_panel):
+    lab = open_panel("panel = ft.ChatPanel(Parrot(), names=[H[0]])\npanel")  # noqa: F811
+    ask(lab, HOSTILE[0] + HOSTILE[3])
+    says(lab, "ValueError")
+    text = lab.output(PANEL).inner_text()
+    for shown in ("<img src=x onerror=", "$5 and $10, $$x^2$$", "\\x1b[31mred", "\\u202eabc", "<iframe srcdoc"):
+        assert shown in text
+    assert len(text) < 60_000  # of the million characters
+    assert_nothing_broke_out(lab)
+    picture(lab, "chat-panel-hostile")
+    reopen_without_kernel(lab)
+    lab.output(PANEL).get_by_text("ValueError").first.wait_for(timeout=20_000)
+    assert_nothing_broke_out(lab)
