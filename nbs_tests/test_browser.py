@@ -195,6 +195,20 @@ def test_hostile_text_stays_text(trained):
     picture(lab, "hostile")
 
 
+def test_run_all_of_notebook_01_trains_and_keeps_a_record(lab, folder):
+    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks/01_step_by_step.ipynb", as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += "\niters, batch_size, rows = 30, 4, 40"
+    nbformat.write(notebook, folder / "01.ipynb")
+    lab.open("01.ipynb")
+    lab.run_all()
+    assert lab.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    lab.page.get_by_text("Done at step 30 of 30").first.wait_for()
+    waiting = next(number for number, cell in enumerate(notebook.cells) if cell.source == "await panel.wait()")
+    assert lab.output(waiting).locator("img").count() == 1
+    lab.command("kernelmenu:shutdown")
+
+
 @pytest.mark.parametrize("trained", ["iters=30"], indirect=True)
 def test_a_reopened_notebook_without_kernel_has_picture_and_table(trained, folder):
     lab = trained
