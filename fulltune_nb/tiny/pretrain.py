@@ -17,7 +17,7 @@ import fulltune_nb as ft
 from fulltune_nb.tiny.text import documents
 from fulltune_nb.tiny.tokenizer import build_tokenizer
 
-DOCUMENTS = 40000
+DOCUMENTS = 80000
 HELD_OUT_DOCUMENTS = 500
 
 
@@ -64,7 +64,7 @@ def pretrain(config: ft.TrainConfig, number: int = DOCUMENTS) -> ft.Trainer:
 
 SETTINGS = ft.TrainConfig(
     batch_size=32,
-    iters=4000,
+    iters=5000,
     learning_rate=2e-3,
     lr_schedule="cosine",
     warmup=100,

@@ -6,7 +6,7 @@ Dimension of the whole: a `Query` asks one table for one or two columns, a count
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .world import COLUMNS, TABLES, is_held_out_column, is_held_out_value, rows
@@ -70,7 +70,7 @@ def _condition(rng: random.Random, column_name: str, value: str | int) -> Condit
     column = COLUMNS[column_name]
     if not column.is_number:
         return Condition(column_name, "=", value)
-    operator = rng.choices(OPERATORS, weights=(2, 4, 4, 1, 1))[0]
+    operator = rng.choices(OPERATORS, weights=(2, 3, 3, 2, 2))[0]
     span = max(2, (column.high - column.low) // 6)
     if operator == ">":
         value -= rng.randint(1, span)
@@ -85,29 +85,34 @@ def random_shape(rng: random.Random) -> tuple[str, int]:
     return kind, rng.choices((0, 1, 2), weights=(2, 6, 4))[0] if kind == "aggregate" else rng.choices((1, 2), weights=(6, 4))[0]
 
 
-def random_query(rng: random.Random, table_name: str, shape: tuple[str, int]) -> Query:
-    """Any query of this shape about this table; it has at least one row to speak about."""
+def random_query(rng: random.Random, table: str, row: Mapping[str, str | int], shape: tuple[str, int]) -> Query:
+    """A query of this shape about a table whose columns are the keys of `row`; its conditions hold for the row."""
     kind, number = shape
-    table = TABLES[table_name]
-    row = dict(zip(table.columns, rng.choice(rows(table.name)), strict=True))
-    names = rng.sample(table.columns, len(table.columns))
+    names = rng.sample(list(row), len(row))
     if kind == "aggregate":
-        column = next(name for name in names if COLUMNS[name].is_number)
+        column = next((name for name in names if COLUMNS[name].is_number), None)
+        if column is None:
+            return random_query(rng, table, row, ("count", max(number, 1)))
         choices = AGGREGATES if COLUMNS[column].additive else AGGREGATES[:2] if column == "year" else AGGREGATES[:3]
         wanted, aggregate = (column,), rng.choice(choices)
     else:
         wanted, aggregate = tuple(names[: ("count", "column", "columns").index(kind)]), ("count" if kind == "count" else None)
     free = [name for name in names if name not in wanted]
-    return Query(table.name, wanted, aggregate, tuple(_condition(rng, name, row[name]) for name in free[:number]))
+    return Query(table, wanted, aggregate, tuple(_condition(rng, name, row[name]) for name in free[:number]))
 
 
-def allowed_query(rng: random.Random, table_name: str, allowed: Callable[[Query], bool]) -> Query:
+def random_row(rng: random.Random, table: str) -> dict[str, str | int]:
+    """One of the table's rows."""
+    return dict(zip(TABLES[table].columns, rng.choice(rows(table)), strict=True))
+
+
+def allowed_query(rng: random.Random, table: str, allowed: Callable[[Query], bool]) -> Query:
     """A query about this table that `allowed` lets through: mostly of the shape drawn first, so that held-out questions, which are
     rarer for some shapes, are of the same kinds as the others."""
     while True:
         shape = random_shape(rng)
         for _ in range(200):
-            query = random_query(rng, table_name, shape)
+            query = random_query(rng, table, random_row(rng, table), shape)
             if allowed(query):
                 return query
 
@@ -187,12 +192,12 @@ def say(rng: random.Random, query: Query) -> str:
     return text.replace("  ", " ").replace(" ?", "?").replace(" .", ".").replace(" ,", ",")
 
 
-def schema(rng: random.Random, table_name: str, needed: tuple[str, ...] = ()) -> str:
-    """The table as `name(column, column, ...)`: all of the needed columns and some of the others, in any order.
+def schema(rng: random.Random, table: str, columns: Iterable[str], needed: tuple[str, ...] = ()) -> str:
+    """The table as `name(column, column, ...)`: all of the needed columns and two to four of its others, in any order.
 
     The order and the choice differ from question to question, so that the columns have to be read, not remembered.
     """
-    others = [name for name in TABLES[table_name].columns if name not in needed]
-    columns = list(dict.fromkeys(needed)) + rng.sample(others, rng.randint(min(2, len(others)), min(4, len(others))))
-    rng.shuffle(columns)
-    return f"{table_name}({', '.join(columns)})"
+    others = [name for name in columns if name not in needed]
+    chosen = list(dict.fromkeys(needed)) + rng.sample(others, rng.randint(min(2, len(others)), min(4, len(others))))
+    rng.shuffle(chosen)
+    return f"{table}({', '.join(chosen)})"

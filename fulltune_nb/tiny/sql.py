@@ -32,7 +32,7 @@ def _generate(rng: random.Random, number: int, allowed: Callable[[Query], bool],
     while len(found) < number:
         # The tables take turns: every one is asked about equally often.
         query = allowed_query(rng, tables[len(found) % len(tables)], allowed)
-        prompt = f"{schema(rng, query.table, query.used_columns())}\n{say(rng, query)}"
+        prompt = f"{schema(rng, query.table, TABLES[query.table].columns, query.used_columns())}\n{say(rng, query)}"
         if prompt in seen:
             continue
         seen.add(prompt)

@@ -1,15 +1,15 @@
 """The text the base model is pretrained on: the small world described, asked about and reworded in English. Never in SQL.
 
-Documents are of two sorts, both plain strings: running text, and exchanges in the chat format of `tokenizer` (`chat_document`). Nothing
-here uses a held-out combination (see `world`), but for the columns named in a schema or in the list of a table's columns.
+Documents are of two sorts, both plain strings: running text, and exchanges in the chat format of `tokenizer` (`chat_document`). The base
+reads here, in English, about everything in the world; what is held out (see `world`) is held out of the SQL it is trained on later.
 """
 
 from __future__ import annotations
 
 import random
 
-from .questions import AGGREGATES, Condition, Query, allowed_query, is_for_training, say, say_condition, schema
-from .world import COLUMNS, POOLS, TABLES, Column, is_held_out_column, is_held_out_value, rows
+from .questions import AGGREGATES, Condition, Query, random_query, random_row, random_shape, say, say_condition, schema
+from .world import COLUMNS, POOLS, TABLES
 
 _POOL_WORDS = {
     "thing": "name of a thing",
@@ -50,16 +50,26 @@ def rewording(query: Query) -> str:
     return " ".join([wanted, "of", query.table, " and ".join(conditions)]).strip()
 
 
-def _query(rng: random.Random) -> Query:
-    return allowed_query(rng, rng.choice(list(TABLES)), is_for_training)
+def _invented_row(rng: random.Random) -> dict[str, str | int]:
+    """Five to seven columns from anywhere in the world, with values: a row of a table that does not exist."""
+    columns = [COLUMNS[name] for name in rng.sample(list(COLUMNS), rng.randint(5, 7))]
+    return {c.name: rng.choice(POOLS[c.pool]) if c.pool else rng.randint(c.low, c.high) for c in columns}
 
 
-def _facts(rng: random.Random, table_name: str, number: int) -> list[tuple[Column, str | int]]:
-    """Up to `number` columns of a row of the table, with their values."""
-    table = TABLES[table_name]
-    row = zip(table.columns, rng.choice(rows(table_name)), strict=True)
-    known = [(n, v) for n, v in row if not is_held_out_column(table_name, n) and not is_held_out_value(n, v)]
-    return [(COLUMNS[name], value) for name, value in rng.sample(known, min(number, len(known)))]
+def _table_row(rng: random.Random) -> tuple[str, dict[str, str | int]]:
+    """A table's name and a row: half of the time its own, half of the time an invented one.
+
+    Invented columns teach to read a schema: what stands in it cannot be known from the table's name.
+    """
+    table = rng.choice(list(TABLES))
+    return table, random_row(rng, table) if rng.random() < 0.5 else _invented_row(rng)
+
+
+def _query(rng: random.Random) -> tuple[str, Query]:
+    """A query and a schema that it can be asked of."""
+    table, row = _table_row(rng)
+    query = random_query(rng, table, row, random_shape(rng))
+    return schema(rng, table, row, query.used_columns()), query
 
 
 # ---- running text ----
@@ -83,16 +93,16 @@ def _describe_column(rng: random.Random) -> str:
     noun = rng.choice(column.nouns)
     if column.is_number:
         return f"The column {column.name} holds a number. People also call it {noun}. It lies between {column.low} and {column.high}."
-    values = [value for value in rng.sample(POOLS[column.pool], 6) if not is_held_out_value(column.name, value)]
+    values = rng.sample(POOLS[column.pool], 6)
     return f"The column {column.name} holds a {_POOL_WORDS[column.pool]}. People also call it {noun}. It can be {', '.join(values)}."
 
 
 def _describe_row(rng: random.Random) -> str:
-    table = TABLES[rng.choice(list(TABLES))]
-    singular, _ = rng.choice(table.nouns)
-    facts = _facts(rng, table.name, rng.randint(2, 4))
-    said = " and ".join(say_condition(rng, Condition(column.name, "=", value)) for column, value in facts)
-    return f"There is a {singular} {said}. " + " ".join(f"Its {column.name} is {quoted(value)}." for column, value in facts)
+    table, row = _table_row(rng)
+    singular, _ = rng.choice(TABLES[table].nouns)
+    facts = rng.sample(list(row.items()), rng.randint(2, 4))
+    said = " and ".join(say_condition(rng, Condition(column, "=", value)) for column, value in facts)
+    return f"There is a {singular} {said}. " + " ".join(f"Its {column} is {quoted(value)}." for column, value in facts)
 
 
 def _describe_value(rng: random.Random) -> str:
@@ -102,30 +112,30 @@ def _describe_value(rng: random.Random) -> str:
 
 
 def _just_questions(rng: random.Random) -> str:
-    return " ".join(say(rng, _query(rng)) for _ in range(2))
+    return " ".join(say(rng, _query(rng)[1]) for _ in range(2))
 
 
 # ---- exchanges ----
 
 
 def _reword(rng: random.Random) -> str:
-    query = _query(rng)
-    return chat_document(f"{schema(rng, query.table, query.used_columns())}\n{say(rng, query)}", rewording(query))
+    text, query = _query(rng)
+    return chat_document(f"{text}\n{say(rng, query)}", rewording(query))
 
 
 def _say_again(rng: random.Random) -> str:
-    query = _query(rng)
+    _, query = _query(rng)
     return chat_document(f"Say it in other words: {say(rng, query)}", say(rng, query))
 
 
 def _explain(rng: random.Random) -> str:
-    query = _query(rng)
+    _, query = _query(rng)
     return chat_document(f"Ask for the {rewording(query)}", say(rng, query))
 
 
 def _copy_schema(rng: random.Random) -> str:
-    table = rng.choice(list(TABLES))
-    text = schema(rng, table)
+    table, row = _table_row(rng)
+    text = schema(rng, table, row)
     columns = text[text.index("(") + 1 : -1]
     question, answer = rng.choice(
         (
@@ -139,37 +149,34 @@ def _copy_schema(rng: random.Random) -> str:
 
 
 def _find_column(rng: random.Random) -> str:
-    table = rng.choice(list(TABLES))
-    text = schema(rng, table)
-    names = [name for name in text[text.index("(") + 1 : -1].split(", ") if not is_held_out_column(table, name)]
-    if not names:
-        return _find_column(rng)
-    noun = (name := rng.choice(names)) and rng.choice(COLUMNS[name].nouns)
-    return chat_document(f"{text}\nWhich column is the {noun}?", name)
+    table, row = _table_row(rng)
+    name = rng.choice(list(row))
+    return chat_document(f"{schema(rng, table, row, (name,))}\nWhich column is the {rng.choice(COLUMNS[name].nouns)}?", name)
 
 
 def _read_phrase(rng: random.Random) -> str:
-    query = _query(rng)
+    text, query = _query(rng)
     if not query.conditions:
         return _read_phrase(rng)
-    condition = query.conditions[0]
+    condition = rng.choice(query.conditions)
     answer = f"{condition.column} {_OPERATOR_WORDS[condition.operator]} {quoted(condition.value)}"
-    return chat_document(f"{schema(rng, query.table, query.used_columns())}\n{say_condition(rng, condition)}", answer)
+    return chat_document(f"{text}\n{say_condition(rng, condition)}", answer)
 
 
 _KINDS = {
-    _describe_table: 3,
+    _describe_table: 2,
     _describe_column: 3,
-    _describe_row: 6,
+    _describe_row: 5,
     _describe_value: 2,
-    _just_questions: 5,
-    _reword: 14,
-    _say_again: 4,
-    _explain: 4,
-    _copy_schema: 4,
-    _find_column: 4,
-    _read_phrase: 6,
+    _just_questions: 3,
+    _reword: 20,
+    _say_again: 3,
+    _explain: 3,
+    _copy_schema: 3,
+    _find_column: 3,
+    _read_phrase: 8,
 }
+"""How often each sort of document is written. Rewording is what questions need most, so it has the largest share."""
 
 
 def documents(seed: int = 0, number: int = 20000) -> list[str]:
