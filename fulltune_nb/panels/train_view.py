@@ -28,8 +28,7 @@ _NOTE = "A picture and a table of the run will stand here when it pauses or ends
 _CLOSE_LINES = '<div style="line-height:1.35">{}</div>'  # ipywidgets would set them 28 pixels apart
 _OUT_OF_MEMORY = "Memory ran out. Make the trainer anew with a smaller batch_size or max_seq_length, or with grad_checkpoint=True."
 _UNEXPECTED = (
-    "The run is paused; panel.error holds the error, and `await panel.wait()` raises it with its traceback. If the model's state is in"
-    " doubt, go back to the last checkpoint with Trainer.resume."
+    "panel.error holds the error with its traceback. If the model's state is in doubt, go back to the last checkpoint with Trainer.resume."
 )
 
 _plots: weakref.WeakKeyDictionary[TrainLoop, LivePlot] = weakref.WeakKeyDictionary()
