@@ -1,7 +1,7 @@
 """A small world to speak about: 22 tables, their columns, the values in them, and the words people use for them.
 
 Everything the tiny model reads, in pretraining and in the text-to-SQL task, is said about this world. Two kinds of combination are
-*held out*: they appear in test and validation rows only.
+*held out* of the SQL that is trained on: they appear in its test and validation rows only (and in the base's English text).
 
     column-value     `("coat", "red")`: the word red is written in training, but under other columns (color, cover, paint)
     table-column     `("dogs", "age")`: the column age is used in training, but in other tables (horses, players, students)
