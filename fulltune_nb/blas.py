@@ -88,6 +88,9 @@ def _installed_cuda_backend() -> str | None:
 
 
 def _find_and_load() -> BlasInfo:
+    # OpenBLAS's threads spin for a while after each product, in case another follows. Read when it is loaded; at its default the
+    # spinning takes the cores that element-wise work on other streams needs (`models/cpu_streams.py`).
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "14")
     if present := _already_global():
         return present
     if "mlx.core" in sys.modules:

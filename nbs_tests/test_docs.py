@@ -81,6 +81,6 @@ def test_commands_use_flags_that_exist(page):
     from fulltune_nb import convert, demo, full, generate
 
     parsers = {module.__name__.split(".")[-1]: module.build_parser() for module in (convert, demo, full, generate)}
-    for module, rest in re.findall(r"^python -m fulltune_nb\.(\w+)(.*)$", page.read_text("utf-8"), re.MULTILINE):
+    for module, rest in re.findall(r"^python -m fulltune_nb\.(\w+)(?![\w.])(.*)$", page.read_text("utf-8"), re.MULTILINE):
         flags = {flag for action in parsers[module]._actions for flag in action.option_strings}
         assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)) <= flags

@@ -75,7 +75,8 @@ def test_importing_takes_less_than_one_and_a_half_seconds():
     assert min(float(python(code).stdout) for _ in range(3)) < 1.5
 
 
-def test_loading_a_model_is_quiet_where_pytorch_is_not_installed():
+def test_loading_a_model_is_quiet_where_pytorch_is_not_installed(monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)  # mlx-lm sets it for the whole process
     code = """
 import importlib.util, os
 find = importlib.util.find_spec

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from fulltune_nb.data.batching import Batch
+from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.loss import cross_entropy
 
@@ -55,7 +56,11 @@ def step_gradients(model: Decoder, batches: Sequence[Batch], checkpoint: bool = 
 
 def global_norm(gradients: Gradients) -> mx.array:
     """Square root of the sum of all squared elements (scalar, float32)."""
-    return mx.sqrt(sum(_sum_of_squares(array) for _, array in tree_flatten(gradients)))
+    dealer, parts = Dealer(), []
+    for _, array in tree_flatten(gradients):
+        with dealer.stream_for(array.size):
+            parts.append(_sum_of_squares(array))
+    return mx.sqrt(sum(parts))
 
 
 def _sum_of_squares(array: mx.array) -> mx.array:

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb import html
 from fulltune_nb.errors import CheckpointError, TrainingError
+from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.checks import SettingError, nearest
 from fulltune_nb.training.config import TrainConfig
@@ -87,13 +88,14 @@ class Optimizers:
         }
         old = dict(tree_flatten(model.trainable_parameters()))
         for names in _chunks(flat):
-            new = {}
+            new, dealer = {}, Dealer()
             for name in names:
                 group = self._groups[name]
                 # `pop`, and the state's place taken: only the new arrays' graph then holds the old ones, so that evaluation
                 # may write into their memory.
                 rule = self._rules[group.optimizer]
-                new[name], self._state[name] = rule.apply(old.pop(name), flat[name], self._state[name], scalars[group])
+                with dealer.stream_for(flat[name].size):
+                    new[name], self._state[name] = rule.apply(old.pop(name), flat[name], self._state[name], scalars[group])
             model.update(tree_unflatten(list(new.items())))
             mx.eval(new)  # first: Lion's new parameter reads the old moment, whose memory is free only after that
             mx.eval([self._state[name] for name in names])
