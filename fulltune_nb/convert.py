@@ -8,9 +8,9 @@ from pathlib import Path
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import WeightsError
 from fulltune_nb.html import human_bytes
-from fulltune_nb.model_file import check_ending, metadata_path, read_metadata, write_metadata
+from fulltune_nb.model_file import metadata_path, read_metadata, write_metadata
 from fulltune_nb.models.saving import atomic_path
-from fulltune_nb.tensor_files import open_npz, open_safetensors, write_npz, write_safetensors
+from fulltune_nb.tensor_files import check_ending, open_npz, open_safetensors, write_npz, write_safetensors
 
 
 def convert(source: Path, target: Path, force: bool = False) -> tuple[int, int]:

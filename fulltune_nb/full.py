@@ -115,7 +115,7 @@ def check_paths(settings: Settings) -> None:
     Raises:
         ConfigError, DataError, WeightsError: nothing to do, or something that is needed is not there.
     """
-    from fulltune_nb.model_file import check_ending
+    from fulltune_nb.tensor_files import check_ending
 
     options = settings.options
     if not options.train and not options.test:

@@ -20,20 +20,10 @@ from typing import Any
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
 from fulltune_nb.language_model import LanguageModel, load_model
 from fulltune_nb.models.saving import hf_tensors, write_tensors, write_text
-from fulltune_nb.tensor_files import safetensors_metadata
+from fulltune_nb.tensor_files import check_ending, safetensors_metadata
 
 EXPORT_NOTE = "fulltune_nb.json"
 """File in an exported model folder that says what it was trained on, and which files were written."""
-ENDINGS = (".npz", ".safetensors")
-
-
-def check_ending(path: Path) -> None:
-    """
-    Raises:
-        WeightsError: a file name that is neither `.npz` nor `.safetensors`.
-    """
-    if path.suffix not in ENDINGS:
-        raise WeightsError(f"{path}: a weights file ends in .safetensors or .npz, found {path.suffix or 'no ending'!r}.")
 
 
 def metadata_path(path: Path) -> Path:

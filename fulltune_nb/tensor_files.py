@@ -29,6 +29,19 @@ _CHUNK = 2**20  # bytes in memory at a time
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
+ENDINGS = (".npz", ".safetensors")
+"""Of weights files."""
+
+
+def check_ending(path: Path) -> None:
+    """
+    Raises:
+        WeightsError: a file name that is neither `.npz` nor `.safetensors`.
+    """
+    if path.suffix not in ENDINGS:
+        raise WeightsError(f"{path}: a weights file ends in .safetensors or .npz, found {path.suffix or 'no ending'!r}.")
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor in a file. `dtype` is safetensors' code, such as `"BF16"`."""

@@ -19,6 +19,7 @@ from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.names import hf_names
+from fulltune_nb.tensor_files import check_ending
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
@@ -154,8 +155,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     Raises:
         WeightsError: the file cannot be read, or has another ending. Pickled objects in an npz are refused.
     """
-    if path.suffix not in (".safetensors", ".npz"):
-        raise WeightsError(f"{path}: a weights file ends in .safetensors or .npz, found {path.suffix or 'no ending'!r}.")
+    check_ending(path)
     if not path.exists():
         raise WeightsError(f"No weights file at {path}.")
     try:

@@ -22,6 +22,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import FAMILIES, ModelConfig
 from fulltune_nb.models.loading import INDEX_FILE
 from fulltune_nb.models.names import to_hf
+from fulltune_nb.tensor_files import check_ending
 
 SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
@@ -77,8 +78,7 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
     Raises:
         WeightsError: another ending, or the file cannot be written.
     """
-    if path.suffix not in (".safetensors", ".npz"):
-        raise WeightsError(f"{path}: a weights file ends in .safetensors or .npz, found {path.suffix or 'no ending'!r}.")
+    check_ending(path)
     try:
         with atomic_path(path) as temporary:
             if path.suffix == ".npz":
