@@ -11,7 +11,6 @@ in a run that was resumed, and however a tensor is cut into pieces.
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 
 import mlx.core as mx
 
@@ -82,16 +81,23 @@ def round_to(x: mx.array, dtype: mx.Dtype, key: int | None, first: int = 0) -> m
     if key is None or dtype != mx.bfloat16:
         return x.astype(dtype)
     offset = mx.array((key + first * _WEYL) % _MODULUS, dtype=mx.uint32)
-    table = _multiples(x.size).reshape(x.shape)
-    return _round_up_or_down(x.astype(mx.float32).view(mx.uint32), table, offset).view(mx.bfloat16)
+    bits = x.astype(mx.float32).reshape(-1).view(mx.uint32)  # (n,): one trace for all shapes of this size
+    return _carry(bits, _mixed(_multiples(x.size), offset)).view(mx.bfloat16).reshape(x.shape)
 
 
-@partial(mx.compile, shapeless=True)
-def _round_up_or_down(bits: mx.array, table: mx.array, offset: mx.array) -> mx.array:
-    """Bits of float32 -> bits of bfloat16 (uint16). Short enough (11 operations deep) for MLX to make one kernel of it."""
+# Two functions, and not shapeless ones: up to a depth of 11 operations MLX makes one kernel of a function, and in shapeless ones
+# each operation counts twice.
+@mx.compile
+def _mixed(table: mx.array, offset: mx.array) -> mx.array:
+    """Random bits of 32 for each place (uint32)."""
     h = table + offset
     h = (h ^ (h >> 16)) * _MIX1
-    h = (h ^ (h >> 15)) * _MIX2
+    return (h ^ (h >> 15)) * _MIX2
+
+
+@mx.compile
+def _carry(bits: mx.array, h: mx.array) -> mx.array:
+    """Bits of float32 and random ones, of which the upper 16 count -> bits of bfloat16 (uint16)."""
     # A carry out of a NaN's low bits would change its sign and exponent; inf has no low bits.
     bits = mx.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
     return ((bits + (h >> 16)) >> 16).astype(mx.uint16)
