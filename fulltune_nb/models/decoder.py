@@ -196,18 +196,22 @@ class Decoder(nn.Module):
             x = mx.where((ids == self._config.padding_id)[..., None], mx.stop_gradient(x), x)
         return x if self._config.embed_scale is None else x * mx.array(self._config.embed_scale, dtype=x.dtype)
 
-    def hidden_states(self, ids: mx.array, cache: Sequence[KVCache] | None = None, checkpoint: bool = False) -> mx.array:
+    def hidden_states(
+        self, ids: mx.array, cache: Sequence[KVCache] | None = None, checkpoint: bool = False, segments: mx.array | None = None
+    ) -> mx.array:
         """The last block's output after the final norm: (B, T) -> (B, T, D).
 
         Args:
             ids: token ids (B, T).
             cache: one `KVCache` a layer, updated in place.
             checkpoint: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+            segments: (B, T) int32, for rows that hold several examples: tokens look only at those with their own number. Not
+                with a cache.
         """
         x = self.embed(ids)
         length = ids.shape[1]
         rotation = rotation_table(self._frequencies, cache[0].offset if cache else 0, length)
-        masks = self._masks(length, cache)
+        masks = self._masks(length, cache, segments)
         for i, block in enumerate(self.layers):
             if checkpoint:
                 x = _checkpointed(block)(block.trainable_parameters(), x, rotation, masks[i])
@@ -227,8 +231,11 @@ class Decoder(nn.Module):
         own = dict(self.lm_head.items()) if "lm_head" in self else {}
         return {"weight": self.embed_tokens.weight, **own}
 
-    def _masks(self, length: int, cache: Sequence[KVCache] | None) -> list[mx.array | None]:
-        """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared."""
+    def _masks(self, length: int, cache: Sequence[KVCache] | None, segments: mx.array | None = None) -> list[mx.array | None]:
+        """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared.
+
+        With segments (B, T) it is another for each row: (B, 1, T, T).
+        """
         made: dict[tuple[int, int | None], mx.array | None] = {}
         masks = []
         for i, window in enumerate(self._config.windows):
@@ -236,7 +243,7 @@ class Decoder(nn.Module):
             first = cache[i].first_position(length) if cache else 0
             key = (first, window)
             if key not in made:
-                made[key] = causal_mask(length, offset, first, window)
+                made[key] = within_segments(causal_mask(length, offset, first, window), segments)
             masks.append(made[key])
         return masks
 
@@ -255,6 +262,13 @@ def causal_mask(length: int, offset: int = 0, first: int = 0, window: int | None
     keys = mx.arange(first, end)[None, :]
     allowed = keys <= queries
     return allowed if sees_all else allowed & (keys > queries - window)
+
+
+def within_segments(mask: mx.array | None, segments: mx.array | None) -> mx.array | None:
+    """The mask (T, T), but tokens look only at those of their own segment: with segments (B, T), (B, 1, T, T) bool."""
+    if mask is None or segments is None:
+        return mask
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & mask
 
 
 def _checkpointed(block: Block):
