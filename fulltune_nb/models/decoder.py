@@ -213,7 +213,12 @@ class Decoder(nn.Module):
         return x if self._config.embed_scale is None else x * mx.array(self._config.embed_scale, dtype=x.dtype)
 
     def hidden_states(
-        self, ids: mx.array, cache: Sequence[KVCache] | None = None, checkpoint: bool = False, dtype: mx.Dtype | None = None
+        self,
+        ids: mx.array,
+        cache: Sequence[KVCache] | None = None,
+        checkpoint: bool = False,
+        segments: mx.array | None = None,
+        dtype: mx.Dtype | None = None,
     ) -> mx.array:
         """The last block's output after the final norm: (B, T) -> (B, T, D).
 
@@ -221,10 +226,12 @@ class Decoder(nn.Module):
             ids: token ids (B, T).
             cache: one `KVCache` a layer, updated in place.
             checkpoint: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+            segments: (B, T) int32, for rows that hold several examples: tokens look only at those with their own number. Not
+                with a cache.
             dtype: of the activations; None: that of the weights.
         """
         x = self.embed(ids, dtype)
-        rotation, masks = self.context(ids.shape[1], cache)
+        rotation, masks = self.context(ids.shape[1], cache, segments)
         for i, block in enumerate(self.layers):
             if checkpoint:
                 x = _checkpointed(block)(block.trainable_parameters(), x, rotation, masks[i])
@@ -232,9 +239,11 @@ class Decoder(nn.Module):
                 x = block(x, rotation, masks[i], cache[i] if cache else None)
         return self.norm(x)
 
-    def context(self, length: int, cache: Sequence[KVCache] | None = None) -> tuple[Rotation, list[mx.array | None]]:
+    def context(
+        self, length: int, cache: Sequence[KVCache] | None = None, segments: mx.array | None = None
+    ) -> tuple[Rotation, list[mx.array | None]]:
         """What the blocks need besides their input for `length` tokens: the rotation table, and each block's mask."""
-        return rotation_table(self._frequencies, cache[0].offset if cache else 0, length), self._masks(length, cache)
+        return rotation_table(self._frequencies, cache[0].offset if cache else 0, length), self._masks(length, cache, segments)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""
@@ -248,8 +257,11 @@ class Decoder(nn.Module):
         own = dict(self.lm_head.items()) if "lm_head" in self else {}
         return {"weight": self.embed_tokens.weight, **own}
 
-    def _masks(self, length: int, cache: Sequence[KVCache] | None) -> list[mx.array | None]:
-        """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared."""
+    def _masks(self, length: int, cache: Sequence[KVCache] | None, segments: mx.array | None = None) -> list[mx.array | None]:
+        """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared.
+
+        With segments (B, T) it is another for each row: (B, 1, T, T).
+        """
         made: dict[tuple[int, int | None], mx.array | None] = {}
         masks = []
         for i, window in enumerate(self._config.windows):
@@ -257,7 +269,7 @@ class Decoder(nn.Module):
             first = cache[i].first_position(length) if cache else 0
             key = (first, window)
             if key not in made:
-                made[key] = causal_mask(length, offset, first, window)
+                made[key] = within_segments(causal_mask(length, offset, first, window), segments)
             masks.append(made[key])
         return masks
 
@@ -276,6 +288,13 @@ def causal_mask(length: int, offset: int = 0, first: int = 0, window: int | None
     keys = mx.arange(first, end)[None, :]
     allowed = keys <= queries
     return allowed if sees_all else allowed & (keys > queries - window)
+
+
+def within_segments(mask: mx.array | None, segments: mx.array | None) -> mx.array | None:
+    """The mask (T, T), but tokens look only at those of their own segment: with segments (B, T), (B, 1, T, T) bool."""
+    if mask is None or segments is None:
+        return mask
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & mask
 
 
 def _checkpointed(block: Block):

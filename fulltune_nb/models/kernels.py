@@ -65,7 +65,10 @@ def gated_activation(name: str, gate: mx.array, up: mx.array) -> mx.array:
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C), mask (T, S) bool -> (B, H, T, C)."""
+    """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C) -> (B, H, T, C).
+
+    The mask is (T, S) bool, True where a token may look, or (B, 1, T, S) where that differs by row; None: everywhere.
+    """
     scale = 1.0 / math.sqrt(queries.shape[-1])
     if cpu_math.applies(queries, keys, values):
         return _attend_on_cpu(queries * scale, keys, values, mask)

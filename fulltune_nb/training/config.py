@@ -35,7 +35,7 @@ class TrainConfig:
     """
 
     batch_size: int = 4
-    """Rows in a micro-batch."""
+    """Rows in a micro-batch; with `packing`, packed rows."""
     iters: int | None = None
     """Optimizer steps in all; 1000 when neither this nor `epochs` is given, None when `epochs` is."""
     epochs: int | None = None
@@ -91,6 +91,8 @@ class TrainConfig:
     """Train on the assistant's turns only."""
     max_seq_length: int = 2048
     """Tokens after which a row is cut."""
+    packing: bool = False
+    """Put several rows into one of at most `max_seq_length` tokens, kept apart in attention: less padding, the same loss."""
     prompt_feature: str = "prompt"
     """Key of the prompt in completions data."""
     completion_feature: str = "completion"
@@ -255,6 +257,7 @@ _CHECKS: dict[str, checks.Check] = {
     "seed": checks.whole(0, 2**63 - 1),
     "mask_prompt": checks.flag,
     "max_seq_length": checks.whole(2),
+    "packing": checks.flag,
     "prompt_feature": checks.text,
     "completion_feature": checks.text,
     "text_feature": checks.text,

@@ -176,7 +176,8 @@ class LayerwiseBackward:
 def _forward(model: Decoder, batch: Batch, step_tokens: int) -> _Stream:
     dtype = compute_dtype(model.embed_tokens.weight.dtype)
     ids = mx.array(batch.inputs)
-    rotation, masks = model.context(ids.shape[1])
+    segments = None if batch.segments is None else mx.array(batch.segments)
+    rotation, masks = model.context(ids.shape[1], segments=segments)
     x, inputs = model.embed(ids, dtype), []
     for block, mask in zip(model.layers, masks, strict=True):
         mx.eval(x)
