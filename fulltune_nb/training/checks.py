@@ -128,6 +128,17 @@ def text(value: Any) -> str:
     return value
 
 
+def one_of(*texts: str) -> Check:
+    """One of these texts."""
+
+    def check(value: Any) -> str:
+        if value not in texts:
+            raise Refused(" or ".join(repr(text) for text in texts))
+        return value
+
+    return check
+
+
 def optional(check: Check) -> Check:
     """None, or what `check` takes."""
 
