@@ -83,6 +83,8 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep: int = 3
     """Latest checkpoints kept, the best one besides."""
+    on_save_error: str = "stop"
+    """When a checkpoint or a line of metrics cannot be written: "stop" the run with the error, or "continue" and note an event."""
     patience: int | None = None
     """Evaluations without improvement after which training stops. None: never."""
     seed: int = 0
@@ -253,6 +255,7 @@ _CHECKS: dict[str, checks.Check] = {
     "test_batches": checks.whole(1, also=(-1,)),
     "save_every": checks.whole(1),
     "keep": checks.whole(1),
+    "on_save_error": checks.choice("stop", "continue"),
     "patience": checks.optional(checks.whole(1)),
     "seed": checks.whole(0, 2**63 - 1),
     "mask_prompt": checks.flag,
