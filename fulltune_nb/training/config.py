@@ -53,6 +53,11 @@ class TrainConfig:
     """None or "constant", "linear" (to 0), "cosine" (to 0), or mlx_lm's form {name, arguments, warmup, warmup_init}."""
     warmup: int = 0
     """Steps with a rising learning rate before the schedule begins."""
+    memory: str = "auto"
+    """"fast": the whole model's gradients at once; "lean": a layer's at a time, about a third slower, for a fraction of the memory;
+    "auto": fast where `preflight` says that it fits, else lean."""
+    backward: str = "auto"
+    """The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says."""
     weights: str = "auto"
     """dtype of the weights while they are trained: "bfloat16", "float32", or "auto", which is the checkpoint's own (float32 for
     float16). The optimizer's moments and the arithmetic of an update are float32 either way."""
@@ -241,6 +246,8 @@ _CHECKS: dict[str, checks.Check] = {
     "optimizer": checks.text,
     "weight_decay": checks.optional(checks.number(low=0.0)),
     "warmup": checks.whole(0),
+    "memory": checks.choice("auto", "fast", "lean"),
+    "backward": checks.choice("auto", "whole", "layerwise"),
     "weights": checks.choice("auto", "bfloat16", "float32"),
     "rounding": checks.choice("stochastic", "nearest"),
     "grad_accumulation_steps": checks.whole(1),

@@ -122,6 +122,10 @@ class Optimizers:
         """The step is whole."""
         self._scalars = None
 
+    def takes_rows(self, name: str) -> bool:
+        """Whether `update_tensors` takes this tensor's gradient some rows at a time."""
+        return len(self._shapes[name]) >= 2 and self._rules[self._groups[name].optimizer].by_rows
+
     def _cut(self, name: str, model: nn.Module, rows: slice | None) -> Iterator[Piece]:
         """A tensor as it is where that needs little or no memory, else pieces of it."""
         shape, dtype = self._shapes[name], Place(model, name).array.dtype
