@@ -43,12 +43,12 @@ class TrainConfig:
     learning_rate: float = 1e-5
     """Peak learning rate. With mlx's form of `lr_schedule` the first of its arguments counts instead."""
     optimizer: str = "adamw"
-    """adamw, adam, sgd, adafactor, lion or muon."""
+    """adamw, adam, sgd, adafactor, lion or muon; adamw8bit or lion8bit, with moments of 8 bits."""
     optimizer_config: dict[str, Any] = field(default_factory=dict)
     """The optimizer's own settings by name, such as betas, eps, momentum, nesterov."""
     weight_decay: float | None = None
     """Weight decay on everything but norms and biases: decoupled (adamw, lion, adafactor) or added to the gradient (adam, sgd,
-    muon). Not given, it is the optimizer's own default: 0.01 for adamw and muon, else 0."""
+    muon). Not given, it is the optimizer's own default: 0.01 for adamw, adamw8bit and muon, else 0."""
     lr_schedule: str | dict[str, Any] | None = None
     """None or "constant", "linear" (to 0), "cosine" (to 0), or mlx_lm's form {name, arguments, warmup, warmup_init}."""
     warmup: int = 0
