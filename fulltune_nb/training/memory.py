@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from fulltune_nb import html
@@ -21,6 +22,7 @@ from fulltune_nb.training.machine import MemoryReading, machine_limit, read_memo
 from fulltune_nb.training.memory_model import BYTES, Workload, count, moments
 from fulltune_nb.training.optimizers import predict_state_bytes, update_bytes
 from fulltune_nb.training.selection import trained_names
+from fulltune_nb.training.step_batches import row_widths
 
 __all__ = ["MemoryPlan", "MemoryReading", "machine_limit", "preflight", "read_memory"]
 
@@ -96,7 +98,7 @@ def _plan(lm: Any, data: Any, config: TrainConfig) -> MemoryPlan:
     moment = max(found, key=lambda name: sum(found[name].values()))
     parts = {**always, **found[moment]}
     rows, tokens = work.rows, work.tokens
-    words = f"{rows} row{'s' * (rows > 1)} of {tokens:,} tokens in a micro-batch, {config.optimizer}"
+    words = f"{rows} {'packed ' * config.packing}row{'s' * (rows > 1)} of {tokens:,} tokens in a micro-batch, {config.optimizer}"
     words += ", grad_checkpoint" if work.checkpoint else ""
     return MemoryPlan(parts, sum(parts.values()), machine_limit(), cache_limit(), moment, words)
 
@@ -106,8 +108,8 @@ def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
     if data is not None:
         split = data.train
         lengths = split.lengths[split.trainable]
-        tokens = max(min(tokens, int(lengths.max()) - 1), 1)
-        rows = min(rows, len(lengths))
+        widths = np.maximum(row_widths(lengths, config), 1)
+        tokens, rows = int(widths.max()), min(rows, len(widths))
         share = min(split.trained_tokens / max(int((lengths - 1).sum()), 1), 1.0)
         # Rows differ: the largest batch can have more targets than the average. Twice as many is rarely passed.
         share = min(2.0 * share, 1.0)
@@ -167,7 +169,7 @@ def _changes(lm: Any, data: Any, config: TrainConfig) -> Iterator[tuple[str, Tra
         steps = -(-config.batch_size // rows) * config.grad_accumulation_steps
         changed = config.replace(batch_size=rows, grad_accumulation_steps=steps)
         if _plan(lm, data, changed).fits:
-            yield f"Set batch_size={rows} and grad_accumulation_steps={steps} (the same rows in a step)", changed
+            yield f"Set batch_size={rows} and grad_accumulation_steps={steps} (as many rows in a step)", changed
             break
     for length in _halves(_workload(lm, data, config).tokens):
         changed = config.replace(max_seq_length=length)
