@@ -18,7 +18,7 @@ from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.loading import load_decoder, load_model_file, read_json, resolve_model_path
-from fulltune_nb.models.saving import save_folder
+from fulltune_nb.models.saving import check_not_source, save_folder
 from fulltune_nb.prompts import Prompt, answer_end, chat_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -235,9 +235,11 @@ class LanguageModel:
             folder: new or empty.
 
         Raises:
-            ModelError: the folder is not empty or cannot be written.
+            ModelError: the folder is not empty, lies in the folder this model was loaded from, or cannot be written.
         """
         folder = Path(folder).expanduser()
+        if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
+            check_not_source(folder, self.source, "The folder")
         save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config)
         return folder
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
+from fulltune_nb.files import write_text
 from fulltune_nb.language_model import LanguageModel, load_model
-from fulltune_nb.models.saving import hf_tensors, write_tensors, write_text
+from fulltune_nb.models.saving import hf_tensors, write_tensors
 from fulltune_nb.tensor_files import check_ending, safetensors_metadata
 
 EXPORT_NOTE = "fulltune_nb.json"

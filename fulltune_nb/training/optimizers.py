@@ -2,68 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from fulltune_nb import html
 from fulltune_nb.errors import CheckpointError, TrainingError
 from fulltune_nb.models.cpu_streams import Dealer
-from fulltune_nb.models.names import to_hf
-from fulltune_nb.training.checks import SettingError, nearest
 from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, is_hidden_matrix
 from fulltune_nb.training.optimizer_settings import optimizer_settings
-from fulltune_nb.training.update_rules import Shape, State, UpdateRule, make_rule
-
-_CHUNK_BYTES = 2**26  # parameters updated between two evaluations; Adafactor and Muon have temporaries of that size
-
-HfName = Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class Group:
-    """What tensors that are treated alike have in common."""
-
-    optimizer: str
-    """Name of the rule; with Muon, "adamw" for what Muon does not take."""
-    factor: float
-    """Factor on the learning rate."""
-    weight_decay: float
-    """0 for norms and biases."""
+from fulltune_nb.training.pieces import Piece, Place, batches, cut, piece_size, put, take
+from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
+from fulltune_nb.training.update_rules import Shape, Slot, State, UpdateRule, make_rule
 
 
 class Optimizers:
     """Updates a model's trainable parameters, each by the rule of its group, and holds the optimizer state.
 
     Norms and biases (tensors of fewer than two dimensions) have no weight decay. Muon takes the matrices inside the blocks;
-    embeddings, head, norms and biases go to AdamW. Frozen parameters are never touched.
+    embeddings, head, norms and biases go to AdamW. Frozen parameters are never touched. Parameters in bfloat16 stay in bfloat16:
+    the update is computed in float32 and rounded as `config.rounding` says.
+
+    A step is one call of `update` with all gradients, or
+
+        optimizers.begin_step(learning_rate, gradient_scale)
+        optimizers.update_tensors(model, gradients_of_a_block)     # any number of times, each tensor (or row) once
+        optimizers.update_tensors(model, {"embed_tokens.weight": gradient_of_rows}, rows=slice(0, 4096))
+        optimizers.end_step()
+
+    with the same result bit for bit, however the gradients are dealt out.
 
     Args:
         model: its trainable parameters count; freeze before.
-        config: `optimizer`, `optimizer_config`, `weight_decay` and `lr_factors` count.
+        config: `optimizer`, `optimizer_config`, `weight_decay`, `lr_factors`, `rounding` and `seed` count.
         hf_name: module path -> the name that patterns are matched against, besides the path itself. Not given, it is the
             model family's Hugging Face name.
 
     Raises:
         ConfigError: a pattern in `lr_factors` matches no parameter.
+        TrainingError: a trainable parameter is neither float32 nor bfloat16.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, hf_name: HfName | None = None):
-        shapes = _shapes(model.trainable_parameters())
-        _check_patterns(config, _shapes(model.parameters()), hf_name := hf_name or _family_name(model))
+        parameters = dict(tree_flatten(model.trainable_parameters()))
+        check_patterns(config, _shapes(model.parameters()), hf_name := hf_name or family_name(model))
+        for name, array in parameters.items():
+            check_dtype(name, array.dtype)
         self.step = 0
-        """Updates made."""
-        self._groups = {name: _group(name, shape, config, hf_name) for name, shape in shapes.items()}
+        """Updates made, the one in progress included."""
+        self._shapes = shapes = {name: array.shape for name, array in parameters.items()}
+        self._seed = config.seed if config.rounding == "stochastic" else None
+        self._groups = {name: group_of(name, shape, config, hf_name) for name, shape in shapes.items()}
         self._rules = _rules(config)
         self._slots = _slots(shapes, self._groups, self._rules)
-        self._shapes = shapes
-        self._state: dict[str, State] = {name: {slot: mx.zeros(s) for slot, s in own.items()} for name, own in self._slots.items()}
+        self._state: dict[str, State] = {
+            name: {slot: mx.zeros(s.shape, dtype=s.dtype) for slot, s in own.items()} for name, own in self._slots.items()
+        }
+        self._scalars: dict[Group, Any] | None = None
+        """Of the step in progress."""
         mx.eval(self._state)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
 
     def update(self, model: nn.Module, gradients: dict[str, Any], learning_rate: float, gradient_scale: float = 1.0) -> None:
         """One step for every parameter that has a gradient; model and state are evaluated when it returns.
@@ -79,26 +83,100 @@ class Optimizers:
         Raises:
             TrainingError: a gradient of an unknown name or of another shape; nothing is updated.
         """
-        flat = dict(tree_flatten(gradients))
-        self._check_gradients(flat)
+        self._check_gradients(dict(tree_flatten(gradients)), None)
+        self.begin_step(learning_rate, gradient_scale)
+        self.update_tensors(model, gradients)
+        self.end_step()
+
+    def begin_step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        """Begin a step of which the gradients come little by little; arguments as in `update`."""
         self.step += 1
-        scalars = {
+        self._scalars = {
             group: self._rules[group.optimizer].begin(self.step, learning_rate * group.factor, group.weight_decay, gradient_scale)
             for group in set(self._groups.values())
         }
-        old = dict(tree_flatten(model.trainable_parameters()))
-        for names in _chunks(flat):
-            new, dealer = {}, Dealer()
-            for name in names:
-                group = self._groups[name]
-                # `pop`, and the state's place taken: only the new arrays' graph then holds the old ones, so that evaluation
-                # may write into their memory.
-                rule = self._rules[group.optimizer]
-                with dealer.stream_for(flat[name].size):
-                    new[name], self._state[name] = rule.apply(old.pop(name), flat[name], self._state[name], scalars[group])
-            model.update(tree_unflatten(list(new.items())))
-            mx.eval(new)  # first: Lion's new parameter reads the old moment, whose memory is free only after that
-            mx.eval([self._state[name] for name in names])
+
+    def update_tensors(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None = None) -> None:
+        """Update some parameters now; they and their state are evaluated when it returns.
+
+        What is computed on the way takes `update_bytes`, whatever the tensors' sizes: they are worked on in pieces.
+
+        Args:
+            model: the model this was made for.
+            gradients: module path -> gradient, or a tree of them; not changed and not kept.
+            rows: the gradients are those of these places on the parameters' first axis only, as of some rows of an embedding or some
+                experts of a stack.
+
+        Raises:
+            TrainingError: no step was begun; a gradient of an unknown name or of another shape; rows of a tensor whose rule
+                needs it whole. Nothing is updated.
+        """
+        flat = dict(tree_flatten(gradients))
+        if self._scalars is None:
+            raise TrainingError("No step was begun: call begin_step(learning_rate) before update_tensors(...).")
+        self._check_gradients(flat, rows)
+        for batch in batches([piece for name in flat for piece in self._cut(name, model, rows)]):
+            self._update_batch(model, batch, flat)
+
+    def end_step(self) -> None:
+        """The step is whole."""
+        self._scalars = None
+
+    def _cut(self, name: str, model: nn.Module, rows: slice | None) -> Iterator[Piece]:
+        """A tensor as it is where that needs little or no memory, else pieces of it."""
+        shape, dtype = self._shapes[name], Place(model, name).array.dtype
+        size = math.prod(shape)
+        by_rows = self._rules[self._groups[name].optimizer].by_rows
+        in_place = by_rows and dtype == mx.float32 and all(slot.dtype == mx.float32 for slot in self._slots[name].values())
+        if rows is None and (in_place or not by_rows or len(shape) < 2 or size <= piece_size()):
+            yield Piece(name, size, in_place=in_place)
+            return
+        per_place = math.prod(shape[1:-1])  # rows of the matrix that belong to one place on the first axis
+        start, stop = (rows.start * per_place, rows.stop * per_place) if rows else (0, size // shape[-1])
+        for part in cut(start, stop, shape[-1]):
+            yield Piece(name, (part.stop - part.start) * shape[-1], part, before=start)
+
+    def _update_batch(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
+        dealer, new, parts = Dealer(), [], []
+        for piece in pieces:
+            with dealer.stream_for(piece.size):
+                if piece.rows is None:
+                    new.append(self._update_whole(Place(model, piece.name), piece.name, gradients[piece.name]))
+                else:
+                    parts.append(self._updated_rows(Place(model, piece.name), piece, gradients[piece.name]))
+        mx.eval(new, [p for p, _ in parts])  # first: Lion's new parameter reads the old moment, whose memory is free only after that
+        mx.eval([self._state[piece.name] for piece in pieces if piece.rows is None], [state for _, state in parts])
+        cut_ones = [piece for piece in pieces if piece.rows is not None]
+        for piece, (p, state) in zip(cut_ones, parts, strict=True):
+            self._put_rows(Place(model, piece.name), piece, p, state)
+        mx.eval([(Place(model, piece.name).array, self._state[piece.name]) for piece in cut_ones])
+
+    def _update_whole(self, place: Place, name: str, gradient: mx.array) -> mx.array:
+        # Place and state are taken by the new arrays before anything is evaluated: only their graph then holds the old ones, so
+        # that evaluation may write into these.
+        group, dtype = self._groups[name], place.array.dtype
+        p, self._state[name] = self._rules[group.optimizer].apply(place.array, gradient, self._state[name], self._scalars[group])
+        place.array = round_to(p, dtype, self._key(name))
+        return place.array
+
+    def _updated_rows(self, place: Place, piece: Piece, gradient: mx.array) -> tuple[mx.array, State]:
+        group, p, rank = self._groups[piece.name], place.array, len(self._shapes[piece.name])
+        p_rows = take(p, rank, piece.rows)
+        g_rows = take(gradient, rank, slice(piece.rows.start - piece.before, piece.rows.stop - piece.before))
+        state = {slot: take(array, rank, piece.rows) for slot, array in self._state[piece.name].items()}
+        new, state = self._rules[group.optimizer].apply(p_rows, g_rows, state, self._scalars[group])
+        return round_to(new, p.dtype, self._key(piece.name), first=piece.rows.start * p.shape[-1]), state
+
+    def _put_rows(self, place: Place, piece: Piece, p: mx.array, state: State) -> None:
+        rank, own = len(self._shapes[piece.name]), self._state[piece.name]
+        place.array = put(place.array, rank, piece.rows, p)
+        for slot, part in state.items():
+            own[slot] = put(own[slot], rank, piece.rows, part)
+
+    def _key(self, name: str) -> int | None:
+        return None if self._seed is None else rounding_key(self._seed, self.step, name)
+
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def state_arrays(self) -> dict[str, mx.array]:
         """The state as flat names -> arrays: `"step"`, and `"<module path>.<slot>"` for each slot of each parameter."""
@@ -111,7 +189,7 @@ class Optimizers:
         Raises:
             CheckpointError: arrays are missing, unexpected, or of another shape or dtype; nothing is changed.
         """
-        expected = {f"{name}.{slot}": (shape, mx.float32) for name, own in self._slots.items() for slot, shape in own.items()}
+        expected = {f"{name}.{slot}": (s.shape, s.dtype) for name, own in self._slots.items() for slot, s in own.items()}
         expected["step"] = ((), mx.uint32)
         problems = [f"missing {name}" for name in expected.keys() - arrays.keys()]
         problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys()]
@@ -140,13 +218,24 @@ class Optimizers:
             found.setdefault(group, []).append(name)
         return found
 
-    def _check_gradients(self, flat: Mapping[str, mx.array]) -> None:
+    def _check_gradients(self, flat: Mapping[str, mx.array], rows: slice | None) -> None:
         for name, gradient in flat.items():
-            if gradient.shape != self._shapes.get(name):
+            expected = self._shapes.get(name)
+            if expected and rows is not None:
+                expected = self._shape_of_rows(name, rows)
+            if gradient.shape != expected:
                 raise TrainingError(
-                    f"gradient of {name}: expected the shape {self._shapes.get(name, 'of a parameter trainable at the start')}, got "
+                    f"gradient of {name}: expected the shape {expected or 'of a parameter trainable at the start'}, got "
                     f"{gradient.shape}. Make a new trainer after freezing or changing a model."
                 )
+
+    def _shape_of_rows(self, name: str, rows: slice) -> Shape:
+        shape, optimizer = self._shapes[name], self._groups[name].optimizer
+        if len(shape) < 2 or not self._rules[optimizer].by_rows:
+            raise TrainingError(f"rows of {name} {shape}: {optimizer} updates this tensor as a whole. Give its whole gradient.")
+        if rows.step not in (None, 1) or rows.start is None or rows.stop is None or not 0 <= rows.start < rows.stop <= shape[0]:
+            raise TrainingError(f"rows of {name} {shape}: expected slice(start, stop) within 0 and {shape[0]}, got {rows}.")
+        return (rows.stop - rows.start, *shape[1:])
 
     def __repr__(self) -> str:
         return f"Optimizers({len(self._groups)} tensors in {len(set(self._groups.values()))} groups, step {self.step})"
@@ -162,30 +251,19 @@ class Optimizers:
 
 def predict_state_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
     """Bytes the optimizer state will take, from module paths and shapes of the trained parameters alone."""
-    groups = {name: _group(name, shape, config, lambda path: path) for name, shape in shapes.items()}
-    return 4 * sum(_size(shape) for own in _slots(shapes, groups, _rules(config)).values() for shape in own.values())
+    groups = {name: group_of(name, shape, config, lambda path: path) for name, shape in shapes.items()}
+    return sum(slot.nbytes for own in _slots(shapes, groups, _rules(config)).values() for slot in own.values())
+
+
+_CHUNK_BYTES = 2**26
 
 
 def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
     """Bytes that `Optimizers.update` needs besides parameters, gradients and state: none for the rules that work in place."""
     if config.optimizer not in ("adafactor", "muon"):
         return 0
-    largest = 4 * max((_size(s) for n, s in shapes.items() if config.optimizer == "adafactor" or is_hidden_matrix(n, s)), default=0)
-    return 2 * min(max(largest, _CHUNK_BYTES), 4 * sum(_size(s) for s in shapes.values()))
-
-
-def is_hidden_matrix(name: str, shape: Shape) -> bool:
-    """Whether a parameter is a matrix (or a stack of them) inside the blocks: what Muon is for."""
-    return len(shape) >= 2 and not any(part in ("embed_tokens", "lm_head") for part in name.split("."))
-
-
-def _group(name: str, shape: Shape, config: TrainConfig, hf_name: HfName) -> Group:
-    optimizer = config.optimizer
-    if optimizer == "muon" and not is_hidden_matrix(name, shape):
-        optimizer = "adamw"
-    names = (hf_name(name), name)
-    matching = (factor for pattern, factor in config.lr_factors.items() if any(fnmatchcase(n, pattern) for n in names))
-    return Group(optimizer, next(matching, 1.0), config.weight_decay if len(shape) >= 2 else 0.0)
+    largest = 4 * max((math.prod(s) for n, s in shapes.items() if config.optimizer == "adafactor" or is_hidden_matrix(n, s)), default=0)
+    return 2 * min(max(largest, _CHUNK_BYTES), 4 * sum(math.prod(s) for s in shapes.values()))
 
 
 def _rules(config: TrainConfig) -> dict[str, UpdateRule]:
@@ -194,51 +272,13 @@ def _rules(config: TrainConfig) -> dict[str, UpdateRule]:
     return {name: make_rule(name, settings) for name in names}
 
 
-def _slots(shapes: Mapping[str, Shape], groups: Mapping[str, Group], rules: Mapping[str, UpdateRule]) -> dict[str, dict[str, Shape]]:
+def _slots(shapes: Mapping[str, Shape], groups: Mapping[str, Group], rules: Mapping[str, UpdateRule]) -> dict[str, dict[str, Slot]]:
     return {name: rules[groups[name].optimizer].slots(shape) for name, shape in shapes.items()}
-
-
-def _chunks(arrays: Mapping[str, mx.array]) -> Iterator[list[str]]:
-    """Names in their order, a chunk at a time: single tensors, or several that are small together."""
-    names: list[str] = []
-    size = 0
-    for name, array in arrays.items():
-        if names and size + array.nbytes > _CHUNK_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += array.nbytes
-    if names:
-        yield names
-
-
-def _check_patterns(config: TrainConfig, shapes: Mapping[str, Shape], hf_name: HfName) -> None:
-    names = [hf_name(name) for name in shapes]
-    for pattern in config.lr_factors:
-        if not any(fnmatchcase(name, pattern) for name in (*names, *shapes)):
-            raise SettingError(f"lr_factors: the pattern {pattern!r} matches no parameter. {_some(pattern, names)}", "lr_factors")
-
-
-def _some(pattern: str, names: list[str]) -> str:
-    hint = nearest(pattern.strip("*"), names)
-    return hint if hint.startswith("Did") else f"Names look like {', '.join(names[:3])}."
-
-
-def _family_name(model: nn.Module) -> HfName:
-    family = getattr(getattr(model, "config", None), "family", None)
-    return (lambda name: name) if family is None else (lambda name: to_hf(name, family))
 
 
 def _shapes(tree: Any) -> dict[str, Shape]:
     return {name: array.shape for name, array in tree_flatten(tree)}
 
 
-def _size(shape: Shape) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
 def _count(names: list[str], shapes: Mapping[str, Shape]) -> int:
-    return sum(_size(shapes[name]) for name in names)
+    return sum(math.prod(shapes[name]) for name in names)
