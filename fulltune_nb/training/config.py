@@ -43,16 +43,21 @@ class TrainConfig:
     learning_rate: float = 1e-5
     """Peak learning rate. With mlx's form of `lr_schedule` the first of its arguments counts instead."""
     optimizer: str = "adamw"
-    """adamw, adam, sgd, adafactor, lion or muon."""
+    """adamw, adam, sgd, adafactor, lion or muon; adamw8bit or lion8bit, with moments of 8 bits."""
     optimizer_config: dict[str, Any] = field(default_factory=dict)
     """The optimizer's own settings by name, such as betas, eps, momentum, nesterov."""
     weight_decay: float | None = None
     """Weight decay on everything but norms and biases: decoupled (adamw, lion, adafactor) or added to the gradient (adam, sgd,
-    muon). Not given, it is the optimizer's own default: 0.01 for adamw and muon, else 0."""
+    muon). Not given, it is the optimizer's own default: 0.01 for adamw, adamw8bit and muon, else 0."""
     lr_schedule: str | dict[str, Any] | None = None
     """None or "constant", "linear" (to 0), "cosine" (to 0), or mlx_lm's form {name, arguments, warmup, warmup_init}."""
     warmup: int = 0
     """Steps with a rising learning rate before the schedule begins."""
+    memory: str = "auto"
+    """"fast": the whole model's gradients at once; "lean": a layer's at a time, about a third slower, for a fraction of the memory;
+    "auto": fast where `preflight` says that it fits, else lean."""
+    backward: str = "auto"
+    """The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says."""
     weights: str = "auto"
     """dtype of the weights while they are trained: "bfloat16", "float32", or "auto", which is the checkpoint's own (float32 for
     float16). The optimizer's moments and the arithmetic of an update are float32 either way."""
@@ -241,6 +246,8 @@ _CHECKS: dict[str, checks.Check] = {
     "optimizer": checks.text,
     "weight_decay": checks.optional(checks.number(low=0.0)),
     "warmup": checks.whole(0),
+    "memory": checks.choice("auto", "fast", "lean"),
+    "backward": checks.choice("auto", "whole", "layerwise"),
     "weights": checks.choice("auto", "bfloat16", "float32"),
     "rounding": checks.choice("stochastic", "nearest"),
     "grad_accumulation_steps": checks.whole(1),

@@ -1,19 +1,25 @@
-"""Which rule, learning-rate factor and weight decay each tensor has: by its name and shape."""
+"""Which rule, learning-rate factor and weight decay each tensor has, by its name and shape; and the rules by their names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import mlx.nn as nn
+import mlx.optimizers
 
 from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.checks import SettingError, nearest
 from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.eight_bit import EightBit
+from fulltune_nb.training.factored import Adafactor
+from fulltune_nb.training.optimizer_settings import optimizer_settings
+from fulltune_nb.training.update_rules import SGD, Adam, Lion, MlxRule, Shape, Slot, UpdateRule
 
 HfName = Callable[[str], str]
-Shape = tuple[int, ...]
+Rule = UpdateRule | Adafactor
 
 
 @dataclass(frozen=True)
@@ -71,3 +77,27 @@ def check_patterns(config: TrainConfig, shapes: Mapping[str, Shape], hf_name: Hf
 def _some(pattern: str, names: list[str]) -> str:
     hint = nearest(pattern.strip("*"), names)
     return hint if hint.startswith("Did") else f"Names look like {', '.join(names[:3])}."
+
+
+def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
+    """The rule of an optimizer, from all of its settings (`optimizer_settings`)."""
+    if name.endswith("8bit"):
+        return EightBit(make_rule(name.removesuffix("8bit"), settings))
+    if name in ("adamw", "adam"):
+        return Adam(settings, decoupled=name == "adamw")
+    if name == "muon":
+        own = {key: settings[key] for key in ("momentum", "nesterov", "ns_steps")}
+        return MlxRule(mlx.optimizers.Muon(learning_rate=0.0, **own), per_matrix=True)
+    return {"sgd": SGD, "lion": Lion, "adafactor": Adafactor}[name](settings)
+
+
+def rules_of(config: TrainConfig) -> dict[str, Rule]:
+    """The rules a config needs, by name."""
+    settings = optimizer_settings(config.optimizer, config.optimizer_config)
+    names = {config.optimizer, "adamw"} if config.optimizer == "muon" else {config.optimizer}
+    return {name: make_rule(name, settings) for name in names}
+
+
+def slots_of(shapes: Mapping[str, Shape], groups: Mapping[str, Group], rules: Mapping[str, Rule]) -> dict[str, dict[str, Slot]]:
+    """What is kept for each tensor."""
+    return {name: rules[groups[name].optimizer].slots(shape) for name, shape in shapes.items()}

@@ -14,11 +14,14 @@ from fulltune_nb import html
 from fulltune_nb.errors import CheckpointError, TrainingError
 from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, is_hidden_matrix
-from fulltune_nb.training.optimizer_settings import optimizer_settings
+from fulltune_nb.training.factored import TensorUpdate
+from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, rules_of, slots_of
+from fulltune_nb.training.optimizer_memory import predict_state_bytes, update_bytes
 from fulltune_nb.training.pieces import Piece, Place, batches, cut, piece_size, put, take
 from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
-from fulltune_nb.training.update_rules import Shape, Slot, State, UpdateRule, make_rule
+from fulltune_nb.training.update_rules import Shape, State
+
+__all__ = ["Group", "Optimizers", "predict_state_bytes", "update_bytes"]
 
 
 class Optimizers:
@@ -35,7 +38,16 @@ class Optimizers:
         optimizers.update_tensors(model, {"embed_tokens.weight": gradient_of_rows}, rows=slice(0, 4096))
         optimizers.end_step()
 
-    with the same result bit for bit, however the gradients are dealt out.
+    with the same result bit for bit, however the gradients are dealt out. Adafactor needs to see all rows of a matrix before it
+    can update some of them (`passes(name)` times: once for the means, once for the clipping); where they come by rows, therefore
+
+        for _ in range(optimizers.passes(name)):
+            for rows, gradient in gradients_by_rows():             # the same ones each time, computed again or kept
+                optimizers.observe(model, {name: gradient}, rows)
+        for rows, gradient in gradients_by_rows():
+            optimizers.update_tensors(model, {name: gradient}, rows)
+
+    which serves all optimizers: `passes` is 0 for the others. (Experts of a stack are matrices of their own and need no such thing.)
 
     Args:
         model: its trainable parameters count; freeze before.
@@ -58,13 +70,15 @@ class Optimizers:
         self._shapes = shapes = {name: array.shape for name, array in parameters.items()}
         self._seed = config.seed if config.rounding == "stochastic" else None
         self._groups = {name: group_of(name, shape, config, hf_name) for name, shape in shapes.items()}
-        self._rules = _rules(config)
-        self._slots = _slots(shapes, self._groups, self._rules)
+        self._rules = rules_of(config)
+        self._slots = slots_of(shapes, self._groups, self._rules)
         self._state: dict[str, State] = {
             name: {slot: mx.zeros(s.shape, dtype=s.dtype) for slot, s in own.items()} for name, own in self._slots.items()
         }
         self._scalars: dict[Group, Any] | None = None
         """Of the step in progress."""
+        self._factored: dict[str, TensorUpdate] = {}
+        """Of the step in progress, by tensor."""
         mx.eval(self._state)
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -91,6 +105,7 @@ class Optimizers:
     def begin_step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Begin a step of which the gradients come little by little; arguments as in `update`."""
         self.step += 1
+        self._factored = {}
         self._scalars = {
             group: self._rules[group.optimizer].begin(self.step, learning_rate * group.factor, group.weight_decay, gradient_scale)
             for group in set(self._groups.values())
@@ -111,16 +126,82 @@ class Optimizers:
             TrainingError: no step was begun; a gradient of an unknown name or of another shape; rows of a tensor whose rule
                 needs it whole. Nothing is updated.
         """
-        flat = dict(tree_flatten(gradients))
-        if self._scalars is None:
-            raise TrainingError("No step was begun: call begin_step(learning_rate) before update_tensors(...).")
-        self._check_gradients(flat, rows)
+        flat = self._checked(gradients, rows)
+        for name in flat:
+            if self.passes(name):
+                self._observe_what_is_whole(model, name, flat[name], rows)
         for batch in batches([piece for name in flat for piece in self._cut(name, model, rows)]):
             self._update_batch(model, batch, flat)
 
+    def passes(self, name: str) -> int:
+        """How often `observe` must have seen all rows of a matrix before `update_tensors` can take some of them; 0 for most rules."""
+        return getattr(self._rules[self._groups[name].optimizer], "passes", 0) if len(self._shapes[name]) >= 2 else 0
+
+    def observe(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None = None) -> None:
+        """Take in some rows of gradients that `update_tensors` will be given later; arguments and errors as there.
+
+        Within a pass each row comes once, in any order. Nothing is updated; nothing happens where `passes` is 0.
+        """
+        flat = self._checked(gradients, rows)
+        for name, gradient in flat.items():
+            if self.passes(name):
+                start, stop = self._matrix_rows(name, rows)
+                self._observe(model, name, gradient, slice(start, stop), start)
+
     def end_step(self) -> None:
         """The step is whole."""
-        self._scalars = None
+        self._scalars, self._factored = None, {}
+
+    def _checked(self, gradients: Mapping[str, Any], rows: slice | None) -> dict[str, mx.array]:
+        flat = dict(tree_flatten(gradients))
+        if self._scalars is None:
+            raise TrainingError("No step was begun: call begin_step(learning_rate) before the gradients come.")
+        self._check_gradients(flat, rows)
+        return flat
+
+    def _matrix_rows(self, name: str, rows: slice | None) -> tuple[int, int]:
+        """First and last (excluded) row of the matrix that a tensor is seen as, from places on its first axis."""
+        shape = self._shapes[name]
+        per_place = math.prod(shape[1:-1])
+        return (rows.start * per_place, rows.stop * per_place) if rows else (0, math.prod(shape[:-1]))
+
+    def _pieces_of(self, name: str, start: int, stop: int) -> Iterator[slice]:
+        """Rows in pieces; those of a rule that sees matrices as wholes lie within one matrix each."""
+        shape = self._shapes[name]
+        own = shape[-2] if self.passes(name) else stop - start
+        for first in range(start, stop, own):
+            yield from cut(first, min(first + own, stop), shape[-1])
+
+    def _observe_what_is_whole(self, model: nn.Module, name: str, gradient: mx.array, rows: slice | None) -> None:
+        """All passes over matrices of which the whole gradient is here and nothing was observed yet."""
+        (start, stop), own = self._matrix_rows(name, rows), self._shapes[name][-2]
+        for matrix in (slice(row, row + own) for row in range(start, stop, own)):
+            update = self._tensor_update(name)
+            if matrix.stop <= stop and matrix.start % own == 0:
+                for _ in range(update.passes_left(matrix)):
+                    self._observe(model, name, gradient, matrix, start)
+            if update.passes_left(matrix):
+                raise TrainingError(
+                    f"rows of {name}: {self._groups[name].optimizer} has to observe the gradients of all rows, {self.passes(name)} times,"
+                    " before some can be updated. Call observe(...) for all of them first, or give the whole gradient."
+                )
+
+    def _observe(self, model: nn.Module, name: str, gradient: mx.array, rows: slice, before: int) -> None:
+        """Rows of the matrix; `before`: that of the gradient's first."""
+        update, p, rank = self._tensor_update(name), Place(model, name).array, len(self._shapes[name])
+        for part in self._pieces_of(name, rows.start, rows.stop):
+            update.observe(take(p, rank, part), take(gradient, rank, slice(part.start - before, part.stop - before)), part)
+
+    def _tensor_update(self, name: str) -> TensorUpdate:
+        if name not in self._factored:
+            group = self._groups[name]
+            rule, scalars = self._rules[group.optimizer], self._scalars[group]
+            self._factored[name] = TensorUpdate(rule, self._shapes[name], self._state[name], scalars)
+        return self._factored[name]
+
+    def takes_rows(self, name: str) -> bool:
+        """Whether `update_tensors` takes this tensor's gradient some rows at a time."""
+        return len(self._shapes[name]) >= 2 and self._rules[self._groups[name].optimizer].by_rows
 
     def _cut(self, name: str, model: nn.Module, rows: slice | None) -> Iterator[Piece]:
         """A tensor as it is where that needs little or no memory, else pieces of it."""
@@ -128,12 +209,12 @@ class Optimizers:
         size = math.prod(shape)
         by_rows = self._rules[self._groups[name].optimizer].by_rows
         in_place = by_rows and dtype == mx.float32 and all(slot.dtype == mx.float32 for slot in self._slots[name].values())
-        if rows is None and (in_place or not by_rows or len(shape) < 2 or size <= piece_size()):
+        whole = in_place or not by_rows or len(shape) < 2 or size <= piece_size()
+        if rows is None and whole and not self.passes(name):
             yield Piece(name, size, in_place=in_place)
             return
-        per_place = math.prod(shape[1:-1])  # rows of the matrix that belong to one place on the first axis
-        start, stop = (rows.start * per_place, rows.stop * per_place) if rows else (0, size // shape[-1])
-        for part in cut(start, stop, shape[-1]):
+        start, stop = self._matrix_rows(name, rows)
+        for part in self._pieces_of(name, start, stop):
             yield Piece(name, (part.stop - part.start) * shape[-1], part, before=start)
 
     def _update_batch(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
@@ -163,8 +244,14 @@ class Optimizers:
         group, p, rank = self._groups[piece.name], place.array, len(self._shapes[piece.name])
         p_rows = take(p, rank, piece.rows)
         g_rows = take(gradient, rank, slice(piece.rows.start - piece.before, piece.rows.stop - piece.before))
-        state = {slot: take(array, rank, piece.rows) for slot, array in self._state[piece.name].items()}
-        new, state = self._rules[group.optimizer].apply(p_rows, g_rows, state, self._scalars[group])
+        if self.passes(piece.name):
+            moment = self._state[piece.name].get("exp_avg")
+            moment = None if moment is None else take(moment, rank, piece.rows)
+            new, moment = self._factored[piece.name].apply(p_rows, g_rows, moment, piece.rows)
+            state = {} if moment is None else {"exp_avg": moment}
+        else:
+            state = {slot: take(array, rank, piece.rows) for slot, array in self._state[piece.name].items()}
+            new, state = self._rules[group.optimizer].apply(p_rows, g_rows, state, self._scalars[group])
         return round_to(new, p.dtype, self._key(piece.name), first=piece.rows.start * p.shape[-1]), state
 
     def _put_rows(self, place: Place, piece: Piece, p: mx.array, state: State) -> None:
@@ -231,7 +318,7 @@ class Optimizers:
 
     def _shape_of_rows(self, name: str, rows: slice) -> Shape:
         shape, optimizer = self._shapes[name], self._groups[name].optimizer
-        if len(shape) < 2 or not self._rules[optimizer].by_rows:
+        if len(shape) < 2 or not (self._rules[optimizer].by_rows or self.passes(name)):
             raise TrainingError(f"rows of {name} {shape}: {optimizer} updates this tensor as a whole. Give its whole gradient.")
         if rows.step not in (None, 1) or rows.start is None or rows.stop is None or not 0 <= rows.start < rows.stop <= shape[0]:
             raise TrainingError(f"rows of {name} {shape}: expected slice(start, stop) within 0 and {shape[0]}, got {rows}.")
@@ -247,33 +334,6 @@ class Optimizers:
         ]
         state = f"Optimizer after {self.step:,} steps; its state takes {html.human_bytes(self.state_bytes)}"
         return html.table(("rule", "learning-rate factor", "weight decay", "tensors", "parameters"), rows, caption=state)
-
-
-def predict_state_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
-    """Bytes the optimizer state will take, from module paths and shapes of the trained parameters alone."""
-    groups = {name: group_of(name, shape, config, lambda path: path) for name, shape in shapes.items()}
-    return sum(slot.nbytes for own in _slots(shapes, groups, _rules(config)).values() for slot in own.values())
-
-
-_CHUNK_BYTES = 2**26
-
-
-def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
-    """Bytes that `Optimizers.update` needs besides parameters, gradients and state: none for the rules that work in place."""
-    if config.optimizer not in ("adafactor", "muon"):
-        return 0
-    largest = 4 * max((math.prod(s) for n, s in shapes.items() if config.optimizer == "adafactor" or is_hidden_matrix(n, s)), default=0)
-    return 2 * min(max(largest, _CHUNK_BYTES), 4 * sum(math.prod(s) for s in shapes.values()))
-
-
-def _rules(config: TrainConfig) -> dict[str, UpdateRule]:
-    settings = optimizer_settings(config.optimizer, config.optimizer_config)
-    names = {config.optimizer, "adamw"} if config.optimizer == "muon" else {config.optimizer}
-    return {name: make_rule(name, settings) for name in names}
-
-
-def _slots(shapes: Mapping[str, Shape], groups: Mapping[str, Group], rules: Mapping[str, UpdateRule]) -> dict[str, dict[str, Slot]]:
-    return {name: rules[groups[name].optimizer].slots(shape) for name, shape in shapes.items()}
 
 
 def _shapes(tree: Any) -> dict[str, Shape]:

@@ -3,8 +3,8 @@
 AdamW, Adam, SGD and Lion are written as single-output element-wise functions, compiled once for all shapes. A function with
 one output may write into the memory of an input that nobody holds any more, so moments and parameters are updated in place
 and a step needs no memory of its own (one function with three outputs, measured: no faster, and three copies of the tensor).
-Everything that changes from step to step comes in as a scalar array, so nothing is compiled twice. Adafactor and Muon are
-those of `mlx.optimizers`.
+Everything that changes from step to step comes in as a scalar array, so nothing is compiled twice. Muon is that of
+`mlx.optimizers`; Adafactor is in `factored`, state of 8 bits in `eight_bit`.
 
 State and arithmetic are float32 whatever the parameter's dtype: in bfloat16 a second moment with beta 0.999 would never
 change. So is the result; `rounding.round_to` brings it to the parameter's dtype.
@@ -234,17 +234,3 @@ class MlxRule:
         states = [{name: array[i] for name, array in state.items()} for i in range(p.shape[0])]
         p = mx.stack([self.optimizer.apply_single(g[i], p[i], states[i]) for i in range(p.shape[0])])
         return p, {name: mx.stack([one[name] for one in states]) for name in state}
-
-
-def make_rule(name: str, settings: Mapping[str, Any]) -> UpdateRule:
-    """The rule of an optimizer, from all of its settings (`optimizer_settings`)."""
-    if name in ("adamw", "adam"):
-        return Adam(settings, decoupled=name == "adamw")
-    if name == "sgd":
-        return SGD(settings)
-    if name == "lion":
-        return Lion(settings)
-    if name == "adafactor":
-        return MlxRule(mlx.optimizers.Adafactor(learning_rate=0.0, **settings))
-    own = {key: settings[key] for key in ("momentum", "nesterov", "ns_steps")}
-    return MlxRule(mlx.optimizers.Muon(learning_rate=0.0, **own), per_matrix=True)

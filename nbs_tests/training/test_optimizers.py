@@ -11,7 +11,7 @@ from fulltune_nb.errors import CheckpointError, ConfigError, TrainingError
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.optimizers import Group, Optimizers, predict_state_bytes
 
-NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon")
+NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon", "adamw8bit", "lion8bit")
 
 
 class Block(nn.Module):
