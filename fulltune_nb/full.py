@@ -127,7 +127,7 @@ def check_paths(settings: Settings) -> None:
         if not options.train or options.run_dir is None:
             raise ConfigError("--resume goes on with a training run: give --train and --run-dir too.")
         return  # the run knows its data; where it has moved, data says where to
-    if options.train and options.run_dir is not None and holds_run(Path(options.run_dir).expanduser()):
+    if options.train and options.run_dir is not None and _holds_run(options.run_dir):
         raise ConfigError(f"{options.run_dir} already holds a run. Add --resume to go on with it, or give another --run-dir.")
     folder = Path(options.data).expanduser()
     if not folder.is_dir():
@@ -138,9 +138,10 @@ def check_paths(settings: Settings) -> None:
             raise DataError(f"--{split} needs {folder / f'{split}.jsonl'}; found there: {there}.")
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether a run was begun in a folder."""
-    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*"))
+def _holds_run(run_dir: str) -> bool:
+    from fulltune_nb.training.run_directory import holds_run
+
+    return holds_run(Path(run_dir).expanduser())
 
 
 def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
