@@ -104,6 +104,8 @@ def fork(work: Callable[[], None], output: Path | None = None) -> int:
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
