@@ -14,20 +14,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from nbs_tests.jupyterlab import Lab, find_browser, jupyterlab, write_notebook
+from nbs_tests.jupyterlab import Lab, find_browser, jupyterlab, needs, write_notebook
 from nbs_tests.panels.kernels import SETUP
 
 pytestmark = pytest.mark.long
 NOTEBOOK = "panels.ipynb"
 PANEL, CODE, WAITING = 2, 3, 4  # its cells
-
-
-def needs(there: object, what: str) -> None:
-    if not there:
-        message = f"no {what} here: the panels cannot be seen"
-        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
-            pytest.fail(message)
-        pytest.skip(message)
 
 
 @pytest.fixture(scope="module")
