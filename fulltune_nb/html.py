@@ -20,6 +20,9 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 # surrogate pairs, as in names of files that are not UTF-8: no message with one in it could be sent to a page.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
+_CELL_CHARACTERS = 20_000  # of a text in a table; what is cut is counted
+_LONG_WORD = 40  # characters; longer ones may be broken anywhere
+
 
 def esc(text: object, limit: int | None = None) -> str:
     """Text made safe to stand in HTML, as element content or as a quoted attribute.
@@ -45,7 +48,7 @@ def _spelled(match: re.Match) -> str:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
-    """An HTML table; every cell and header is escaped. Numbers are set to the right."""
+    """An HTML table; every cell and header is escaped, and cut after 20,000 characters. Numbers are set to the right."""
     head = "".join(f'<th scope="col" style="text-align:left;padding:2px 10px">{esc(h)}</th>' for h in headers)
     return _table(f"<thead><tr>{head}</tr></thead>", ("".join(_cell(value) for value in row) for row in rows), caption)
 
@@ -59,7 +62,10 @@ def _table(head: str, rows: Iterable[str], caption: str) -> str:
 def _cell(value: object) -> str:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     align = "right" if is_number else "left"
-    return f'<td style="text-align:{align};padding:2px 10px;vertical-align:top;white-space:pre-wrap">{esc(value)}</td>'
+    text = esc(value, _CELL_CHARACTERS)
+    # Only there: allowed everywhere, a long text would take the room of the short words beside it, letter by letter.
+    wrap = ";overflow-wrap:anywhere" if any(len(word) > _LONG_WORD for word in text.split()) else ""
+    return f'<td style="text-align:{align};padding:2px 10px;vertical-align:top;white-space:pre-wrap{wrap}">{text}</td>'
 
 
 def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:

@@ -21,6 +21,15 @@ def test_tables_facts_and_bars_escape_names_and_values(text):
     assert text not in shown and "<script" not in shown and "<img" not in shown
 
 
+def test_only_cells_with_a_word_too_long_for_the_page_may_break_it():
+    assert html.table(["a", "b"], [["short words only", "x" * 500]]).count("overflow-wrap:anywhere") == 1
+
+
+def test_a_cell_of_a_megabyte_is_cut_and_says_so():
+    shown = html.table(["a"], [["x" * 1_000_000]])
+    assert len(shown) < 21_000 and "(+980,000 characters)" in shown
+
+
 def test_facts_are_rows_with_headers_and_have_no_head():
     shown = html.facts("title", [("<thead><tr>", "a"), ("n", 3)])
     assert "<thead" not in shown and shown.count('<th scope="row"') == 2 and "&lt;thead&gt;&lt;tr&gt;</th>" in shown
