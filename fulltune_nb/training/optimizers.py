@@ -199,10 +199,6 @@ class Optimizers:
             self._factored[name] = TensorUpdate(rule, self._shapes[name], self._state[name], scalars)
         return self._factored[name]
 
-    def takes_rows(self, name: str) -> bool:
-        """Whether `update_tensors` takes this tensor's gradient some rows at a time."""
-        return len(self._shapes[name]) >= 2 and self._rules[self._groups[name].optimizer].by_rows
-
     def _cut(self, name: str, model: nn.Module, rows: slice | None) -> Iterator[Piece]:
         """A tensor as it is where that needs little or no memory, else pieces of it."""
         shape, dtype = self._shapes[name], Place(model, name).array.dtype

@@ -15,6 +15,7 @@ from fulltune_nb.models.decoder import Decoder, causal_mask, within_segments
 from fulltune_nb.models.families import read_config
 from fulltune_nb.training import memory
 from fulltune_nb.training.backward import step_gradients
+from fulltune_nb.training.layerwise import LayerwiseBackward
 from fulltune_nb.training.step_batches import StepBatches
 from nbs_tests.models.model_cases import CASES, FAMILIES, SMALL
 from nbs_tests.training.conftest import make_rows
@@ -67,6 +68,26 @@ def test_packed_loss_and_gradients_equal_those_of_each_example_alone(case, check
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     for (name, found), (_, reference) in zip(tree_flatten(gradients), tree_flatten(expected), strict=True):
         assert mx.linalg.norm(reference) < 1e-6 or distance(found, reference) < 1e-5, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_layerwise_backward_pass_keeps_packed_examples_apart_too(case):
+    raw = CASES[case]
+    decoder = random_decoder(raw)
+    split = random_split(raw["vocab_size"], [12, 7, 20, 3, 2, 16, 9])
+    packed = [collate(split, rows) for step in PackedOrder(split, 2, 0, 1, 32).epoch(0) for rows in step]
+    expected_loss, expected = step_gradients(decoder, [collate(split, (index,)) for index in range(len(split))])
+    expected = {name: np.array(array) for name, array in tree_flatten(expected)}
+    backward = LayerwiseBackward(decoder, packed)
+    assert float(backward.loss) == pytest.approx(expected_loss.item(), rel=1e-5)
+    seen = set()
+    for piece in backward.pieces():
+        for name, gradient in piece.gradients.items():
+            reference = expected[name] if piece.rows is None else expected[name][piece.rows]
+            seen.add(name)
+            norm = max(np.linalg.norm(expected[name]), 1e-6)
+            assert np.linalg.norm(np.array(gradient) - reference) < 1e-5 * norm, name
+    assert seen == set(expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,7 +212,7 @@ def test_packing_is_a_flag():
 def test_preflight_counts_the_widest_packed_row(monkeypatch):
     monkeypatch.setattr(memory, "machine_limit", lambda: 10**12)
     config = read_config({"model_type": "llama", **SMALL})
-    lm = SimpleNamespace(model=Decoder(config), config=config)
+    lm = SimpleNamespace(model=Decoder(config), config=config, dtype="float32")
     lengths = np.array([40, 30, 30, 20, 10, 10])
     split = SimpleNamespace(lengths=lengths, trainable=np.arange(6), trained_tokens=int((lengths - 1).sum()))
     data = SimpleNamespace(train=split)
