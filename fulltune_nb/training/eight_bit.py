@@ -43,6 +43,9 @@ class EightBit:
     def __init__(self, rule: UpdateRule):
         self.rule = rule
 
+    def in_place(self, weight_decay: float) -> bool:
+        return False
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         own = self.rule.slots(shape)
         block = block_size(shape[-1]) if len(shape) >= 2 and math.prod(shape) >= SMALL else None

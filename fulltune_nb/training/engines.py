@@ -10,9 +10,9 @@ Both give the same step to rounding. What they differ in is what exists at once:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -103,7 +103,7 @@ class Layerwise:
         """Updates everything and returns the gradient's norm."""
         squares = 0.0
         self._optimizers.begin_step(learning_rate, scale)
-        for piece in self._as_rules_want(backward.pieces()):
+        for piece in backward.pieces(before_rows=self._observe):
             squares += _sum_of_squares(piece)
             if not math.isfinite(squares):
                 raise FloatingPointError(f"a gradient of {', '.join(piece.gradients)} is NaN or inf")
@@ -111,17 +111,11 @@ class Layerwise:
         self._optimizers.end_step()
         return math.sqrt(squares)
 
-    def _as_rules_want(self, pieces: Iterable[GradientPiece]) -> Iterator[GradientPiece]:
-        """Rows put together again for tensors whose rule needs the whole gradient."""
-        waiting: dict[str, list[Any]] = {}
-        for piece in pieces:
-            (name, gradient), *others = piece.gradients.items()
-            if piece.rows is None or others or self._optimizers.takes_rows(name):
-                yield piece
-                continue
-            waiting.setdefault(name, []).append(gradient)
-            if piece.rows.stop == self._model.config.vocab_size:
-                yield GradientPiece({name: mx.concatenate(waiting.pop(name))})
+    def _observe(self, name: str, rows: Callable[[], Iterator[GradientPiece]]) -> None:
+        """Lets a rule that wants to see all rows of a matrix before it updates some of them see them."""
+        for _ in range(self._optimizers.passes(name)):
+            for piece in rows():
+                self._optimizers.observe(self._model, piece.gradients, piece.rows)
 
 
 def _sum_of_squares(piece: GradientPiece) -> float:

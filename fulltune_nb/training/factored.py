@@ -38,6 +38,9 @@ class Adafactor:
         self.beta_1, self.scale_parameter = settings["beta_1"], settings["scale_parameter"]
         self.passes = 1 if self.clip_threshold is None else 2
 
+    def in_place(self, weight_decay: float) -> bool:
+        return False
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         if len(shape) >= 2:
             own = {"exp_avg_sq_row": Slot(shape[:-1]), "exp_avg_sq_col": Slot((*shape[:-2], shape[-1]))}
@@ -53,14 +56,14 @@ class Adafactor:
         squares = _squares(g, mx.array(scalars["scale"]))
         mean = _moved(state["exp_avg_sq"], squares + self.eps[0], scalars["beta_2"])
         weights = mx.rsqrt(mean)
-        rate = scalars["rate"] * self.parameter_scale(mx.square(p.astype(mx.float32)).sum(), p.size)
+        rate = scalars["rate"] * self.parameter_scale(mx.square(p.astype(mx.float32)), p.size)
         factor = self.clip_factor(mx.square(weights) * squares, p.size)
         new, moment = self.step(p, g, weights, state.get("exp_avg"), rate, factor, scalars)
         return new, {"exp_avg_sq": mean} | ({} if moment is None else {"exp_avg": moment})
 
     def parameter_scale(self, squares: mx.array, size: int) -> Any:
-        """Factor on the learning rate. `squares`: sum of the parameter's."""
-        return mx.maximum(self.eps[1], mx.sqrt(squares / size)) if self.scale_parameter else 1.0
+        """Factor on the learning rate. `squares`: of the parameter, summed here."""
+        return mx.maximum(self.eps[1], mx.sqrt(squares.sum() / size)) if self.scale_parameter else 1.0
 
     def clip_factor(self, squares: mx.array, size: int) -> Any:
         """Factor on the update that keeps its root mean square below the threshold. `squares`: of the update, summed here."""
@@ -84,10 +87,11 @@ class _Matrix:
     """Rows of this pass."""
     passes: int = 0
     """Passes that are done."""
-    row_sums: list[tuple[int, mx.array]] = field(default_factory=list)
+    row_sums: dict[int, mx.array] = field(default_factory=dict)
+    """First row of a piece -> sums over its rows; so are the next two."""
+    parameter_squares: dict[int, mx.array] = field(default_factory=dict)
+    update_squares: dict[int, mx.array] = field(default_factory=dict)
     column_sums: Any = 0.0
-    parameter_squares: Any = 0.0
-    update_squares: list[mx.array] = field(default_factory=list)
     row_weights: mx.array | None = None
     """(R,): the update is gradient * row_weights * column_weights * factor."""
     column_weights: mx.array | None = None
@@ -122,15 +126,15 @@ class TensorUpdate:
         matrix, first = self._matrices[index], rows.start - index * self._rows
         squares = _squares(g, mx.array(self._scalars["scale"]))
         if matrix.passes == 0:
-            matrix.row_sums.append((first, squares.sum(axis=1)))
+            matrix.row_sums[first] = squares.sum(axis=1)
             matrix.column_sums = matrix.column_sums + squares.sum(axis=0)
             if self._rule.scale_parameter:
-                matrix.parameter_squares = matrix.parameter_squares + mx.square(p.astype(mx.float32)).sum()
-            mx.eval(matrix.row_sums[-1][1], matrix.column_sums, matrix.parameter_squares)
+                matrix.parameter_squares[first] = mx.square(p.astype(mx.float32)).sum(axis=1)
+            mx.eval(matrix.row_sums[first], matrix.column_sums, matrix.parameter_squares)
         else:
             in_row = (squares * mx.square(matrix.column_weights)).sum(axis=1)
-            matrix.update_squares.append(in_row * mx.square(matrix.row_weights[first : first + g.shape[0]]))
-            mx.eval(matrix.update_squares[-1])
+            matrix.update_squares[first] = in_row * mx.square(matrix.row_weights[first : first + g.shape[0]])
+            mx.eval(matrix.update_squares[first])
         matrix.seen += g.shape[0]
         if matrix.seen > self._rows:
             raise TrainingError(f"{matrix.seen} rows of a matrix with {self._rows} were observed in one pass: each must come once.")
@@ -149,20 +153,24 @@ class TensorUpdate:
         matrix.passes += 1
         size = self._rows * self._columns
         if matrix.passes == 2:
-            matrix.factor = self._rule.clip_factor(mx.concatenate(matrix.update_squares), size)
+            matrix.factor = self._rule.clip_factor(_joined(matrix.update_squares), size)
             mx.eval(matrix.factor)
             return
         eps, beta, state, rank = self._rule.eps[0], self._scalars["beta_2"], self._state, self._rank
         own, one = slice(index * self._rows, (index + 1) * self._rows), slice(index, index + 1)
-        sums = mx.concatenate([part for _, part in sorted(matrix.row_sums, key=lambda pair: pair[0])])
-        row = _moved(take(state["exp_avg_sq_row"], rank, own), sums / self._columns + eps, beta)
+        row = _moved(take(state["exp_avg_sq_row"], rank, own), _joined(matrix.row_sums) / self._columns + eps, beta)
         column = _moved(take(state["exp_avg_sq_col"], rank - 1, one)[0], matrix.column_sums / self._rows + eps, beta)
         matrix.row_weights, matrix.column_weights = mx.rsqrt(row / row.mean()), mx.rsqrt(column)
-        matrix.rate = self._scalars["rate"] * self._rule.parameter_scale(matrix.parameter_squares, size)
+        matrix.rate = self._scalars["rate"] * self._rule.parameter_scale(_joined(matrix.parameter_squares), size)
         mx.eval(row, column, matrix.row_weights, matrix.column_weights, matrix.rate)
         state["exp_avg_sq_row"] = put(state["exp_avg_sq_row"], rank, own, row)
         state["exp_avg_sq_col"] = put(state["exp_avg_sq_col"], rank - 1, one, column[None])
         mx.eval(state["exp_avg_sq_row"], state["exp_avg_sq_col"])
+
+
+def _joined(by_row: Mapping[int, mx.array]) -> mx.array:
+    """Pieces by their first row -> (R,): in this order the sum does not hang on the order they came in."""
+    return mx.concatenate([by_row[first] for first in sorted(by_row)]) if by_row else mx.array([0.0])
 
 
 def _moved(old: mx.array, new: mx.array, beta: float) -> mx.array:

@@ -10,8 +10,9 @@ Dimension letters: B rows, T tokens, M = B * T positions, D hidden_size, N train
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +36,9 @@ class GradientPiece:
     """Module path -> gradient, summed over the step's micro-batches; evaluated."""
     rows: slice | None = None
     """The rows of the one tensor that these are; None: whole tensors."""
+
+
+BeforeRows = Callable[[str, Callable[[], Iterator[GradientPiece]]], None]
 
 
 @dataclass
@@ -78,6 +82,7 @@ class LayerwiseBackward:
     def __init__(self, model: Decoder, batches: Sequence[Batch]):
         self._model = model
         self._trained = {name for name, _ in tree_flatten(model.trainable_parameters())}  # names only: who holds an array keeps its memory
+        self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
         tokens = sum(batch.num_tokens for batch in batches)
         self._streams = [_forward(model, batch, tokens) for batch in batches]
         inputs = [stream.head for stream in self._streams]
@@ -86,10 +91,14 @@ class LayerwiseBackward:
         squares = sum(mx.square(stream.cotangent.astype(mx.float32)).sum() for stream in self._streams)
         self.last_gradient_norm = mx.sqrt(squares).item()
 
-    def pieces(self) -> Iterator[GradientPiece]:
-        """All gradients, each once: the final norm's, the blocks' from the last to the first, then the vocabulary's by rows.
+    def pieces(self, before_rows: BeforeRows | None = None) -> Iterator[GradientPiece]:
+        """All gradients, each once: the final norm's, the blocks' from the last to the first, then the vocabulary's.
 
         The weights of a piece may be changed as soon as it is handed out: what comes later does not need them any more.
+
+        Args:
+            before_rows: is called before the first piece of a matrix that comes by rows, with its name and a function that gives
+                these pieces; it may go through them any number of times.
         """
         if self._norm_gradients:
             yield GradientPiece(self._norm_gradients)
@@ -97,11 +106,14 @@ class LayerwiseBackward:
         lowest = self._lowest_block()
         for i in reversed(range(lowest, len(self._model.layers))):
             yield from self._block_pieces(i, to_input=i > lowest or "embed_tokens.weight" in self._trained)
-        yield from self._vocabulary_pieces()
-
-    def vocabulary_pieces(self) -> Iterator[GradientPiece]:
-        """The last of `pieces` once more, from the same weights: for rules that need a tensor's whole gradient in two passes."""
-        return self._vocabulary_pieces()
+        bias = self._head_bias_gradient()  # computed from the head's old weight, handed out after the weight's own
+        for name in ("lm_head.weight", "embed_tokens.weight"):
+            if name in self._trained:
+                if before_rows is not None and len(self._ranges) > 1:
+                    before_rows(name, partial(self._row_pieces, name))
+                yield from self._row_pieces(name)
+        if bias is not None:
+            yield GradientPiece({"lm_head.bias": bias})
 
     def _through_final_norm(self, head_gradients: list[mx.array]) -> Arrays:
         """Takes each stream's cotangent from the head's input to the last block's output; the norm's own gradients."""
@@ -130,30 +142,28 @@ class LayerwiseBackward:
         if sums:
             yield GradientPiece(sums)
 
-    def _vocabulary_pieces(self) -> Iterator[GradientPiece]:
-        model = self._model
-        tied = model.config.tie_word_embeddings
-        name = "embed_tokens.weight" if tied else "lm_head.weight"
-        biases = []
-        for rows in vocabulary.ranges(model.config.vocab_size, model.config.hidden_size):
-            if name not in self._trained and "lm_head.bias" not in self._trained:
-                break
-            found = vocabulary.head_gradients(model.head_weights(), [stream.head for stream in self._streams], rows)
-            biases += [found["bias"]] if "bias" in found else []
-            gradient = found["weight"]
-            if tied:
-                gradient = gradient + self._embedding_gradient(rows)
-            if name in self._trained:
-                mx.eval(gradient)
-                found.clear()
-                yield GradientPiece({name: gradient}, rows)
-        if "lm_head.bias" in self._trained:
-            yield GradientPiece({"lm_head.bias": mx.concatenate(biases)})
-        if not tied and "embed_tokens.weight" in self._trained:
-            for rows in vocabulary.ranges(model.config.vocab_size, model.config.hidden_size):
-                gradient = self._embedding_gradient(rows)
-                mx.eval(gradient)
-                yield GradientPiece({"embed_tokens.weight": gradient}, rows)
+    def _row_pieces(self, name: str) -> Iterator[GradientPiece]:
+        """The gradient of the head's or the embedding's matrix, which may be one and the same."""
+        embedding = name == "embed_tokens.weight"
+        head = not embedding or self._model.config.tie_word_embeddings
+        for rows in self._ranges:
+            parts = [self._head_gradients(rows)["weight"]] if head else []
+            parts += [self._embedding_gradient(rows)] if embedding else []
+            gradient = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            mx.eval(gradient)
+            del parts
+            yield GradientPiece({name: gradient}, rows if len(self._ranges) > 1 else None)
+            del gradient
+
+    def _head_bias_gradient(self) -> mx.array | None:
+        if "lm_head.bias" not in self._trained:
+            return None
+        gradient = mx.concatenate([self._head_gradients(rows)["bias"] for rows in self._ranges])
+        mx.eval(gradient)
+        return gradient
+
+    def _head_gradients(self, rows: slice) -> Arrays:
+        return vocabulary.head_gradients(self._model.head_weights(), [stream.head for stream in self._streams], rows)
 
     def _embedding_gradient(self, rows: slice) -> mx.array:
         config = self._model.config

@@ -32,12 +32,15 @@ def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dty
     """
     size = sum(math.prod(shape) for shape in shapes.values())
     together = min(size, piece_size() * len(cpu_streams()))
+    random_table = 0 if dtype == mx.float32 or config.rounding == "nearest" else 4 * min(size, 2 * piece_size())
     if config.optimizer == "muon":
         largest = max((math.prod(shape) for name, shape in shapes.items() if is_hidden_matrix(name, shape)), default=0)
-        return 8 * min(size, max(largest, together))
-    if config.optimizer == "adafactor" or config.optimizer.endswith("8bit") or dtype != mx.float32:
-        return _BYTES_AN_ELEMENT.get(config.optimizer, 22) * together
-    return 0
+        return 8 * min(size, max(largest, together)) + random_table
+    own = {dtype, *(slot.dtype for rule in rules_of(config).values() for shape in shapes.values() for slot in rule.slots(shape).values())}
+    if own == {mx.float32} and all(rule.in_place(config.weight_decay) for rule in rules_of(config).values()):
+        return 0
+    return _BYTES_AN_ELEMENT[config.optimizer] * together + random_table
 
 
-_BYTES_AN_ELEMENT: dict[str, int] = {}
+_BYTES_AN_ELEMENT = {"adamw": 18, "adam": 22, "sgd": 14, "lion": 10, "adafactor": 12, "adamw8bit": 22, "lion8bit": 14}
+"""Of a piece: float32 arrays on the way to the new parameters and state, as measured."""

@@ -199,17 +199,14 @@ class Optimizers:
             self._factored[name] = TensorUpdate(rule, self._shapes[name], self._state[name], scalars)
         return self._factored[name]
 
-    def takes_rows(self, name: str) -> bool:
-        """Whether `update_tensors` takes this tensor's gradient some rows at a time."""
-        return len(self._shapes[name]) >= 2 and self._rules[self._groups[name].optimizer].by_rows
-
     def _cut(self, name: str, model: nn.Module, rows: slice | None) -> Iterator[Piece]:
         """A tensor as it is where that needs little or no memory, else pieces of it."""
         shape, dtype = self._shapes[name], Place(model, name).array.dtype
         size = math.prod(shape)
-        by_rows = self._rules[self._groups[name].optimizer].by_rows
-        in_place = by_rows and dtype == mx.float32 and all(slot.dtype == mx.float32 for slot in self._slots[name].values())
-        whole = in_place or not by_rows or len(shape) < 2 or size <= piece_size()
+        rule = self._rules[self._groups[name].optimizer]
+        own = {dtype, *(slot.dtype for slot in self._slots[name].values())}
+        in_place = own == {mx.float32} and rule.in_place(self._groups[name].weight_decay)
+        whole = in_place or not rule.by_rows or len(shape) < 2 or size <= piece_size()
         if rows is None and whole and not self.passes(name):
             yield Piece(name, size, in_place=in_place)
             return

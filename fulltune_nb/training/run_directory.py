@@ -40,6 +40,17 @@ CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.js
 Entry = StepReport | EvalReport | Event
 
 
+def holds_run(path: Path) -> bool:
+    """Whether a run that has come beyond its very beginning is in a folder: it has a checkpoint, or reports of steps."""
+    if list_checkpoints(path / "checkpoints"):
+        return True
+    try:
+        with (path / METRICS_FILE).open("rb") as file:
+            return any(b'"kind": "step"' in line for line in file)
+    except OSError:
+        return False
+
+
 class RunDirectory:
     """Writes one run's files. Made by `create` or `open`, which lock the folder.
 
@@ -72,10 +83,11 @@ class RunDirectory:
             made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             lock = RunLock(path)
-            if list_checkpoints(path / "checkpoints") or (path / METRICS_FILE).exists():
+            if holds_run(path):
                 lock.release()
                 raise CheckpointError(f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or give a new run_dir.")
             config.to_yaml(path / CONFIG_FILE)
+            (path / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             if made:
                 flush_to_disk(path.parent)
         except (OSError, ConfigError, ModelError) as error:

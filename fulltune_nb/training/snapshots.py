@@ -18,7 +18,7 @@ from fulltune_nb.models.loading import load_folder_weights
 from fulltune_nb.models.saving import check_not_source
 from fulltune_nb.training.checkpoint import read_optimizer, read_state
 from fulltune_nb.training.resuming import check_same_data, check_whole, random_state, set_random_state, state_of, take_up
-from fulltune_nb.training.run_directory import save_model
+from fulltune_nb.training.run_directory import RunDirectory, save_model
 
 if TYPE_CHECKING:
     from fulltune_nb.training.trainer import Trainer
@@ -156,7 +156,7 @@ def _branch(trainer: Trainer, run_dir: str | os.PathLike | None, changes: dict[s
     lm = _copy_of(trainer.lm)
     set_random_state(random)  # the new model drew initial values, which the run must not notice
     state, arrays = state_of(trainer), _copies(trainer._optimizers.state_arrays())
-    other = type(trainer)(lm, trainer.data, config, run_dir)
+    other = type(trainer)(lm, trainer.data, config)
     if config.total_steps(other.steps_per_epoch) < trainer.step_count:
         raise ConfigError(f"the fork would have {other.total_steps} steps in all, but {trainer.step_count} are taken. Give more iters.")
     if changes.keys() & _NEW_SCHEDULE:
@@ -164,6 +164,8 @@ def _branch(trainer: Trainer, run_dir: str | os.PathLike | None, changes: dict[s
     if changes.keys() & _NEW_OPTIMIZER:
         arrays, state["optimizer_steps_before"] = other._optimizers.state_arrays(), trainer.step_count
     take_up(other, state, arrays)
+    if run_dir is not None:
+        other.journal.attach(RunDirectory.create(run_dir, config, lm.source))
     what = ", ".join(f"{name}={value!r}" for name, value in changes.items()) or "nothing changed"
     fresh = "; the optimizer begins anew" if changes.keys() & _NEW_OPTIMIZER else ""
     other.journal.event(other.step_count, "fork", f"branched off {trainer.run_dir or 'a run'} at step {other.step_count}: {what}{fresh}")

@@ -53,6 +53,9 @@ class UpdateRule(Protocol):
     """Rows are updated independently of each other: `apply` may be called with some rows of p, g and every slot, and gives bit
     for bit what it gives for all at once. A row is what has one place on all axes but the last; slots have the same rows."""
 
+    def in_place(self, weight_decay: float) -> bool:
+        """Whether float32 parameters and state are updated with no memory besides their own."""
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """Name -> array kept for a parameter of this shape."""
 
@@ -111,6 +114,9 @@ class Adam:
         self.betas, self.eps, self.bias_correction = settings["betas"], settings["eps"], settings.get("bias_correction", True)
         self.decoupled = decoupled
 
+    def in_place(self, weight_decay: float) -> bool:
+        return self.decoupled or not weight_decay  # else the decayed gradient is an array of its own
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {"m": Slot(shape), "v": Slot(shape)}
 
@@ -148,6 +154,9 @@ class SGD:
     def __init__(self, settings: Mapping[str, Any]):
         self.momentum, self.dampening, self.nesterov = settings["momentum"], settings["dampening"], settings["nesterov"]
 
+    def in_place(self, weight_decay: float) -> bool:
+        return not weight_decay
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {"v": Slot(shape)} if self.momentum else {}
 
@@ -181,6 +190,9 @@ class Lion:
     def __init__(self, settings: Mapping[str, Any]):
         self.betas = settings["betas"]
 
+    def in_place(self, weight_decay: float) -> bool:
+        return True
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {"m": Slot(shape)}
 
@@ -212,6 +224,9 @@ class MlxRule:
 
     def __init__(self, optimizer: mlx.optimizers.Optimizer, per_matrix: bool = False):
         self.optimizer, self.per_matrix = optimizer, per_matrix
+
+    def in_place(self, weight_decay: float) -> bool:
+        return False
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         probe: State = {}

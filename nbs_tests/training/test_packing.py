@@ -221,7 +221,7 @@ def test_packing_is_a_flag():
 def test_preflight_counts_the_widest_packed_row(monkeypatch):
     monkeypatch.setattr(memory, "machine_limit", lambda: 10**12)
     config = read_config({"model_type": "llama", **SMALL})
-    lm = SimpleNamespace(model=Decoder(config), config=config)
+    lm = SimpleNamespace(model=Decoder(config), config=config, dtype="float32")
     lengths = np.array([40, 30, 30, 20, 10, 10])
     split = SimpleNamespace(lengths=lengths, trainable=np.arange(6), trained_tokens=int((lengths - 1).sum()))
     data = SimpleNamespace(train=split)
