@@ -12,6 +12,7 @@ of a micro-batch. Exit code 1 where a figure of the last quarter is more than 2%
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -80,6 +81,7 @@ def measure(
     data = DataSet({"train": random_split(lengths, share)}, DataSettings(max_seq_length=config.max_seq_length), None, [], None)
     lm = ft.LanguageModel.from_config(MODEL, ft.load_model(tiny.BASE_MODEL).tokenizer, seed=0)
     batches, process = StepBatches(data.train, config), psutil.Process()
+    gc.collect()  # what was there before must not be freed in the middle
     figures, kinds, seen = [], [], set()  # a step's kind: the shapes of its micro-batches
     for report in ft.Trainer(lm, data, config).steps():
         figures.append((report.active_memory, report.peak_memory, process.memory_info().rss))
