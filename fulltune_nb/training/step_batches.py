@@ -19,7 +19,7 @@ class StepBatches:
     """
 
     def __init__(self, split: Split, config: TrainConfig):
-        self._split = split
+        self._split, self._config = split, config
         self._order = batch_order(split, config)
         self._epoch = -1
         self._steps: list[list[tuple[Row, ...]]] = []  # of self._epoch
@@ -28,6 +28,15 @@ class StepBatches:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which every row is trained on once."""
         return self._order.steps_per_epoch
+
+    @property
+    def packing_note(self) -> str:
+        """What packing makes of the rows, in a sentence."""
+        rows, packed, config = len(self._split.trainable), self._order.rows_per_epoch, self._config
+        return (
+            f"{rows:,} rows are packed into {packed:,} of at most {config.max_seq_length:,} tokens;"
+            f" batch_size={config.batch_size} counts these, and an epoch is {self.steps_per_epoch:,} steps"
+        )
 
     def of_step(self, step: int) -> list[Batch]:
         """The micro-batches of step `step`, counted from 0."""

@@ -115,6 +115,8 @@ class Trainer(Branching):
         self._upkeep = Upkeep(self)
         self.patience = Patience(config.patience)
         self._batches = StepBatches(data.train, config)
+        if config.packing:
+            self._event("packing", self._batches.packing_note)
         self.total_steps = config.total_steps(self._batches.steps_per_epoch)
         self._rate = LearningRate(make_schedule(config, self.total_steps))
         self._store_weights()
