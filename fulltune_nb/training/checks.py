@@ -128,12 +128,12 @@ def text(value: Any) -> str:
     return value
 
 
-def one_of(*texts: str) -> Check:
-    """One of these texts."""
+def choice(*allowed: str) -> Check:
+    """One of a few texts."""
 
     def check(value: Any) -> str:
-        if value not in texts:
-            raise Refused(" or ".join(repr(text) for text in texts))
+        if not isinstance(value, str) or value not in allowed:
+            raise Refused(f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
         return value
 
     return check

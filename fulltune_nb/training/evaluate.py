@@ -12,6 +12,7 @@ from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.reading import SPLITS
 from fulltune_nb.errors import DataError
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training.history import EvalReport
 from fulltune_nb.training.loss import cross_entropy_only
 
@@ -28,7 +29,7 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
     total, tokens = 0.0, 0
     for rows in evaluation_batches(split, batch_size, max_batches):
         batch = collate(split, rows)
-        hidden = model.hidden_states(mx.array(batch.inputs))  # (B, T, D)
+        hidden = model.hidden_states(mx.array(batch.inputs), dtype=compute_dtype(model.embed_tokens.weight.dtype))  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
         loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights))
         total += loss.item()

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.data.dataset import DataSet, load_data
-from fulltune_nb.errors import CheckpointError, DataError, TrainingError
+from fulltune_nb.errors import CheckpointError, DataError, TornStepError
 from fulltune_nb.language_model import LanguageModel, load_model
 from fulltune_nb.models.families import read_config
 from fulltune_nb.models.loading import load_folder_weights, read_json
@@ -63,14 +63,21 @@ def set_random_state(state: list[int]) -> None:
 def check_whole(trainer: Trainer) -> None:
     """
     Raises:
-        TrainingError: a step was broken off between its first and its last update, so that some weights are new and some old.
+        TornStepError: some weights are new and some old.
     """
-    if trainer._optimizers.step != trainer.step_count - trainer.optimizer_steps_before:
-        back = f"Trainer.resume({str(trainer.run_dir)!r})" if trainer.run_dir else "trainer.restore(a snapshot), or a new trainer"
-        raise TrainingError(
-            f"Step {trainer.step_count + 1} was broken off in the middle of its update: some weights are new and some old, so they are"
-            f" neither trained on nor saved. What is on the disk is whole: go on with {back}."
-        )
+    if reason := torn_reason(trainer):
+        raise TornStepError(reason)
+
+
+def torn_reason(trainer: Trainer) -> str | None:
+    """Why the weights are of no use, if a step was broken off between its first and its last update; else None."""
+    if trainer._optimizers.step == trainer.step_count - trainer.optimizer_steps_before:
+        return None
+    back = f"Trainer.resume({str(trainer.run_dir)!r})" if trainer.run_dir else "trainer.restore(a snapshot), or a new trainer"
+    return (
+        f"Step {trainer.step_count + 1} was broken off in the middle of its update: some weights are new and some old, so they are"
+        f" neither trained on, nor used, nor saved. What is on the disk is whole: go on with {back}."
+    )
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -106,6 +113,7 @@ def take_up(trainer: Trainer, state: Mapping[str, Any], optimizer_arrays: dict[s
     trainer._optimizers.load_state_arrays(optimizer_arrays)
     trainer.journal.history[:] = history
     trainer.step_count = state["step"]
+    trainer.lm.torn = None
     trainer.optimizer_steps_before = state["optimizer_steps_before"]
     trainer._rate.factor = state["rate_factor"]
     trainer.patience.load(state["patience"])
@@ -134,7 +142,7 @@ def resume_run(
         lm = _model_of(folder, state["model_source"], lm, force, notes)
         data = _data_of(data, state["data"], lm, config, force, notes)
         trainer = kind.__new__(kind)
-        trainer._set_up(lm, data, config)
+        trainer._set_up(lm, data, config, force)
         trainer.journal.directory = directory
         take_up(trainer, state, read_optimizer(folder))
         for path, why in damaged.items():

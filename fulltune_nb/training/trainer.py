@@ -5,7 +5,6 @@ Randomness is a function of the seed and the position (epoch, step): nothing has
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,22 +13,23 @@ from typing import Any
 
 import mlx.core as mx
 
-from fulltune_nb.data.batching import Batch
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.errors import DataError, NonFiniteError, TrainingError
+from fulltune_nb.errors import DataError, TrainingError
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.allocator import cap_cache
-from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.config import TrainConfig, check_agreement
+from fulltune_nb.training.engines import ENGINES
 from fulltune_nb.training.evaluate import evaluate_split
 from fulltune_nb.training.history import EvalReport, History, StepReport
 from fulltune_nb.training.interrupts import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.journal import Journal
+from fulltune_nb.training.memory import choose_backward
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.patience import Patience
-from fulltune_nb.training.resuming import check_whole, resume_run, state_of
+from fulltune_nb.training.resuming import check_whole, resume_run, state_of, torn_reason
+from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
 from fulltune_nb.training.run_directory import RunDirectory
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.selection import select_trainable
@@ -50,23 +50,33 @@ class Trainer(Branching):
         total_steps: steps of the whole run.
         patience: the count of validation losses.
         optimizer_steps_before: steps taken before the optimizer was begun anew, in a fork with another one.
+        backward: "whole" or "layerwise": how gradients are computed, from `config.memory` and `config.backward`.
         interrupted: whether the last `run` was ended by an interrupt.
     """
 
-    def __init__(self, lm: LanguageModel, data: DataSet, config: TrainConfig | None = None, run_dir: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        data: DataSet,
+        config: TrainConfig | None = None,
+        run_dir: str | os.PathLike | None = None,
+        force: bool = False,
+    ):
         """
         Args:
-            lm: a model in float32, or in bfloat16, which is turned into float32 here.
+            lm: the model; its weights take the dtype that `config.weights` asks for.
             data: needs a train split; its settings must agree with the config's.
             config: the settings; the defaults where left out.
             run_dir: a new folder for checkpoints and metrics, locked while this trainer lives; None writes nothing.
+            force: go on even where `preflight` says that the run does not fit into this machine's memory.
 
         Raises:
             ConfigError: settings that disagree with the data's, or patterns that match nothing.
             DataError: no train split.
+            MemoryLimitError: the run does not fit; the message says what would make it fit.
             CheckpointError: `run_dir` already holds a run, or lies in the source model's folder.
         """
-        self._set_up(lm, data, config or TrainConfig())
+        self._set_up(lm, data, config or TrainConfig(), force)
         if run_dir is not None:
             self._journal.attach(RunDirectory.create(run_dir, self.config, lm.source))
 
@@ -93,7 +103,7 @@ class Trainer(Branching):
         """
         return resume_run(cls, run_dir, lm, data, force)
 
-    def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
+    def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool = False) -> None:
         if data.train is None:
             raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
         check_agreement(data.settings, config)
@@ -107,13 +117,22 @@ class Trainer(Branching):
         self._batches = StepBatches(data.train, config)
         self.total_steps = config.total_steps(self._batches.steps_per_epoch)
         self._rate = LearningRate(make_schedule(config, self.total_steps))
-        cap_cache()
-        if lm.dtype != "float32":
-            self._event("dtype", f"weights were {lm.dtype} and are trained in float32: bfloat16 would lose small updates")
-            lm.model.set_dtype(mx.float32)
-            mx.eval(lm.model.parameters())
+        self._store_weights()
         select_trainable(lm.model, config.train_only, config.freeze)
+        self.backward = choose_backward(lm, data, config, force)
+        cap_cache(lean=self.backward == "layerwise")
         self._optimizers = Optimizers(lm.model, config, lambda name: to_hf(name, lm.config.family))
+        self._engine = ENGINES[self.backward](lm.model, self._optimizers, config)
+
+    def _store_weights(self) -> None:
+        """Gives the weights the dtype that `config.weights` asks for."""
+        dtype = stored_dtype(self.config.weights, self.lm.dtype)
+        if (name := str(dtype).removeprefix("mlx.core.")) != self.lm.dtype:
+            self._event("dtype", f"weights were {self.lm.dtype} and are trained in {name}")
+            self.lm.model.set_dtype(dtype)
+            mx.eval(self.lm.model.parameters())
+        if name == "bfloat16" and self.config.rounding == "nearest":
+            self._event("rounding", NEAREST_WARNING)
 
     @property
     def history(self) -> History:
@@ -158,33 +177,25 @@ class Trainer(Branching):
 
         Raises:
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
+            TornStepError: the layerwise engine failed half-way, now or in the step before; go back to a snapshot or checkpoint.
         """
         with interrupts_deferred():
+            check_whole(self)
             if self.step_count == 0 and self._directory and not self._directory.checkpoints():
                 self.save()  # a run can always go back to where it began
             started = time.perf_counter()
             mx.reset_peak_memory()
             batches = self._batches.of_step(self.step_count)
-            loss, gradients = step_gradients(self.lm.model, batches, self.config.grad_checkpoint)
-            mx.eval(loss, gradients)  # before the norm: in one graph with it, grad_checkpoint's peak doubles
-            norm = global_norm(gradients)
-            self._check_finite(loss.item(), norm.item(), batches)
             rate = self.learning_rate
-            self._optimizers.update(self.lm.model, gradients, rate, clip_scale(norm.item(), self.config.max_grad_norm))
-            del gradients
+            try:
+                result = self._engine.step(self.step_count + 1, batches, rate)
+            except BaseException:
+                self.lm.torn = torn_reason(self)
+                raise
             self.step_count += 1
-            report = self._report(loss.item(), norm.item(), rate, sum(batch.num_tokens for batch in batches), started)
+            report = self._report(result.loss, result.grad_norm, rate, sum(batch.num_tokens for batch in batches), started)
             self._journal.record(report)
         return report
-
-    def _check_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        rows = ", ".join(source for batch in batches for source in batch.sources)
-        raise NonFiniteError(
-            f"step {self.step_count + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was updated. The batch's rows: {rows}."
-            " Look at these rows, lower the learning rate, or set max_grad_norm."
-        )
 
     def _report(self, loss: float, norm: float, rate: float, tokens: int, started: float) -> StepReport:
         seconds = time.perf_counter() - started

@@ -101,7 +101,7 @@ def test_what_was_reported_before_the_directory_was_there_stands_in_it_too(make_
 
     lm = make_lm()
     lm.model.set_dtype(mx.bfloat16)
-    trainer = ft.Trainer(lm, make_data(), ft.TrainConfig(iters=1), tmp_path / "run")
+    trainer = ft.Trainer(lm, make_data(), ft.TrainConfig(iters=1, weights="float32"), tmp_path / "run")
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == [event.kind for event in trainer.history.events] != []
 
