@@ -145,8 +145,10 @@ def put_in_place(new: Path, place: Path) -> None:
         except OSError:
             os.rename(aside, place)
             raise
-    flush_to_disk(place.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        flush_to_disk(place.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -299,4 +299,14 @@ def check_weights_file(path: Path) -> list[Tensor]:
         WeightsError: it is damaged, made up, or holds what is no tensor.
     """
     check_ending(path)
-    return open_npz(path) if path.suffix == ".npz" else open_safetensors(path)
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    tensors = open_npz(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # a checksum for each, which MLX finds wrong only when the array is used
+    except UNREADABLE as error:
+        raise WeightsError(f"{path} cannot be read as npz: {str(error)[:300]}. If it is cut short, copy it again.") from error
+    if damaged is not None:
+        raise WeightsError(f"{path} cannot be read as npz: the checksum of {damaged[:80]} is wrong. Copy the file again.")
+    return tensors
