@@ -37,6 +37,7 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encoding import Example
+    from fulltune_nb.insight.token_losses import token_losses
     from fulltune_nb.language_model import LanguageModel, load_model
     from fulltune_nb.panels.chat import ChatPanel
     from fulltune_nb.panels.data import DataPanel
@@ -72,6 +73,7 @@ __all__ = [
     "plot_memory",
     "preflight",
     "system_info",
+    "token_losses",
 ]
 
 _HOMES = {
@@ -91,6 +93,7 @@ _HOMES = {
     "plot_loss": "plots",
     "plot_memory": "plots",
     "preflight": "training.memory",
+    "token_losses": "insight.token_losses",
 }
 
 

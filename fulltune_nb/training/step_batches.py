@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fulltune_nb.data.batching import Batch, BatchOrder, collate
 from fulltune_nb.data.dataset import Split
+from fulltune_nb.data.encoding import Example
+from fulltune_nb.data.settings import whole
 from fulltune_nb.training.config import TrainConfig
 
 
@@ -32,3 +34,11 @@ class StepBatches:
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._order.epoch(epoch)
         return [collate(self._split, rows) for rows in self._steps[cursor]]
+
+    def examples_of(self, step: int) -> list[Example]:
+        """The rows of step `step`, counted from 1 as in its report, in the order of the micro-batches.
+
+        Raises:
+            ConfigError: no whole number of at least 1.
+        """
+        return [self._split[row] for batch in self.of_step(whole("step", step, low=1) - 1) for row in batch.rows]

@@ -14,9 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from fulltune_nb.data.batching import Batch
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.errors import DataError, NonFiniteError, TrainingError
+from fulltune_nb.data.encoding import Example
+from fulltune_nb.errors import DataError, TrainingError
 from fulltune_nb.html import facts
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.names import to_hf
@@ -25,6 +25,7 @@ from fulltune_nb.training.backward import clip_scale, global_norm, step_gradient
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.config import TrainConfig, check_agreement
 from fulltune_nb.training.evaluate import evaluate_loss
+from fulltune_nb.training.finite import check_finite
 from fulltune_nb.training.history import EvalReport, History, StepReport
 from fulltune_nb.training.interrupts import interrupts_deferred
 from fulltune_nb.training.journal import Journal
@@ -158,7 +159,7 @@ class Trainer:
             loss, gradients = step_gradients(self.lm.model, batches, self.config.grad_checkpoint)
             mx.eval(loss, gradients)  # before the norm: in one graph with it, grad_checkpoint's peak doubles
             norm = global_norm(gradients)
-            self._check_finite(loss.item(), norm.item(), batches)
+            check_finite(self.step_count + 1, loss.item(), norm.item(), batches)
             rate = self.learning_rate
             self._optimizers.update(self.lm.model, gradients, rate, clip_scale(norm.item(), self.config.max_grad_norm))
             del gradients
@@ -166,15 +167,6 @@ class Trainer:
             report = self._report(loss.item(), norm.item(), rate, sum(batch.num_tokens for batch in batches), started)
             self._journal.record(report)
         return report
-
-    def _check_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        rows = ", ".join(source for batch in batches for source in batch.sources)
-        raise NonFiniteError(
-            f"step {self.step_count + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was updated. The batch's rows: {rows}."
-            " Look at these rows, lower the learning rate, or set max_grad_norm."
-        )
 
     def _report(self, loss: float, norm: float, rate: float, tokens: int, started: float) -> StepReport:
         seconds = time.perf_counter() - started
@@ -191,6 +183,10 @@ class Trainer:
             active_memory=mx.get_active_memory(),
             cache_memory=mx.get_cache_memory(),
         )
+
+    def batch_at(self, step: int) -> list[Example]:
+        """The rows that step `step` trains on; counted as in its report (from 1), steps to come too."""
+        return self._batches.examples_of(step)
 
     # -- many steps -----------------------------------------------------------------------------------------------
 
