@@ -37,7 +37,8 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encoding import Example
-    from fulltune_nb.insight.token_losses import token_losses
+    from fulltune_nb.insight.losses import token_losses
+    from fulltune_nb.insight.tracing import inspect, trace
     from fulltune_nb.language_model import LanguageModel, load_model
     from fulltune_nb.panels.chat import ChatPanel
     from fulltune_nb.panels.data import DataPanel
@@ -67,6 +68,7 @@ __all__ = [
     "TrainPanel",
     "Trainer",
     "TrainingError",
+    "inspect",
     "load_data",
     "load_model",
     "plot_loss",
@@ -74,6 +76,7 @@ __all__ = [
     "preflight",
     "system_info",
     "token_losses",
+    "trace",
 ]
 
 _HOMES = {
@@ -88,12 +91,14 @@ _HOMES = {
     "TrainConfig": "training.config",
     "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
+    "inspect": "insight.tracing",
     "load_data": "data.dataset",
     "load_model": "language_model",
     "plot_loss": "plots",
     "plot_memory": "plots",
     "preflight": "training.memory",
-    "token_losses": "insight.token_losses",
+    "token_losses": "insight.losses",
+    "trace": "insight.tracing",
 }
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 
 from fulltune_nb.html import PALETTE
 from fulltune_nb.plots import drawing
@@ -25,9 +28,17 @@ _NAME = 48  # characters of a label
 
 
 def plain(text: object, limit: int = _NAME) -> str:
-    """Foreign text for a figure: one line, cut, and without the `$` between which matplotlib reads formulas."""
+    """Foreign text for a figure: one line, cut, without the `$` between which matplotlib reads formulas, and
+    with a box for each character that its font has not."""
     line = " ".join(str(text).split())
+    line = "".join(c if ord(c) in _glyphs() else "□" for c in line)
     return (line if len(line) <= limit else f"{line[: limit - 1]}…").replace("$", r"\$")
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> frozenset[int]:
+    """Code points that matplotlib's own font has; it warns at each drawing of another one."""
+    return frozenset(FT2Font(findfont("DejaVu Sans")).get_charmap())
 
 
 def curves(
@@ -100,3 +111,21 @@ def _labelled(ax: Any, x_label: str, y_label: str, title: str, empty: bool) -> A
     if empty:
         ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", va="center")
     return ax
+
+
+def small_maps(maps: Sequence[np.ndarray], names: Sequence[str], title: str) -> Any:
+    """Many maps of one size in a grid, each with its own scale from 0: a figure."""
+    columns = min(8, max(1, len(maps)))
+    lines = math.ceil(len(maps) / columns)
+    with drawing(None) as ax:
+        figure = ax.figure
+        ax.remove()
+        figure.set_size_inches(1.3 * columns, 1.45 * lines + 0.4)
+        for place, (values, name) in enumerate(zip(maps, names, strict=True)):
+            own = figure.add_subplot(lines, columns, place + 1)
+            own.imshow(values, interpolation="nearest", cmap="viridis", vmin=0.0)
+            own.set_title(plain(name), fontsize="x-small")
+            own.set_xticks([])
+            own.set_yticks([])
+        figure.suptitle(plain(title, 90), fontsize="medium")
+        return figure

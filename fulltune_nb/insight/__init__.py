@@ -4,10 +4,13 @@
 
     ft.token_losses(lm, data.valid[:3])          # which tokens are hard, and what the model would rather have said
     insight.top_losses(lm, data.valid).page(1)   # the rows with the largest loss
+    ft.trace(lm, "some text")                    # residual stream, attention, what each layer would say
+    ft.inspect(trainer, data.train[0])           # the same, and the gradient by block
 
 The most used ones stand at the package's top too.
 """
 
-from fulltune_nb.insight.token_losses import TokenLosses, TopLosses, token_losses, top_losses
+from fulltune_nb.insight.losses import TokenLosses, TopLosses, token_losses, top_losses
+from fulltune_nb.insight.tracing import Inspection, Trace, inspect, trace
 
-__all__ = ["TokenLosses", "TopLosses", "token_losses", "top_losses"]
+__all__ = ["Inspection", "TokenLosses", "TopLosses", "Trace", "inspect", "token_losses", "top_losses", "trace"]

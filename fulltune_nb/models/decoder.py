@@ -65,6 +65,15 @@ class Attention(nn.Module):
             self.k_norm = Norm(config.norm, config.head_dim, config.norm_eps)
 
     def __call__(self, x: mx.array, rotation: Rotation, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+        queries, keys, values = self.heads(x, rotation)
+        if cache is not None:
+            keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
+        mixed = attend(queries, keys, values, mask)
+        rows, _, length, _ = mixed.shape
+        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+    def heads(self, x: mx.array, rotation: Rotation) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, T, C), keys and values (B, K, T, C) of inputs (B, T, D), as they meet each other."""
         config = self._config
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, heads * C)
         if config.clip_qkv is not None:
@@ -72,12 +81,7 @@ class Attention(nn.Module):
         queries, keys, values = self._split(queries), self._split(keys), self._split(values)  # -> (B, heads, T, C)
         if config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        if cache is not None:
-            keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
-        mixed = attend(queries, keys, values, mask)
-        rows, _, length, _ = mixed.shape
-        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        return rotate(queries, rotation), rotate(keys, rotation), values
 
     def _split(self, x: mx.array) -> mx.array:
         rows, length, _ = x.shape
@@ -205,15 +209,17 @@ class Decoder(nn.Module):
             checkpoint: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
         """
         x = self.embed(ids)
-        length = ids.shape[1]
-        rotation = rotation_table(self._frequencies, cache[0].offset if cache else 0, length)
-        masks = self._masks(length, cache)
+        rotation, masks = self.surroundings(ids.shape[1], cache)
         for i, block in enumerate(self.layers):
             if checkpoint:
                 x = _checkpointed(block)(block.trainable_parameters(), x, rotation, masks[i])
             else:
                 x = block(x, rotation, masks[i], cache[i] if cache else None)
         return self.norm(x)
+
+    def surroundings(self, length: int, cache: Sequence[KVCache] | None = None) -> tuple[Rotation, list[mx.array | None]]:
+        """What the blocks are given besides their input: the rotation of `length` new tokens, and a mask for each layer."""
+        return rotation_table(self._frequencies, cache[0].offset if cache else 0, length), self._masks(length, cache)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""

@@ -174,7 +174,7 @@ def test_four_thousand_tokens_are_drawn_in_two_seconds_and_stay_in_a_box(make_lm
 
 
 def test_what_is_not_shown_is_counted(make_lm, monkeypatch):
-    monkeypatch.setattr("fulltune_nb.insight.token_losses_view.TOKENS_SHOWN", 5)
+    monkeypatch.setattr("fulltune_nb.insight.losses_view.TOKENS_SHOWN", 5)
     html = ft.token_losses(make_lm(), ["the quick brown fox jumps over the lazy dog", "rows", "city"])._repr_html_()
     assert "tokens not shown" in html and "2 more examples not shown" in html
 

@@ -131,7 +131,7 @@ class TokenLosses:
         return f"TokenLosses({len(self.rows)} examples, {self.tokens:,} trained tokens, mean loss {self.loss:.4f}{against})"
 
     def _repr_html_(self) -> str:
-        from fulltune_nb.insight.token_losses_view import token_losses_html
+        from fulltune_nb.insight.losses_view import token_losses_html
 
         return token_losses_html(self)
 
@@ -232,7 +232,7 @@ class TopLosses:
         return f"TopLosses({len(self.order):,} rows by {self._by}{worst}, {self.pages:,} pages)"
 
     def _repr_html_(self) -> str:
-        from fulltune_nb.insight.token_losses_view import top_losses_html
+        from fulltune_nb.insight.losses_view import top_losses_html
 
         return top_losses_html(self, self._lines(2 * self.page_size), self._by)
 

@@ -15,7 +15,7 @@ from fulltune_nb.data.lens import token_texts, visible
 from fulltune_nb.html import NO_MATH, PALETTE, esc, table
 
 if TYPE_CHECKING:
-    from fulltune_nb.insight.token_losses import ExampleLosses, TokenLosses, TopLosses
+    from fulltune_nb.insight.losses import ExampleLosses, TokenLosses, TopLosses
 
 TOKENS_SHOWN = 6000
 """Boxes in one cell; what is beyond is counted. A browser lays out so many in a fraction of a second."""
