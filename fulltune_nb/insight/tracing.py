@@ -15,6 +15,7 @@ from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.insight import walk
 from fulltune_nb.insight.examples import as_examples, text_example
 from fulltune_nb.insight.frames import frame
+from fulltune_nb.insight.survival import block_of
 from fulltune_nb.insight.token_statistics import ALTERNATIVES, top_tokens
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.cpu_math import softmax_statistics
@@ -225,7 +226,7 @@ class Inspection(Trace):
         """The same taken together: `"embed_tokens"`, `"layers.0"` and so on, `"norm"`, `"lm_head"`; in the model's order."""
         squares: dict[str, float] = {}
         for name, norm in self.gradient_norms.items():
-            squares[_block(name)] = squares.get(_block(name), 0.0) + norm**2
+            squares[block_of(name)] = squares.get(block_of(name), 0.0) + norm**2
         order = ["embed_tokens", *(f"layers.{i}" for i in range(self.num_layers)), "norm", "lm_head"]
         return {name: squares[name] ** 0.5 for name in order if name in squares}
 
@@ -285,10 +286,6 @@ def _one(lm: LanguageModel, given: Any) -> Example:
 
 def _lengths(x: mx.array) -> np.ndarray:
     return np.array(mx.linalg.norm(x[0].astype(mx.float32), axis=-1))
-
-
-def _block(name: str) -> str:
-    return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
 
 
 def _index(name: str, value: int, low: int, high: int) -> int:

@@ -18,6 +18,7 @@ from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.checks import SettingError, nearest
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.optimizer_settings import optimizer_settings
+from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver
 from fulltune_nb.training.update_rules import Shape, State, UpdateRule, make_rule
 
 _CHUNK_BYTES = 2**26  # parameters updated between two evaluations; Adafactor and Muon have temporaries of that size
@@ -58,6 +59,8 @@ class Optimizers:
         _check_patterns(config, _shapes(model.parameters()), hf_name := hf_name or _family_name(model))
         self.step = 0
         """Updates made."""
+        self.observers: list[UpdateObserver] = []
+        """Are told of every tensor's update."""
         self._groups = {name: _group(name, shape, config, hf_name) for name, shape in shapes.items()}
         self._rules = _rules(config)
         self._slots = _slots(shapes, self._groups, self._rules)
@@ -89,6 +92,12 @@ class Optimizers:
         old = dict(tree_flatten(model.trainable_parameters()))
         for names in _chunks(flat):
             new, dealer = {}, Dealer()
+            for name in names if self.observers else ():
+                rule, own = self._rules[self._groups[name].optimizer], scalars[self._groups[name]]
+                update = PendingUpdate(name, self.step, old[name], flat[name], rule, self._state[name], own)
+                for observer in self.observers:
+                    observer.before(update)
+                del update  # the old array must have no holder left
             for name in names:
                 group = self._groups[name]
                 # `pop`, and the state's place taken: only the new arrays' graph then holds the old ones, so that evaluation
@@ -99,6 +108,9 @@ class Optimizers:
             model.update(tree_unflatten(list(new.items())))
             mx.eval(new)  # first: Lion's new parameter reads the old moment, whose memory is free only after that
             mx.eval([self._state[name] for name in names])
+            for observer in self.observers:
+                for name in names:
+                    observer.after(name, new[name])
 
     def state_arrays(self) -> dict[str, mx.array]:
         """The state as flat names -> arrays: `"step"`, and `"<module path>.<slot>"` for each slot of each parameter."""

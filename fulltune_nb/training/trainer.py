@@ -122,6 +122,11 @@ class Trainer:
         return self._journal
 
     @property
+    def optimizers(self) -> Optimizers:
+        """What updates the weights; its `observers` see each tensor's update."""
+        return self._optimizers
+
+    @property
     def _directory(self) -> RunDirectory | None:
         return self._journal.directory
 
@@ -328,8 +333,7 @@ class Trainer:
         self._journal.event(self.step_count, kind, message)
 
     def __repr__(self) -> str:
-        where = str(self.run_dir) if self.run_dir else None
-        return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={where!r})"
+        return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={self.run_dir and str(self.run_dir)!r})"
 
     def _repr_html_(self) -> str:
         last = self.history.steps[-1].loss if self.history.steps else None
