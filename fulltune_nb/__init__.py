@@ -37,6 +37,7 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encoding import Example
+    from fulltune_nb.insight.generation_score import evaluate_generation
     from fulltune_nb.insight.losses import token_losses
     from fulltune_nb.insight.tracing import inspect, trace
     from fulltune_nb.language_model import LanguageModel, load_model
@@ -68,6 +69,7 @@ __all__ = [
     "TrainPanel",
     "Trainer",
     "TrainingError",
+    "evaluate_generation",
     "inspect",
     "load_data",
     "load_model",
@@ -91,6 +93,7 @@ _HOMES = {
     "TrainConfig": "training.config",
     "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
+    "evaluate_generation": "insight.generation_score",
     "inspect": "insight.tracing",
     "load_data": "data.dataset",
     "load_model": "language_model",
