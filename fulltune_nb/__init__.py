@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encoding import Example
     from fulltune_nb.insight.generation_score import evaluate_generation
+    from fulltune_nb.insight.learning_rate import find_lr
     from fulltune_nb.insight.losses import token_losses
     from fulltune_nb.insight.tracing import inspect, trace
     from fulltune_nb.language_model import LanguageModel, load_model
@@ -70,6 +71,7 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "evaluate_generation",
+    "find_lr",
     "inspect",
     "load_data",
     "load_model",
@@ -94,6 +96,7 @@ _HOMES = {
     "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
     "evaluate_generation": "insight.generation_score",
+    "find_lr": "insight.learning_rate",
     "inspect": "insight.tracing",
     "load_data": "data.dataset",
     "load_model": "language_model",

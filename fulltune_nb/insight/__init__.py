@@ -7,12 +7,14 @@
     ft.trace(lm, "some text")                    # residual stream, attention, what each layer would say
     ft.inspect(trainer, data.train[0])           # the same, and the gradient by block
     trainer.run(callbacks=[insight.UpdateMeter()])  # which updates survive rounding
+    ft.find_lr(trainer).plot()                   # which learning rate
     ft.evaluate_generation(lm, data.test)        # what the model writes, judged
 
 The most used ones stand at the package's top too.
 """
 
 from fulltune_nb.insight.generation_score import GenerationReport, GenerationScore, evaluate_generation
+from fulltune_nb.insight.learning_rate import LearningRateSearch, find_lr
 from fulltune_nb.insight.losses import TokenLosses, TopLosses, token_losses, top_losses
 from fulltune_nb.insight.survival import UpdateMeter
 from fulltune_nb.insight.tracing import Inspection, Trace, inspect, trace
@@ -21,11 +23,13 @@ __all__ = [
     "GenerationReport",
     "GenerationScore",
     "Inspection",
+    "LearningRateSearch",
     "TokenLosses",
     "TopLosses",
     "Trace",
     "UpdateMeter",
     "evaluate_generation",
+    "find_lr",
     "inspect",
     "token_losses",
     "top_losses",

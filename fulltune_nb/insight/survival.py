@@ -140,12 +140,17 @@ class UpdateMeter:
 
     def on_step(self, trainer: Trainer, report: Any) -> None:
         """The step is whole: what was seen of it is taken down."""
-        fresh, self._fresh = self._fresh, []
-        new = [TensorUpdate(step=report.step, **seen) for seen in fresh]
-        self.records += new
+        new = self.collect(report.step)
         if new and not self._warned and (message := self._eaten(trainer, new)):
             self._warned = True
             trainer.journal.event(report.step, "rounding", message)
+
+    def collect(self, step: int) -> list[TensorUpdate]:
+        """What was seen since the last call, as of this step; for a loop of one's own, where no trainer tells that a step is whole."""
+        fresh, self._fresh = self._fresh, []
+        new = [TensorUpdate(step=step, **seen) for seen in fresh]
+        self.records += new
+        return new
 
     def _eaten(self, trainer: Trainer, records: list[TensorUpdate]) -> str:
         """The warning, or nothing."""

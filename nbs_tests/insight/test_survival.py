@@ -65,7 +65,7 @@ def one_update(lm, rate, meter, optimizer="adamw", **settings):
     optimizers, changes, count = Optimizers(lm.model, config), _Changes(), _Count(lm.model)
     optimizers.observers += [changes, meter]
     optimizers.update(lm.model, gradients_for(lm.model), rate)
-    meter.records += [TensorUpdate(step=1, **seen) for seen in meter._fresh]
+    meter.collect(1)
     return count.share(changes.found), changes.found, count
 
 
@@ -109,7 +109,7 @@ def test_stochastic_rounding_reads_its_expected_share(make_lm):
     old = _Count(lm.model)
     optimizers.observers += [changes, meter]
     optimizers.update(lm.model, gradients_for(lm.model), 1e-3)
-    meter.records += [TensorUpdate(step=1, **seen) for seen in meter._fresh]
+    meter.collect(1)
     expected = moving = 0.0
     for name, change in changes.found.items():
         exact = (old.old[name] + change).astype(np.float32)
