@@ -37,6 +37,7 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encoding import Example
+    from fulltune_nb.insight.comparison import compare
     from fulltune_nb.insight.generation_score import evaluate_generation
     from fulltune_nb.insight.learning_rate import find_lr
     from fulltune_nb.insight.losses import token_losses
@@ -70,6 +71,7 @@ __all__ = [
     "TrainPanel",
     "Trainer",
     "TrainingError",
+    "compare",
     "evaluate_generation",
     "find_lr",
     "inspect",
@@ -95,6 +97,7 @@ _HOMES = {
     "TrainConfig": "training.config",
     "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
+    "compare": "insight.comparison",
     "evaluate_generation": "insight.generation_score",
     "find_lr": "insight.learning_rate",
     "inspect": "insight.tracing",

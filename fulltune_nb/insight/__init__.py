@@ -9,10 +9,14 @@
     trainer.run(callbacks=[insight.UpdateMeter()])  # which updates survive rounding
     ft.find_lr(trainer).plot()                   # which learning rate
     ft.evaluate_generation(lm, data.test)        # what the model writes, judged
+    trainer.run(callbacks=[insight.Forgetting(prompts, text)])  # what it forgets
+    ft.compare(["runs/a", "runs/b"])             # runs side by side
 
 The most used ones stand at the package's top too.
 """
 
+from fulltune_nb.insight.comparison import Comparison, compare
+from fulltune_nb.insight.forgetting import Forgetting
 from fulltune_nb.insight.generation_score import GenerationReport, GenerationScore, evaluate_generation
 from fulltune_nb.insight.learning_rate import LearningRateSearch, find_lr
 from fulltune_nb.insight.losses import TokenLosses, TopLosses, token_losses, top_losses
@@ -20,6 +24,8 @@ from fulltune_nb.insight.survival import UpdateMeter
 from fulltune_nb.insight.tracing import Inspection, Trace, inspect, trace
 
 __all__ = [
+    "Comparison",
+    "Forgetting",
     "GenerationReport",
     "GenerationScore",
     "Inspection",
@@ -28,6 +34,7 @@ __all__ = [
     "TopLosses",
     "Trace",
     "UpdateMeter",
+    "compare",
     "evaluate_generation",
     "find_lr",
     "inspect",
