@@ -54,7 +54,7 @@ class Forgetting:
     """
 
     def __init__(
-        self, prompts: Sequence[str] = (), text: Any = (), max_tokens: int = 64, chat: bool | None = None, sample: int | None = 2**16
+        self, prompts: Sequence[str] = (), text: Any = (), max_tokens: int = 64, chat: bool | None = None, sample: int | None = 2**14
     ):
         """
         Args:

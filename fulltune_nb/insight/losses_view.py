@@ -65,10 +65,11 @@ def _style(value: float, trained: bool, compared: bool) -> str:
         return "outline:2px dashed" if np.isposinf(value) else ""
     level = int(np.searchsorted(_DIFFERENCE_LEVELS if compared else _LOSS_LEVELS, abs(value), side="right"))
     if level == 0:
-        return ""
+        return "margin-right:1px"
     better = value < 0
     colour, side = (PALETTE[0], "top") if better else (PALETTE[5], "bottom")
-    return f"background:{colour}{_ALPHAS[level]};border-{side}:{_WIDTHS[level]}px {'solid' if trained else 'dotted'} {colour}"
+    line = f"{_WIDTHS[level]}px {'solid' if trained else 'dotted'} {colour}"
+    return f"margin-right:1px;background:{colour}{_ALPHAS[level]};border-{side}:{line}"
 
 
 def _example(row: ExampleLosses, tokenizer, texts: dict[int, str], left: int) -> str:

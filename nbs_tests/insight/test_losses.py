@@ -165,10 +165,10 @@ def test_four_thousand_tokens_are_drawn_in_two_seconds_and_stay_in_a_box(make_lm
     lm = make_lm(max_position_embeddings=4096)
     tokens = np.random.default_rng(0).integers(10, 400, 4096).astype(np.int32)
     found = ft.token_losses(lm, ft.Example(tokens, np.arange(4096) > 100, "", "long:1", 0, {}, lm.tokenizer))
-    started = time.perf_counter()
+    started = time.process_time()  # of the processor: other programs do not count
     html = found._repr_html_()
     found.plot().figure.canvas.draw()
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert html.count("title=") == 4096 and "max-height" in html and html.count("<rect") == 120
     assert len(html) < 2_500_000
 

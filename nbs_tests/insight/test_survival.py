@@ -219,8 +219,8 @@ def test_thirty_two_layers_and_many_steps_are_drawn_in_two_seconds():
     meter = UpdateMeter()
     names = [f"layers.{layer}.{part}" for layer in range(32) for part in "abcdefghi"]
     meter.records = [TensorUpdate(step, name, "bfloat16", 9, 9, 9, step % 9, 0.1, 0.1, 1.0) for step in range(1, 201) for name in names]
-    started = time.perf_counter()
+    started = time.process_time()  # of the processor: other programs do not count
     html = meter._repr_html_()
     meter.plot().figure.canvas.draw()
-    assert time.perf_counter() - started < 2 and len(html) < 500_000 and "140 earlier measurements" in html
+    assert time.process_time() - started < 2 and len(html) < 500_000 and "140 earlier measurements" in html
     plt.close("all")

@@ -164,11 +164,11 @@ def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_two_seconds(mak
     found.top_ids = random.integers(10, 400, (layers, length, 5))
     found.top_probabilities = random.random((layers, length, 5))
     found._maps = {1: random.random((4, length, length), dtype=np.float32)}
-    started = time.perf_counter()
+    started = time.process_time()  # of the processor: other programs do not count
     html = found._repr_html_()
-    assert time.perf_counter() - started < 2 and len(html) < 600_000
+    assert time.process_time() - started < 2 and len(html) < 600_000
     assert "4,080 tokens before these are not shown" in html and html.count("<rect") == 33 * 64
     for draw in (found.plot, found.plot_lens, lambda: found.plot_attention(1)):
-        started = time.perf_counter()
+        started = time.process_time()  # of the processor: other programs do not count
         draw().figure.canvas.draw()
-        assert time.perf_counter() - started < 2
+        assert time.process_time() - started < 2
