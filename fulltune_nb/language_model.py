@@ -12,13 +12,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from fulltune_nb.chat_template import ensure_chat_template
-from fulltune_nb.errors import GenerationError, ModelError
+from fulltune_nb.errors import GenerationError, ModelError, TornStepError
 from fulltune_nb.generation import Ends, GenerationSettings, answer_many, stream_answer
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.loading import load_decoder, load_model_file, read_json, resolve_model_path
-from fulltune_nb.models.saving import save_folder
+from fulltune_nb.models.saving import check_not_source, save_folder
 from fulltune_nb.prompts import Prompt, answer_end, chat_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class LanguageModel:
         tokenizer: the `transformers` tokenizer.
         source: where it was loaded from: folder or hub id; None for random weights.
         generation_config: `generation_config.json` of the source, or None.
+        torn: why the weights cannot be used, when a training step was broken off half-way; else None.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.source = source
         self.generation_config = generation_config
+        self.torn: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LanguageModel:
@@ -132,6 +134,7 @@ class LanguageModel:
         Raises:
             GenerationError: a prompt or a setting that cannot be used.
         """
+        self._check_whole()
         settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
         tokens = prompt_ids(self.tokenizer, prompt, self.config.vocab_size)
         return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings))
@@ -179,6 +182,7 @@ class LanguageModel:
         Raises:
             GenerationError: messages the template refuses, or a setting that cannot be used.
         """
+        self._check_whole()
         settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
         tokens = self.chat_tokens(messages, tools)
         return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings, chat=True), continues=False)
@@ -196,6 +200,7 @@ class LanguageModel:
         Raises:
             GenerationError: a prompt or a setting that cannot be used; the message says which prompt.
         """
+        self._check_whole()
         if isinstance(prompts, str):
             raise GenerationError("generate_many takes a list of prompts, found one text. Use generate, or put it into a list.")
         tokens = _each(prompts, lambda prompt: prompt_ids(self.tokenizer, prompt, self.config.vocab_size), "prompts")
@@ -232,6 +237,10 @@ class LanguageModel:
         ends = self._ends(checked, chat)
         return answer_many(self.model, self.tokenizer, prompts, checked, ends, continues=not chat, batch_size=max(1, batch_size))
 
+    def _check_whole(self) -> None:
+        if self.torn:
+            raise TornStepError(self.torn)
+
     def _ends(self, settings: GenerationSettings, chat: bool = False) -> Ends:
         ids, strings = answer_end(self.tokenizer) if chat else ((), ())
         return Ends(frozenset((*self.stop_ids, *ids)), (*settings.stop, *strings))
@@ -243,9 +252,12 @@ class LanguageModel:
             folder: new or empty.
 
         Raises:
-            ModelError: the folder is not empty or cannot be written.
+            ModelError: the folder is not empty, lies in the folder this model was loaded from, or cannot be written.
         """
+        self._check_whole()
         folder = Path(folder).expanduser()
+        if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
+            check_not_source(folder, self.source, "The folder")
         save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config)
         return folder
 

@@ -6,18 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from fulltune_nb.data.settings import whole
-from fulltune_nb.errors import ConfigError
+from fulltune_nb.errors import ConfigError, NonFiniteError, TornStepError
 from fulltune_nb.html import NO_MATH, facts
 from fulltune_nb.insight.frames import frame
 from fulltune_nb.insight.survival import UpdateMeter, survival
-from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
-from fulltune_nb.training.rehearsal import rehearsal
-from fulltune_nb.training.step_batches import StepBatches
+from fulltune_nb.training.rehearsal import Step, rehearsal
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -143,9 +140,10 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     dtypes = {str(array.dtype).removeprefix("mlx.core.") for _, array in tree_flatten(trainer.lm.model.trainable_parameters())}
     rounded = sorted(dtypes - {"float32"})
     rates, losses, survivals = [], [], []
-    with rehearsal(trainer):
-        meter = UpdateMeter(every=1, sample=_SAMPLE) if rounded else None
-        for rate, loss, share in _sweep(trainer, np.geomspace(lowest, highest, steps).tolist(), meter):
+    meter = UpdateMeter(every=1, sample=_SAMPLE) if rounded else None
+    with rehearsal(trainer) as step:
+        trainer.optimizers.observers += [meter] if meter else []
+        for rate, loss, share in _sweep(step, np.geomspace(lowest, highest, steps).tolist(), meter):
             rates.append(rate)
             losses.append(loss)
             survivals.append(share)
@@ -155,21 +153,15 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic)
 
 
-def _sweep(trainer: Trainer, rates: Sequence[float], meter: UpdateMeter | None) -> Iterator[tuple[float, float, float]]:
-    """Rate, loss before the update, share of the updates that survived."""
-    model, optimizers, config = trainer.lm.model, trainer.optimizers, trainer.config
-    batches = StepBatches(trainer.data.train, config)
-    optimizers.observers += [meter] if meter else []
-    for number, rate in enumerate(rates):
-        loss, gradients = step_gradients(model, batches.of_step(trainer.step_count + number), config.grad_checkpoint)
-        mx.eval(loss, gradients)
-        norm = global_norm(gradients).item()
-        if not (math.isfinite(norm) and math.isfinite(loss.item())):
+def _sweep(step: Step, rates: Sequence[float], meter: UpdateMeter | None) -> Iterator[tuple[float, float, float]]:
+    """Rate, loss before the update, share of the updates that survived; ends where the loss is not finite."""
+    for number, rate in enumerate(rates, 1):
+        try:
+            loss = step(rate).loss
+        except (NonFiniteError, TornStepError):  # all is taken back anyway
             yield rate, math.inf, math.nan
             return
-        optimizers.update(model, gradients, rate, clip_scale(norm, config.max_grad_norm))
-        del gradients
-        yield rate, loss.item(), survival(meter.collect(number + 1)) if meter else math.nan
+        yield rate, loss, survival(meter.collect(number)) if meter else math.nan
 
 
 def _ran_away(losses: Sequence[float], recent: int = 5) -> bool:

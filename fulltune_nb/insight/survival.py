@@ -81,8 +81,8 @@ class UpdateMeter:
         self.records: list[TensorUpdate] = []
         self._trainer: Trainer | None = None
         self._attached_by_run = self._warned = False
-        self._seen: dict[str, dict[str, Any]] = {}  # by name, of the update under way
-        self._fresh: list[dict[str, Any]] = []  # of the step under way
+        self._seen: dict[tuple[str, int], _Piece] = {}  # of the update under way, by name and first row
+        self._fresh: list[_Piece] = []  # of the step under way
 
     # -- attaching ------------------------------------------------------------------------------------------------
 
@@ -119,23 +119,22 @@ class UpdateMeter:
         """See `UpdateObserver`."""
         if (update.step - 1) % self.every:
             return
-        weight = update.weight
-        skip = 1 if self.sample is None else min(weight.size // self.sample, weight.shape[0])
+        size = math.prod(update.shape)
+        skip = 1 if self.sample is None else min(size // self.sample, update.weight.shape[0])
         skip = max(1, skip - 1 + skip % 2)  # odd: an even one could pick the same place in every head
-        old, moving, ratio = _moving(update, skip)
-        self._seen[update.name] = {
-            "name": update.name, "dtype": str(weight.dtype).removeprefix("mlx.core."), "size": weight.size, "looked_at": old.size,
-            "update_ratio": ratio, "gradient_norm": norm(update.gradient), "weight_norm": norm(weight),
-            "old": old, "moving": moving, "skip": skip,
-        }
+        old, moving, update_squares, sample_squares = _moving(update, skip)
+        self._seen[update.name, update.first_row] = _Piece(
+            update.name, str(update.weight.dtype).removeprefix("mlx.core."), size, old.size, update_squares, sample_squares,
+            sum_of_squares(update.gradient), sum_of_squares(update.weight), old, moving, skip,
+        )  # fmt: skip
 
-    def after(self, name: str, new: mx.array) -> None:
+    def after(self, name: str, first_row: int, new: mx.array) -> None:
         """See `UpdateObserver`."""
-        if (seen := self._seen.pop(name, None)) is None:
+        if (seen := self._seen.pop((name, first_row), None)) is None:
             return
-        moving = seen["moving"]
-        differs = new[:: seen.pop("skip")] != seen.pop("old")
-        seen["changed"], seen["moving"] = (differs & moving).sum().item(), moving.sum().item()
+        differs = new[:: seen.skip] != seen.old
+        seen.counts = (seen.moving.sum().item(), (differs & seen.moving).sum().item())
+        seen.old = seen.moving = None
         self._fresh.append(seen)
 
     def on_step(self, trainer: Trainer, report: Any) -> None:
@@ -148,7 +147,10 @@ class UpdateMeter:
     def collect(self, step: int) -> list[TensorUpdate]:
         """What was seen since the last call, as of this step; for a loop of one's own, where no trainer tells that a step is whole."""
         fresh, self._fresh = self._fresh, []
-        new = [TensorUpdate(step=step, **seen) for seen in fresh]
+        pieces: dict[str, list[_Piece]] = {}
+        for seen in fresh:
+            pieces.setdefault(seen.name, []).append(seen)
+        new = [_joined(step, own) for own in pieces.values()]
         self.records += new
         return new
 
@@ -233,23 +235,60 @@ class UpdateMeter:
         return survival_html(self)
 
 
-def _moving(update: PendingUpdate, skip: int) -> tuple[mx.array, mx.array, float]:
-    """The rows before the update, which of their elements it moves, and its norm over theirs; evaluated, so that nothing is held."""
+@dataclass
+class _Piece:
+    """What was seen of a tensor, or of some rows of it. Squares are sums of them."""
+
+    name: str
+    dtype: str
+    size: int
+    """Elements of the whole tensor."""
+    looked_at: int
+    update_squares: float
+    sample_squares: float
+    """Of the weights that were looked at."""
+    gradient_squares: float
+    weight_squares: float
+    old: mx.array | None
+    moving: mx.array | None
+    skip: int
+    counts: tuple[int, int] = (0, 0)
+    """Elements that were to move, and that did."""
+
+
+def _joined(step: int, pieces: list[_Piece]) -> TensorUpdate:
+    sample = sum(piece.sample_squares for piece in pieces)
+    return TensorUpdate(
+        step=step, name=pieces[0].name, dtype=pieces[0].dtype, size=pieces[0].size,
+        looked_at=sum(piece.looked_at for piece in pieces), moving=sum(piece.counts[0] for piece in pieces),
+        changed=sum(piece.counts[1] for piece in pieces),
+        update_ratio=math.sqrt(sum(piece.update_squares for piece in pieces) / max(sample, 1e-30)),
+        gradient_norm=math.sqrt(sum(piece.gradient_squares for piece in pieces)),
+        weight_norm=math.sqrt(sum(piece.weight_squares for piece in pieces)),
+    )  # fmt: skip
+
+
+def _moving(update: PendingUpdate, skip: int) -> tuple[mx.array, mx.array, float, float]:
+    """The rows before the update, which of their elements it moves, its squares and theirs; evaluated, so that nothing is held."""
     weight, change = update.change(skip)
     old = update.weight[::skip] + 0  # a copy: a view of the rows would hold the whole array
-    moving = change != 0
-    ratio = mx.sqrt(mx.square(change).sum() / mx.maximum(mx.square(weight).sum(), 1e-30))
-    mx.eval(old, moving, ratio)
-    return old, moving, ratio.item()
+    moving, squares = change != 0, [mx.square(change).sum(), mx.square(weight).sum()]
+    mx.eval(old, moving, squares)
+    return old, moving, squares[0].item(), squares[1].item()
 
 
-def norm(array: mx.array) -> float:
-    """L2 norm in float32, of any dtype, some millions of elements at a time."""
+def sum_of_squares(array: mx.array) -> float:
+    """In float32, of any dtype, some millions of elements at a time."""
     flat, total = array.reshape(-1), 0.0
     for begin in range(0, flat.size, _NORM_CHUNK):
         part = flat[begin : begin + _NORM_CHUNK].astype(mx.float32)
         total += mx.inner(part, part).item()
-    return math.sqrt(total)
+    return total
+
+
+def norm(array: mx.array) -> float:
+    """L2 norm; see `sum_of_squares`."""
+    return math.sqrt(sum_of_squares(array))
 
 
 def survival(records: Iterable[TensorUpdate]) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fulltune_nb.models.cpu_math import softmax_statistics
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training.loss import CHUNK_ELEMENTS
 
 ALTERNATIVES = 5
@@ -46,7 +47,8 @@ def token_statistics(model: Decoder, rows: Sequence[np.ndarray], alternatives: i
         inputs = np.zeros((len(numbers), max(1, *(len(rows[i]) - 1 for i in numbers))), dtype=np.int32)
         for b, i in enumerate(numbers):
             inputs[b, : max(0, len(rows[i]) - 1)] = rows[i][:-1]
-        hidden = model.hidden_states(mx.array(inputs))  # (B, T - 1, D); padding stands to the right, where nothing looks from
+        # (B, T - 1, D); padding stands to the right, where nothing looks from
+        hidden = model.hidden_states(mx.array(inputs), dtype=compute_dtype(model.embed_tokens.weight.dtype))
         mx.eval(hidden)
         for b, i in enumerate(numbers):
             found[i] = _of_row(model, hidden[b, : max(0, len(rows[i]) - 1)], rows[i], alternatives)

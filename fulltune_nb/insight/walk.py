@@ -15,14 +15,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.kernels import attention_shares
+from fulltune_nb.models.kernels import attention_shares, compute_dtype
 from fulltune_nb.training.loss import cross_entropy
 
 
 def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
     """The embedding, then the output of each block before any final norm: L + 1 arrays (1, T, D), evaluated."""
-    rotation, masks = model.surroundings(len(tokens))
-    x = model.embed(mx.array(tokens.astype(np.int32))[None])
+    rotation, masks = model.context(len(tokens))
+    x = model.embed(mx.array(tokens.astype(np.int32))[None], compute_dtype(model.embed_tokens.weight.dtype))
     mx.eval(x)
     yield x
     for block, mask in zip(model.layers, masks, strict=True):
@@ -34,7 +34,7 @@ def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
 def attention_of_block(model: Decoder, layer: int, x: mx.array) -> Iterator[np.ndarray]:
     """The attention maps of block `layer` (from 0) for its input x (1, T, D): those of one key/value head at a time, (H / K, T, T)."""
     block = model.layers[layer]
-    rotation, masks = model.surroundings(x.shape[1])
+    rotation, masks = model.context(x.shape[1])
     queries, keys, _ = block.attention.heads(block.input_norm(x), rotation)
     groups = queries.shape[1] // keys.shape[1]
     for head in range(keys.shape[1]):
@@ -74,7 +74,7 @@ def gradients(
         The mean loss in nats; the L2 norm of the gradient of every trainable tensor, by module path; and that of the residual
         stream (L + 1, T), by block and position.
     """
-    rotation, masks = model.surroundings(len(tokens))
+    rotation, masks = model.context(len(tokens))
     places = mx.array(np.flatnonzero(trained).astype(np.int32) - 1)
     targets = mx.array(tokens[trained].astype(np.int32))
     weights = mx.full(targets.shape, 1.0 / targets.size)
@@ -95,7 +95,7 @@ def gradients(
         per_token.append(slope)
     ids = mx.array(tokens.astype(np.int32))[None]
     first = _Part(model, lambda path: path.startswith("embed_tokens"))
-    _, _, own = first.back(lambda _: model.embed(ids), mx.zeros((1,)), slope)
+    _, _, own = first.back(lambda _: model.embed(ids, compute_dtype(model.embed_tokens.weight.dtype)), mx.zeros((1,)), slope)
     for name, array in own.items():  # a tied embedding has a second gradient, from the head
         norms[name] = _norm(array + head[name] if name in head else array)
     by_position = np.stack([np.linalg.norm(np.array(one[0].astype(mx.float32)), axis=-1) for one in reversed(per_token)])

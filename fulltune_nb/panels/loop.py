@@ -15,7 +15,7 @@ from typing import Any
 from fulltune_nb.errors import TrainingError
 from fulltune_nb.panels.interrupts import InterruptWatch, hear
 from fulltune_nb.training.history import EvalReport, StepReport
-from fulltune_nb.training.interrupts import interrupts_deferred
+from fulltune_nb.training.interrupts import StoppedAtOnce, Termination, interrupts_deferred
 from fulltune_nb.training.trainer import Trainer
 
 PAUSE_SECONDS = 0.001
@@ -71,6 +71,7 @@ class TrainLoop:
         self._task: asyncio.Task | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._watch = InterruptWatch(self._interrupt)
+        self._termination = Termination(self._interrupt)
         self._waiting = 0
 
     @property
@@ -184,10 +185,13 @@ class TrainLoop:
             await self._between_steps()
             while self._wants_more():
                 self._watch.watch()
+                self._termination.watch()
                 with interrupts_deferred():
                     next(steps, None)
                 await self._between_steps()
                 await asyncio.sleep(PAUSE_SECONDS)
+        except StoppedAtOnce as error:
+            self.error = error
         except KeyboardInterrupt:
             hear()  # every run that goes on is meant
         except asyncio.CancelledError:  # the event loop is closing
@@ -220,6 +224,7 @@ class TrainLoop:
         except Exception as error:
             self.error = error
         self.tell_change()
+        self._termination.leave()  # last: SIGTERM, if it has arrived, takes effect
 
     def tell_change(self) -> None:
         """Has everything that shows the run look anew."""

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.files import write_text
 
 _MAX_BYTES = 1_000_000  # a settings file is a few kB; a model or data file given by mistake is not read
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
@@ -147,10 +148,9 @@ def write_yaml(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     """
     target = Path(path)
     text = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{os.fspath(path)}: cannot be written: there is no folder {target.parent}. Make it first.")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
+        write_text(target, text)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ConfigError(f"{os.fspath(path)}: cannot be written: {error.strerror}. Check the folder.") from None

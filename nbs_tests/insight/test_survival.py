@@ -23,16 +23,25 @@ OPTIMIZERS = {
 
 
 class _Changes:
-    """Collects every tensor's update before rounding."""
+    """Collects every tensor's update before rounding; pieces are put together by their rows."""
 
     def __init__(self):
-        self.found: dict[str, np.ndarray] = {}
+        self._pieces: dict[str, dict[int, np.ndarray]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def before(self, update: PendingUpdate) -> None:
-        self.found[update.name] = np.array(update.change()[1], dtype=np.float64)
+        self._pieces.setdefault(update.name, {})[update.first_row] = np.array(update.change()[1], dtype=np.float64)
+        self._shapes[update.name] = update.shape
 
-    def after(self, name, new) -> None:
+    def after(self, name, first_row, new) -> None:
         pass
+
+    @property
+    def found(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.concatenate([pieces[row] for row in sorted(pieces)]).reshape(self._shapes[name])
+            for name, pieces in self._pieces.items()
+        }
 
 
 class _Count:
@@ -61,7 +70,7 @@ def gradients_for(model, seed=0):
 
 def one_update(lm, rate, meter, optimizer="adamw", **settings):
     """A step of an optimizer outside a trainer; returns the direct count's share."""
-    config = ft.TrainConfig(optimizer=optimizer, learning_rate=rate, **settings)
+    config = ft.TrainConfig(optimizer=optimizer, learning_rate=rate, **{"rounding": "nearest", **settings})
     optimizers, changes, count = Optimizers(lm.model, config), _Changes(), _Count(lm.model)
     optimizers.observers += [changes, meter]
     optimizers.update(lm.model, gradients_for(lm.model), rate)
@@ -88,24 +97,11 @@ def test_bfloat16_rounded_to_nearest_loses_most_updates_at_a_small_rate(make_lm)
 
 
 def test_stochastic_rounding_reads_its_expected_share(make_lm):
-    """The rule is one that rounds up or down at random; the share expected is the mean of update over spacing."""
+    """The share expected is the mean of update over spacing."""
     lm = make_lm()
     lm.model.set_dtype(mx.bfloat16)
-    config = ft.TrainConfig(optimizer="sgd", learning_rate=1.0)
+    config = ft.TrainConfig(optimizer="sgd", learning_rate=1.0, rounding="stochastic")
     optimizers, changes, meter = Optimizers(lm.model, config), _Changes(), UpdateMeter(sample=None)
-    (name,) = {group.optimizer for group in optimizers.groups()}
-    plain = optimizers._rules[name]
-
-    class Stochastic:
-        change = plain.change
-        begin = plain.begin
-
-        def apply(self, p, g, state, scalars):
-            exact, state = plain.apply(p.astype(mx.float32), g, state, scalars)
-            bits = mx.view(exact, mx.uint32) + mx.random.randint(0, 65536, exact.shape, dtype=mx.uint32)
-            return mx.view(bits & 0xFFFF0000, mx.float32).astype(p.dtype), state
-
-    optimizers._rules[name] = Stochastic()
     old = _Count(lm.model)
     optimizers.observers += [changes, meter]
     optimizers.update(lm.model, gradients_for(lm.model), 1e-3)
@@ -190,12 +186,11 @@ def test_attached_it_stays_and_can_be_attached_twice(make_trainer):
 
 
 def test_eaten_updates_are_an_event_that_names_the_remedy(make_trainer):
-    trainer = make_trainer(learning_rate=1e-6)
-    trainer.lm.model.set_dtype(mx.bfloat16)
+    trainer = make_trainer(learning_rate=1e-6, weights="bfloat16", rounding="nearest")
     meter = UpdateMeter(every=1).attach(trainer)
     for _ in range(3):
         trainer.step()
-    (event,) = [event for event in trainer.history.events if event.kind == "rounding"]
+    (event,) = [event for event in trainer.history.events if "survive rounding" in event.message]
     assert 'rounding="stochastic"' in event.message and "bfloat16" in event.message and event.step == 1
     assert meter.survival() < 0.3
 
@@ -224,3 +219,22 @@ def test_thirty_two_layers_and_many_steps_are_drawn_in_two_seconds():
     meter.plot().figure.canvas.draw()
     assert time.process_time() - started < 2 and len(html) < 500_000 and "140 earlier measurements" in html
     plt.close("all")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
+def test_layer_by_layer_and_in_pieces_it_reads_the_same_as_over_the_whole_graph(make_trainer, monkeypatch, optimizer):
+    monkeypatch.setattr("fulltune_nb.training.optimizers.piece_size", lambda: 700)
+    monkeypatch.setattr("fulltune_nb.training.pieces.piece_size", lambda: 700)
+    found = {}
+    for backward in ("whole", "layerwise"):
+        trainer = make_trainer(optimizer=optimizer, backward=backward, weights="bfloat16", rounding="nearest", learning_rate=1e-4)
+        meter = UpdateMeter(every=1, sample=None).attach(trainer)
+        trainer.step()
+        found[backward] = {record.name: record for record in meter.records}
+        assert all(record.looked_at == record.size for record in meter.records)
+    assert found["whole"].keys() == found["layerwise"].keys()
+    for name, record in found["whole"].items():
+        other = found["layerwise"][name]
+        assert other.gradient_norm == pytest.approx(record.gradient_norm, rel=2e-2)
+        assert other.weight_norm == pytest.approx(record.weight_norm, rel=1e-5)
+        assert other.changed == pytest.approx(record.changed, abs=0.02 * record.size)
