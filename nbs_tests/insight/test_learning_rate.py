@@ -31,9 +31,18 @@ def test_everything_is_bit_for_bit_as_before_at_the_start_and_on_the_way(make_tr
     assert trainer.step_count == quiet.step_count
 
 
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
+def test_layer_by_layer_in_bfloat16_too(make_trainer, optimizer):
+    lean = {"backward": "layerwise", "weights": "bfloat16", "optimizer": optimizer, "max_grad_norm": 1.0}
+    trainer, quiet = make_trainer(**lean), make_trainer(**lean)
+    trainer.step(), quiet.step()
+    before = everything(trainer)
+    ft.find_lr(trainer, steps=10)
+    assert everything(trainer) == before and trainer.step().loss == quiet.step().loss
+
+
 def test_bfloat16_weights_come_back_too(make_trainer):
-    trainer = make_trainer()
-    trainer.lm.model.set_dtype(mx.bfloat16)
+    trainer = make_trainer(weights="bfloat16", rounding="nearest")
     before = everything(trainer)
     found = ft.find_lr(trainer, steps=30, lowest=1e-7, highest=1e-1)
     assert everything(trainer) == before

@@ -130,6 +130,18 @@ def test_batch_at_gives_the_rows_behind_a_report(make_trainer):
         trainer.batch_at(0)
 
 
+def test_batch_at_gives_the_rows_of_packed_batches_too(make_trainer):
+    trainer = make_trainer(rows=12, packing=True, max_seq_length=64, batch_size=2)
+    for _ in range(3):
+        expected = ft.token_losses(trainer.lm, trainer.batch_at(trainer.step_count + 1)).loss
+        assert trainer.step().loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_losses_of_bfloat16_weights_are_those_of_evaluate_too(make_trainer):
+    trainer = make_trainer(weights="bfloat16")
+    assert ft.token_losses(trainer.lm, trainer.data.valid).loss == pytest.approx(trainer.evaluate("valid").loss, abs=1e-5)
+
+
 def test_asking_for_batches_changes_nothing_in_the_run(make_trainer):
     asked, quiet = make_trainer(), make_trainer()
     for _ in range(4):
