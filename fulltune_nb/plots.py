@@ -54,7 +54,7 @@ def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         ConfigError: `history` is not a list of reports.
     """
     steps, evals, events = _sorted_out(history, "plot_loss")
-    with _drawing(ax) as ax:
+    with drawing(ax) as ax:
         if steps:
             _draw_training_loss(ax, steps)
         for split in dict.fromkeys(report.split for report in evals):
@@ -74,7 +74,7 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         ConfigError: `history` is not a list of reports.
     """
     steps, _, events = _sorted_out(history, "plot_memory")
-    with _drawing(ax) as ax:
+    with drawing(ax) as ax:
         if steps:
             x, peak = _series(steps, "peak_memory")
             active, cache = _series(steps, "active_memory")[1], _series(steps, "cache_memory")[1]
@@ -126,7 +126,7 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 @contextmanager
-def _drawing(ax: Axes | None) -> Iterator[Axes]:
+def drawing(ax: Axes | None) -> Iterator[Axes]:
     """The axes to draw on: those given as they are, or new ones, and then our style within the block."""
     if ax is not None:
         yield ax

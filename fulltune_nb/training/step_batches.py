@@ -6,7 +6,9 @@ import numpy as np
 
 from fulltune_nb.data.batching import Batch, BatchOrder, Row, collate
 from fulltune_nb.data.dataset import Split
+from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.packing import PackedOrder, best_fit
+from fulltune_nb.data.settings import whole
 from fulltune_nb.training.config import TrainConfig
 
 
@@ -44,6 +46,14 @@ class StepBatches:
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._order.epoch(epoch)
         return [collate(self._split, rows, self._order.shape(rows)) for rows in self._steps[cursor]]
+
+    def examples_of(self, step: int) -> list[Example]:
+        """The rows of step `step`, counted from 1 as in its report, in the order of the micro-batches.
+
+        Raises:
+            ConfigError: no whole number of at least 1.
+        """
+        return [self._split[row] for batch in self.of_step(whole("step", step, low=1) - 1) for row in batch.rows]
 
 
 def batch_order(split: Split, config: TrainConfig) -> BatchOrder:
