@@ -167,3 +167,14 @@ def test_a_trainer_given_in_place_of_its_history_is_pointed_to_it():
     trainer = type("Trainer", (), {"history": []})()
     with pytest.raises(ft.ConfigError, match="got Trainer. Pass its .history."):
         ft.plot_memory(trainer)
+
+
+def test_runs_are_drawn_side_by_side_and_those_past_the_first_twelve_are_counted():
+    from fulltune_nb.plots import plot_runs
+
+    evaluated = ft.History([ft.EvalReport("valid", step, 2.0 / (step + 1), 1.0, 9, 0.1) for step in range(3)])
+    axes = plot_runs({f"$x$={number}": evaluated for number in range(14)} | {"nothing": ft.History()})
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(names) == 13 and names[-1] == "2 more" and names[0] == r"\$x\$=0"
+    axes.figure.canvas.draw()
+    assert [text.get_text() for text in plot_runs({}).texts] == ["nothing recorded yet"]

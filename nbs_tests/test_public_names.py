@@ -16,7 +16,8 @@ import fulltune_nb as ft
 
 NAMES = """
 ChatPanel CheckpointError ConfigError DataError DataPanel EvalReport Event Example FulltuneError History LanguageModel ModelError
-NonFiniteError StepReport TrainConfig TrainPanel Trainer TrainingError load_data load_model plot_loss plot_memory preflight system_info
+NonFiniteError StepReport TrainConfig TrainPanel Trainer TrainingError load_data load_model plot_loss plot_memory preflight
+sweep system_info
 """.split()
 HEAVY = ("mlx", "numpy", "transformers", "tokenizers", "huggingface_hub", "matplotlib", "IPython", "ipywidgets", "pandas", "tqdm", "torch")
 
