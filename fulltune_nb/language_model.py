@@ -35,6 +35,7 @@ class LanguageModel:
         tokenizer: the `transformers` tokenizer.
         source: where it was loaded from: folder or hub id; None for random weights.
         generation_config: `generation_config.json` of the source, or None.
+        card: how the weights came about, as `.files()`, texts by file name that `save` writes too; None where nothing is known.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.source = source
         self.generation_config = generation_config
+        self.card: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LanguageModel:
@@ -231,6 +233,8 @@ class LanguageModel:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes a complete Hugging Face folder that `transformers`, `mlx-lm` and `load_model` read.
 
+        A model that was trained gets a `README.md` that says how: base, data, settings, losses, versions.
+
         Args:
             folder: new or empty.
 
@@ -238,7 +242,8 @@ class LanguageModel:
             ModelError: the folder is not empty or cannot be written.
         """
         folder = Path(folder).expanduser()
-        save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config)
+        texts = self.card.files() if self.card is not None else {}
+        save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config, texts)
         return folder
 
     def __repr__(self) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fulltune_nb.models.saving import write_text
 from fulltune_nb.training.history import EvalReport, History
+from fulltune_nb.training.model_card import versions
 from fulltune_nb.training.trainer import Trainer
 
 FILE = "result.json"
-_PACKAGES = ("fulltune_nb", "mlx", "transformers")
 
 
 def experiment_result(trainer: Trainer, before: EvalReport | None, after: EvalReport, exported: str = "") -> dict[str, Any]:
@@ -48,17 +47,6 @@ def experiment_result(trainer: Trainer, before: EvalReport | None, after: EvalRe
         "exported": exported or None,
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> Path:

@@ -89,7 +89,13 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
         raise WeightsError(f"{path} could not be written: {error}. Check free space and permissions.") from error
 
 
-def save_folder(folder: Path, model: Decoder, save_tokenizer: Callable[[str], Any] | None, generation_config: dict | None = None) -> None:
+def save_folder(
+    folder: Path,
+    model: Decoder,
+    save_tokenizer: Callable[[str], Any] | None,
+    generation_config: dict | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
     `config.json` is the source's own, with the tying of the embeddings and the dtype written out.
@@ -99,6 +105,7 @@ def save_folder(folder: Path, model: Decoder, save_tokenizer: Callable[[str], An
         model: the weights.
         save_tokenizer: `tokenizer.save_pretrained`, or None.
         generation_config: written where given.
+        texts: further files, by name.
 
     Raises:
         ModelError: the folder is not empty or cannot be made.
@@ -114,6 +121,8 @@ def save_folder(folder: Path, model: Decoder, save_tokenizer: Callable[[str], An
             save_tokenizer(str(folder))
         if generation_config is not None:
             write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
+        for name, text in (texts or {}).items():
+            write_text(folder / name, text)
         config = _exported_config(model, next(iter(tensors.values())).dtype)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     except BaseException as error:  # an interrupt too leaves no half-written model that looks like one

@@ -28,6 +28,7 @@ from fulltune_nb.training.evaluate import evaluate_loss
 from fulltune_nb.training.history import EvalReport, History, StepReport
 from fulltune_nb.training.interrupts import interrupts_deferred
 from fulltune_nb.training.journal import Journal
+from fulltune_nb.training.model_card import ModelCard
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.patience import Patience
 from fulltune_nb.training.run_directory import RunDirectory, restore
@@ -95,9 +96,8 @@ class Trainer:
             raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
         check_agreement(data.settings, config)
         self.lm, self.data, self.config = lm, data, config
-        self.interrupted = False
-        self.step_count = 0
-        self._journal = Journal(self)
+        self.interrupted, self.step_count, self._journal = False, 0, Journal(self)
+        lm.card = ModelCard(lm.source, data, config, self.history)
         self._patience = Patience(config.patience)
         self._batches = StepBatches(data.train, config)
         self.total_steps = config.total_steps(self._batches.steps_per_epoch)
