@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fulltune_nb.data.dataset import DataSet
+from fulltune_nb.data.hub import PREFIX
 from fulltune_nb.html import PALETTE, esc
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, History, StepReport
@@ -38,7 +39,7 @@ class ModelCard:
     def __init__(self, base: str | None, data: DataSet, config: TrainConfig, history: History):
         self.base, self.config, self.history = base, config, history
         rows = ", ".join(f"{name} {len(split):,} rows of {split.format}" for name, split in data.splits.items())
-        self.data = {"rows": rows, "source": Path(data.source).name if data.source else "rows in memory"}
+        self.data = {"rows": rows, "source": _source_name(data.source)}
         self._data: DataSet | None = data  # until its fingerprint is first asked for
 
     @cached_property
@@ -116,6 +117,12 @@ class ModelCard:
         chosen = [*reports[:-1:stride], reports[-1]]
         kind = [(r.split, f"{r.perplexity:,.3f}") if isinstance(r, EvalReport) else ("train", "") for r in chosen]
         return [(f"{r.step:,}", split, f"{r.loss:.4f}", perplexity) for r, (split, perplexity) in zip(chosen, kind, strict=True)]
+
+
+def _source_name(source: str | None) -> str:
+    if source is None:
+        return "rows in memory"
+    return source if source.startswith(PREFIX) else Path(source).name
 
 
 def md(text: object) -> str:
