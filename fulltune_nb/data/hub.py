@@ -73,7 +73,8 @@ def read_hub(name: str) -> tuple[list[RawSplit], list[str]]:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"The hub's data set {name!r} could not be loaded ({type(error).__name__}: {reason}). Is the name right, and is there a"
-            f" network? A data set with several configs needs one: {PREFIX}{path}:config. A folder here is given by its path, such as ./{path}."
+            f" network? A data set with several configs needs one: {PREFIX}{path}:config."
+            f" A folder here is given by its path, such as ./{path}."
         ) from error
     if not isinstance(found, Mapping):
         raise DataError(f"The hub's data set {name!r} has no splits, but is a {type(found).__name__}.")
