@@ -28,10 +28,10 @@ from fulltune_nb.errors import (  # noqa: E402
     DataError,
     FulltuneError,
     ModelError,
-    NonFiniteError,
     TrainingError,
 )
-from fulltune_nb.system_info import system_info  # noqa: E402  at once: loaded later, the module would take the function's name
+from fulltune_nb.sweep import sweep  # noqa: E402  at once: loaded later, the module would take the function's name
+from fulltune_nb.system_info import system_info  # noqa: E402  at once, for the same reason
 from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
@@ -65,7 +65,6 @@ __all__ = [
     "History",
     "LanguageModel",
     "ModelError",
-    "NonFiniteError",
     "StepReport",
     "TrainConfig",
     "TrainPanel",
@@ -80,6 +79,7 @@ __all__ = [
     "plot_loss",
     "plot_memory",
     "preflight",
+    "sweep",
     "system_info",
     "token_losses",
     "trace",

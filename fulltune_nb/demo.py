@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fulltune_nb.command_line import Parser, run, start
-from fulltune_nb.errors import ConfigError, TrainingError
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.experiments import execution
+from fulltune_nb.experiments.execution import execute, write_html
 from fulltune_nb.html import human_bytes
 
 NOTEBOOK = "00_quickstart.ipynb"
 DEFAULT_OUT = "demo_output"
-
-
-class NotebookError(TrainingError):
-    """A cell of the notebook raised."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,17 +70,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def find_notebook() -> Path:
-    """The quickstart notebook: of the checkout, or where an installed package keeps it.
+    """The quickstart notebook.
 
     Raises:
-        ConfigError: it is at neither place.
+        ConfigError: it was not found.
     """
-    places = [Path(__file__).parents[1] / "notebooks", Path(sysconfig.get_path("data"), "share", "fulltune_nb", "notebooks")]
-    for place in places:
-        if (place / NOTEBOOK).is_file():
-            return place / NOTEBOOK
-    looked = " and ".join(map(str, places))
-    raise ConfigError(f"{NOTEBOOK} was not found in {looked}. Install from a checkout (pip install -e .), or name it with --notebook.")
+    return execution.find_notebook(NOTEBOOK)
 
 
 def _out_folder(given: str | None) -> Path:
@@ -107,79 +95,6 @@ def _out_folder(given: str | None) -> Path:
     except OSError as error:
         raise ConfigError(f"--out: {out} cannot be made: {error}. Name a folder with --out.") from error
     return out
-
-
-def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
-    """Runs a notebook in a kernel of this very Python; what its cells print is printed here as it comes.
-
-    Args:
-        notebook: has a cell tagged `parameters`.
-        executed: where the notebook with its outputs goes, also when a cell raises.
-        parameters: by name.
-
-    Raises:
-        NotebookError: a cell raised; the message has its traceback.
-        ConfigError: there is no such notebook.
-    """
-    import papermill
-
-    if not notebook.is_file():
-        raise ConfigError(f"{notebook} is no file; expected a notebook.")
-    with _own_jupyter():
-        try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(executed),
-                parameters,
-                kernel_name="python3",
-                progress_bar=False,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-                coalesce_streams=True,  # of many lines one output
-            )
-        except papermill.PapermillExecutionError as error:
-            raise NotebookError(f"{error}\nThe notebook up to there: {executed}") from error
-
-
-@contextmanager
-def _own_jupyter() -> Iterator[None]:
-    """Within the block, kernels named python3 run this Python, with nothing of the user's Jupyter and IPython settings.
-
-    A kernel of the same name in the user's folder would otherwise be taken first, whichever Python it belongs to.
-    """
-    with tempfile.TemporaryDirectory(prefix="fulltune_nb-jupyter-") as temporary:
-        spec = Path(temporary, "path", "kernels", "python3")
-        spec.mkdir(parents=True)
-        # Its warning that TCP is not encrypted is for kernels elsewhere: this one talks to us within the machine.
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
-        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}))
-        folders = {f"JUPYTER_{kind}_DIR": str(Path(temporary, kind.lower())) for kind in ("CONFIG", "DATA", "RUNTIME")}
-        wanted: dict[str, str | None] = {"JUPYTER_PATH": str(spec.parents[1]), "IPYTHONDIR": str(Path(temporary, "ipython")), **folders}
-        wanted["MPLBACKEND"] = None  # the kernel's own choice shows plots in the notebook
-        wanted["FULLTUNE_PROGRESS"] = os.environ.get("FULLTUNE_PROGRESS") or "plain"
-        before = {name: os.environ.get(name) for name in wanted}
-        _set_environment(wanted)
-        try:
-            yield
-        finally:
-            _set_environment(before)
-
-
-def _set_environment(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-def write_html(notebook: Path, page: Path) -> None:
-    """A copy of an executed notebook as one HTML file, plots included."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    text, _ = HTMLExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
-    page.write_text(text, encoding="utf-8")
 
 
 def summary(results: dict[str, Any]) -> Iterator[tuple[str, str]]:

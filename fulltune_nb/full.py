@@ -50,7 +50,7 @@ class Options:
     test: bool = False
     """Print loss and perplexity on the test split."""
     data: str = "data"
-    """Folder with train.jsonl, valid.jsonl and test.jsonl."""
+    """Folder with train.jsonl, valid.jsonl and test.jsonl, or a data set of the hub, hf:org/name."""
     model_file: str = "model.npz"
     """The weights, .npz or .safetensors: written by training; read first if it exists, so that training goes on from it."""
     export: bool = True
@@ -115,6 +115,8 @@ def check_paths(settings: Settings) -> None:
     Raises:
         ConfigError, DataError, WeightsError: nothing to do, or something that is needed is not there.
     """
+    from fulltune_nb.data.hub import hub_id
+    from fulltune_nb.data.reading import ENDINGS
     from fulltune_nb.tensor_files import check_ending
 
     options = settings.options
@@ -129,11 +131,13 @@ def check_paths(settings: Settings) -> None:
         return  # the run knows its data; where it has moved, data says where to
     if options.train and options.run_dir is not None and _holds_run(options.run_dir):
         raise ConfigError(f"{options.run_dir} already holds a run. Add --resume to go on with it, or give another --run-dir.")
+    if hub_id(options.data) is not None:
+        return  # loading it tells what is missing
     folder = Path(options.data).expanduser()
     if not folder.is_dir():
         raise DataError(f"There is no folder {options.data!r}. Give --data a folder with train.jsonl, valid.jsonl and test.jsonl.")
     for split in ("train", "test"):
-        if getattr(options, split) and not (folder / f"{split}.jsonl").is_file():
+        if getattr(options, split) and not any((folder / f"{split}{ending}").is_file() for ending in ENDINGS):
             there = ", ".join(sorted(path.name for path in folder.glob("*.json*"))[:8]) or "no .jsonl file"
             raise DataError(f"--{split} needs {folder / f'{split}.jsonl'}; found there: {there}.")
 

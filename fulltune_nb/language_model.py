@@ -36,6 +36,7 @@ class LanguageModel:
         source: where it was loaded from: folder or hub id; None for random weights.
         generation_config: `generation_config.json` of the source, or None.
         torn: why the weights cannot be used, when a training step was broken off half-way; else None.
+        card: how the weights came about, as `.files()`, texts by file name that `save` writes too; None where nothing is known.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LanguageModel:
         self.source = source
         self.generation_config = generation_config
         self.torn: str | None = None
+        self.card: Any = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LanguageModel:
@@ -248,6 +250,8 @@ class LanguageModel:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes a complete Hugging Face folder that `transformers`, `mlx-lm` and `load_model` read.
 
+        A model that was trained gets a `README.md` that says how: base, data, settings, losses, versions.
+
         Args:
             folder: new or empty.
 
@@ -258,7 +262,8 @@ class LanguageModel:
         folder = Path(folder).expanduser()
         if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
-        save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config)
+        texts = self.card.files() if self.card is not None else {}
+        save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config, texts)
         return folder
 
     def __repr__(self) -> str:

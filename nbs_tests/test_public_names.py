@@ -16,8 +16,8 @@ import fulltune_nb as ft
 
 NAMES = """
 ChatPanel CheckpointError ConfigError DataError DataPanel EvalReport Event Example FulltuneError History LanguageModel ModelError
-NonFiniteError StepReport TrainConfig TrainPanel Trainer TrainingError compare evaluate_generation find_lr inspect load_data
-load_model plot_loss plot_memory preflight system_info token_losses trace
+StepReport TrainConfig TrainPanel Trainer TrainingError compare evaluate_generation find_lr inspect load_data
+load_model plot_loss plot_memory preflight sweep system_info token_losses trace
 """.split()
 HEAVY = ("mlx", "numpy", "transformers", "tokenizers", "huggingface_hub", "matplotlib", "IPython", "ipywidgets", "pandas", "tqdm", "torch")
 

@@ -14,6 +14,7 @@ import numpy as np
 from fulltune_nb.chat_template import ensure_chat_template
 from fulltune_nb.data.encoding import Example, encode_rows
 from fulltune_nb.data.formats import detect_format, expected_keys, row_problem
+from fulltune_nb.data.hub import PREFIX, hub_id, read_hub
 from fulltune_nb.data.reading import SPLITS, RawSplit, bad_rows_error, read_folder, read_memory
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
 from fulltune_nb.errors import ConfigError, DataError
@@ -89,7 +90,7 @@ class DataSet:
     Attributes:
         train, valid, test: a `Split`, or None where there is none.
         settings: the `DataSettings` it was made with.
-        source: absolute path of the folder, None for rows in memory.
+        source: absolute path of the folder, `hf:` and the name for a data set of the hub, None for rows in memory.
         notes: lines to announce once: what was cut, left out or put in place of something missing.
         tokenizer: the one it was made with.
     """
@@ -154,7 +155,8 @@ def load_data(
     """Read rows, find their format, and make tokens and loss masks of them.
 
     Args:
-        source: a folder with `train.jsonl`, `valid.jsonl`, `test.jsonl` (any of them), or the rows themselves as
+        source: a folder with `train.jsonl`, `valid.jsonl`, `test.jsonl` (any of them; `.csv` and `.parquet` with the extra
+            `datasets`), a data set of the hub as `"hf:org/name"` (same extra), or the rows themselves as
             `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts.
         tokenizer: `lm.tokenizer`, or any tokenizer of `transformers`. One without a chat template gets ChatML set on it when
             the rows need one; `.notes` says so.
@@ -167,6 +169,7 @@ def load_data(
     Raises:
         DataError: nothing to read, or bad rows; all of them are collected, with file and line, in `.problems`.
         ConfigError: a setting is wrong, disagrees with `config`, or means nothing for the format found.
+        MissingDependencyError: the package `datasets` is needed and not installed.
     """
     given = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "prompt_feature": prompt_feature}
     given |= {"completion_feature": completion_feature, "text_feature": text_feature, "chat_feature": chat_feature}
@@ -174,6 +177,8 @@ def load_data(
     _check_tokenizer(tokenizer)
     if isinstance(source, Mapping):
         path, raw_splits, notes = None, read_memory(source), []
+    elif isinstance(source, str) and (name := hub_id(source)) is not None:
+        path, (raw_splits, notes) = f"{PREFIX}{name}", read_hub(name)
     elif isinstance(source, (str, os.PathLike)):
         path = Path(os.path.abspath(os.path.expanduser(os.fsdecode(source))))
         raw_splits, notes = read_folder(path)

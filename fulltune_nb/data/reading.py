@@ -13,11 +13,12 @@ from typing import Any, BinaryIO
 from fulltune_nb.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+ENDINGS = (".jsonl", ".csv", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is reported and skipped without being held in memory. As text it would be some four million tokens."""
 PROBLEMS_SHOWN = 20
 
-_OTHER_NAMES = {"train": ("training",), "valid": ("validation", "val", "dev", "eval"), "test": ("testing", "tests")}
+OTHER_NAMES = {"train": ("training",), "valid": ("validation", "val", "dev", "eval"), "test": ("testing", "tests")}
 _FOLDER_LAYOUT = "a folder with train.jsonl, valid.jsonl and test.jsonl (any of them)"
 
 
@@ -84,22 +85,34 @@ def _read_list(name: str, rows: Any) -> RawSplit:
 
 
 def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
-    """Splits from the `.jsonl` files of a folder, and notes on what in it was not read.
+    """Splits from the `.jsonl`, `.csv` or `.parquet` files of a folder, and notes on what in it was not read.
 
     Raises:
         DataError: there is no such folder, or none of the three files in it.
     """
     names = _folder_names(folder)
-    found = [name for name in SPLITS if f"{name}.jsonl" in names]
+    files = {split: [f"{split}{ending}" for ending in ENDINGS if f"{split}{ending}" in names] for split in SPLITS}
+    found = [split for split in SPLITS if files[split]]
     if not found:
         raise DataError(_no_splits(folder, names))
+    for split in found:
+        if len(files[split]) > 1:
+            raise DataError(f"{str(folder)!r} has {' and '.join(files[split])}. Which is meant? Leave one of them there.")
     unread = [name for name in names if name.endswith(".jsonl") and name[: -len(".jsonl")] not in SPLITS]
     notes = []
     if unread:
         meant = {name: close for name in unread if (close := _nearest_split(name)) and close not in found}
         hints = "".join(f" Is {name} meant as {close}.jsonl?" for name, close in list(meant.items())[:3])
         notes.append(f"Not read: {_listing(unread, 5)}; only train.jsonl, valid.jsonl and test.jsonl are.{hints}")
-    return [read_file(name, folder / f"{name}.jsonl") for name in found], notes
+    return [_read_split(split, folder / files[split][0]) for split in found], notes
+
+
+def _read_split(split: str, path: Path) -> RawSplit:
+    if path.suffix == ".jsonl":
+        return read_file(split, path)
+    from fulltune_nb.data.hub import read_table
+
+    return read_table(split, path)
 
 
 def _folder_names(folder: Path) -> list[str]:
@@ -148,7 +161,7 @@ def _nearest_split(name: str) -> str | None:
     """The split that a file or key of this name probably is."""
     stem = name.lower().split(".")[0]
     for split in SPLITS:
-        if stem in (split, *_OTHER_NAMES[split]) or difflib.get_close_matches(stem, [split], cutoff=0.75):
+        if stem in (split, *OTHER_NAMES[split]) or difflib.get_close_matches(stem, [split], cutoff=0.75):
             return split
     return None
 

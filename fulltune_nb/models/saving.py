@@ -110,7 +110,11 @@ def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> 
 
 
 def save_folder(
-    folder: Path, model: Decoder, save_tokenizer: Callable[[str], Any] | None, generation_config: dict | None = None
+    folder: Path,
+    model: Decoder,
+    save_tokenizer: Callable[[str], Any] | None,
+    generation_config: dict | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
@@ -121,6 +125,7 @@ def save_folder(
         model: the weights.
         save_tokenizer: `tokenizer.save_pretrained`, or None.
         generation_config: written where given.
+        texts: further files, by name.
 
     Returns:
         File name -> SHA-256 (hex) of the files with weights.
@@ -142,6 +147,8 @@ def save_folder(
                     flush_to_disk(path)
         if generation_config is not None:
             write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
+        for name, text in (texts or {}).items():
+            write_text(folder / name, text)
         config = _exported_config(model, next(iter(tensors.values())).dtype)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         return checksums

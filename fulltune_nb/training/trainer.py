@@ -27,6 +27,7 @@ from fulltune_nb.training.history import EvalReport, History, StepReport
 from fulltune_nb.training.interrupts import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.journal import Journal
 from fulltune_nb.training.memory import choose_backward
+from fulltune_nb.training.model_card import ModelCard
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.patience import Patience
 from fulltune_nb.training.resuming import check_whole, resume_run, state_of, torn_reason
@@ -113,6 +114,7 @@ class Trainer(Branching):
         self.step_count = 0
         self.optimizer_steps_before = 0
         self._journal = Journal(self)
+        lm.card = ModelCard(lm.source, data, config, self.history)
         self._upkeep = Upkeep(self)
         self.patience = Patience(config.patience)
         self._batches = StepBatches(data.train, config)

@@ -89,6 +89,18 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def read_value(text: str) -> Any:
+    """What a text means in a YAML file: "1e-4" is a number, "true" a truth value, "[a, b]" a list.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{text[:80]!r}: not a YAML value: {' '.join(str(error).split())[:200]}.") from None
+
+
 def read_yaml(path: str | os.PathLike) -> YamlSettings:
     """The settings in a YAML file. Hyphens in the names of the outermost keys become underscores. An empty file gives none.
 

@@ -1,0 +1,134 @@
+"""Executing a notebook with no front end, in a Jupyter of its own, by papermill."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fulltune_nb.errors import ConfigError, TrainingError
+
+
+class NotebookError(TrainingError):
+    """A cell of the notebook raised, or was never reached.
+
+    Attributes:
+        reason: what happened, in a line or two, without the traceback.
+    """
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason or message
+
+
+def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
+    """Runs a notebook in a kernel of this very Python; what its cells print is printed here as it comes.
+
+    Args:
+        notebook: has a cell tagged `parameters`.
+        executed: where the notebook with its outputs goes, also when a cell raises.
+        parameters: by name.
+
+    Raises:
+        NotebookError: a cell raised; the message has its traceback.
+        ConfigError: there is no such notebook.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    if not notebook.is_file():
+        raise ConfigError(f"{notebook} is no file; expected a notebook.")
+    with _own_jupyter():
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(executed),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                coalesce_streams=True,  # of many lines one output
+            )
+        except papermill.PapermillExecutionError as error:
+            raise NotebookError(f"{error}\nThe notebook up to there: {executed}", f"{error.ename}: {error.evalue}") from error
+        except DeadKernelError as error:
+            reason = "the kernel died; most often the machine was out of memory (ft.preflight tells beforehand)"
+            raise NotebookError(f"{notebook}: {reason}. The notebook up to there: {executed}", reason) from error
+    _check_every_cell_ran(executed)
+
+
+def _check_every_cell_ran(executed: Path) -> None:
+    """An `exit()` in a cell ends the kernel, and papermill takes that for success.
+
+    Raises:
+        NotebookError: a code cell was never reached.
+    """
+    import nbformat
+
+    cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()]
+    missed = [cell for cell in cells if cell.execution_count is None and "skip-execution" not in cell.metadata.get("tags", [])]
+    if missed:
+        reason = f"{len(missed)} of {len(cells)} cells were never run, as if a cell had called exit()"
+        raise NotebookError(f"{executed}: {reason}. The first of them:\n{missed[0].source[:500]}", reason)
+
+
+def find_notebook(name: str) -> Path:
+    """A notebook of the package: of the checkout, or where an installed package keeps it.
+
+    Raises:
+        ConfigError: it is at neither place.
+    """
+    places = [Path(__file__).parents[2] / "notebooks", Path(sysconfig.get_path("data"), "share", "fulltune_nb", "notebooks")]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    looked = " and ".join(map(str, places))
+    raise ConfigError(f"{name} was not found in {looked}. Install from a checkout (pip install -e .), or give the notebook's path.")
+
+
+@contextmanager
+def _own_jupyter() -> Iterator[None]:
+    """Within the block, kernels named python3 run this Python, with nothing of the user's Jupyter and IPython settings.
+
+    A kernel of the same name in the user's folder would otherwise be taken first, whichever Python it belongs to.
+    """
+    with tempfile.TemporaryDirectory(prefix="fulltune_nb-jupyter-") as temporary:
+        spec = Path(temporary, "path", "kernels", "python3")
+        spec.mkdir(parents=True)
+        # Its warning that TCP is not encrypted is for kernels elsewhere: this one talks to us within the machine.
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}))
+        folders = {f"JUPYTER_{kind}_DIR": str(Path(temporary, kind.lower())) for kind in ("CONFIG", "DATA", "RUNTIME")}
+        wanted: dict[str, str | None] = {"JUPYTER_PATH": str(spec.parents[1]), "IPYTHONDIR": str(Path(temporary, "ipython")), **folders}
+        wanted["MPLBACKEND"] = None  # the kernel's own choice shows plots in the notebook
+        wanted["FULLTUNE_PROGRESS"] = os.environ.get("FULLTUNE_PROGRESS") or "plain"
+        before = {name: os.environ.get(name) for name in wanted}
+        _set_environment(wanted)
+        try:
+            yield
+        finally:
+            _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def write_html(notebook: Path, page: Path) -> None:
+    """A copy of an executed notebook as one HTML file, plots included."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    text, _ = HTMLExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
+    page.write_text(text, encoding="utf-8")

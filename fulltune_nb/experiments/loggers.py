@@ -1,0 +1,190 @@
+"""Callbacks that send a run's numbers elsewhere: `trainer.run(callbacks=[Tensorboard("logs")])`.
+
+`metrics.jsonl` in the run's folder always has everything; these are for those who watch several runs in one place. Each package
+is optional and imported when the logger is made, so that a missing one is told before the training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from fulltune_nb.errors import ConfigError, MissingDependencyError
+
+__all__ = ["Tensorboard", "Trackio", "Wandb", "numbers_of"]
+
+
+def numbers_of(report: Any) -> dict[str, float]:
+    """What is sent of a report, by name: `train/loss`, `valid/loss` and so on; without what is not finite, which is no point of a curve."""
+    group = report.split if report.kind_of_report == "eval" else "train"
+    skipped = ("kind", "step", "split", "event", "message", "time")
+    values = {f"{group}/{name}": value for name, value in report.to_dict().items() if name not in skipped}
+    return {name: float(value) for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+
+
+class _Logger:
+    """What all have in common: one point a report, at its step; an event as a text.
+
+    A run that is paused and goes on, or several calls of `run`, write into the same log; `close()` ends it.
+    """
+
+    package: str
+    extra: str
+
+    def __init__(self) -> None:
+        try:
+            self._library = importlib.import_module(self.package)
+        except ImportError as error:
+            name = type(self).__name__
+            raise MissingDependencyError(
+                f"{name} needs the package {self.package.split('.')[0]!r}, which is not installed: "
+                f"pip install 'fulltune_nb[{self.extra}]', or pip install {self.extra}."
+            ) from error
+        self._begun = False
+
+    def _begin(self, trainer: Any) -> None:
+        if not self._begun:
+            self._begun = True
+            self.open(trainer.config.to_dict(), trainer.run_dir)
+
+    def on_start(self, trainer: Any, target: int) -> None:
+        """Begins the log, with the settings."""
+        self._begin(trainer)
+
+    def on_step(self, trainer: Any, report: Any) -> None:
+        """A point for each number of the step."""
+        self._begin(trainer)
+        self.write(numbers_of(report), report.step)
+
+    on_eval = on_step
+
+    def on_event(self, trainer: Any, event: Any) -> None:
+        """The event as a text."""
+        self._begin(trainer)
+        self.note(f"{event.kind}: {event.message}", event.step)
+
+    def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
+        """Begins the log."""
+        raise NotImplementedError
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """Points of curves."""
+        raise NotImplementedError
+
+    def note(self, text: str, step: int) -> None:
+        """A text, where the service has a place for it."""
+
+    def close(self) -> None:
+        """Writes out what is left and ends the log; a later report would begin another."""
+
+
+class _Tracker(_Logger):
+    """A service with the calls `init`, `log` and `finish`."""
+
+    def __init__(self, project: str = "fulltune_nb", name: str | None = None, **settings: Any):
+        """
+        Args:
+            project: the runs that belong together.
+            name: of this run; the run folder's where left out.
+            settings: passed on to the service's `init`.
+
+        Raises:
+            MissingDependencyError: the package is not installed; the message names the command.
+            ConfigError: no project's name.
+        """
+        if not isinstance(project, str) or not project.strip():
+            raise ConfigError(f"project: expected a name, got {project!r}.")
+        super().__init__()
+        self._settings = {"project": project, "name": name, **settings}
+        self._run: Any = None
+
+    def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
+        """Begins the service's run."""
+        name = self._settings["name"] or (run_dir.name if run_dir else None)
+        self._run = self._library.init(**{**self._settings, "name": name, "config": config})
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """One call of `log`. The step is among the values too: an evaluation comes after its step, and services take steps once."""
+        self._run.log({**numbers, "step": step})
+
+    def close(self) -> None:
+        """Ends the service's run."""
+        if self._begun:
+            self._run.finish()
+            self._begun = False
+
+
+class Wandb(_Tracker):
+    """Sends a run to Weights & Biases; `mode="offline"` keeps it on this machine."""
+
+    package = extra = "wandb"
+
+
+class Trackio(_Tracker):
+    """Sends a run to trackio, which keeps it on this machine unless told otherwise."""
+
+    package = extra = "trackio"
+
+
+class Tensorboard(_Logger):
+    """Writes event files for TensorBoard: `tensorboard --logdir runs`."""
+
+    package = "tensorboard.compat.proto.event_pb2"
+    extra = "tensorboard"
+
+    def __init__(self, log_dir: str | os.PathLike | None = None):
+        """
+        Args:
+            log_dir: a folder for the event files; None: `tensorboard` in the run's folder.
+
+        Raises:
+            MissingDependencyError: tensorboard is not installed; the message names the command.
+        """
+        super().__init__()
+        self._log_dir = None if log_dir is None else Path(log_dir).expanduser()
+        self._writer: Any = None
+
+    def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
+        """Opens the file, and writes the settings as a text."""
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        folder = self._log_dir or (run_dir / "tensorboard" if run_dir else None)
+        if folder is None:
+            raise ConfigError("Tensorboard: the trainer has no run_dir, so there is no place for the files. Give Tensorboard(log_dir).")
+        self._writer = EventFileWriter(str(folder))
+        self.note("\n".join(f"    {name}: {value!r}" for name, value in config.items()), 0, "config")  # indented: code, not markup
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """A scalar for each number."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]), step)
+
+    def note(self, text: str, step: int, tag: str = "events") -> None:
+        """A text, in TensorBoard's tab of texts."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        self._add(Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=metadata)]), step)
+
+    def _add(self, summary: Any, step: int) -> None:
+        import time
+
+        self._writer.add_event(self._library.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def on_end(self, trainer: Any) -> None:
+        """What was written is there to read when `run` returns."""
+        if self._begun:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._begun:
+            self._writer.close()
+            self._begun = False

@@ -1,0 +1,160 @@
+"""What a parameterised notebook was given, as checked settings.
+
+Papermill puts values into a cell of their own, behind the notebook's `parameters` cell. Two things are lost on the way: a name
+that the notebook does not know is set all the same and changes nothing, and `-p mask_prompt false` arrives as the text
+"false", which Python takes for true. Here names are checked, and a text given where no text belongs is read as YAML reads it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulltune_nb import html
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.training.checks import nearest
+from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.yaml_files import read_value
+
+OWN = ("model", "data", "run_dir", "export_dir")
+"""Parameters besides the fields of `TrainConfig`; all are texts, "" standing for "not given"."""
+_READ_AS = {"bool": bool, "int": (int, float), "float": (int, float), "dict": dict, "tuple": list}  # of a field's kind
+_INJECTED = "# Parameters"  # the first line of the cell that papermill adds
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one run is to do.
+
+    Attributes:
+        model: a folder or a hub id, "" where not given.
+        data: as `load_data` takes it, "" where not given.
+        run_dir: where the run is written.
+        export_dir: where the trained model goes; "" for nowhere.
+        config: the training settings.
+        given: names that were given a value, in the order of the cell.
+    """
+
+    model: str
+    data: str
+    run_dir: str
+    export_dir: str
+    config: TrainConfig
+    given: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        named = [(name, getattr(self, name) or "not given") for name in OWN]
+        return html.facts("Experiment", named) + self.config._repr_html_()
+
+
+def read_experiment(namespace: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Experiment:
+    """The settings that a notebook's parameters say.
+
+    A parameter that is None has its default: that of `defaults`, else that of `TrainConfig`.
+
+    Args:
+        namespace: `globals()` of the notebook, of which the parameters cell and papermill's are looked at; or a dict of
+            parameters, all of whose names count.
+        defaults: settings by name to use in place of `TrainConfig`'s defaults.
+
+    Raises:
+        ConfigError: an unknown name (the nearest valid one is named), or a value of the wrong type or range.
+    """
+    fields = {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
+    names = given_names(namespace)
+    for name in names:
+        if name not in fields and name not in OWN:
+            raise ConfigError(f"unknown parameter {name!r}. {nearest(name, [*OWN, *fields])}")
+    values = {name: as_typed(name, namespace[name], fields[name]) for name in names if name in fields}
+    settings = {name: value for name, value in values.items() if value is not None}
+    usual = dict(defaults or {})
+    if settings.keys() & {"iters", "epochs"}:  # one takes the place of the other
+        usual = {name: value for name, value in usual.items() if name not in ("iters", "epochs")}
+    if settings.get("optimizer", usual.get("optimizer")) != usual.get("optimizer"):
+        usual.pop("optimizer_config", None)
+    own = {name: _own_text(name, namespace[name]) for name in names if name in OWN}
+    own["run_dir"] = own.get("run_dir") or str(unused(Path("runs", "experiment")))
+    places = {name: own.get(name, "") for name in OWN}
+    return Experiment(**places, config=TrainConfig.from_dict({**usual, **settings}), given=tuple(names))
+
+
+def _own_text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, (str, Path)):
+        raise ConfigError(f"{name}: expected a text, got {value!r} ({type(value).__name__}).")
+    return str(value)
+
+
+def as_typed(name: str, value: Any, kind: str) -> Any:
+    """A text given for a setting that is no text, as the value it stands for; anything else as it is.
+
+    Args:
+        name: of the setting, for messages.
+        value: as given.
+        kind: the field's annotation, such as "bool" or "int | None".
+
+    Returns:
+        What the config is to check: it says what was expected where this is still a text.
+    """
+    if not isinstance(value, str):
+        return value
+    text, kinds = value.strip(), {part.split("[")[0].strip() for part in kind.split("|")}
+    if text.lower() in ("none", "null") and "None" in kinds:
+        return None
+    types = tuple(_READ_AS[kind] for kind in sorted(kinds & _READ_AS.keys()))
+    if not types or ("str" in kinds and not text.startswith("{")):
+        return value
+    try:
+        meant = read_value(text)
+    except ConfigError:
+        return value
+    return meant if isinstance(meant, types) and isinstance(meant, bool) == ("bool" in kinds) else value
+
+
+def given_names(namespace: Mapping[str, Any]) -> list[str]:
+    """Names of the parameters in a notebook's namespace: those that its parameters cells assign.
+
+    In IPython, the latest cell of nothing but annotated assignments counts, and the latest that papermill put in; elsewhere
+    every public name of the mapping.
+    """
+    cells = namespace.get("In")
+    if not isinstance(cells, list):
+        return [name for name in namespace if not name.startswith("_")]
+    found: dict[str, None] = {}
+    for is_wanted in (_is_parameters_cell, lambda cell: cell.lstrip().startswith(_INJECTED)):
+        latest = next((cell for cell in reversed(cells) if isinstance(cell, str) and is_wanted(cell)), "")
+        found.update(dict.fromkeys(assigned(latest)))
+    return [name for name in found if name in namespace]
+
+
+def _is_parameters_cell(source: str) -> bool:
+    body = _statements(source)
+    return bool(body) and all(isinstance(node, ast.AnnAssign) for node in body)
+
+
+def assigned(source: str) -> Iterator[str]:
+    """Names that a cell's statements assign at its top level."""
+    for node in _statements(source):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def _statements(source: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(source).body
+    except (SyntaxError, ValueError):  # a cell with IPython's magic
+        return []
+
+
+def unused(path: Path) -> Path:
+    """The path, or with -2, -3 ... if something is there: running a cell again overwrites nothing."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,0 +1,90 @@
+"""Rows from the hub, CSV and Parquet."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+
+import pytest
+
+import fulltune_nb as ft
+from fulltune_nb.data.hub import hub_id, splits_of
+
+INSTALLED_IN_CI = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None and not os.environ.get("CI"), reason="datasets is not installed; it is in CI"
+)
+ROWS = [{"q": "Capital of France?", "a": "Paris"}, {"q": "a, b\nand c?", "a": "d"}]
+
+
+def hub(monkeypatch, load):
+    """A stand-in for `datasets` whose hub is `load(name, config)`."""
+    stand_in = types.ModuleType("datasets")
+    stand_in.load_dataset = load
+    stand_in.disable_progress_bars = stand_in.enable_progress_bars = lambda: None
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+
+
+def test_a_data_set_of_the_hub_comes_by_its_splits_and_keys(monkeypatch, tokenizer):
+    asked = []
+    hub(monkeypatch, lambda name, config: asked.append((name, config)) or {"train": ROWS, "validation": ROWS[:1], "unsupervised": ROWS})
+    data = ft.load_data("hf:org/name:small", tokenizer, prompt_feature="q", completion_feature="a")
+    assert asked == [("org/name", "small")] and (len(data.train), len(data.valid), data.test) == (2, 1, None)
+    assert data.source == "hf:org/name:small" and data.valid[0].source == "validation:1"
+    assert any("'unsupervised'" in note for note in data.notes)
+
+
+def test_a_plain_name_is_the_hubs_only_where_no_folder_is_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert (hub_id("org/name"), hub_id("hf:name")) == ("org/name", "name")
+    assert not any(map(hub_id, ("mine/data", "data", "./org/name", "/a/b")))
+
+
+def test_what_cannot_be_loaded_is_told_with_what_to_do(monkeypatch, tokenizer):
+    def offline(name, config):
+        raise ConnectionError("no network <b>")
+
+    hub(monkeypatch, offline)
+    with pytest.raises(ft.DataError, match=r"'org/name' could not be loaded .*no network.*name right.*\./org/name"):
+        ft.load_data("org/name", tokenizer)
+    with pytest.raises(ft.DataError, match="expected a data set's name"):
+        ft.load_data("hf:", tokenizer)
+
+
+@pytest.mark.parametrize("splits, message", [({"all": []}, "no split named"), ({"val": [], "dev": []}, "'val' and 'dev'")])
+def test_splits_that_are_not_clear_are_refused(splits, message):
+    with pytest.raises(ft.DataError, match=message):
+        splits_of(splits, "The data set")
+
+
+@pytest.mark.parametrize("source", ["hf:org/name", "table"])
+def test_a_missing_package_is_told_with_the_command_that_installs_it(source, monkeypatch, tokenizer, tmp_path):
+    (tmp_path / "train.csv").write_text("q,a\n1,2\n")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ft.errors.MissingDependencyError, match=r"pip install 'fulltune_nb\[datasets\]'"):
+        ft.load_data(tmp_path if source == "table" else source, tokenizer)
+
+
+@INSTALLED_IN_CI
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_tables_are_read_like_json_lines(ending, tmp_path, tokenizer, capfd):
+    import datasets
+
+    getattr(datasets.Dataset.from_list(ROWS), f"to_{ending}")(str(tmp_path / f"train.{ending}"))
+    capfd.readouterr()
+    data = ft.load_data(tmp_path, tokenizer, prompt_feature="q", completion_feature="a")
+    same = ft.load_data({"train": ROWS}, tokenizer, prompt_feature="q", completion_feature="a")
+    assert data.fingerprint == same.fingerprint and data.train[1].source == f"train.{ending}:2"
+    assert capfd.readouterr() == ("", "")
+
+
+@INSTALLED_IN_CI
+def test_a_table_that_cannot_be_read_and_one_that_is_there_twice_are_refused(tmp_path, tokenizer):
+    (tmp_path / "train.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ft.DataError, match="train.parquet: cannot be read"):
+        ft.load_data(tmp_path, tokenizer)
+    (tmp_path / "train.jsonl").write_text('{"text": "a b c"}\n')
+    with pytest.raises(ft.DataError, match="train.jsonl and train.parquet"):
+        ft.load_data(tmp_path, tokenizer)

@@ -1,0 +1,102 @@
+"""Loggers: callbacks that send a run's numbers elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+import types
+
+import pytest
+
+import fulltune_nb as ft
+from fulltune_nb import tiny
+from fulltune_nb.experiments.loggers import Tensorboard, Trackio, Wandb, numbers_of
+
+INSTALLED_IN_CI = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None and not os.environ.get("CI"), reason="tensorboard is not installed; it is in CI"
+)
+SERVICES = {"wandb": Wandb, "trackio": Trackio}
+
+
+class Service(types.ModuleType):
+    """A small stand-in for wandb or trackio: `init` gives a run with `log` and `finish`."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.calls = []
+
+    def init(self, **settings):
+        self.calls.append(("init", settings))
+        tell = self.calls.append
+        return types.SimpleNamespace(log=lambda values: tell(("log", values)), finish=lambda: tell(("finish", {})))
+
+
+@pytest.fixture(scope="module")
+def trainer_of():
+    def make(run_dir=None):
+        lm = ft.load_model(tiny.BASE_MODEL)
+        config = ft.TrainConfig(iters=2, batch_size=2, mask_prompt=True)
+        data = ft.load_data(tiny.text_to_sql(train=8, valid=2, test=2), lm.tokenizer, config=config)
+        return ft.Trainer(lm, data, config, run_dir=run_dir)
+
+    return make
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_gets_the_settings_once_and_every_report(name, trainer_of, monkeypatch):
+    service = Service(name)
+    monkeypatch.setitem(sys.modules, name, service)
+    logger, trainer = SERVICES[name](project="p", mode="offline"), trainer_of()
+    trainer.run(1, callbacks=[logger])
+    trainer.run(callbacks=[logger])  # the same log goes on
+    logger.close()
+    kinds = [kind for kind, _ in service.calls]
+    assert kinds == ["init", *["log"] * 4, "finish"]  # validation, step, step, validation
+    assert service.calls[0][1]["config"]["iters"] == 2 and service.calls[0][1]["mode"] == "offline"
+    steps = [values for kind, values in service.calls if kind == "log" and "train/loss" in values]
+    assert [values["step"] for values in steps] == [1, 2]
+    assert steps[0]["train/loss"] == trainer.history.steps[0].loss
+    assert sum("valid/perplexity" in values for kind, values in service.calls) == 2
+
+
+@pytest.mark.parametrize("make, package", [(Wandb, "wandb"), (Trackio, "trackio"), (Tensorboard, "tensorboard")])
+def test_a_missing_package_is_told_with_the_command_that_installs_it(make, package, monkeypatch):
+    for name in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ft.errors.MissingDependencyError, match=rf"{package}.*pip install 'fulltune_nb\[{package}\]'"):
+        make()
+
+
+def test_what_is_not_finite_is_no_point_of_a_curve():
+    numbers = numbers_of(ft.EvalReport("valid", 3, math.nan, math.inf, 9, 0.5))
+    assert numbers == {"valid/tokens": 9.0, "valid/seconds": 0.5}
+
+
+def test_a_project_needs_a_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Service("wandb"))
+    with pytest.raises(ft.ConfigError, match="project"):
+        Wandb(project="")
+
+
+@INSTALLED_IN_CI
+def test_tensorboard_reads_the_curves_back(trainer_of, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_of(tmp_path / "run")
+    logger = Tensorboard()
+    trainer.run(callbacks=[logger])
+    logger.close()
+    read = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    read.Reload()
+    assert [event.step for event in read.Scalars("train/loss")] == [1, 2]
+    assert read.Scalars("train/loss")[0].value == pytest.approx(trainer.history.steps[0].loss)
+    assert [event.step for event in read.Scalars("valid/loss")] == [0, 2]
+    assert "iters: 2" in read.Tensors("config")[0].tensor_proto.string_val[0].decode()
+
+
+@INSTALLED_IN_CI
+def test_tensorboard_without_a_place_for_its_files_is_refused(trainer_of):
+    with pytest.raises(ft.ConfigError, match="log_dir"):
+        trainer_of().run(callbacks=[Tensorboard()])
