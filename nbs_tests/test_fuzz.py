@@ -32,6 +32,7 @@ HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 QUICK = {"deadline": None, "suppress_health_check": HEALTH, "max_examples": int(EXAMPLES or 80), "derandomize": EXAMPLES is None}
 
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 objects = lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)  # noqa: E731
 values = st.recursive(scalars, objects, max_leaves=12)
 messages = st.lists(values | st.fixed_dictionaries({}, optional={"role": values, "content": values, "tool_calls": values}), max_size=4)
