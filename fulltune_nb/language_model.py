@@ -206,13 +206,21 @@ class LanguageModel:
         tokens = _each(prompts, lambda prompt: prompt_ids(self.tokenizer, prompt, self.config.vocab_size), "prompts")
         return self._many(tokens, batch_size, settings, chat=False)
 
-    def chat_many(self, conversations: Sequence[Sequence[Mapping[str, Any]]], batch_size: int = 32, **settings: Any) -> list[str]:
-        """`chat` for many conversations, side by side; see `generate_many`.
+    def chat_many(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        batch_size: int = 32,
+        tools: Sequence[Sequence[Any] | None] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """`chat` for many conversations, side by side; see `generate_many`. `tools`: those of each conversation.
 
         Raises:
             GenerationError: messages the template refuses, or a setting that cannot be used; the message says which conversation.
         """
-        return self._many(_each(conversations, self.chat_tokens, "conversations"), batch_size, settings, chat=True)
+        pairs = list(zip(conversations, tools or [None] * len(conversations), strict=True))
+        tokens = _each(pairs, lambda pair: self.chat_tokens(*pair), "conversations")
+        return self._many(tokens, batch_size, settings, chat=True)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """A conversation as token ids, up to where the assistant's answer begins: what `chat` gives the model to read.

@@ -22,14 +22,14 @@ LAYERS = [
     ["language_model"],
     ["data"],
     ["training"],
-    ["plots"],
+    ["plots", "charts"],
     ["insight"],
     ["panels"],
     ["experiments"],
     ["tiny", "model_file", "command_line", "full", "generate", "convert", "demo"],
 ]
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
-SHOWS = ("plots", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
+SHOWS = ("plots", "charts", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
 FRONT_ENDS = ("ipywidgets", "IPython", "matplotlib")
 LINES_IN_FILE, LINES_IN_FUNCTION = 350, 50
 

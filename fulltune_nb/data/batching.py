@@ -135,8 +135,13 @@ class BatchOrder:
         self._split = split
 
     @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all batches of an epoch; with packing, packed ones."""
+        return len(self._widths)
+
+    @property
     def batches_per_epoch(self) -> int:
-        return -(-len(self._widths) // self.batch_size)
+        return -(-self.rows_per_epoch // self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -196,7 +201,7 @@ class BatchOrder:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({len(self._widths):,} rows, batch_size={self.batch_size}, seed={self.seed}, "
+            f"{type(self).__name__}({self.rows_per_epoch:,} rows, batch_size={self.batch_size}, seed={self.seed}, "
             f"grad_accumulation_steps={self.grad_accumulation_steps}, {self.steps_per_epoch:,} steps per epoch)"
         )
 

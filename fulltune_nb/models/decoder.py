@@ -67,6 +67,15 @@ class Attention(nn.Module):
             self.k_norm = Norm(config.norm, config.head_dim, config.norm_eps)
 
     def __call__(self, x: mx.array, rotation: Rotation, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+        queries, keys, values = self.heads(x, rotation)
+        if cache is not None:
+            keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
+        mixed = attend(queries, keys, values, mask)
+        rows, _, length, _ = mixed.shape
+        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+    def heads(self, x: mx.array, rotation: Rotation) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, T, C), keys and values (B, K, T, C) of inputs (B, T, D), as they meet each other."""
         config = self._config
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, heads * C)
         if config.clip_qkv is not None:
@@ -74,12 +83,7 @@ class Attention(nn.Module):
         queries, keys, values = self._split(queries), self._split(keys), self._split(values)  # -> (B, heads, T, C)
         if config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        if cache is not None:
-            keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
-        mixed = attend(queries, keys, values, mask)
-        rows, _, length, _ = mixed.shape
-        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        return rotate(queries, rotation), rotate(keys, rotation), values
 
     def _split(self, x: mx.array) -> mx.array:
         rows, length, _ = x.shape

@@ -75,6 +75,14 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array |
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
+def attention_shares(queries: mx.array, keys: mx.array, mask: mx.array | None) -> mx.array:
+    """How much each token attends to each, which `attend` never writes down: (B, H, T, C), (B, K, S, C) -> (B, H, T, S) float32."""
+    groups = queries.shape[1] // keys.shape[1]
+    scores = queries.astype(mx.float32) @ mx.repeat(keys, groups, axis=1).astype(mx.float32).swapaxes(-1, -2)
+    scores = scores * (1.0 / math.sqrt(queries.shape[-1]))
+    return cpu_math.softmax(scores if mask is None else mx.where(mask, scores, -math.inf))
+
+
 def _attend_on_cpu(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
     """The heads of a group share their keys, so they are one larger product instead of G small ones."""
     rows, heads, length, head_dim = queries.shape

@@ -19,10 +19,10 @@ import psutil
 
 CPU_CACHE_BYTES = 2_000_000_000
 HEAP_CACHE_BYTES = 2**25  # MLX's own default
+GIVEN_BACK_BYTES = 2**22
 
 # Parameters of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-_GIVEN_BACK = 2**25  # the largest threshold that glibc takes
 _MMAP_MAX = 65536  # glibc's default
 _NEVER_TRIM = 2**31 - 1
 
@@ -35,14 +35,14 @@ def cap_cache(lean: bool = False) -> None:
     peak that reports show, `cache_memory` shows it.
 
     Args:
-        lean: arrays of 32 MiB and more are given back to the system when they are freed, so that what the process holds stays near
+        lean: arrays of 4 MiB and more are given back to the system when they are freed, so that what the process holds stays near
             what it uses.
     """
     if mx.default_device().type == mx.DeviceType.cpu:
         if (mallopt := _mallopt()) is not None:
             mallopt(_M_MMAP_MAX, _MMAP_MAX if lean else 0)
-            mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK)
-            mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+            mallopt(_M_MMAP_THRESHOLD, GIVEN_BACK_BYTES)
+            mallopt(_M_TRIM_THRESHOLD, GIVEN_BACK_BYTES if lean else _NEVER_TRIM)
         mx.set_cache_limit(cache_limit())
 
 

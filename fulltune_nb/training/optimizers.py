@@ -11,14 +11,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from fulltune_nb import html
-from fulltune_nb.errors import CheckpointError, TrainingError
+from fulltune_nb.errors import TrainingError
 from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.factored import TensorUpdate
 from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, rules_of, slots_of
 from fulltune_nb.training.optimizer_memory import predict_state_bytes, update_bytes
-from fulltune_nb.training.pieces import Piece, Place, batches, cut, piece_size, put, take
+from fulltune_nb.training.optimizer_state import check_state_arrays, shape_of_rows
+from fulltune_nb.training.pieces import Piece, Place, batches, cut, first_row, piece_size, put, take
 from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
+from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver
 from fulltune_nb.training.update_rules import Shape, State
 
 __all__ = ["Group", "Optimizers", "predict_state_bytes", "update_bytes"]
@@ -67,6 +69,8 @@ class Optimizers:
             check_dtype(name, array.dtype)
         self.step = 0
         """Updates made, the one in progress included."""
+        self.observers: list[UpdateObserver] = []
+        """Are told of every tensor's update."""
         self._shapes = shapes = {name: array.shape for name, array in parameters.items()}
         self._seed = config.seed if config.rounding == "stochastic" else None
         self._groups = {name: group_of(name, shape, config, hf_name) for name, shape in shapes.items()}
@@ -216,10 +220,12 @@ class Optimizers:
 
     def _update_batch(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
         dealer, new, parts = Dealer(), [], []
+        for piece in pieces if self.observers else ():
+            self._tell_before(model, piece, gradients[piece.name])
         for piece in pieces:
             with dealer.stream_for(piece.size):
                 if piece.rows is None:
-                    new.append(self._update_whole(Place(model, piece.name), piece.name, gradients[piece.name]))
+                    new.append(self._update_whole(Place(model, piece.name), piece, gradients[piece.name]))
                 else:
                     parts.append(self._updated_rows(Place(model, piece.name), piece, gradients[piece.name]))
         mx.eval(new, [p for p, _ in parts])  # first: Lion's new parameter reads the old moment, whose memory is free only after that
@@ -228,28 +234,50 @@ class Optimizers:
         for piece, (p, state) in zip(cut_ones, parts, strict=True):
             self._put_rows(Place(model, piece.name), piece, p, state)
         mx.eval([(Place(model, piece.name).array, self._state[piece.name]) for piece in cut_ones])
+        for piece in pieces if self.observers else ():
+            self._tell_after(model, piece)
 
-    def _update_whole(self, place: Place, name: str, gradient: mx.array) -> mx.array:
+    def _update_whole(self, place: Place, piece: Piece, gradient: mx.array) -> mx.array:
         # Place and state are taken by the new arrays before anything is evaluated: only their graph then holds the old ones, so
         # that evaluation may write into these.
-        group, dtype = self._groups[name], place.array.dtype
-        p, self._state[name] = self._rules[group.optimizer].apply(place.array, gradient, self._state[name], self._scalars[group])
-        place.array = round_to(p, dtype, self._key(name))
+        dtype = place.array.dtype
+        p, self._state[piece.name] = self._applied(piece, *self._inputs(place, piece, gradient))
+        place.array = round_to(p, dtype, self._key(piece.name))
         return place.array
 
     def _updated_rows(self, place: Place, piece: Piece, gradient: mx.array) -> tuple[mx.array, State]:
-        group, p, rank = self._groups[piece.name], place.array, len(self._shapes[piece.name])
-        p_rows = take(p, rank, piece.rows)
+        (new, state), old = self._applied(piece, *self._inputs(place, piece, gradient)), place.array
+        return round_to(new, old.dtype, self._key(piece.name), first=piece.rows.start * old.shape[-1]), state
+
+    def _inputs(self, place: Place, piece: Piece, gradient: mx.array) -> tuple[mx.array, mx.array, State]:
+        """Parameter, gradient and state of a piece."""
+        if piece.rows is None:
+            return place.array, gradient, self._state[piece.name]
+        rank, slots = len(self._shapes[piece.name]), self._state[piece.name]
+        if self.passes(piece.name):  # the other slots are means over rows or columns
+            slots = {slot: array for slot, array in slots.items() if slot == "exp_avg"}
         g_rows = take(gradient, rank, slice(piece.rows.start - piece.before, piece.rows.stop - piece.before))
-        if self.passes(piece.name):
-            moment = self._state[piece.name].get("exp_avg")
-            moment = None if moment is None else take(moment, rank, piece.rows)
-            new, moment = self._factored[piece.name].apply(p_rows, g_rows, moment, piece.rows)
-            state = {} if moment is None else {"exp_avg": moment}
-        else:
-            state = {slot: take(array, rank, piece.rows) for slot, array in self._state[piece.name].items()}
-            new, state = self._rules[group.optimizer].apply(p_rows, g_rows, state, self._scalars[group])
-        return round_to(new, p.dtype, self._key(piece.name), first=piece.rows.start * p.shape[-1]), state
+        return take(place.array, rank, piece.rows), g_rows, {slot: take(array, rank, piece.rows) for slot, array in slots.items()}
+
+    def _applied(self, piece: Piece, p: mx.array, g: mx.array, state: State) -> tuple[mx.array, State]:
+        """Parameter (float32) and state of a piece after the step; lazy."""
+        if piece.rows is not None and self.passes(piece.name):
+            new, moment = self._factored[piece.name].apply(p, g, state.get("exp_avg"), piece.rows)
+            return new, {} if moment is None else {"exp_avg": moment}
+        return self._rules[self._groups[piece.name].optimizer].apply(p, g, state, self._scalars[self._groups[piece.name]])
+
+    def _tell_before(self, model: nn.Module, piece: Piece, gradient: mx.array) -> None:
+        group, inputs = self._groups[piece.name], self._inputs(Place(model, piece.name), piece, gradient)
+        own = self._rules[group.optimizer], self._scalars[group], lambda: self._applied(piece, *inputs)[0]
+        update = PendingUpdate(piece.name, self.step, first_row(piece), self._shapes[piece.name], *inputs, *own)
+        for observer in self.observers:
+            observer.before(update)
+
+    def _tell_after(self, model: nn.Module, piece: Piece) -> None:
+        array = Place(model, piece.name).array
+        new = array if piece.rows is None else take(array, array.ndim, piece.rows)
+        for observer in self.observers:
+            observer.after(piece.name, first_row(piece), new)
 
     def _put_rows(self, place: Place, piece: Piece, p: mx.array, state: State) -> None:
         rank, own = len(self._shapes[piece.name]), self._state[piece.name]
@@ -273,19 +301,7 @@ class Optimizers:
         Raises:
             CheckpointError: arrays are missing, unexpected, or of another shape or dtype; nothing is changed.
         """
-        expected = {f"{name}.{slot}": (s.shape, s.dtype) for name, own in self._slots.items() for slot, s in own.items()}
-        expected["step"] = ((), mx.uint32)
-        problems = [f"missing {name}" for name in expected.keys() - arrays.keys()]
-        problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys()]
-        for name, (shape, dtype) in expected.items():
-            if name in arrays and (arrays[name].shape != shape or arrays[name].dtype != dtype):
-                problems.append(f"{name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
-        if problems:
-            shown = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-            raise CheckpointError(
-                f"the optimizer state does not fit this model and config: {shown}. Resume with the model, optimizer and frozen "
-                "parameters that the checkpoint was written with."
-            )
+        check_state_arrays(self._slots, arrays)
         mx.eval(list(arrays.values()))
         self.step = int(arrays["step"].item())
         self._state = {name: {slot: arrays[f"{name}.{slot}"] for slot in own} for name, own in self._slots.items()}
@@ -306,20 +322,13 @@ class Optimizers:
         for name, gradient in flat.items():
             expected = self._shapes.get(name)
             if expected and rows is not None:
-                expected = self._shape_of_rows(name, rows)
+                by_rows = self._rules[self._groups[name].optimizer].by_rows or self.passes(name)
+                expected = shape_of_rows(name, expected, rows, self._groups[name].optimizer, by_rows)
             if gradient.shape != expected:
                 raise TrainingError(
                     f"gradient of {name}: expected the shape {expected or 'of a parameter trainable at the start'}, got "
                     f"{gradient.shape}. Make a new trainer after freezing or changing a model."
                 )
-
-    def _shape_of_rows(self, name: str, rows: slice) -> Shape:
-        shape, optimizer = self._shapes[name], self._groups[name].optimizer
-        if len(shape) < 2 or not (self._rules[optimizer].by_rows or self.passes(name)):
-            raise TrainingError(f"rows of {name} {shape}: {optimizer} updates this tensor as a whole. Give its whole gradient.")
-        if rows.step not in (None, 1) or rows.start is None or rows.stop is None or not 0 <= rows.start < rows.stop <= shape[0]:
-            raise TrainingError(f"rows of {name} {shape}: expected slice(start, stop) within 0 and {shape[0]}, got {rows}.")
-        return (rows.stop - rows.start, *shape[1:])
 
     def __repr__(self) -> str:
         return f"Optimizers({len(self._groups)} tensors in {len(set(self._groups.values()))} groups, step {self.step})"

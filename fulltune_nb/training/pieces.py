@@ -34,6 +34,11 @@ class Piece:
     """It needs no memory of its own."""
 
 
+def first_row(piece: Piece) -> int:
+    """Where a piece begins in the matrix that its tensor is seen as."""
+    return 0 if piece.rows is None else piece.rows.start
+
+
 def piece_size() -> int:
     """Elements of a piece. On the CPU one that fits into the cache; elsewhere enough to keep a GPU busy."""
     return 2**20 if mx.default_device().type == mx.DeviceType.cpu else 2**24

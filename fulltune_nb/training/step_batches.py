@@ -6,7 +6,9 @@ import numpy as np
 
 from fulltune_nb.data.batching import Batch, BatchOrder, Row, collate
 from fulltune_nb.data.dataset import Split
+from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.packing import PackedOrder, best_fit
+from fulltune_nb.data.settings import whole
 from fulltune_nb.training.config import TrainConfig
 
 
@@ -19,7 +21,7 @@ class StepBatches:
     """
 
     def __init__(self, split: Split, config: TrainConfig):
-        self._split = split
+        self._split, self._config = split, config
         self._order = batch_order(split, config)
         self._epoch = -1
         self._steps: list[list[tuple[Row, ...]]] = []  # of self._epoch
@@ -29,12 +31,29 @@ class StepBatches:
         """Optimizer steps in which every row is trained on once."""
         return self._order.steps_per_epoch
 
+    @property
+    def packing_note(self) -> str:
+        """What packing makes of the rows, in a sentence."""
+        rows, packed, config = len(self._split.trainable), self._order.rows_per_epoch, self._config
+        return (
+            f"{rows:,} rows are packed into {packed:,} of at most {config.max_seq_length:,} tokens;"
+            f" batch_size={config.batch_size} counts these, and an epoch is {self.steps_per_epoch:,} steps"
+        )
+
     def of_step(self, step: int) -> list[Batch]:
         """The micro-batches of step `step`, counted from 0."""
         epoch, cursor = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._order.epoch(epoch)
         return [collate(self._split, rows, self._order.shape(rows)) for rows in self._steps[cursor]]
+
+    def examples_of(self, step: int) -> list[Example]:
+        """The rows of step `step`, counted from 1 as in its report, in the order of the micro-batches.
+
+        Raises:
+            ConfigError: no whole number of at least 1.
+        """
+        return [self._split[row] for batch in self.of_step(whole("step", step, low=1) - 1) for row in batch.rows]
 
 
 def batch_order(split: Split, config: TrainConfig) -> BatchOrder:

@@ -14,13 +14,14 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.data.dataset import DataSet
+from fulltune_nb.data.encoding import Example
 from fulltune_nb.errors import DataError, TrainingError
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.allocator import cap_cache
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.config import TrainConfig, check_agreement
-from fulltune_nb.training.engines import ENGINES
+from fulltune_nb.training.engines import ENGINES, Engine
 from fulltune_nb.training.evaluate import evaluate_split
 from fulltune_nb.training.history import EvalReport, History, StepReport
 from fulltune_nb.training.interrupts import StoppedAtOnce, interrupts_deferred, termination_pauses
@@ -115,6 +116,8 @@ class Trainer(Branching):
         self._upkeep = Upkeep(self)
         self.patience = Patience(config.patience)
         self._batches = StepBatches(data.train, config)
+        if config.packing:
+            self._event("packing", self._batches.packing_note)
         self.total_steps = config.total_steps(self._batches.steps_per_epoch)
         self._rate = LearningRate(make_schedule(config, self.total_steps))
         self._store_weights()
@@ -143,6 +146,16 @@ class Trainer(Branching):
     def journal(self) -> Journal:
         """Where reports and events go; its `listeners` are told of each, whoever takes the steps."""
         return self._journal
+
+    @property
+    def optimizers(self) -> Optimizers:
+        """What updates the weights; its `observers` see each tensor's update."""
+        return self._optimizers
+
+    @property
+    def engine(self) -> Engine:
+        """What takes the steps: forward, backward, update."""
+        return self._engine
 
     @property
     def _directory(self) -> RunDirectory | None:
@@ -212,6 +225,10 @@ class Trainer(Branching):
             active_memory=mx.get_active_memory(),
             cache_memory=mx.get_cache_memory(),
         )
+
+    def batch_at(self, step: int) -> list[Example]:
+        """The rows that step `step` trains on; counted as in its report (from 1), steps to come too."""
+        return self._batches.examples_of(step)
 
     # -- many steps -----------------------------------------------------------------------------------------------
 
@@ -317,8 +334,7 @@ class Trainer(Branching):
         self._journal.event(self.step_count, kind, message)
 
     def __repr__(self) -> str:
-        where = str(self.run_dir) if self.run_dir else None
-        return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={where!r})"
+        return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={self.run_dir and str(self.run_dir)!r})"
 
     def _repr_html_(self) -> str:
         return trainer_html(self)

@@ -102,6 +102,19 @@ def _lion_step(p, g, m, keep, take, kept, rate) -> mx.array:
     return kept * p.astype(mx.float32) - rate * mx.sign(keep * m + take * g.astype(mx.float32))
 
 
+# Updates themselves, before they are added and rounded; what `change` methods give.
+
+
+@_compiled
+def _adam_change(p, m, v, keep, rate, root, eps) -> mx.array:
+    return (keep - 1.0) * p - rate * m / (mx.sqrt(v) * root + eps)
+
+
+@_compiled
+def _lion_change(p, g, m, keep, take, kept, rate) -> mx.array:
+    return (kept - 1.0) * p - rate * mx.sign(keep * m + take * g.astype(mx.float32))
+
+
 class Adam:
     """Adam (Kingma & Ba 2015), bias-corrected as in PyTorch; AdamW (Loshchilov & Hutter 2019) when `decoupled`.
 
@@ -145,6 +158,11 @@ class Adam:
         v = _average_of_squares(state["v"], g, *scalars["v"])
         return _adam_step(p, m, v, *scalars["p"]), {"m": m, "v": v}
 
+    def change(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> mx.array:
+        """What `apply` adds to a float32 p, before any rounding; float32, lazy. Any rows of the tensors will do."""
+        after = self.apply(p, g, state, scalars)[1]
+        return _adam_change(p, after["m"], after["v"], *scalars["p"])
+
 
 class SGD:
     """Stochastic gradient descent with momentum, dampening and Nesterov's look ahead, as `mlx.optimizers.SGD`."""
@@ -181,6 +199,12 @@ class SGD:
             return _descend_ahead(p, g, v, *scalars["nesterov"]), {"v": v}
         return _descend(p, v, *scalars["momentum"]), {"v": v}
 
+    def change(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> mx.array:
+        """As `Adam.change`."""
+        if scalars["l2"]:
+            g, scalars = _decayed_gradient(p, g, *scalars["l2"]), {**scalars, "l2": None}
+        return self.apply(mx.zeros_like(p), g, state, scalars)[0]  # apart from the decay, p is only added to
+
 
 class Lion:
     """Lion (Chen et al. 2023): the sign of an average of gradients."""
@@ -210,6 +234,10 @@ class Lion:
 
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
         return _lion_step(p, g, state["m"], *scalars["p"]), {"m": _average(state["m"], g, *scalars["m"])}
+
+    def change(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> mx.array:
+        """As `Adam.change`."""
+        return _lion_change(p, g, state["m"], *scalars["p"])
 
 
 class MlxRule:

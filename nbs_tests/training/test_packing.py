@@ -200,6 +200,15 @@ def test_cut_and_untrainable_rows_count_as_they_do_unpacked(make_lm, tokenizer):
     assert sorted(seen) == data.train.trainable.tolist()
 
 
+def test_a_packed_run_says_what_its_numbers_count(make_trainer):
+    trainer = packed_trainer(make_trainer)
+    steps = StepBatches(trainer.data.train, trainer.config).steps_per_epoch
+    (event,) = trainer.history.events
+    expected = f"30 rows are packed into {steps} of at most 96 tokens; batch_size=1 counts these, and an epoch is {steps} steps"
+    assert event.kind == "packing" and event.message == expected
+    assert not make_trainer().history.events
+
+
 def test_packing_is_a_flag():
     with pytest.raises(ConfigError, match="packing"):
         ft.TrainConfig(packing="false")
