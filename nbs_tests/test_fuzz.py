@@ -1,12 +1,13 @@
 """Whatever is in a file or a row, what comes of it is data, or an error of ours: never another exception, never a crash.
 
-More examples: `pytest nbs_tests/test_fuzz.py --hypothesis-profile=medium` (or `long`).
+More, and other, examples: `FUZZ_EXAMPLES=2000 pytest nbs_tests/test_fuzz.py`.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -28,11 +29,8 @@ from fulltune_nb.training.checkpoint import read_state
 from nbs_tests.models.parity import RAW
 
 HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("medium", max_examples=1_500, deadline=None, suppress_health_check=HEALTH)
-settings.register_profile("long", max_examples=20_000, deadline=None, suppress_health_check=HEALTH)
-QUICK = {"deadline": None, "suppress_health_check": HEALTH}
-if settings.get_current_profile_name() not in ("medium", "long"):
-    QUICK |= {"max_examples": 80, "derandomize": True}
+EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
+QUICK = {"deadline": None, "suppress_health_check": HEALTH, "max_examples": int(EXAMPLES or 80), "derandomize": EXAMPLES is None}
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 objects = lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)  # noqa: E731

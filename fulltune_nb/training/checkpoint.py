@@ -175,6 +175,7 @@ def _read_json(path: Path) -> Any:
 _STATE_TYPES: dict[str, tuple[type, ...]] = {
     "step": (int,), "rate_factor": (int, float), "patience": (dict,), "config": (dict,), "model_source": (str, type(None)),
     "data": (dict,), "history": (list,), "random": (list,), "versions": (dict,), "optimizer_steps_before": (int,),
+    "backward": (str,),
 }  # fmt: skip
 
 
@@ -186,6 +187,8 @@ def _state_problem(state: Any) -> str | None:
             return f"{name!r} is missing"
         if not isinstance(state[name], types) or isinstance(state[name], bool):
             return f"{name!r} is {str(state[name])[:60]!r}"
+    if state["backward"] not in ("whole", "layerwise"):
+        return f"'backward' is {state['backward'][:60]!r}"
     if state["step"] < 0:
         return f"'step' is {state['step']}"
     if len(state["random"]) != 2 or not all(isinstance(half, int) and 0 <= half < 2**32 for half in state["random"]):

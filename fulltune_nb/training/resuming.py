@@ -91,6 +91,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "patience": trainer.patience.to_dict(),
         "random": random_state(),
         "optimizer_steps_before": trainer.optimizer_steps_before,
+        "backward": trainer.backward,
         "config": trainer.config.to_dict(),
         "model_source": trainer.lm.source,
         "data": {"source": trainer.data.source, "fingerprint": trainer.data.fingerprint},
@@ -142,7 +143,7 @@ def resume_run(
         lm = _model_of(folder, state["model_source"], lm, force, notes)
         data = _data_of(data, state["data"], lm, config, force, notes)
         trainer = kind.__new__(kind)
-        trainer._set_up(lm, data, config, force)
+        trainer._set_up(lm, data, config, force, _backward_of(state, config))
         trainer.journal.directory = directory
         take_up(trainer, state, read_optimizer(folder))
         for path, why in damaged.items():
@@ -154,6 +155,12 @@ def resume_run(
     for note in (*notes, f"resumed at step {trainer.step_count} from {folder}"):
         trainer.journal.event(trainer.step_count, "resume", note)
     return trainer
+
+
+def _backward_of(state: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """What "auto" chose when the run began: chosen again with other memory about, it might differ, and so would the last digits."""
+    same = all(getattr(config, name) == state["config"].get(name) for name in ("backward", "memory"))
+    return state["backward"] if same else None
 
 
 def _put_away(folder: Path) -> str:

@@ -144,9 +144,9 @@ def _weights_of(folder: Path, lm: LanguageModel) -> dict[str, mx.array]:
 
 
 def _check_shapes(trainer: Trainer, weights: dict[str, mx.array]) -> None:
-    own = {name: array.shape for name, array in tree_flatten(trainer.lm.model.parameters())}
-    if own != {name: array.shape for name, array in weights.items()}:
-        raise CheckpointError("the snapshot is of a model of another shape. Restore snapshots of this trainer, or of forks of it.")
+    own = {name: (array.shape, array.dtype) for name, array in tree_flatten(trainer.lm.model.parameters())}
+    if own != {name: (array.shape, array.dtype) for name, array in weights.items()}:
+        raise CheckpointError("the snapshot is of a model of another shape or dtype. Restore snapshots of this trainer, or of forks of it.")
 
 
 def _branch(trainer: Trainer, run_dir: str | os.PathLike | None, changes: dict[str, Any]) -> Trainer:

@@ -105,7 +105,7 @@ class Trainer(Branching):
         """
         return resume_run(cls, run_dir, lm, data, force)
 
-    def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool = False) -> None:
+    def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool = False, backward: str | None = None) -> None:
         if data.train is None:
             raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
         check_agreement(data.settings, config)
@@ -124,7 +124,7 @@ class Trainer(Branching):
         self._rate = LearningRate(make_schedule(config, self.total_steps))
         self._store_weights()
         select_trainable(lm.model, config.train_only, config.freeze)
-        self.backward = choose_backward(lm, data, config, force)
+        self.backward = backward or choose_backward(lm, data, config, force)
         cap_cache(lean=self.backward == "layerwise")
         self._optimizers = Optimizers(lm.model, config, lambda name: to_hf(name, lm.config.family))
         self._engine = ENGINES[self.backward](lm.model, self._optimizers, config)
