@@ -18,18 +18,21 @@ import sys
 import time
 from pathlib import Path
 
-import fulltune_nb as ft
 import mlx.core as mx
-from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
 from mlx.utils import tree_flatten, tree_map
 from transformers import AutoTokenizer
+
+import fulltune_nb as ft
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import read_config
 
 SHAPES = {
     "llama-1b": dict(
         model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, rope_theta=500000.0, tie_word_embeddings=True, max_position_embeddings=131072,
-        rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+        rope_scaling=dict(
+            rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192,
+        ),
     ),
     "mistral-7b": dict(
         model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
