@@ -28,7 +28,6 @@ from fulltune_nb.errors import (  # noqa: E402
     DataError,
     FulltuneError,
     ModelError,
-    NonFiniteError,
     TrainingError,
 )
 from fulltune_nb.sweep import sweep  # noqa: E402  at once: loaded later, the module would take the function's name
@@ -38,6 +37,11 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encoding import Example
+    from fulltune_nb.insight.comparison import compare
+    from fulltune_nb.insight.generation_score import evaluate_generation
+    from fulltune_nb.insight.learning_rate import find_lr
+    from fulltune_nb.insight.losses import token_losses
+    from fulltune_nb.insight.tracing import inspect, trace
     from fulltune_nb.language_model import LanguageModel, load_model
     from fulltune_nb.panels.chat import ChatPanel
     from fulltune_nb.panels.data import DataPanel
@@ -61,12 +65,15 @@ __all__ = [
     "History",
     "LanguageModel",
     "ModelError",
-    "NonFiniteError",
     "StepReport",
     "TrainConfig",
     "TrainPanel",
     "Trainer",
     "TrainingError",
+    "compare",
+    "evaluate_generation",
+    "find_lr",
+    "inspect",
     "load_data",
     "load_model",
     "plot_loss",
@@ -74,6 +81,8 @@ __all__ = [
     "preflight",
     "sweep",
     "system_info",
+    "token_losses",
+    "trace",
 ]
 
 _HOMES = {
@@ -88,11 +97,17 @@ _HOMES = {
     "TrainConfig": "training.config",
     "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
+    "compare": "insight.comparison",
+    "evaluate_generation": "insight.generation_score",
+    "find_lr": "insight.learning_rate",
+    "inspect": "insight.tracing",
     "load_data": "data.dataset",
     "load_model": "language_model",
     "plot_loss": "plots",
     "plot_memory": "plots",
     "preflight": "training.memory",
+    "token_losses": "insight.losses",
+    "trace": "insight.tracing",
 }
 
 

@@ -1,6 +1,6 @@
 """What the command modules share: argument parsing and exit codes.
 
-Exit codes: 0 done, 1 the work failed on the way, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 the work failed on the way, 2 bad input, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import difflib
 import inspect
 import json
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from fulltune_nb.errors import FulltuneError, TrainingError
@@ -121,6 +124,24 @@ def run(work: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read our output has left, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush does not fail again
         return 1
+
+
+@contextmanager
+def termination_exits() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit with the exit code that shells give it, so that what is open can be closed."""
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def start(main: Callable[[], int]) -> NoReturn:

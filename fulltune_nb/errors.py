@@ -6,7 +6,9 @@
     ├── ModelError             a model folder that cannot be loaded or saved
     │   └── WeightsError       tensors missing, unexpected or of another shape; listed in the message
     ├── TrainingError          a step or a run that cannot go on
-    │   └── NonFiniteError     loss or gradient is NaN or inf; nothing was updated
+    │   ├── NonFiniteError     loss or gradient is NaN or inf; nothing was updated
+    │   ├── TornStepError      a step failed when a part of the weights had been updated
+    │   └── MemoryLimitError   a run that would need more memory than the machine has
     ├── CheckpointError        a checkpoint that cannot be written, read or resumed from
     ├── GenerationError        a prompt or a sampling setting that cannot be used
     └── MissingDependencyError an optional package is not installed; the message names the install command
@@ -51,6 +53,14 @@ class TrainingError(FulltuneError, RuntimeError):
 
 class NonFiniteError(TrainingError):
     """Loss or gradient is NaN or inf. Weights, optimizer and data position are as before the step."""
+
+
+class TornStepError(TrainingError):
+    """A step failed when a part of the weights had been updated: some are new, some old. Go back to a snapshot or checkpoint."""
+
+
+class MemoryLimitError(TrainingError):
+    """A run would need more memory than this machine has. The message says what would make it fit."""
 
 
 class CheckpointError(FulltuneError, RuntimeError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.command_line import Parser, add_fields, field_names, run, start
+from fulltune_nb.command_line import Parser, add_fields, field_names, run, start, termination_exits
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.html import human_bytes
 from fulltune_nb.training import checks
@@ -62,7 +62,7 @@ class Options:
     run_dir: str | None = None
     """Folder for checkpoints and metrics. Left out: the weights alone are saved, to the model file, every save_every steps."""
     resume: bool = False
-    """Go on with the run in run_dir exactly where it stopped, with its settings, model and data."""
+    """Go on with the run in run_dir exactly where it stopped, with its settings and model, and its data unless data is given."""
 
     def __post_init__(self):
         for name in field_names(Options):
@@ -128,8 +128,8 @@ def check_paths(settings: Settings) -> None:
     if options.resume:
         if not options.train or options.run_dir is None:
             raise ConfigError("--resume goes on with a training run: give --train and --run-dir too.")
-        return  # the run knows its data
-    if options.train and options.run_dir is not None and holds_run(Path(options.run_dir).expanduser()):
+        return  # the run knows its data; where it has moved, data says where to
+    if options.train and options.run_dir is not None and _holds_run(options.run_dir):
         raise ConfigError(f"{options.run_dir} already holds a run. Add --resume to go on with it, or give another --run-dir.")
     if hub_id(options.data) is not None:
         return  # loading it tells what is missing
@@ -142,9 +142,10 @@ def check_paths(settings: Settings) -> None:
             raise DataError(f"--{split} needs {folder / f'{split}.jsonl'}; found there: {there}.")
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether a run was begun in a folder."""
-    return (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("*"))
+def _holds_run(run_dir: str) -> bool:
+    from fulltune_nb.training.run_directory import holds_run
+
+    return holds_run(Path(run_dir).expanduser())
 
 
 def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
@@ -177,6 +178,20 @@ def show_data(data: DataSet) -> None:
         print(note)
 
 
+def check_places(settings: Settings, lm: LanguageModel) -> None:
+    """Finds out, before the training, whether what comes out of it would be written over the source model.
+
+    Raises:
+        ModelError, WeightsError: it would.
+    """
+    from fulltune_nb.model_file import check_model_file
+    from fulltune_nb.models.saving import check_not_source
+
+    check_model_file(settings.model_file, lm)
+    if settings.options.export:
+        check_not_source(export_place(settings), lm.source, "The model folder to be written,")
+
+
 def show_memory(lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
     """The memory that training is predicted to need, and what to change where that is too much."""
     from fulltune_nb.training.memory import preflight
@@ -194,9 +209,11 @@ def make_trainer(settings: Settings) -> Trainer:
     options = settings.options
     if not options.resume:
         lm, data = load(settings)
+        check_places(settings, lm)
         show_memory(lm, data, settings.config)
         return Trainer(lm, data, settings.config, options.run_dir)
-    trainer = Trainer.resume(options.run_dir)
+    trainer = Trainer.resume(options.run_dir, data=options.data if "data" in settings.given else None)
+    check_places(settings, trainer.lm)
     print(f"Model: {trainer.lm!r}")
     show_data(trainer.data)
     for name in sorted(settings.given & field_names(TrainConfig)):
@@ -230,17 +247,31 @@ def train(settings: Settings) -> Trainer:
     from fulltune_nb.model_file import export_folder
 
     trainer, path = make_trainer(settings), settings.model_file
-    trainer.run(callbacks=[SaveModelFile(path)])
-    save_weights(trainer, path)
-    print(f"Weights after step {trainer.step_count}: {path}")
-    if trainer.interrupted:
+    try:
+        trainer.run(callbacks=[SaveModelFile(path)])
+    except SystemExit:  # SIGTERM: the run has paused at a whole step, like at an interrupt
+        save_and_tell(settings, trainer)
+        raise
+    save_and_tell(settings, trainer)
+    if not trainer.interrupted and settings.options.export:
+        note = {"data_format": trainer.data.train.format, "base_model": trainer.lm.source, "steps": trainer.step_count}
+        print(f"Model folder: {export_folder(trainer.lm, export_place(settings), note)}")
+    return trainer
+
+
+def save_and_tell(settings: Settings, trainer: Trainer) -> None:
+    """Writes the model file, and says how to go on where the run is not done."""
+    save_weights(trainer, settings.model_file)
+    print(f"Weights after step {trainer.step_count}: {settings.model_file}")
+    if not trainer.done:
         exactly = " --resume" if settings.options.run_dir else ""
         print(f"Interrupted after step {trainer.step_count} of {trainer.total_steps}. The same command{exactly} goes on from here.")
-    elif settings.options.export:
-        wanted = Path(settings.options.export_dir or path.with_name(f"{path.stem}_hf")).expanduser()
-        note = {"data_format": trainer.data.train.format, "base_model": trainer.lm.source, "steps": trainer.step_count}
-        print(f"Model folder: {export_folder(trainer.lm, wanted, note)}")
-    return trainer
+
+
+def export_place(settings: Settings) -> Path:
+    """Where the model folder will stand."""
+    path = settings.model_file
+    return Path(settings.options.export_dir or path.with_name(f"{path.stem}_hf")).expanduser()
 
 
 def test_line(loss: float) -> str:
@@ -252,7 +283,8 @@ def work(flags: Mapping[str, Any]) -> int:
     """What the command does; returns its exit code."""
     settings = read_settings(flags)
     check_paths(settings)
-    trainer = train(settings) if settings.options.train else None
+    with termination_exits():
+        trainer = train(settings) if settings.options.train else None
     if trainer is not None and trainer.interrupted:
         return 130
     if not settings.options.test:

@@ -8,6 +8,7 @@ dark themes both read well.
 from __future__ import annotations
 
 import html as _html
+import re
 from collections.abc import Iterable, Sequence
 
 NO_MATH = "mathjax_ignore tex2jax_ignore"
@@ -15,14 +16,18 @@ NO_MATH = "mathjax_ignore tex2jax_ignore"
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 
-# Characters that reorder or hide the text around them: bidirectional controls and zero-width marks.
-_INVISIBLE = {ord(c): f"\\u{ord(c):04x}" for c in "\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"}
+# Control characters, those that reorder or hide the text around them (bidirectional controls and zero-width marks), and halves of
+# surrogate pairs, as in names of files that are not UTF-8: no message with one in it could be sent to a page.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+_CELL_CHARACTERS = 20_000  # of a text in a table; what is cut is counted
+_LONG_WORD = 40  # characters; longer ones may be broken anywhere
 
 
 def esc(text: object, limit: int | None = None) -> str:
     """Text made safe to stand in HTML, as element content or as a quoted attribute.
 
-    Markup, control characters (ANSI codes too) and direction marks are neutralised. `$` needs more: a browser decodes
+    Markup, control characters (ANSI codes too), direction marks and lone surrogates are neutralised. `$` needs more: a browser decodes
     any entity before MathJax looks, so text is put into `<pre>` or under the class `NO_MATH`, as `table` and `bar` do.
 
     Args:
@@ -33,28 +38,40 @@ def esc(text: object, limit: int | None = None) -> str:
     cut = 0
     if limit is not None and len(text) > limit:
         cut, text = len(text) - limit, text[:limit]
-    text = "".join(c if c >= " " or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-    text = _html.escape(text.translate(_INVISIBLE), quote=True)
+    text = _html.escape(_UNSEEN.sub(_spelled, text), quote=True)
     return text + (f" … (+{cut:,} characters)" if cut else "")
 
 
+def _spelled(match: re.Match) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
-    """An HTML table; every cell and header is escaped. Numbers are set to the right."""
-    head = "".join(f'<th style="text-align:left;padding:2px 10px">{esc(h)}</th>' for h in headers)
-    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+    """An HTML table; every cell and header is escaped, and cut after 20,000 characters. Numbers are set to the right."""
+    head = "".join(f'<th scope="col" style="text-align:left;padding:2px 10px">{esc(h)}</th>' for h in headers)
+    return _table(f"<thead><tr>{head}</tr></thead>", ("".join(_cell(value) for value in row) for row in rows), caption)
+
+
+def _table(head: str, rows: Iterable[str], caption: str) -> str:
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     title = f'<caption style="text-align:left;font-weight:bold">{esc(caption)}</caption>' if caption else ""
-    return f'<table class="{NO_MATH}" style="border-collapse:collapse">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="{NO_MATH}" style="border-collapse:collapse">{title}{head}<tbody>{body}</tbody></table>'
 
 
 def _cell(value: object) -> str:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     align = "right" if is_number else "left"
-    return f'<td style="text-align:{align};padding:2px 10px;vertical-align:top;white-space:pre-wrap">{esc(value)}</td>'
+    text = esc(value, _CELL_CHARACTERS)
+    # Only there: allowed everywhere, a long text would take the room of the short words beside it, letter by letter.
+    wrap = ";overflow-wrap:anywhere" if any(len(word) > _LONG_WORD for word in text.split()) else ""
+    return f'<td style="text-align:{align};padding:2px 10px;vertical-align:top;white-space:pre-wrap{wrap}">{text}</td>'
 
 
 def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:
-    """A titled two-column table of names and values."""
-    return table(("", ""), pairs, caption=title).replace("<thead><tr>", '<thead style="display:none"><tr>')
+    """A titled two-column table of names and values; the names are the headers of their rows."""
+    head = '<th scope="row" style="text-align:left;font-weight:normal;padding:2px 10px;vertical-align:top">{}</th>'
+    return _table("", (head.format(esc(name)) + _cell(value) for name, value in pairs), title)
 
 
 def bar(parts: Sequence[tuple[str, float]], limit: float | None = None, width: int = 560, unit: str = "") -> str:

@@ -12,13 +12,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from fulltune_nb.chat_template import ensure_chat_template
-from fulltune_nb.errors import GenerationError, ModelError
+from fulltune_nb.errors import GenerationError, ModelError, TornStepError
 from fulltune_nb.generation import Ends, GenerationSettings, answer_many, stream_answer
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.loading import load_decoder, load_model_file, read_json, resolve_model_path
-from fulltune_nb.models.saving import save_folder
+from fulltune_nb.models.saving import check_not_source, save_folder
 from fulltune_nb.prompts import Prompt, answer_end, chat_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class LanguageModel:
         tokenizer: the `transformers` tokenizer.
         source: where it was loaded from: folder or hub id; None for random weights.
         generation_config: `generation_config.json` of the source, or None.
+        torn: why the weights cannot be used, when a training step was broken off half-way; else None.
         card: how the weights came about, as `.files()`, texts by file name that `save` writes too; None where nothing is known.
     """
 
@@ -49,6 +50,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.source = source
         self.generation_config = generation_config
+        self.torn: str | None = None
         self.card: Any = None
 
     @classmethod
@@ -134,6 +136,7 @@ class LanguageModel:
         Raises:
             GenerationError: a prompt or a setting that cannot be used.
         """
+        self._check_whole()
         settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
         tokens = prompt_ids(self.tokenizer, prompt, self.config.vocab_size)
         return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings))
@@ -181,6 +184,7 @@ class LanguageModel:
         Raises:
             GenerationError: messages the template refuses, or a setting that cannot be used.
         """
+        self._check_whole()
         settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
         tokens = self.chat_tokens(messages, tools)
         return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings, chat=True), continues=False)
@@ -198,18 +202,27 @@ class LanguageModel:
         Raises:
             GenerationError: a prompt or a setting that cannot be used; the message says which prompt.
         """
+        self._check_whole()
         if isinstance(prompts, str):
             raise GenerationError("generate_many takes a list of prompts, found one text. Use generate, or put it into a list.")
         tokens = _each(prompts, lambda prompt: prompt_ids(self.tokenizer, prompt, self.config.vocab_size), "prompts")
         return self._many(tokens, batch_size, settings, chat=False)
 
-    def chat_many(self, conversations: Sequence[Sequence[Mapping[str, Any]]], batch_size: int = 32, **settings: Any) -> list[str]:
-        """`chat` for many conversations, side by side; see `generate_many`.
+    def chat_many(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        batch_size: int = 32,
+        tools: Sequence[Sequence[Any] | None] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """`chat` for many conversations, side by side; see `generate_many`. `tools`: those of each conversation.
 
         Raises:
             GenerationError: messages the template refuses, or a setting that cannot be used; the message says which conversation.
         """
-        return self._many(_each(conversations, self.chat_tokens, "conversations"), batch_size, settings, chat=True)
+        pairs = list(zip(conversations, tools or [None] * len(conversations), strict=True))
+        tokens = _each(pairs, lambda pair: self.chat_tokens(*pair), "conversations")
+        return self._many(tokens, batch_size, settings, chat=True)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
         """A conversation as token ids, up to where the assistant's answer begins: what `chat` gives the model to read.
@@ -226,6 +239,10 @@ class LanguageModel:
         ends = self._ends(checked, chat)
         return answer_many(self.model, self.tokenizer, prompts, checked, ends, continues=not chat, batch_size=max(1, batch_size))
 
+    def _check_whole(self) -> None:
+        if self.torn:
+            raise TornStepError(self.torn)
+
     def _ends(self, settings: GenerationSettings, chat: bool = False) -> Ends:
         ids, strings = answer_end(self.tokenizer) if chat else ((), ())
         return Ends(frozenset((*self.stop_ids, *ids)), (*settings.stop, *strings))
@@ -239,9 +256,12 @@ class LanguageModel:
             folder: new or empty.
 
         Raises:
-            ModelError: the folder is not empty or cannot be written.
+            ModelError: the folder is not empty, lies in the folder this model was loaded from, or cannot be written.
         """
+        self._check_whole()
         folder = Path(folder).expanduser()
+        if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
+            check_not_source(folder, self.source, "The folder")
         texts = self.card.files() if self.card is not None else {}
         save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config, texts)
         return folder

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
+from fulltune_nb.files import write_text
 from fulltune_nb.language_model import LanguageModel, load_model
-from fulltune_nb.models.saving import hf_tensors, write_tensors, write_text
+from fulltune_nb.models.saving import hf_tensors, write_tensors
 from fulltune_nb.tensor_files import check_ending, safetensors_metadata
 
 EXPORT_NOTE = "fulltune_nb.json"
@@ -35,8 +36,9 @@ def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = Non
     """Writes all weights under their Hugging Face names, and where they come from.
 
     Raises:
-        WeightsError: another ending, or the file cannot be written.
+        WeightsError: another ending, a weights file of the source model, or the file cannot be written.
     """
+    check_model_file(path, lm)
     metadata = {"dtype": lm.dtype, "fulltune_nb": _own_version()}
     if lm.source is not None:
         folder = Path(lm.source).expanduser()
@@ -45,6 +47,18 @@ def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = Non
         metadata["data_format"] = data_format
     write_tensors(path, hf_tensors(lm.model), metadata)
     write_metadata(path, metadata)
+
+
+def check_model_file(path: Path, lm: LanguageModel) -> None:
+    """
+    Raises:
+        WeightsError: writing the file would replace the source model's weights, or add to them.
+    """
+    source = Path(lm.source).expanduser() if lm.source else None
+    if source is None or not source.is_dir() or path.suffix != ".safetensors":
+        return
+    if os.path.realpath(path.parent) == os.path.realpath(source) and (path.exists() or path.name.startswith("model")):
+        raise WeightsError(f"{path} would overwrite, or be taken for, the weights of the source model {lm.source}. Name another place.")
 
 
 def write_metadata(path: Path, metadata: dict[str, str]) -> None:

@@ -57,7 +57,7 @@ def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         ConfigError: `history` is not a list of reports.
     """
     steps, evals, events = _sorted_out(history, "plot_loss")
-    with _drawing(ax) as ax:
+    with drawing(ax) as ax:
         if steps:
             _draw_training_loss(ax, steps)
         for split in dict.fromkeys(report.split for report in evals):
@@ -77,7 +77,7 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         ConfigError: `history` is not a list of reports.
     """
     steps, _, events = _sorted_out(history, "plot_memory")
-    with _drawing(ax) as ax:
+    with drawing(ax) as ax:
         if steps:
             x, peak = _series(steps, "peak_memory")
             active, cache = _series(steps, "active_memory")[1], _series(steps, "cache_memory")[1]
@@ -167,7 +167,7 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 @contextmanager
-def _drawing(ax: Axes | None) -> Iterator[Axes]:
+def drawing(ax: Axes | None) -> Iterator[Axes]:
     """The axes to draw on: those given as they are, or new ones, and then our style within the block."""
     if ax is not None:
         yield ax
@@ -227,6 +227,7 @@ def _draw_events(ax: Axes, events: list[Event], steps: list[StepReport]) -> None
         ax.axvline(step, color=_GREY, linestyle=":", linewidth=1.2, zorder=1)
         if len(labels) <= _LABELLED_EVENTS:
             place = {"xy": (step, 1.0), "xycoords": ax.get_xaxis_transform(), "xytext": (-2, -2), "textcoords": "offset points"}
+            place["parse_math"] = False  # a kind of event is any text, and may have dollar signs in it
             ax.annotate(", ".join(dict.fromkeys(words)), rotation=90, ha="right", va="top", fontsize="x-small", color=_GREY, **place)
     if len(labels) > _LABELLED_EVENTS:
         ax.plot([], [], color=_GREY, linestyle=":", label=f"{len(labels):,} events")
@@ -247,5 +248,6 @@ def _finish(ax: Axes, label: str, empty: bool) -> Axes:
     if empty:
         ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", va="center")
     elif ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize="small")
+        for text in ax.legend(fontsize="small").get_texts():
+            text.set_parse_math(False)
     return ax

@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 
 BROWSER_VARIABLE = "FULLTUNE_BROWSER"
 """The path of a Chromium or Chrome; the usual names are looked for where it is not set."""
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def needs(there: object, what: str) -> None:
+    """Skips a test where something is missing; in CI (`CI` is set) that is a failure."""
+    if not there:
+        message = f"no {what} here: the panels cannot be tested with it"
+        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            pytest.fail(message)
+        pytest.skip(message)
 
 
 def find_browser() -> str | None:

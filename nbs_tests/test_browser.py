@@ -13,21 +13,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
-from nbs_tests.jupyterlab import Lab, find_browser, jupyterlab, write_notebook
+from nbs_tests.jupyterlab import Lab, find_browser, jupyterlab, needs, write_notebook
 from nbs_tests.panels.kernels import SETUP
 
 pytestmark = pytest.mark.long
 NOTEBOOK = "panels.ipynb"
 PANEL, CODE, WAITING = 2, 3, 4  # its cells
-
-
-def needs(there: object, what: str) -> None:
-    if not there:
-        message = f"no {what} here: the panels cannot be seen"
-        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
-            pytest.fail(message)
-        pytest.skip(message)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +86,7 @@ def notebook(browser, server, folder):
 def trained(notebook, request, tmp_path):
     """The notebook with a panel of a new trainer."""
     settings = getattr(request, "param", "")
-    code = f"trainer = make_trainer(run_dir={str(tmp_path / 'run')!r}, {settings})\npanel = TrainPanel(trainer)\npanel"
+    code = f"trainer = make_trainer(run_dir={f'runs/{tmp_path.name}'!r}, {settings})\npanel = TrainPanel(trainer)\npanel"
     notebook.result(PANEL, code, seconds=60)
     button(notebook, "Run").wait_for()
     return notebook
@@ -171,12 +164,25 @@ def test_interrupting_the_kernel_pauses_and_the_losses_stay_the_same(trained):
     assert lab.result(WAITING, f"straight = make_trainer(); straight.run({taken + 4}); print({same})").endswith("True")
 
 
-HOSTILE = r"<img src=x onerror=alert(1)></pre><script>alert(2)</script>$$x$$ \x1b[31m \u202e"
+HOSTILE = r"<img src=x onerror=alert(1)></pre><script>alert(2)</script>$$x$$ \x1b[31m \u202e\u2067\u200f &lt;"
+CELL_OUTPUTS = """
+rows = [{"prompt": HOSTILE, "completion": "fox " * 250_000}, {"prompt": "a", "completion": HOSTILE}]
+hostile_data = ft.load_data({"train": rows}, tokenizer, mask_prompt=True)
+hostile_data.source = HOSTILE
+display(trainer.history, trainer.history.events[0], trainer, hostile_data, hostile_data.show(2), hostile_data.train[1])
+from fulltune_nb.panels.progress import NotebookProgress
+progress = NotebookProgress(); progress.on_start(trainer); progress.on_event(trainer, ft.Event(1, HOSTILE, HOSTILE, 0.0))
+progress.on_save(trainer, HOSTILE); progress.on_end(trainer)
+ft.plot_loss(trainer.history);
+"""
+FOREIGN = "img[src='x'], script, iframe, mjx-container, .jupyter-widgets-error-widget"
 
 
 def test_hostile_text_stays_text(trained):
     lab = trained
     lab.result(CODE, f'HOSTILE = "{HOSTILE}"; trainer.journal.event(1, HOSTILE, HOSTILE); trainer.journal.tell("on_save", HOSTILE)')
+    lab.result(CODE, "trainer.journal.record(ft.EvalReport(HOSTILE, 1, 1.0, 2.0, 3, 0.1))")
+    lab.result(CODE, 'trainer.journal.event(1, "big", "y" * 1_000_000)')
     lab.result(
         CODE,
         "trainer.lm.stream_chat = lambda *_, **__: iter([HOSTILE, 'x' * 1_000_000])\n"
@@ -191,8 +197,15 @@ def test_hostile_text_stays_text(trained):
     lab.page.wait_for_timeout(700)
     text = lab.output(PANEL).inner_text()
     assert text.count("<img src=x onerror=alert(1)>") >= 3 and "$$x$$" in text
-    assert lab.output(PANEL).locator("img[src='x'], script, mjx-container").count() == 0
+    assert lab.output(PANEL).locator(FOREIGN).count() == 0 and len(text) < 60_000  # of the millions
     picture(lab, "hostile")
+    lab.result(WAITING, CELL_OUTPUTS, seconds=60)
+    lab.output(WAITING).get_by_text("Training history").wait_for(timeout=20_000)
+    assert lab.output(WAITING).inner_text().count("<img src=x onerror=alert(1)>") >= 6
+    assert lab.page.locator(".jp-OutputArea").locator(FOREIGN).count() == 0
+    assert "FulltuneError" in lab.result(CODE, "raise ft.FulltuneError(HOSTILE)")
+    assert lab.page.locator(".jp-OutputArea").locator(FOREIGN).count() == 0
+    lab.result(WAITING, "0")  # the notebook goes on without the million characters
 
 
 def test_run_all_of_notebook_01_trains_and_keeps_a_record(lab, folder):
@@ -232,6 +245,16 @@ def test_a_reopened_notebook_without_kernel_has_picture_and_table(trained, folde
     cell.get_by_text("Done at step 30 of 30").wait_for(timeout=5000)
     if where := os.environ.get("FULLTUNE_PICTURES"):
         cell.screenshot(path=f"{where}/reopened-light.png")
+    assert_the_exported_page_shows_it_too(lab, folder)
     saved = nbformat.read(folder / NOTEBOOK, as_version=4)
     assert any("image/png" in output.get("data", {}) for output in saved.cells[PANEL].outputs)
     assert (folder / NOTEBOOK).stat().st_size < 2_000_000
+
+
+def assert_the_exported_page_shows_it_too(lab, folder):
+    page, _ = HTMLExporter().from_filename(str(folder / NOTEBOOK))
+    (folder / "exported.html").write_text(page, "utf-8")
+    lab.page.route(re.compile("^https?://"), lambda route: route.abort())  # MathJax and such, which come from elsewhere
+    lab.page.goto(f"file://{folder}/exported.html", wait_until="domcontentloaded")
+    lab.page.get_by_text("Done at step 30 of 30").first.wait_for(timeout=10_000)
+    assert lab.page.locator("img[src^='data:image/png']").first.evaluate("image => image.naturalWidth") > 500

@@ -168,7 +168,7 @@ def test_mistakes_in_the_file_name_the_line_and_the_nearest_name(tmp_path, conte
 
 
 def test_docs_of_fields_are_the_texts_below_them():
-    assert field_docs(TrainConfig)["batch_size"] == "Rows in a micro-batch."
+    assert field_docs(TrainConfig)["batch_size"] == "Rows in a micro-batch; with `packing`, packed rows."
 
 
 def test_help_texts_may_hold_percent_signs():

@@ -16,20 +16,20 @@ ROOT = Path(fulltune_nb.__file__).parent
 # From left to right. A module may import what stands left of it, and its own group. A new one needs a place here.
 LAYERS = [
     ["errors", "html"],
-    ["chat_template", "blas", "blas_stub", "system_info", "tensor_files"],
+    ["chat_template", "blas", "blas_stub", "system_info", "files", "tensor_files"],
     ["models"],
     ["generation", "detokenizer", "prompts"],
     ["language_model"],
     ["data"],
     ["training"],
-    ["plots"],
+    ["plots", "charts"],
     ["insight"],
     ["panels"],
     ["experiments"],
     ["tiny", "model_file", "command_line", "full", "generate", "convert", "demo", "sweep"],
 ]
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
-SHOWS = ("plots", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
+SHOWS = ("plots", "charts", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
 FRONT_ENDS = ("ipywidgets", "IPython", "matplotlib")
 LINES_IN_FILE, LINES_IN_FUNCTION = 350, 50
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
+import warnings
 
 import matplotlib
 
@@ -167,6 +168,16 @@ def test_a_trainer_given_in_place_of_its_history_is_pointed_to_it():
     trainer = type("Trainer", (), {"history": []})()
     with pytest.raises(ft.ConfigError, match="got Trainer. Pass its .history."):
         ft.plot_memory(trainer)
+
+
+@pytest.mark.parametrize("text", ["$\\frac$ and $10", "$$", "<b>_{", "\u202eevil \x1b[31m"])
+def test_kinds_of_events_and_names_of_splits_are_drawn_as_they_are(text):
+    history = [step(1), step(2), valid(2, 1.0, text), ft.Event(1, text, text, 0.0)]
+    axes = ft.plot_loss(history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # signs that the font lacks
+        axes.figure.savefig(io.BytesIO())  # mathematics with an error in it would be one here
+    assert text in [entry.get_text() for entry in axes.get_legend().get_texts()]
 
 
 def test_runs_are_drawn_side_by_side_and_those_past_the_first_twelve_are_counted():

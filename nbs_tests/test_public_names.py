@@ -16,8 +16,8 @@ import fulltune_nb as ft
 
 NAMES = """
 ChatPanel CheckpointError ConfigError DataError DataPanel EvalReport Event Example FulltuneError History LanguageModel ModelError
-NonFiniteError StepReport TrainConfig TrainPanel Trainer TrainingError load_data load_model plot_loss plot_memory preflight
-sweep system_info
+StepReport TrainConfig TrainPanel Trainer TrainingError compare evaluate_generation find_lr inspect load_data
+load_model plot_loss plot_memory preflight sweep system_info token_losses trace
 """.split()
 HEAVY = ("mlx", "numpy", "transformers", "tokenizers", "huggingface_hub", "matplotlib", "IPython", "ipywidgets", "pandas", "tqdm", "torch")
 
@@ -62,7 +62,7 @@ def test_type_checkers_are_told_the_same_names_and_places():
 
 def test_every_error_class_is_a_fulltune_error_and_stands_in_errors():
     classes = [c for c in vars(ft.errors).values() if inspect.isclass(c)]
-    assert len(classes) == 10 and all(issubclass(c, ft.FulltuneError) for c in classes)
+    assert len(classes) == 12 and all(issubclass(c, ft.FulltuneError) for c in classes)
 
 
 def test_importing_is_quiet_and_leaves_the_heavy_packages_alone():

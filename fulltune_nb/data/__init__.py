@@ -3,6 +3,9 @@
 from fulltune_nb.data.batching import Batch, BatchOrder, collate, evaluation_batches
 from fulltune_nb.data.dataset import DataSet, Split, load_data
 from fulltune_nb.data.encoding import Example
+from fulltune_nb.data.packing import PackedOrder
 from fulltune_nb.data.settings import DataSettings
 
-__all__ = ["Batch", "BatchOrder", "DataSet", "DataSettings", "Example", "Split", "collate", "evaluation_batches", "load_data"]
+__all__ = [
+    "Batch", "BatchOrder", "DataSet", "DataSettings", "Example", "PackedOrder", "Split", "collate", "evaluation_batches", "load_data",
+]  # fmt: skip

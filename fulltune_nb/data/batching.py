@@ -1,24 +1,26 @@
 """Which rows stand in which batch, and a batch's arrays.
 
-B rows, T input positions, N target positions. Lengths are bucketed: rows of about one length share a batch (little padding),
-and T takes at most 12 values per split, N a few per T (few shapes, which is what `mx.compile` wants).
+B rows, T input positions, N target positions. Rows of about one length share a batch (little padding), and T and N are
+rounded up to few values (see `shapes.py`). With packing, a row of a batch holds several examples (see `packing.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from fulltune_nb.data.settings import whole
+from fulltune_nb.data.shapes import BatchShapes, padded_count
 from fulltune_nb.errors import ConfigError, DataError
 
-MAX_BUCKETS = 12
+Row = int | tuple[int, ...]
+"""What a row of a batch holds: an example of the split, by its index, or several that are packed."""
+
 WINDOW_BATCHES = 64
 """Rows are sorted by length within windows of this many batches. Larger windows pad less and mix less; see `BatchOrder`."""
-
-_CANDIDATES = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class Batch:
     """The arrays of one batch. Rows are padded on the right, where causal attention never looks from the left."""
 
     inputs: np.ndarray
-    """(B, T) int32; inputs[b, t] is token t of row b, from which token t + 1 is predicted."""
+    """(B, T) int32; inputs[b, t] is a token of row b, from which the next one of its example is predicted."""
     target_positions: np.ndarray
     """(N,) int32, indices into the flattened (B*T,) positions that have a target to train on; 0 where N is padded."""
     targets: np.ndarray
@@ -36,107 +38,77 @@ class Batch:
     num_tokens: int
     """Trained tokens, the sum of the weights."""
     rows: tuple[int, ...]
-    """Indices into the split."""
+    """Indices into the split of all examples, row by row."""
     sources: tuple[str, ...]
-    """File and line of each row."""
+    """File and line of each example."""
     padded_tokens: int
     """B * T"""
     real_tokens: int
-    """Input positions that hold a row's own token."""
+    """Input positions that hold an example's token."""
+    segments: np.ndarray | None = None
+    """(B, T) int32 where rows are packed: the number of the example within its row, from 0, and -1 where padded."""
 
     def __repr__(self) -> str:
         return f"Batch(inputs {self.inputs.shape}, {self.num_tokens} trained tokens, {self.padded_tokens - self.real_tokens} padding)"
 
 
-def choose_buckets(lengths: np.ndarray, max_buckets: int = MAX_BUCKETS) -> np.ndarray:
-    """The values that T may take: those at most `max_buckets` lengths that, each row rounded up to the next, pad least.
+def collate(split, rows: Sequence[Row], shape: tuple[int, int] | None = None) -> Batch:
+    """The arrays of a batch.
 
     Args:
-        lengths: (rows,) input lengths.
-
-    Returns:
-        Ascending int64; the last is the largest length. At least 1 each.
-    """
-    lengths = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
-    edges, counts = np.unique(lengths, return_counts=True)
-    if len(edges) <= max_buckets:
-        return edges
-    if len(edges) > _CANDIDATES:  # so many different lengths that only some are tried as borders, spread evenly over the tokens
-        kept = np.interp(np.linspace(0, 1, _CANDIDATES + 1)[1:], np.cumsum(edges * counts) / lengths.sum(), np.arange(len(edges)))
-        kept = np.unique(edges[np.ceil(kept).astype(np.int64)])
-        counts = np.bincount(np.searchsorted(kept, lengths), minlength=len(kept))
-        edges = kept
-    # cost[j]: positions needed for all rows up to edge j, when j is a border; from[k][j]: the border before it.
-    below = np.concatenate([[0], np.cumsum(counts)])  # rows below edge i
-    cost = edges * below[1:]
-    steps = []
-    for _ in range(max_buckets - 1):
-        # (i, j): the border before j is i; needs i < j
-        through = cost[:, None] + edges[None, :] * (below[None, 1:] - below[1:, None])
-        through[np.tril_indices(len(edges))] = np.iinfo(np.int64).max
-        best = through.argmin(axis=0)
-        improved = through[best, np.arange(len(edges))] < cost
-        steps.append(np.where(improved, best, -1))
-        cost = np.where(improved, through[best, np.arange(len(edges))], cost)
-    return edges[_borders(steps, len(edges) - 1)]
-
-
-def _borders(steps: list[np.ndarray], last: int) -> list[int]:
-    """Walk the choices back from the last edge; -1 means that no further border helped at that count."""
-    j = last
-    borders = [j]
-    for before in reversed(steps):
-        if before[j] >= 0:
-            j = int(before[j])
-            borders.append(j)
-    return borders[::-1]
-
-
-def padded_count(count: int, limit: int) -> int:
-    """`count` rounded up so that few different values occur: eight steps per doubling, steps of 8 at least, `limit` at most."""
-    step = max(8, 1 << max(0, (count - 1).bit_length() - 4))
-    return min(-(-count // step) * step, limit)
-
-
-def collate(split, rows: Sequence[int]) -> Batch:
-    """The arrays of a batch of `rows`, indices into `split`.
+        split: a `Split`.
+        rows: what each row holds.
+        shape: (T, N), large enough; None rounds up as little as few shapes allow.
 
     Raises:
-        DataError: none of the rows has a token to train on.
+        DataError: none of the examples has a token to train on.
     """
-    rows = tuple(int(row) for row in rows)
-    examples = [split[row] for row in rows]
-    sources = tuple(example.source for example in examples)
-    longest = max((len(example.tokens) - 1 for example in examples), default=0)
-    edges = split.bucket_lengths
-    at = int(np.searchsorted(edges, longest))
-    width = int(edges[at]) if at < len(edges) else longest  # an untrainable row can be longer than every bucket
-    inputs = np.zeros((len(rows), width), dtype=np.int32)  # any id will do for padding: no real position sees it
+    packed = any(isinstance(row, tuple) for row in rows)
+    groups = [tuple(int(index) for index in row) if isinstance(row, tuple) else (int(row),) for row in rows]
+    indices = tuple(index for group in groups for index in group)
+    sources = tuple(split[index].source for index in indices)
+    used = [sum(max(len(split[index].tokens) - 1, 0) for index in group) for group in groups]
+    width = shape[0] if shape else _bucketed(split, max(used, default=0))
+    inputs = np.zeros((len(groups), width), dtype=np.int32)  # any id will do for padding: no real position sees it
+    segments = np.full_like(inputs, -1) if packed else None
     positions, targets = [], []
-    for b, example in enumerate(examples):
-        inputs[b, : max(len(example.tokens) - 1, 0)] = example.tokens[:-1]
-        trained = np.flatnonzero(example.loss_mask[1:])
-        positions.append(b * width + trained)
-        targets.append(example.tokens[1:][trained])
+    for b, group in enumerate(groups):
+        begin = 0
+        for number, index in enumerate(group):
+            example = split[index]
+            end = begin + max(len(example.tokens) - 1, 0)
+            inputs[b, begin:end] = example.tokens[:-1]
+            if packed:
+                segments[b, begin:end] = number
+            trained = np.flatnonzero(example.loss_mask[1:])
+            positions.append(b * width + begin + trained)
+            targets.append(example.tokens[1:][trained])
+            begin = end
     count = sum(len(t) for t in targets)
     if not count:
         raise DataError(f"A batch without a token to train on: rows {', '.join(sources[:8]) or '(none)'}. Batch only split.trainable rows.")
-    padded = padded_count(count, inputs.size)
+    padded = shape[1] if shape else padded_count(count, inputs.size)
     fill = np.zeros(padded - count, dtype=np.int32)
     weights = np.zeros(padded, dtype=np.float32)
     weights[:count] = 1
-    real = sum(max(len(example.tokens) - 1, 0) for example in examples)
     return Batch(
         inputs=inputs,
         target_positions=np.concatenate([*positions, fill]).astype(np.int32),
         targets=np.concatenate([*targets, fill]).astype(np.int32),
         weights=weights,
         num_tokens=count,
-        rows=rows,
+        rows=indices,
         sources=sources,
         padded_tokens=inputs.size,
-        real_tokens=real,
+        real_tokens=sum(used),
+        segments=segments,
     )
+
+
+def _bucketed(split, longest: int) -> int:
+    edges = split.bucket_lengths
+    at = int(np.searchsorted(edges, longest))
+    return int(edges[at]) if at < len(edges) else longest  # an untrainable row can be longer than every bucket
 
 
 class BatchOrder:
@@ -160,44 +132,96 @@ class BatchOrder:
         self.batch_size = whole("batch_size", batch_size, low=1)
         self.seed = whole("seed", seed, low=0)
         self.grad_accumulation_steps = whole("grad_accumulation_steps", grad_accumulation_steps, low=1)
-        self._trainable = split.trainable
-        self._lengths = split.lengths[split.trainable]
+        self._split = split
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all batches of an epoch; with packing, packed ones."""
+        return len(self._widths)
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-len(self._trainable) // self.batch_size)
+        return -(-self.rows_per_epoch // self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.batches_per_epoch // self.grad_accumulation_steps)
 
-    def epoch(self, epoch: int) -> list[list[tuple[int, ...]]]:
-        """The steps of epoch `epoch` (from 0): each a list of micro-batches, each a tuple of indices into the split."""
-        # RandomState because numpy promises that its streams stay the same in later versions; a run must resume exactly.
-        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, whole("epoch", epoch, low=0)))))
-        order = random.permutation(len(self._trainable))
-        window = self.batch_size * WINDOW_BATCHES
-        batches: list[np.ndarray] = []
-        partial: list[np.ndarray] = []
-        for start in range(0, len(order), window):
-            rows = order[start : start + window]
-            rows = rows[np.argsort(self._lengths[rows], kind="stable")]
-            left_over = len(rows) % self.batch_size
-            if left_over:  # only in the last window
-                at = self.batch_size * random.randint(len(rows) // self.batch_size + 1)
-                partial.append(rows[at : at + left_over])
-                rows = np.delete(rows, np.s_[at : at + left_over])
-            batches.extend(rows.reshape(-1, self.batch_size))
-        shuffled = [batches[i] for i in random.permutation(len(batches))] + partial
-        named = [tuple(int(row) for row in self._trainable[batch]) for batch in shuffled]
+    def epoch(self, epoch: int) -> list[list[tuple[Row, ...]]]:
+        """The steps of epoch `epoch` (from 0): each a list of micro-batches, each a tuple of what its rows hold."""
+        rows, batches = self._deal(epoch)
+        named = [tuple(rows[i] for i in batch) for batch in batches]
         n = self.grad_accumulation_steps
         return [named[i : i + n] for i in range(0, len(named), n)]
 
+    def shape(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """(T, N) for a batch of an epoch; with B they are at most 16 different ones, over all epochs."""
+        needs = [self._need(row) for row in rows]
+        return self.shapes.of(len(rows), max(width for width, _ in needs), sum(count for _, count in needs))
+
+    @cached_property
+    def shapes(self) -> BatchShapes:
+        """The shapes of all batches."""
+        rows, batches = self._deal(0)
+        needed = np.array([self._need(row)[1] for row in rows])
+        return BatchShapes(self._widths, self._most_targets, batches, needed, self.batch_size)
+
+    def _deal(self, epoch: int) -> tuple[list[Row], list[np.ndarray]]:
+        """What can stand as a row in this epoch, and its batches, as indices into that."""
+        # RandomState because numpy promises that its streams stay the same in later versions; a run must resume exactly.
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, whole("epoch", epoch, low=0)))))
+        rows = self._rows(random)
+        return rows, deal(random, self._widths, self.batch_size)
+
+    # What packing does otherwise.
+
+    @property
+    def _widths(self) -> np.ndarray:
+        """(rows,) input positions of each row; the same in every epoch."""
+        return self._split.lengths[self._split.trainable] - 1
+
+    @property
+    def _most_targets(self) -> np.ndarray:
+        """(rows,) the most targets that each row has in any epoch."""
+        return self._split.trained_lengths[self._split.trainable]
+
+    def _rows(self, random: np.random.RandomState) -> list[Row]:
+        return self._split.trainable.tolist()
+
+    def _need(self, row: Row) -> tuple[int, int]:
+        """Input positions and targets of a row."""
+        lengths, trained = self._per_example
+        examples = row if isinstance(row, tuple) else (row,)
+        return sum(lengths[i] - 1 for i in examples), sum(trained[i] for i in examples)
+
+    @cached_property
+    def _per_example(self) -> tuple[list[int], list[int]]:
+        """Tokens and trained tokens, as lists: single elements of an array take ten times as long to read."""
+        return self._split.lengths.tolist(), self._split.trained_lengths.tolist()
+
     def __repr__(self) -> str:
         return (
-            f"BatchOrder({len(self._trainable):,} rows, batch_size={self.batch_size}, seed={self.seed}, "
+            f"{type(self).__name__}({self.rows_per_epoch:,} rows, batch_size={self.batch_size}, seed={self.seed}, "
             f"grad_accumulation_steps={self.grad_accumulation_steps}, {self.steps_per_epoch:,} steps per epoch)"
         )
+
+
+def deal(random: np.random.RandomState, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Batches of rows of about one length, in random order, as indices into `lengths`; a partial one comes last."""
+    order = random.permutation(len(lengths))
+    window = batch_size * WINDOW_BATCHES
+    batches: list[np.ndarray] = []
+    partial: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        left_over = len(rows) % batch_size
+        if left_over:  # only in the last window
+            at = batch_size * random.randint(len(rows) // batch_size + 1)
+            partial.append(rows[at : at + left_over])
+            rows = np.delete(rows, np.s_[at : at + left_over])
+        batches.extend(rows.reshape(-1, batch_size))
+    return [batches[i] for i in random.permutation(len(batches))] + partial
 
 
 def evaluation_batches(split, batch_size: int, max_batches: int | None = None) -> list[tuple[int, ...]]:

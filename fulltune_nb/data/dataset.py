@@ -28,6 +28,7 @@ class Split(Sequence[Example]):
         format: "chat", "completions" or "text".
         examples: all of them, the untrainable ones too.
         lengths: (rows,) int64, tokens of each example.
+        trained_lengths: (rows,) int64, those of them that are trained on.
         trainable: (rows with a trained token,) int64, their indices; only these get into batches.
         untrainable: indices of the rows with no trained token.
         truncated: rows cut at the end by `max_seq_length`.
@@ -43,6 +44,7 @@ class Split(Sequence[Example]):
         self.examples = list(examples)
         self.blank_lines = blank_lines
         trained = np.array([int(e.loss_mask.sum()) for e in self.examples], dtype=np.int64)
+        self.trained_lengths = trained
         self.lengths = np.array([len(e.tokens) for e in self.examples], dtype=np.int64)
         self.trainable = np.flatnonzero(trained)
         self.untrainable = np.flatnonzero(trained == 0)
@@ -69,7 +71,7 @@ class Split(Sequence[Example]):
     @cached_property
     def bucket_lengths(self) -> np.ndarray:
         """The at most 12 values that T, the length of a batch's inputs, takes for this split; ascending int64."""
-        from fulltune_nb.data.batching import choose_buckets
+        from fulltune_nb.data.shapes import choose_buckets
 
         return choose_buckets(self.lengths[self.trainable] - 1)
 

@@ -85,7 +85,8 @@ def _byte_names(raw: str) -> str:
     return "<" + " ".join(f"{byte_of[c]:02X}" for c in raw) + ">"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+    """A token's text with its spaces, line breaks and tabs to be seen."""
     return text.replace(" ", "·").replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "⇥\t")
 
 
@@ -119,7 +120,7 @@ def _cut_html(example: Example, tokenizer) -> str:
         return ""
     cut = _cut_tokens(example, tokenizer)
     title = f"cut off by max_seq_length={len(example.tokens)}"
-    boxes = [f'<s class="cut" style="{_CUT};margin-right:2px" title="{title}">{esc(_visible(t))}</s>' for t in token_texts(tokenizer, cut)]
+    boxes = [f'<s class="cut" style="{_CUT};margin-right:2px" title="{title}">{esc(visible(t))}</s>' for t in token_texts(tokenizer, cut)]
     more = example.cut - len(cut)
     return "".join(boxes) + (f"<b> … {more:,} more cut off</b>" if more else "")
 
@@ -147,7 +148,7 @@ def _token_box(position: int, text: str, token_id: int, trained: bool, is_specia
     tag = "u" if trained else "span"
     title = f"token {position}, id {token_id}: {', '.join(kinds)}"
     # The browser drops a line break that comes first in <pre>; the mark before it prevents that.
-    return f'<{tag} class="{" ".join(kinds)}" style="{style}" title="{title}">{esc(_visible(text))}</{tag}>'
+    return f'<{tag} class="{" ".join(kinds)}" style="{style}" title="{title}">{esc(visible(text))}</{tag}>'
 
 
 def _runs_html(example: Example) -> str:

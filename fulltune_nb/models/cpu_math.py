@@ -146,19 +146,36 @@ def _product_vjp(primals, cotangent, _output):
     # Automatic differentiation gives (x.T @ cotangent).T, whose rows lie across the memory: all that reads the gradient
     # afterwards (its norm, the optimizer) would then be two to four times as slow.
     x, weight = primals
-    rows, out = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    return cotangent @ weight, out.T @ rows
+    return cotangent @ weight, _rows_of(cotangent).T @ _rows_of(x)
+
+
+@mx.custom_function
+def _half_product(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.astype(mx.float32).T
+
+
+@_half_product.vjp
+def _half_product_vjp(primals, cotangent, _output):
+    # The weight is turned into float32 once more, so that the copy does not live from the forward to the backward pass. Its
+    # gradient stays float32: the optimizer computes in it.
+    x, weight = primals
+    return cotangent @ weight.astype(mx.float32), _rows_of(cotangent).T @ _rows_of(x)
+
+
+def _rows_of(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """`x @ weight.T + bias`: (..., D) and (O, D) -> (..., O).
 
-    On the CPU, half-precision products of several rows are computed in float32 and rounded: only float32 has a fast BLAS.
+    On the CPU, half-precision products of several rows are computed in float32 and rounded to the dtype of the operands: only
+    float32 has a fast BLAS. With x in float32 the result, and the weight's gradient, stay float32.
     """
     if not _on_cpu():
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    if weight.dtype in (mx.bfloat16, mx.float16) and x.size >= _FEWEST_ROWS * x.shape[-1]:
-        product = _product(x.astype(mx.float32), weight.astype(mx.float32)).astype(mx.result_type(x, weight))
+    if weight.dtype in (mx.bfloat16, mx.float16) and (x.dtype == mx.float32 or x.size >= _FEWEST_ROWS * x.shape[-1]):
+        product = _half_product(x.astype(mx.float32), weight).astype(mx.result_type(x, weight))
     else:
         product = _product(x, weight)
     return product if bias is None else product + bias

@@ -7,13 +7,15 @@ C head_dim, V vocab_size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from fulltune_nb.models import cpu_math
 from fulltune_nb.models.families import ModelConfig
-from fulltune_nb.models.kernels import activation, attend, gated_activation
+from fulltune_nb.models.kernels import activation, attend, gated_activation, lookup
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.rope import inverse_frequencies, rotate, rotation_table
 
@@ -65,6 +67,15 @@ class Attention(nn.Module):
             self.k_norm = Norm(config.norm, config.head_dim, config.norm_eps)
 
     def __call__(self, x: mx.array, rotation: Rotation, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+        queries, keys, values = self.heads(x, rotation)
+        if cache is not None:
+            keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
+        mixed = attend(queries, keys, values, mask)
+        rows, _, length, _ = mixed.shape
+        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+
+    def heads(self, x: mx.array, rotation: Rotation) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, T, C), keys and values (B, K, T, C) of inputs (B, T, D), as they meet each other."""
         config = self._config
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, heads * C)
         if config.clip_qkv is not None:
@@ -72,12 +83,7 @@ class Attention(nn.Module):
         queries, keys, values = self._split(queries), self._split(keys), self._split(values)  # -> (B, heads, T, C)
         if config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        if cache is not None:
-            keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
-        mixed = attend(queries, keys, values, mask)
-        rows, _, length, _ = mixed.shape
-        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        return rotate(queries, rotation), rotate(keys, rotation), values
 
     def _split(self, x: mx.array) -> mx.array:
         rows, length, _ = x.shape
@@ -101,6 +107,18 @@ class MLP(nn.Module):
         return self.down_proj(activation(self._activation, self.up_proj(x)))
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each of M tokens goes to."""
+
+    chosen: mx.array
+    """(M, chosen) indices of experts."""
+    rows: tuple[mx.array, ...]
+    """For each expert, the tokens it gets."""
+    places: mx.array
+    """(M * chosen,): where the output for each token's choice stands, when the experts' outputs follow one another."""
+
+
 class MixtureOfExperts(nn.Module):
     """Each token goes to its best few experts (Jiang et al. 2024); only these are computed."""
 
@@ -111,30 +129,32 @@ class MixtureOfExperts(nn.Module):
         self.experts = [MLP(config) for _ in range(config.num_experts)]
 
     def __call__(self, x: mx.array) -> mx.array:
-        tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (B*T, D)
-        scores = self.router(tokens).astype(mx.float32)
-        chosen = mx.argpartition(-mx.stop_gradient(scores), kth=self._num_chosen - 1, axis=-1)[:, : self._num_chosen]
-        # Softmax over all experts, then normalised over the chosen, is the softmax over the chosen.
-        shares = mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1).astype(x.dtype)
-        outputs, order = self._dispatch(tokens, chosen)
-        per_choice = outputs[mx.argsort(order)].reshape(*shares.shape, -1)  # (B*T, chosen, D)
-        return (per_choice * shares[..., None]).sum(axis=1).reshape(x.shape)
+        tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
+        routing = self.route(tokens)
+        outputs = [expert(tokens[rows]) for expert, rows in zip(self.experts, routing.rows, strict=True) if rows.size]
+        return self.combine(tokens, mx.concatenate(outputs), routing).reshape(x.shape)
 
-    def _dispatch(self, tokens: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array]:
-        """Sorts (token, choice) pairs by expert and runs each expert once on its own rows.
+    def route(self, tokens: mx.array) -> Routing:
+        """Which experts each token goes to. (M, D).
 
-        The rows an expert gets depend on the data, so their counts are read here: one synchronisation a layer.
+        How many tokens an expert gets depends on the data, so the choices are read here: one synchronisation a layer.
         """
-        flat = chosen.reshape(-1)
-        order = mx.argsort(flat)
-        counts = (flat[None, :] == mx.arange(len(self.experts))[:, None]).sum(axis=1).tolist()
-        rows = tokens[order // self._num_chosen]
-        pieces, begin = [], 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count:
-                pieces.append(expert(rows[begin : begin + count]))
-            begin += count
-        return mx.concatenate(pieces, axis=0), order
+        scores = mx.stop_gradient(self._scores(tokens))
+        chosen = np.array(mx.argpartition(-scores, kth=self._num_chosen - 1, axis=-1)[:, : self._num_chosen])
+        order = np.argsort(chosen, axis=None, kind="stable")
+        borders = np.searchsorted(chosen.reshape(-1)[order], np.arange(len(self.experts) + 1))
+        rows = tuple(mx.array(order[begin:end] // self._num_chosen) for begin, end in zip(borders, borders[1:], strict=False))
+        return Routing(mx.array(chosen), rows, mx.array(np.argsort(order, kind="stable")))
+
+    def combine(self, tokens: mx.array, outputs: mx.array, routing: Routing) -> mx.array:
+        """Each token's mixture of its experts' outputs, which come one expert after the other: (M * chosen, D) -> (M, D)."""
+        # Softmax over all experts, then normalised over the chosen, is the softmax over the chosen.
+        shares = mx.softmax(mx.take_along_axis(self._scores(tokens), routing.chosen, axis=-1), axis=-1).astype(tokens.dtype)
+        per_choice = outputs[routing.places].reshape(*shares.shape, -1)  # (M, chosen, D)
+        return (per_choice * shares[..., None]).sum(axis=1)
+
+    def _scores(self, tokens: mx.array) -> mx.array:
+        return self.router(tokens).astype(mx.float32)
 
 
 class Block(nn.Module):
@@ -189,31 +209,45 @@ class Decoder(nn.Module):
         """Logits (B, T, V) for token ids (B, T); with a cache, T are the new tokens only."""
         return self.head(self.hidden_states(ids, cache))
 
-    def embed(self, ids: mx.array) -> mx.array:
-        """Token ids (B, T) -> the first block's input (B, T, D)."""
-        x = self.embed_tokens(ids)
+    def embed(self, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """Token ids (B, T) -> the first block's input (B, T, D), in `dtype` or that of the weights."""
+        x = lookup(self.embed_tokens.weight, ids, dtype)
         if self._config.padding_id is not None:  # as torch's Embedding(padding_idx=...): its row gets no gradient from here
             x = mx.where((ids == self._config.padding_id)[..., None], mx.stop_gradient(x), x)
         return x if self._config.embed_scale is None else x * mx.array(self._config.embed_scale, dtype=x.dtype)
 
-    def hidden_states(self, ids: mx.array, cache: Sequence[KVCache] | None = None, checkpoint: bool = False) -> mx.array:
+    def hidden_states(
+        self,
+        ids: mx.array,
+        cache: Sequence[KVCache] | None = None,
+        checkpoint: bool = False,
+        segments: mx.array | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> mx.array:
         """The last block's output after the final norm: (B, T) -> (B, T, D).
 
         Args:
             ids: token ids (B, T).
             cache: one `KVCache` a layer, updated in place.
             checkpoint: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+            segments: (B, T) int32, for rows that hold several examples: tokens look only at those with their own number. Not
+                with a cache.
+            dtype: of the activations; None: that of the weights.
         """
-        x = self.embed(ids)
-        length = ids.shape[1]
-        rotation = rotation_table(self._frequencies, cache[0].offset if cache else 0, length)
-        masks = self._masks(length, cache)
+        x = self.embed(ids, dtype)
+        rotation, masks = self.context(ids.shape[1], cache, segments)
         for i, block in enumerate(self.layers):
             if checkpoint:
                 x = _checkpointed(block)(block.trainable_parameters(), x, rotation, masks[i])
             else:
                 x = block(x, rotation, masks[i], cache[i] if cache else None)
         return self.norm(x)
+
+    def context(
+        self, length: int, cache: Sequence[KVCache] | None = None, segments: mx.array | None = None
+    ) -> tuple[Rotation, list[mx.array | None]]:
+        """What the blocks need besides their input for `length` tokens: the rotation table, and each block's mask."""
+        return rotation_table(self._frequencies, cache[0].offset if cache else 0, length), self._masks(length, cache, segments)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""
@@ -227,8 +261,11 @@ class Decoder(nn.Module):
         own = dict(self.lm_head.items()) if "lm_head" in self else {}
         return {"weight": self.embed_tokens.weight, **own}
 
-    def _masks(self, length: int, cache: Sequence[KVCache] | None) -> list[mx.array | None]:
-        """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared."""
+    def _masks(self, length: int, cache: Sequence[KVCache] | None, segments: mx.array | None = None) -> list[mx.array | None]:
+        """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared.
+
+        With segments (B, T) it is another for each row: (B, 1, T, T).
+        """
         made: dict[tuple[int, int | None], mx.array | None] = {}
         masks = []
         for i, window in enumerate(self._config.windows):
@@ -236,7 +273,7 @@ class Decoder(nn.Module):
             first = cache[i].first_position(length) if cache else 0
             key = (first, window)
             if key not in made:
-                made[key] = causal_mask(length, offset, first, window)
+                made[key] = within_segments(causal_mask(length, offset, first, window), segments)
             masks.append(made[key])
         return masks
 
@@ -255,6 +292,13 @@ def causal_mask(length: int, offset: int = 0, first: int = 0, window: int | None
     keys = mx.arange(first, end)[None, :]
     allowed = keys <= queries
     return allowed if sees_all else allowed & (keys > queries - window)
+
+
+def within_segments(mask: mx.array | None, segments: mx.array | None) -> mx.array | None:
+    """The mask (T, T), but tokens look only at those of their own segment: with segments (B, T), (B, 1, T, T) bool."""
+    if mask is None or segments is None:
+        return mask
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & mask
 
 
 def _checkpointed(block: Block):

@@ -128,6 +128,7 @@ _SAME_ACTIVATION = {  # other names that transformers has for the same functions
     "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new", "gelu_python_tanh": "gelu_new", "gelu_python": "gelu",
 }
 _NOT_NULL = ("tie_word_embeddings", "hidden_act", "rope_theta", "max_position_embeddings")
+_MOST_LAYERS = 100_000  # no model comes near; beyond it, a damaged file would fill the memory
 _EXPERT_KEYS = ("num_local_experts", "num_experts_per_tok")
 
 
@@ -227,6 +228,9 @@ def _size(values: Mapping[str, Any], key: str, where: str) -> int:
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ModelError(f"{where}: {key} must be a positive whole number, found {value!r}.")
+    most = _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+    if value > most:
+        raise ModelError(f"{where}: {key} is {value:,}; at most {most:,} can be. Get the file again.")
     return value
 
 

@@ -24,6 +24,30 @@ ACTIVATIONS = {
 _GATED = {"silu": cpu_math.swiglu, "swish": cpu_math.swiglu, "gelu_new": cpu_math.geglu, "gelu_pytorch_tanh": cpu_math.geglu}
 
 
+def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """What training computes in: on the CPU float32, whose products alone have a fast BLAS there, else the weights' own dtype."""
+    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else stored
+
+
+@mx.custom_function
+def _rows_in_float32(weight: mx.array, ids: mx.array) -> mx.array:
+    return weight[ids].astype(mx.float32)
+
+
+@_rows_in_float32.vjp
+def _rows_in_float32_vjp(primals, cotangent, _output):
+    # Summed up in float32: in half precision a frequent token's gradient would lose what its later places add.
+    weight, ids = primals
+    return mx.zeros(weight.shape, dtype=mx.float32).at[ids].add(cotangent), mx.zeros_like(ids)
+
+
+def lookup(weight: mx.array, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+    """Rows of an embedding (V, D) for ids (B, T), in `dtype` or the weight's own: (B, T, D)."""
+    if dtype is None or dtype == weight.dtype:
+        return weight[ids]
+    return _rows_in_float32(weight, ids) if dtype == mx.float32 else weight[ids].astype(dtype)
+
+
 def activation(name: str, x: mx.array) -> mx.array:
     """The named activation of `x`, element by element.
 
@@ -41,11 +65,22 @@ def gated_activation(name: str, gate: mx.array, up: mx.array) -> mx.array:
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C), mask (T, S) bool -> (B, H, T, C)."""
+    """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C) -> (B, H, T, C).
+
+    The mask is (T, S) bool, True where a token may look, or (B, 1, T, S) where that differs by row; None: everywhere.
+    """
     scale = 1.0 / math.sqrt(queries.shape[-1])
     if cpu_math.applies(queries, keys, values):
         return _attend_on_cpu(queries * scale, keys, values, mask)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def attention_shares(queries: mx.array, keys: mx.array, mask: mx.array | None) -> mx.array:
+    """How much each token attends to each, which `attend` never writes down: (B, H, T, C), (B, K, S, C) -> (B, H, T, S) float32."""
+    groups = queries.shape[1] // keys.shape[1]
+    scores = queries.astype(mx.float32) @ mx.repeat(keys, groups, axis=1).astype(mx.float32).swapaxes(-1, -2)
+    scores = scores * (1.0 / math.sqrt(queries.shape[-1]))
+    return cpu_math.softmax(scores if mask is None else mx.where(mask, scores, -math.inf))
 
 
 def _attend_on_cpu(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:

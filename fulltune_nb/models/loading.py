@@ -6,7 +6,7 @@ Nothing from a checkpoint is executed: no `trust_remote_code`, no pickle.
 from __future__ import annotations
 
 import json
-import zipfile
+import os
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,11 @@ from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.names import hf_names
-from fulltune_nb.tensor_files import check_ending
+from fulltune_nb.tensor_files import UNREADABLE, check_ending, check_weights_file
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+_MAX_JSON = 100_000_000  # bytes of a config or an index that are read
 _SHOWN = 10  # tensors named in an error message
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older checkpoints stored; recomputed here
@@ -69,13 +70,42 @@ def load_decoder(folder: Path, dtype: str | None = None) -> Decoder:
         WeightsError: tensors missing, unexpected or mis-shaped.
     """
     target = _target_dtype(dtype)
-    config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    check_links(folder)
+    config = _config_of(folder / "config.json")
     arrays = _read_folder(folder)
+    for setting, count in (("num_hidden_layers", config.num_layers), ("num_local_experts", config.num_experts)):
+        if count > len(arrays):  # before that many layers are made
+            raise ModelError(f"{folder / 'config.json'}: {setting} is {count:,}, but the weights have only {len(arrays):,} tensors.")
     if _has_own_head(config, arrays):  # the weights win over config.json, as in transformers
         config = replace(config, tie_word_embeddings=False)
     model = Decoder(config)
     assign_tensors(model, arrays, str(folder), target)
     return model
+
+
+def _config_of(path: Path) -> ModelConfig:
+    raw = read_json(path)
+    try:
+        return read_config(raw, str(path))
+    except ModelError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError, RecursionError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelError(f"{path} has a setting of the wrong kind: {why}. Get the file again.") from error
+
+
+def check_links(folder: Path) -> None:
+    """A model folder's files are in it; only the hub's cache may hold them as links, to the blobs beside its snapshots.
+
+    Raises:
+        ModelError: a file of the folder is a link to somewhere else.
+    """
+    inside = Path(os.path.realpath(folder))
+    blobs = inside.parent.parent / "blobs"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        target = Path(os.path.realpath(path)) if path.is_symlink() else None
+        if target is not None and not target.is_dir() and not target.is_relative_to(inside) and not target.is_relative_to(blobs):
+            raise ModelError(f"{path} is a link out of the model folder, to {target}. Nothing was read. Put the file itself there.")
 
 
 def load_folder_weights(model: Decoder, folder: Path, dtype: mx.Dtype | None = None) -> None:
@@ -85,6 +115,7 @@ def load_folder_weights(model: Decoder, folder: Path, dtype: mx.Dtype | None = N
         ModelError: weights in a form that is not read.
         WeightsError: tensors missing, unexpected or mis-shaped; the model is as before.
     """
+    check_links(folder)
     assign_tensors(model, _read_folder(folder), str(folder), dtype)
 
 
@@ -108,12 +139,18 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing, is not JSON, or holds something else than an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is no file. A Hugging Face model folder has a JSON file there.")
+        if path.exists() and path.stat().st_size > _MAX_JSON:
+            raise ModelError(f"{path} has {path.stat().st_size:,} bytes; at most {_MAX_JSON:,} are read. It is not the file it should be.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         here = ", ".join(sorted(p.name for p in path.parent.iterdir())[:_SHOWN]) if path.parent.is_dir() else "nothing"
         raise ModelError(f"{path} is missing. A Hugging Face model folder has it; found here: {here or 'nothing'}.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    except ModelError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {str(error)[:300]}. Get the file again.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object, found a {type(content).__name__}.")
     return content
@@ -133,8 +170,9 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index} has no weight_map.")
         names = sorted({str(name) for name in weight_map.values()})
-        if bad := [name for name in names if Path(name).name != name]:
-            raise ModelError(f"{index} names files outside its folder: {bad[:_SHOWN]}. Nothing was read.")
+        if bad := [name for name in names if Path(name).name != name or "\\" in name or not name.endswith(".safetensors")]:
+            what = f"{index} names files outside its folder, or no .safetensors files"
+            raise ModelError(f"{what}: {str(bad[:_SHOWN])[:300]}. Nothing was read. Get the index again.")
         if missing := [name for name in names if not (folder / name).exists()]:
             raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards of its index: {missing[:_SHOWN]}. Download them.")
         return [folder / name for name in names]
@@ -153,15 +191,19 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     """The tensors of a `.safetensors` or `.npz` file, not evaluated yet.
 
     Raises:
-        WeightsError: the file cannot be read, or has another ending. Pickled objects in an npz are refused.
+        WeightsError: the file cannot be read, is damaged, or has another ending. Pickled objects in an npz are refused.
     """
     check_ending(path)
     if not path.exists():
         raise WeightsError(f"No weights file at {path}.")
     try:
+        check_weights_file(path)  # before MLX sees it: its own reader trusts what a header says
         arrays = mx.load(str(path))
-    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} cannot be read as {path.suffix[1:]}: {error}. If it is cut short, copy it again.") from error
+    except UNREADABLE as error:
+        why = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
+        if why.startswith("cannot be read as"):
+            raise
+        raise WeightsError(f"{path} cannot be read as {path.suffix[1:]}: {why} If it is cut short, copy it again.") from error
     return dict(arrays)
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import ModelError, WeightsError
+from fulltune_nb.files import ChecksumWriter, atomic_path, flush_to_disk, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import FAMILIES, ModelConfig
 from fulltune_nb.models.loading import INDEX_FILE
@@ -25,44 +26,12 @@ from fulltune_nb.models.names import to_hf
 from fulltune_nb.tensor_files import check_ending
 
 SHARD_BYTES = 5_000_000_000
+_CODES = {
+    mx.float64: "F64", mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.complex64: "C64", mx.bool_: "BOOL",
+    mx.int64: "I64", mx.int32: "I32", mx.int16: "I16", mx.int8: "I8",
+    mx.uint64: "U64", mx.uint32: "U32", mx.uint16: "U16", mx.uint8: "U8",
+}  # fmt: skip
 _DTYPE_NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its ending; renamed to it when the block ends well, removed when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a result is an ordinary one
-        os.replace(temporary, path)
-        _flush_to_disk(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A small text file, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def hf_tensors(model: Decoder) -> dict[str, mx.array]:
@@ -70,10 +39,13 @@ def hf_tensors(model: Decoder) -> dict[str, mx.array]:
     return {to_hf(name, model.config.family): array for name, array in tree_flatten(model.parameters())}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> str | None:
     """Tensors into a `.safetensors` or `.npz` file, atomically.
 
     bfloat16 stands in an npz as `mx.savez` writes it, which `mx.load` reads back; numpy alone does not know it.
+
+    Returns:
+        SHA-256 (hex) of a safetensors file, computed while it is written; None for an npz.
 
     Raises:
         WeightsError: another ending, or the file cannot be written.
@@ -83,10 +55,58 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
         with atomic_path(path) as temporary:
             if path.suffix == ".npz":
                 mx.savez(str(temporary), **tensors)
-            else:
-                mx.save_safetensors(str(temporary), dict(tensors), metadata={"format": "mlx", **(metadata or {})})
+                return None
+            return _write_safetensors(temporary, tensors, {"format": "mlx", **(metadata or {})})
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path} could not be written: {error}. Check free space and permissions.") from error
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> str:
+    """In place, and its SHA-256. Not by `mx.save_safetensors`, so that the checksum needs no second look at the file."""
+    mx.eval(list(tensors.values()))
+    with path.open("wb") as file:
+        writer = ChecksumWriter(file)
+        try:
+            writer.write(_header(tensors, metadata))
+            for array in tensors.values():
+                writer.write(_bytes_of(array))
+            file.flush()
+        finally:
+            writer.close()
+    return writer.hexdigest()
+
+
+def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, array in tensors.items():
+        offsets = [offset, offset + array.nbytes]
+        header[name] = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(array: mx.array) -> memoryview:
+    """An array's bytes in C order; its own memory where it lies there in that order, a copy where not."""
+    known = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # numpy knows no bfloat16
+    return memoryview(np.ascontiguousarray(np.asarray(known)).reshape(-1).view(np.uint8))
+
+
+def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> None:
+    """
+    Args:
+        path: where something will be written.
+        source: the folder a model was loaded from; None, or a hub id, has nothing to be overwritten.
+        what: that it is, for the message.
+
+    Raises:
+        ModelError: the path is that folder, or lies in it.
+    """
+    folder = Path(source).expanduser() if source else None
+    if folder is not None and folder.is_dir() and is_within(Path(path).expanduser(), folder):
+        raise ModelError(f"{what} {path} is the source model's folder {source}, or lies in it. Name another place.")
 
 
 def save_folder(
@@ -95,7 +115,7 @@ def save_folder(
     save_tokenizer: Callable[[str], Any] | None,
     generation_config: dict | None = None,
     texts: Mapping[str, str] | None = None,
-) -> None:
+) -> dict[str, str]:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
     `config.json` is the source's own, with the tying of the embeddings and the dtype written out.
@@ -107,6 +127,9 @@ def save_folder(
         generation_config: written where given.
         texts: further files, by name.
 
+    Returns:
+        File name -> SHA-256 (hex) of the files with weights.
+
     Raises:
         ModelError: the folder is not empty or cannot be made.
     """
@@ -116,15 +139,19 @@ def save_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = hf_tensors(model)
-        _write_shards(folder, tensors)
+        checksums = _write_shards(folder, tensors)
         if save_tokenizer is not None:
             save_tokenizer(str(folder))
+            for path in folder.iterdir():
+                if path.is_file() and path.name not in checksums:
+                    flush_to_disk(path)
         if generation_config is not None:
             write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
         for name, text in (texts or {}).items():
             write_text(folder / name, text)
         config = _exported_config(model, next(iter(tensors.values())).dtype)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        return checksums
     except BaseException as error:  # an interrupt too leaves no half-written model that looks like one
         _remove_contents(folder, and_itself=made)
         if isinstance(error, OSError):
@@ -170,19 +197,20 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> None:
+def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, str]:
+    """The weights' files, and the SHA-256 of each."""
     shards = _split(tensors)
     if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", shards[0])
-        return
-    weight_map = {}
+        return {"model.safetensors": write_tensors(folder / "model.safetensors", shards[0])}
+    weight_map, checksums = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / name, shard)
+        checksums[name] = write_tensors(folder / name, shard)
         weight_map.update(dict.fromkeys(shard, name))
     total = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    return checksums
 
 
 def _split(tensors: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:

@@ -15,10 +15,9 @@ from typing import Any
 
 from fulltune_nb.errors import FulltuneError, GenerationError
 from fulltune_nb.language_model import LanguageModel
+from fulltune_nb.panels.background import Background, let_go
 from fulltune_nb.panels.conversation import Answer, Conversation, Turn
 from fulltune_nb.panels.hold import Hold
-from fulltune_nb.panels.interrupts import InterruptWatch
-from fulltune_nb.panels.loop import PAUSE_SECONDS
 
 UNEXPECTED = "Something unexpected. `await panel.wait()` raises it with its traceback; Regenerate tries again."
 
@@ -51,44 +50,31 @@ class Answering:
         self.error: BaseException | None = None
         self._settings, self._changed = settings, changed
         self._thread = threading.get_ident()
-        self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task | None = None
         self._turn: Turn | None = None
         self._stopping = False
-        self._watch = InterruptWatch(self.stop)
-        self._waiting = 0
-        self._capture()
+        self._background = Background(self.stop)
 
     # -- threads and event loops ----------------------------------------------------------------------------------
 
-    def _capture(self) -> None:
-        try:
-            self._event_loop = asyncio.get_running_loop()
-        except RuntimeError:
-            if self._event_loop is not None and not self._event_loop.is_running():
-                self._event_loop = None
-
     def post(self, action: Callable[[], Any]) -> None:
         """Has `action` called on the thread that made this object: at once there, soon from any other."""
-        if threading.get_ident() == self._thread or self._event_loop is None or not self._event_loop.is_running():
+        if threading.get_ident() == self._thread:
             action()
         else:
-            self._event_loop.call_soon_threadsafe(action)
+            self._background.post(action)
 
     def later(self, seconds: float, action: Callable[[], Any]) -> None:
         """Has `action` called after some time; at once where no event loop runs. On the own thread only."""
-        self._capture()
-        if self._event_loop is None:
+        self._background.capture()
+        if self._background.later(seconds, action) is None:
             action()
-        else:
-            self._event_loop.call_later(seconds, action)
 
     # -- what can be done, on the own thread -----------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
         """Whether something is being answered or waits for it."""
-        return self._task is not None and not self._task.done()
+        return self._background.busy
 
     def ask(self, prompt: str) -> Turn:
         """Adds a turn and sees that it is answered: in the background, or at once where no event loop runs."""
@@ -132,20 +118,7 @@ class Answering:
         Raises:
             Exception: the last answer's own error.
         """
-        while self.busy:
-            self._waiting += 1
-            self._watch.forwards = False
-            self._watch.watch()
-            try:
-                await asyncio.wait({self._task})
-            except asyncio.CancelledError:
-                self.stop()
-                raise
-            finally:
-                self._waiting -= 1
-                self._watch.forwards = self._waiting == 0
-                if not self.busy and not self._waiting:
-                    self._watch.leave()
+        await self._background.wait(self.stop)
         if self.error is not None:
             raise self.error
 
@@ -153,11 +126,11 @@ class Answering:
 
     def _begin(self) -> None:
         self.error = None
-        self._capture()
-        if self._event_loop is None:
+        self._background.capture()
+        if not self._background.in_event_loop:
             asyncio.run(self._work())
         elif not self.busy:
-            self._task = self._event_loop.create_task(self._work(), name="fulltune_nb chat")
+            self._background.start(self._work(), "fulltune_nb chat")
         self._changed(True)
 
     async def _work(self) -> None:
@@ -172,15 +145,13 @@ class Answering:
             self.error = error
         finally:
             self._turn = None
-            if not self._waiting:
-                self._watch.leave()
-            if self._event_loop is not None:
-                self._event_loop.call_soon(self._changed, True)  # when the task is done
+            self._background.leave()
+            self._background.later(0, lambda: self._changed(True))  # when the task is done
 
     async def _answer(self, turn: Turn) -> None:
         hold = Hold(model.model for model in self.models)
         try:
-            self._watch.watch()
+            self._background.watch()
             if hold.running:
                 turn.note = "The model is being trained: this is answered at the end of the step under way."
                 self._changed(True)
@@ -189,7 +160,7 @@ class Answering:
             if not self._stopping:
                 await self._write(turn)
         except KeyboardInterrupt:  # where the watch could not be set, as in a plain script
-            if self._event_loop is None:
+            if not self._background.in_event_loop:
                 raise
         finally:
             hold.release()
@@ -206,7 +177,7 @@ class Answering:
             with self._telling(answer, system):
                 streams[which] = self.models[which].stream_chat(messages, **settings)
         self._changed(True)
-        await asyncio.sleep(PAUSE_SECONDS)
+        await let_go()
         try:
             while streams and not self._stopping:
                 for which in list(streams):
@@ -220,8 +191,8 @@ class Answering:
                     if not answer.open:
                         del streams[which]
                 self._changed(False)
-                self._watch.watch()  # a kernel exchanges the handler whenever a cell begins or ends
-                await asyncio.sleep(PAUSE_SECONDS)
+                self._background.watch()  # a kernel exchanges the handler whenever a cell begins or ends
+                await let_go()
         finally:
             for stream in streams.values():
                 stream.close()
@@ -238,7 +209,6 @@ class Answering:
                 answer.problem = f"{error}" + (" If it takes no system prompt, leave that empty." if refused else "")
             else:
                 answer.problem = f"{type(error).__name__}: {error}. {UNEXPECTED}"
-
 
 
 def _training_note(hold: Hold) -> str:

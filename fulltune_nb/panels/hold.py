@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from fulltune_nb.panels.loop import PAUSE_SECONDS, TrainLoop, loops_of
+from fulltune_nb.panels.background import let_go
+from fulltune_nb.panels.loop import TrainLoop, loops_of
 
 
 class Hold:
@@ -32,7 +32,7 @@ class Hold:
     async def ready(self, given_up: Callable[[], bool]) -> None:
         """Returns when every run has come to the end of its step, or when `given_up()`."""
         while any(loop not in self._halted for loop in self.running) and not given_up():
-            await asyncio.sleep(PAUSE_SECONDS)
+            await let_go()
 
     def release(self) -> None:
         """Lets all runs go on."""
@@ -44,5 +44,5 @@ class Hold:
     async def _halt(self, loop: TrainLoop) -> None:
         self._halted.add(loop)
         while not self._released and not loop.pause_asked:
-            await asyncio.sleep(PAUSE_SECONDS)
+            await let_go()
         self._halted.discard(loop)

@@ -95,5 +95,5 @@ def lengths_text(split: Split) -> str:
     if not split.truncated:
         return f"{text} None is cut."
     lost = 100 * split.tokens_cut / int(lengths.sum())
-    are = "is" if split.truncated == 1 else "are"
-    return f"{text} {split.truncated:,} of {len(split):,} rows {are} cut: {split.tokens_cut:,} tokens lost, {lost:.1f} % of all."
+    are, tokens = "is" if split.truncated == 1 else "are", "token" if split.tokens_cut == 1 else "tokens"
+    return f"{text} {split.truncated:,} of {len(split):,} rows {are} cut: {split.tokens_cut:,} {tokens} lost, {lost:.1f} % of all."

@@ -1,9 +1,8 @@
 """The plot that moves while training goes on: loss on the left, memory on the right, as one PNG of fixed size.
 
-One figure and its curves are made once and only given new data. Most of a drawing's time goes into text, so axes and legend are
-kept as a background until their limits have to change, which is seldom: limits leave room to grow. Thousands of steps are drawn
-as the least and the greatest loss of some hundred stretches, so that no spike is lost and drawing takes no longer.
-Letters: n reports, m points drawn.
+One figure and its curves are made once and only given new data. Most of a drawing's time goes into text, so axes and legends are
+kept as a background, each in its own box, until it has to change, which is seldom: limits leave room to grow. Thousands of steps
+are drawn as the least and the greatest loss of some hundred stretches, so that no spike is lost and drawing takes no longer.
 """
 
 from __future__ import annotations
@@ -19,18 +18,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from fulltune_nb.html import PALETTE
+from fulltune_nb.panels.curves import MOST_POINTS, Columns, envelope, thinned
 from fulltune_nb.plots import moving_mean
-from fulltune_nb.training.history import History, StepReport
+from fulltune_nb.training.history import History
 
 WIDTH, HEIGHT = 880, 300  # pixels
-MOST_POINTS = 600
+_LEGEND_FROM = 264  # pixels from below: what is above belongs to legends, what is under it to axes
 MIN_SECONDS = 1.0  # between two pictures
 MAX_SHARE = 0.02  # of the time that drawing may take
 _SMOOTHED_FROM = 20  # steps; fewer need no second line
 _BLUE, _GREEN, _PINK, _VERMILLION, _GREY = PALETTE[0], PALETTE[2], PALETTE[3], PALETTE[5], "#666666"
-_FIELDS = ("step", "loss", "peak_memory", "active_memory", "cache_memory")
 _STYLE = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "white"),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "#222222"),
@@ -60,12 +61,12 @@ class LivePlot:
         self.png = b""
         self.seconds = 0.0
         self._started = -math.inf
-        self._columns = _Columns()
+        self._columns = Columns()
         with matplotlib.rc_context(_STYLE):
             self._figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100)
             FigureCanvasAgg(self._figure)
-            loss = _LossPart(self._figure.add_axes((0.065, 0.16, 0.52, 0.7)))
-            memory = _MemoryPart(self._figure.add_axes((0.665, 0.16, 0.32, 0.7)), limit)
+            loss = _LossPart(self._figure.add_axes((0.065, 0.16, 0.52, 0.7)), (0, 520))
+            memory = _MemoryPart(self._figure.add_axes((0.665, 0.16, 0.32, 0.7)), (520, WIDTH), limit)
         self._parts = (loss, memory)
         self._background: Any = None
 
@@ -83,20 +84,30 @@ class LivePlot:
         started = time.monotonic()
         self._columns.take(history)
         canvas = self._figure.canvas
-        stale = [part.update(self._columns) for part in self._parts]
-        if self._background is None or any(stale):
+        for part in self._parts:
+            part.update(self._columns)
+        if self._background is None:
+            self._clear()
+        canvas.restore_region(self._background)
+        if any(part.stale for part in self._parts):
             with matplotlib.rc_context(_STYLE):  # ticks are made anew while drawing
                 for part in self._parts:
-                    part.make_legend()
-                canvas.draw()
+                    part.draw_background()
             self._background = canvas.copy_from_bbox(self._figure.bbox)
-        canvas.restore_region(self._background)
         for part in self._parts:
             part.draw_curves()
         self.png = _encode(canvas.buffer_rgba())
         self.seconds = time.monotonic() - started
         self._started = started
         return self.png
+
+    def _clear(self) -> None:
+        renderer = self._figure.canvas.get_renderer()
+        renderer.clear()
+        self._figure.patch.draw(renderer)
+        for part in self._parts:
+            part.draw_axis_labels()
+        self._background = self._figure.canvas.copy_from_bbox(self._figure.bbox)
 
 
 def _encode(pixels: Any) -> bytes:
@@ -107,109 +118,52 @@ def _encode(pixels: Any) -> bytes:
     return file.getvalue()
 
 
-class _Columns:
-    """A history's numbers, taken in as they come: of 20,000 reports only the new ones are looked at.
-
-    Attributes:
-        evals: for each split, the steps and the losses.
-        events: steps at which something happened.
-        taken: reports taken in.
-    """
-
-    def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
-        self._numbers = np.empty((len(_FIELDS), 1024))
-        self._count = self.taken = 0
-        self.evals: dict[str, tuple[list[float], list[float]]] = {}
-        self.events: list[int] = []
-
-    def take(self, history: History) -> None:
-        """Takes in what has come since."""
-        if len(history) < self.taken:  # another history, or one that was cut
-            self._forget()
-        for report in history[self.taken :]:
-            if isinstance(report, StepReport):
-                self._add(report)
-            elif report.kind_of_report == "eval":
-                steps, losses = self.evals.setdefault(report.split, ([], []))
-                steps.append(report.step)
-                losses.append(report.loss if math.isfinite(report.loss) else math.nan)
-            elif report.step > 0:  # step 0 is where every run begins
-                self.events.append(report.step)
-        self.taken = len(history)
-
-    def _add(self, report: StepReport) -> None:
-        if self._count == self._numbers.shape[1]:
-            self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)], axis=1)
-        values = [getattr(report, name) for name in _FIELDS]
-        self._numbers[:, self._count] = [value if math.isfinite(value) else math.nan for value in values]
-        self._count += 1
-
-    @property
-    def last_step(self) -> float:
-        """The last step there is anything about, or -1."""
-        return max([*self["step"][-1:], *(steps[-1] for steps, _ in self.evals.values())], default=-1)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """The column of a field, (n,) float64, NaN where not finite."""
-        return self._numbers[_FIELDS.index(name), : self._count]
-
-
-# -- fewer points -----------------------------------------------------------------------------------------------------
-
-
-def stretches(values: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
-    """Values (n,) cut into at most `most` stretches of one length, (m, length); the last is filled up with its last value."""
-    length = max(1, math.ceil(len(values) / most))
-    missing = -len(values) % length
-    return np.pad(values, (0, missing), mode="edge" if missing else "constant").reshape(-1, length)
-
-
-def envelope(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """A curve with few points that keeps every spike and every break: each stretch's least and greatest value.
-
-    Where a stretch holds a NaN, the curve breaks behind it. Both results are (k,), with k <= 3 * most; or (n,) as given when
-    n <= most.
-    """
-    if len(y) <= most:
-        return x, y
-    xs, ys = stretches(x, most), stretches(y, most)
-    with np.errstate(all="ignore"):
-        low, high = np.fmin.reduce(ys, axis=1), np.fmax.reduce(ys, axis=1)  # NaN only where all of a stretch is
-    breaks = np.where(np.isnan(ys).any(axis=1), np.nan, low)
-    return np.repeat(xs[:, 0], 3), np.stack([low, high, breaks], axis=1).ravel()
-
-
-def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of each stretch, NaN where it holds one; (m,) each."""
-    return stretches(x, most).mean(axis=1), stretches(y, most).mean(axis=1)
-
-
 # -- the two parts ----------------------------------------------------------------------------------------------------
 
 
 class _Part:
-    """One half of the picture: axes with curves that are given new data."""
+    """One half of the picture: axes with curves that are given new data.
 
-    def __init__(self, axes: Axes, label: str):
+    Attributes:
+        stale: of "axes" and "legend", those whose background is out of date.
+    """
+
+    def __init__(self, axes: Axes, label: str, sides: tuple[int, int]):
         self.axes = axes
+        self.stale: set[str] = set()
         self._curves: list[Line2D] = []
+        self._legend: dict[Line2D, tuple[Line2D, Text]] = {}
         self._labels: list[str] = []
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(label)
+        self._blank: dict[str, Any] = {}
+        left, right = sides
+        self._boxes = {"axes": Bbox([[left, 0], [right, _LEGEND_FROM]]), "legend": Bbox([[left, _LEGEND_FROM], [right, HEIGHT]])}
+        middle = axes.bbox.get_points().mean(axis=0)
+        self._axis_labels = (
+            self._figure_text("optimizer step", x=middle[0], y=12, ha="center", fontsize="medium"),
+            self._figure_text(label, x=left + 11, y=middle[1], ha="center", rotation=90, fontsize="medium"),
+        )
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
         axes.yaxis.get_major_locator().set_params(nbins=5)
         axes.set(xlim=(0, 10), ylim=(0, 1))
         self._empty = axes.text(0.5, 0.5, "nothing recorded yet", transform=axes.transAxes, ha="center", va="center")
+        self._note = self._figure_text("")
         look = {"color": _GREY, "linestyle": ":", "linewidth": 1.2, "zorder": 1}
         self._events = axes.plot([], [], animated=True, visible=False, transform=axes.get_xaxis_transform(), **look)[0]
+
+    def _figure_text(self, text: str, **look: Any) -> Text:
+        """A text whose place is given in pixels of the whole picture."""
+        made = Text(text=text, **{"fontsize": "small", "va": "center", **look})
+        made.set_figure(self.axes.figure)
+        return made
 
     def _curve(self, label: str, **look: Any) -> Line2D:
         """A line that is not part of the background."""
         line = self.axes.plot([], [], label=label, animated=True, visible=False, **look)[0]
         self._curves.append(line)
+        look.pop("transform", None)
+        handle = Line2D([], [], **look)
+        handle.set_figure(self.axes.figure)
+        self._legend[line] = handle, self._figure_text(label)
         return line
 
     def _show_events(self, steps: list[int]) -> None:
@@ -218,40 +172,61 @@ class _Part:
         self._events.set_data(np.repeat(marked, 3), np.tile([0.0, 1.0, np.nan], len(marked)))
         self._events.set_visible(len(marked) > 0)
 
-    def _fit(self, last: float, low: float, high: float) -> bool:
-        """Makes room for steps up to `last` and values from `low` to `high`; whether the background is out of date."""
-        labels = [line.get_label() for line in self._curves if line.get_visible()]
-        stale = labels != self._labels or self._empty.get_visible() == (last >= 0)
-        self._labels = labels
-        self._empty.set_visible(last < 0)
+    def _fit(self, last: float, low: float, high: float) -> None:
+        """Makes room for steps up to `last` and values from `low` to `high`."""
+        labels = [self._note.get_text(), *(line.get_label() for line in self._curves if line.get_visible())]
+        if labels != self._labels:
+            self._labels = labels
+            self.stale.add("legend")
+        if self._empty.get_visible() == (last >= 0):
+            self._empty.set_visible(last < 0)
+            self.stale.add("axes")
         right, (bottom, top) = self.axes.get_xlim()[1], self.axes.get_ylim()
         if last > right or (last < right / 3 and right > 10):
             self.axes.set_xlim(0, max(10.0, last * 1.3))
-            stale = True
+            self.stale.add("axes")
         span = (high - low) or abs(high) or 1.0
         if low < bottom or high > top or span < (top - bottom) / 3:
             self.axes.set_ylim(low - 0.15 * span if low else 0.0, high + 0.15 * span)
-            stale = True
-        return stale
+            self.stale.add("axes")
 
-    def make_legend(self) -> None:
-        """Above the axes, where it covers nothing."""
-        shown = [line for line in self._curves if line.get_visible()]
-        legend = self.axes.legend(
-            shown,
-            self._labels,
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 0.99),
-            ncols=5,
-            frameon=False,
-            fontsize="small",
-            handlelength=1.6,
-            columnspacing=1.0,
-            borderaxespad=0,
-        )
-        for handle in legend.legend_handles:
-            handle.set(animated=False, alpha=1.0)
-        legend.set_visible(bool(shown))
+    def draw_axis_labels(self) -> None:
+        """Onto the empty picture: what never changes."""
+        canvas = self.axes.figure.canvas
+        for text in self._axis_labels:
+            text.draw(canvas.get_renderer())
+        self._blank = {name: canvas.copy_from_bbox(box) for name, box in self._boxes.items()}
+        self.stale = set(self._boxes)
+
+    def draw_background(self) -> None:
+        """Draws what is stale, anew."""
+        canvas = self.axes.figure.canvas
+        for name in self.stale:
+            canvas.restore_region(self._blank[name])
+            if name == "axes":
+                self.axes.draw(canvas.get_renderer())
+            else:
+                self._draw_legend(canvas.get_renderer())
+        self.stale.clear()
+
+    def _draw_legend(self, renderer: Any) -> None:
+        """In one row above the axes, or in two; matplotlib's own takes three times as long."""
+        left, right = self.axes.bbox.x0 - 4, self._boxes["legend"].x1
+        x, y = left, _LEGEND_FROM + 8
+        for line in self._curves:
+            if line.get_visible():
+                handle, text = self._legend[line]
+                width = 24 + text.get_window_extent(renderer).width
+                if x + width > right:
+                    x, y = left, y + 15
+                handle.set_data([x, x + 8, x + 16], [y, y, y])
+                handle.set(markevery=[1], linewidth=line.get_linewidth())
+                text.set_position((x + 22, y - 1))
+                handle.draw(renderer)
+                text.draw(renderer)
+                x += width + 9
+        self._note.set_position((left + 2, _LEGEND_FROM + 24))
+        self._note.draw(renderer)
 
     def draw_curves(self) -> None:
         """On top of the background."""
@@ -260,8 +235,8 @@ class _Part:
 
 
 class _LossPart(_Part):
-    def __init__(self, axes: Axes):
-        super().__init__(axes, "loss (nats per token)")
+    def __init__(self, axes: Axes, sides: tuple[int, int]):
+        super().__init__(axes, "loss (nats per token)", sides)
         self._raw = self._curve("training", color=_BLUE, linewidth=1.5, zorder=2)
         self._smooth = self._curve("moving mean", color=_BLUE, linewidth=2.2, zorder=3)
         self._evals = {
@@ -272,7 +247,7 @@ class _LossPart(_Part):
         bottom = axes.get_xaxis_transform()  # x in steps, y as a share of the axes' height
         self._broken = self._curve("not finite", color=_VERMILLION, marker="x", linestyle="none", transform=bottom, zorder=5)
 
-    def update(self, columns: _Columns) -> bool:
+    def update(self, columns: Columns) -> None:
         x, loss = columns["step"], columns["loss"]
         smoothed = len(x) >= _SMOOTHED_FROM
         self._raw.set_data(*envelope(x, loss))
@@ -293,20 +268,19 @@ class _LossPart(_Part):
         values = np.concatenate([loss, *(losses for _, losses in columns.evals.values())])
         values = values[np.isfinite(values)]
         low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-        return self._fit(columns.last_step, low, high)
+        self._fit(columns.last_step, low, high)
 
 
 class _MemoryPart(_Part):
-    def __init__(self, axes: Axes, limit: int | None):
-        super().__init__(axes, "memory (GB)")
+    def __init__(self, axes: Axes, sides: tuple[int, int], limit: int | None):
+        super().__init__(axes, "memory (GB)", sides)
         self._limit = limit / 1e9 if limit else None
         self._peak = self._curve("peak", color=_VERMILLION, linewidth=1.8)
         self._all = self._curve("with cache", color=_GREY, linestyle=":", linewidth=1.8)
         self._active = self._curve("active", color=_BLUE, linestyle="--", linewidth=1.5)
         self._at_limit = self._curve("limit", color="black", linewidth=1.2, linestyle="-.", transform=axes.get_yaxis_transform())
-        self._note = axes.text(0, 1.11, "", transform=axes.transAxes, fontsize="small", va="bottom")
 
-    def update(self, columns: _Columns) -> bool:
+    def update(self, columns: Columns) -> None:
         x, peak, active = columns["step"], columns["peak_memory"] / 1e9, columns["active_memory"] / 1e9
         both = active + columns["cache_memory"] / 1e9
         for line, values in ((self._peak, peak), (self._all, both), (self._active, active)):
@@ -320,4 +294,4 @@ class _MemoryPart(_Part):
             self._note.set_text("" if near else f"far below this machine's limit of {self._limit:.1f} GB")
             highest = max(highest, self._limit) if near else highest
         self._show_events(columns.events)
-        return self._fit(x[-1] if len(x) else -1, 0.0, highest or 1.0)
+        self._fit(x[-1] if len(x) else -1, 0.0, highest or 1.0)

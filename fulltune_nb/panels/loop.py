@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import TrainingError
-from fulltune_nb.panels.interrupts import InterruptWatch, hear
+from fulltune_nb.panels.background import Background, let_go
+from fulltune_nb.panels.interrupts import hear
 from fulltune_nb.training.history import EvalReport, StepReport
-from fulltune_nb.training.interrupts import interrupts_deferred
+from fulltune_nb.training.interrupts import StoppedAtOnce, Termination, interrupts_deferred
 from fulltune_nb.training.trainer import Trainer
-
-PAUSE_SECONDS = 0.001
-"""How long the event loop is let go after a step. With 0 a button needs four steps to be heard."""
 
 _loops: weakref.WeakSet[TrainLoop] = weakref.WeakSet()
 
@@ -68,15 +66,13 @@ class TrainLoop:
         self.interrupted = False
         self._goal = 0
         self._paused = True
-        self._task: asyncio.Task | None = None
-        self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._watch = InterruptWatch(self._interrupt)
-        self._waiting = 0
+        self._background = Background(self._interrupt)
+        self._termination = Termination(self._interrupt)
 
     @property
     def running(self) -> bool:
         """Whether steps are being taken, one after the other."""
-        return self._task is not None and not self._task.done() and self._wants_more()
+        return self._background.busy and self._wants_more()
 
     @property
     def pause_asked(self) -> bool:
@@ -96,31 +92,23 @@ class TrainLoop:
 
     def capture_event_loop(self) -> None:
         """Remembers the event loop that is running here, the kernel's."""
-        try:
-            self._event_loop = asyncio.get_running_loop()
-        except RuntimeError:
-            pass  # plain Python: nothing runs in the background there
+        self._background.capture()
 
     @property
     def in_event_loop(self) -> bool:
         """Whether there is an event loop that a run could go on in."""
-        return self._event_loop is not None and self._event_loop.is_running()
+        return self._background.in_event_loop
 
     def post(self, action: Callable[[], Any]) -> None:
         """Has `action` called on the main thread, between two steps; from any thread, such as that of a button's callback.
 
         Without an event loop it is called at once.
         """
-        if self.in_event_loop:
-            self._event_loop.call_soon_threadsafe(action)
-        else:
-            action()
+        self._background.post(action)
 
     def later(self, seconds: float, action: Callable[[], Any]) -> asyncio.TimerHandle | None:
         """Has `action` called on the main thread after some time; None where no event loop runs. On the main thread only."""
-        if not self.in_event_loop:
-            return None
-        return self._event_loop.call_later(seconds, action)
+        return self._background.later(seconds, action)
 
     # -- run and pause --------------------------------------------------------------------------------------------
 
@@ -145,8 +133,8 @@ class TrainLoop:
         self.error, self.interrupted, trainer.interrupted = None, False, False
         self._goal = trainer.total_steps if n is None else min(trainer.total_steps, trainer.step_count + n)
         self._paused = False
-        if self._task is None or self._task.done():  # else: the run goes on, or was paused a moment ago and takes this up
-            self._task = self._event_loop.create_task(self._drive(), name="fulltune_nb training")
+        if not self._background.busy:  # else: the run goes on, or was paused a moment ago and takes this up
+            self._background.start(self._drive(), "fulltune_nb training")
         self.tell_change()
 
     def pause(self) -> None:
@@ -161,20 +149,7 @@ class TrainLoop:
         Raises:
             Exception: the run's own error.
         """
-        while self._task is not None and not self._task.done():
-            self._waiting += 1
-            self._watch.forwards = False
-            self._watch.watch()
-            try:
-                await asyncio.wait({self._task})
-            except asyncio.CancelledError:
-                self.pause()
-                raise
-            finally:
-                self._waiting -= 1
-                self._watch.forwards = self._waiting == 0
-                if self._task.done() and not self._waiting:
-                    self._watch.leave()
+        await self._background.wait(self.pause)
         if self.error is not None:
             raise self.error
 
@@ -183,11 +158,14 @@ class TrainLoop:
         try:
             await self._between_steps()
             while self._wants_more():
-                self._watch.watch()
+                self._background.watch()
+                self._termination.watch()
                 with interrupts_deferred():
                     next(steps, None)
                 await self._between_steps()
-                await asyncio.sleep(PAUSE_SECONDS)
+                await let_go()
+        except StoppedAtOnce as error:
+            self.error = error
         except KeyboardInterrupt:
             hear()  # every run that goes on is meant
         except asyncio.CancelledError:  # the event loop is closing
@@ -199,7 +177,7 @@ class TrainLoop:
             self._end()
 
     async def _between_steps(self) -> None:
-        self._watch.watch()
+        self._background.watch()
         for function in list(self.between_steps):
             await function()
 
@@ -208,8 +186,7 @@ class TrainLoop:
 
     def _end(self) -> None:
         trainer = self.trainer
-        if not self._waiting:
-            self._watch.leave()
+        self._background.leave()
         try:
             if self.interrupted and self.error is None:
                 trainer.interrupted = True
@@ -220,6 +197,7 @@ class TrainLoop:
         except Exception as error:
             self.error = error
         self.tell_change()
+        self._termination.leave()  # last: SIGTERM, if it has arrived, takes effect
 
     def tell_change(self) -> None:
         """Has everything that shows the run look anew."""

@@ -72,7 +72,8 @@ class Record:
             line: the same in a line of plain text.
         """
         if self._handles:
-            self._handles[0].update({"image/png": b64encode(png).decode(), "text/plain": line}, raw=True)
+            picture, alternative = {"image/png": b64encode(png).decode(), "text/plain": line}, {"image/png": {"alt": line}}
+            self._handles[0].update(picture, raw=True, metadata=alternative)
             self._handles[1].update({"text/html": f'<div class="{_CLASS}">{_HIDDEN}{page}</div>', "text/plain": line}, raw=True)
 
 

@@ -19,23 +19,30 @@ import psutil
 
 CPU_CACHE_BYTES = 2_000_000_000
 HEAP_CACHE_BYTES = 2**25  # MLX's own default
+GIVEN_BACK_BYTES = 2**22
 
 # Parameters of mallopt(3), from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_MMAP_MAX = 65536  # glibc's default
 _NEVER_TRIM = 2**31 - 1
 
 
-def cap_cache() -> None:
+def cap_cache(lean: bool = False) -> None:
     """On the CPU, makes freed arrays' memory stay with the process, for the arrays to come. Other devices keep MLX's default.
 
     With glibc that holds for everything the process allocates from then on: what it holds from the system stays near the
     highest it ever needed. Elsewhere MLX keeps up to 2 GB (an eighth of the memory at most); this cache is not part of the
     peak that reports show, `cache_memory` shows it.
+
+    Args:
+        lean: arrays of 4 MiB and more are given back to the system when they are freed, so that what the process holds stays near
+            what it uses.
     """
     if mx.default_device().type == mx.DeviceType.cpu:
         if (mallopt := _mallopt()) is not None:
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+            mallopt(_M_MMAP_MAX, _MMAP_MAX if lean else 0)
+            mallopt(_M_MMAP_THRESHOLD, GIVEN_BACK_BYTES)
+            mallopt(_M_TRIM_THRESHOLD, GIVEN_BACK_BYTES if lean else _NEVER_TRIM)
         mx.set_cache_limit(cache_limit())
 
 

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 from fulltune_nb.data.batching import Batch
 from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training.loss import cross_entropy
 
 Gradients = dict[str, Any]
@@ -32,10 +33,12 @@ def loss_and_gradients(model: Decoder, batch: Batch, step_tokens: int, checkpoin
         The share (scalar, float32) and the gradients; nothing is evaluated yet.
     """
     inputs, positions = mx.array(batch.inputs), mx.array(batch.target_positions)
+    segments = None if batch.segments is None else mx.array(batch.segments)
     targets, weights = mx.array(batch.targets), mx.array(batch.weights / step_tokens)
 
     def loss(model: Decoder) -> mx.array:
-        hidden = model.hidden_states(inputs, checkpoint=checkpoint)  # (B, T, D)
+        dtype = compute_dtype(model.embed_tokens.weight.dtype)
+        hidden = model.hidden_states(inputs, checkpoint=checkpoint, segments=segments, dtype=dtype)  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[positions]  # -> (N, D): only positions with a trained target
         return cross_entropy(hidden, model.head_weights(), targets, weights)
 

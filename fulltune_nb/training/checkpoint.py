@@ -7,7 +7,6 @@ can be loaded with `load_model` like any model folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,13 +19,17 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.errors import CheckpointError, FulltuneError
+from fulltune_nb.files import check_space, flush_to_disk, put_in_place, remove_folder, sha256_of, write_text
 from fulltune_nb.models.loading import read_tensors
-from fulltune_nb.models.saving import write_tensors, write_text
+from fulltune_nb.models.saving import write_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
 MANIFEST_FILE = "manifest.json"
+FOLDER_NAME = r"step-\d{6,}"
 _NAME = re.compile(r"step-(\d{6,})")
+_SMALL_FILES = 2**24  # bytes kept free for the tokenizer, the history and the like
+_MAX_JSON = 2**30  # bytes of a manifest or a state that are read
 
 
 def checkpoint_name(step: int) -> str:
@@ -35,14 +38,20 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_checkpoint(
-    folder: Path, save_model: Callable[[Path], Any], optimizer_arrays: Mapping[str, mx.array], state: Mapping[str, Any]
+    folder: Path,
+    save_model: Callable[[Path], Mapping[str, str]],
+    model_bytes: int,
+    optimizer_arrays: Mapping[str, mx.array],
+    state: Mapping[str, Any],
 ) -> Path:
     """Writes a checkpoint under its final name, replacing one of the same name.
 
     Args:
         folder: where it will stand.
-        save_model: writes a model folder into the empty folder it is given.
-        optimizer_arrays: the optimizer's state.
+        save_model: writes a model folder into the empty folder it is given and returns checksums (file name -> sha256) of what it
+            has them for.
+        model_bytes: size of the weights.
+        optimizer_arrays: the optimizer's state, of any dtypes.
         state: everything else, as JSON values.
 
     Raises:
@@ -50,52 +59,61 @@ def write_checkpoint(
     """
     partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     try:
+        needed = model_bytes + sum(array.nbytes for array in optimizer_arrays.values()) + _SMALL_FILES
+        check_space(folder.parent, needed, "a checkpoint")
         partial.mkdir(parents=True)
-        save_model(partial)
+        checksums = dict(save_model(partial))
         if optimizer_arrays:
-            write_tensors(partial / OPTIMIZER_FILE, optimizer_arrays)
+            checksums[OPTIMIZER_FILE] = write_tensors(partial / OPTIMIZER_FILE, optimizer_arrays)
         write_text(partial / STATE_FILE, json.dumps(state, allow_nan=False))
-        manifest = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        manifest = {path.name: checksums.get(path.name) or sha256_of(path) for path in sorted(partial.iterdir())}
         write_text(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
-        _replace_folder(partial, folder)
+        flush_to_disk(partial)
+        put_in_place(partial, folder)
     except (OSError, FulltuneError) as error:
-        raise CheckpointError(f"checkpoint {folder} could not be written: {error}. Earlier checkpoints are untouched.") from error
+        raise CheckpointError(
+            f"checkpoint {folder} could not be written: {error}. Earlier checkpoints are untouched. Make room or correct the permissions;"
+            " then save again."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _replace_folder(new: Path, place: Path) -> None:
-    """Renames `new` to `place`; what stood there is set aside first and removed last."""
-    aside = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}-old"
-    if place.exists():
-        os.rename(place, aside)
-    os.rename(new, place)
-    descriptor = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_NAME.fullmatch(folder.name).group(1))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest step first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name).group(1)))
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def keep_newest(folder: Path, keep: int) -> None:
     """Removes all checkpoints but the newest `keep`."""
     for path in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+        remove_folder(path)
+
+
+def leave_later(folder: Path, step: int) -> None:
+    """Sets the newest checkpoint of a later step aside as `left-step-...`; other later ones, and what was left before, go."""
+    later = [path for path in list_checkpoints(folder) if step_of(path) > step]
+    if not later:
+        return
+    before = [path for path in folder.iterdir() if _NAME.fullmatch(path.name.removeprefix("left-")) and path.name.startswith("left-")]
+    kept = set_aside(later[-1], "left")
+    for path in [*later[:-1], *(path for path in before if path != kept)]:
+        remove_folder(path)
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Gives a checkpoint another name, `<why>-step-000100`, so that it counts no more; one of that name is removed."""
+    place = folder.with_name(f"{why}-{folder.name}")
+    put_in_place(folder, place)
+    return place
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -105,15 +123,83 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: something is missing, damaged, or not what was written.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, digest in manifest.items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{folder}: the manifest names a file outside the folder: {name!r}.")
-            if _sha256(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} is not the file that was written: its sha256 differs from the manifest's.")
-        return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        check_files(folder)
+        state = _read_json(folder / STATE_FILE)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
+    problem = _state_problem(state)
+    if problem is None and _NAME.fullmatch(folder.name) and state["step"] != step_of(folder):
+        problem = f"it says step {state['step']}, its folder's name says another"
+    if problem is not None:
+        raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {problem}. Go back to an earlier checkpoint.")
+    return state
+
+
+def check_files(folder: Path) -> None:
+    """Compares a checkpoint's files with its manifest.
+
+    Raises:
+        CheckpointError: one differs, is a link, is missing in the folder or in the manifest, or the manifest names others.
+        OSError, ValueError: the manifest, or a file, cannot be read.
+    """
+    manifest = _read_json(folder / MANIFEST_FILE)
+    if not isinstance(manifest, dict) or not manifest or not all(isinstance(digest, str) for digest in manifest.values()):
+        raise CheckpointError(f"{folder / MANIFEST_FILE} is not a list of files and their sha256.")
+    for name in manifest:
+        if os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{folder / MANIFEST_FILE} names a file outside the folder: {name!r}. Nothing was read.")
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
+    if missing := sorted(manifest.keys() - there):
+        raise CheckpointError(f"{folder} lacks files that its manifest names: {', '.join(missing[:5])}.")
+    if unknown := sorted(there - manifest.keys()):
+        raise CheckpointError(f"{folder} has files that its manifest does not name: {', '.join(unknown[:5])}. Move them elsewhere.")
+    for name, digest in manifest.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path} is a link or no file at all; a checkpoint holds its files itself. Nothing of it was read.")
+        if sha256_of(path) != digest:
+            raise CheckpointError(f"{path} is not the file that was written: its sha256 differs from the manifest's.")
+
+
+def _read_json(path: Path) -> Any:
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.name} is missing, or a link or no file")
+    if path.stat().st_size > _MAX_JSON:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, more than the {_MAX_JSON:,} that are read")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+
+
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,), "rate_factor": (int, float), "patience": (dict,), "config": (dict,), "model_source": (str, type(None)),
+    "data": (dict,), "history": (list,), "random": (list,), "versions": (dict,), "optimizer_steps_before": (int,),
+    "backward": (str,),
+}  # fmt: skip
+
+
+def _state_problem(state: Any) -> str | None:
+    if not isinstance(state, dict):
+        return f"expected a JSON object, found a {type(state).__name__}"
+    for name, types in _STATE_TYPES.items():
+        if name not in state:
+            return f"{name!r} is missing"
+        if not isinstance(state[name], types) or isinstance(state[name], bool):
+            return f"{name!r} is {str(state[name])[:60]!r}"
+    if state["backward"] not in ("whole", "layerwise"):
+        return f"'backward' is {state['backward'][:60]!r}"
+    if state["step"] < 0:
+        return f"'step' is {state['step']}"
+    if len(state["random"]) != 2 or not all(isinstance(half, int) and 0 <= half < 2**32 for half in state["random"]):
+        return f"'random' is {str(state['random'])[:60]}"
+    if not isinstance(state["data"].get("fingerprint"), str) or not isinstance(state["data"].get("source"), (str, type(None))):
+        return "'data' has no fingerprint or a wrong source"
+    patience = state["patience"]
+    counts = (patience.get("waited"), patience.get("last_step"))
+    if not isinstance(patience.get("best_loss", ""), (int, float, type(None))) or not all(isinstance(count, int) for count in counts):
+        return f"'patience' is {str(state['patience'])[:60]}"
+    return None
 
 
 def read_optimizer(folder: Path) -> dict[str, mx.array]:
@@ -124,7 +210,7 @@ def read_optimizer(folder: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
+def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
     """The newest checkpoint of a run that is whole.
 
     Returns:
@@ -133,11 +219,11 @@ def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
     Raises:
         CheckpointError: there is none.
     """
-    damaged = []
+    damaged: dict[Path, str] = {}
     for folder in reversed(list_checkpoints(run_dir / "checkpoints")):
         try:
             return folder, read_state(folder), damaged
         except CheckpointError as error:
-            damaged.append(str(error))
-    passed_over = "".join(f"\n  {reason}" for reason in damaged)
+            damaged[folder] = str(error)
+    passed_over = "".join(f"\n  {reason}" for reason in damaged.values())
     raise CheckpointError(f"No whole checkpoint in {run_dir / 'checkpoints'}. Give the run_dir of a run that was saved.{passed_over}")

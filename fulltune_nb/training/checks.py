@@ -128,6 +128,17 @@ def text(value: Any) -> str:
     return value
 
 
+def choice(*allowed: str) -> Check:
+    """One of a few texts."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise Refused(f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
+        return value
+
+    return check
+
+
 def optional(check: Check) -> Check:
     """None, or what `check` takes."""
 

@@ -37,7 +37,7 @@ class _Record:
         Raises:
             CheckpointError: not a report, or a field is missing.
         """
-        report = _KINDS.get(values.get("kind")) if isinstance(values, dict) else None
+        report = _KINDS.get(str(values.get("kind"))) if isinstance(values, dict) else None
         if report is None:
             raise CheckpointError(f"expected a report with kind {', '.join(map(repr, _KINDS))}, got {str(values)[:80]!r}.")
         given = {k: v for k, v in values.items() if k != "kind"}

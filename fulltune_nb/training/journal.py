@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fulltune_nb.errors import CheckpointError
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.run_directory import RunDirectory
 
@@ -28,6 +29,15 @@ class Journal:
         self.listeners: list[Any] = []
         self._trainer = trainer
         self._callbacks: tuple[Any, ...] = ()
+        self._failing = False
+
+    def attach(self, directory: RunDirectory) -> None:
+        """Writes into a directory from now on, and what there is already first."""
+        self.directory = directory
+        for entry in self.history:
+            directory.append(entry)
+        for note in directory.notes:
+            self.event(0, "run_dir", note)
 
     @contextmanager
     def calling(self, callbacks: Sequence[Any]) -> Iterator[None]:
@@ -42,8 +52,20 @@ class Journal:
         """Adds an entry and tells of it."""
         self.history.append(report)
         if self.directory:
-            self.directory.append_metrics(report)
+            self._write(report)
         self.tell(_METHODS[type(report)], report)
+
+    def _write(self, report: StepReport | EvalReport | Event) -> None:
+        """Into the directory; where `on_save_error` is "continue", one event tells that it cannot be."""
+        try:
+            self.directory.append(report)
+            self._failing = False
+        except CheckpointError as error:
+            if self._trainer.config.on_save_error == "stop" or not self.directory.is_ours:
+                raise
+            if not self._failing:
+                self._failing = True
+                self.event(self._trainer.step_count, "save_failed", str(error))
 
     def event(self, step: int, kind: str, message: str) -> None:
         """Adds an event of now."""

@@ -45,6 +45,7 @@ def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.a
 def cross_entropy_only(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> mx.array:
     """The same sum without gradients, for evaluation: one chunk's logits at a time."""
     total = mx.array(0.0)
+    head = {name: array.astype(hidden.dtype) for name, array in head.items()}
     for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
         losses, _ = _token_losses(mx.depends([hidden[rows]], [total])[0], head, targets[rows])
         total = total + (losses * weights[rows]).sum()
@@ -56,6 +57,7 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
     total = mx.array(0.0)
     hidden_gradients = []
     head_gradients: dict[str, mx.array] = {}
+    head = {name: array.astype(hidden.dtype) for name, array in head.items()}
     for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
         part = mx.depends([hidden[rows]], [total, *hidden_gradients[-1:], *head_gradients.values()])[0]

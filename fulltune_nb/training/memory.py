@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from fulltune_nb import html
-from fulltune_nb.errors import DataError
+from fulltune_nb.errors import DataError, MemoryLimitError
 from fulltune_nb.training.allocator import cache_limit
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.machine import MemoryReading, machine_limit, read_memory
 from fulltune_nb.training.memory_model import BYTES, Workload, count, moments
+from fulltune_nb.training.memory_model_layerwise import layerwise_moments
 from fulltune_nb.training.optimizers import predict_state_bytes, update_bytes
+from fulltune_nb.training.rounding import stored_dtype
 from fulltune_nb.training.selection import trained_names
+from fulltune_nb.training.step_batches import row_widths
 
 __all__ = ["MemoryPlan", "MemoryReading", "machine_limit", "preflight", "read_memory"]
 
@@ -45,6 +49,8 @@ class MemoryPlan:
     """What was assumed, in words."""
     advice: tuple[str, ...] = field(default=())
     """What would make it fit, a sentence each; empty where it fits."""
+    backward: str = "whole"
+    """How gradients are computed: "whole" graph or "layerwise"."""
 
     @property
     def fits(self) -> bool:
@@ -84,21 +90,53 @@ def preflight(lm: Any, data: Any, config: TrainConfig | None = None) -> MemoryPl
     return plan if plan.fits else dataclasses.replace(plan, advice=tuple(_advice(lm, data, config)))
 
 
+def choose_backward(lm: Any, data: Any, config: TrainConfig, force: bool = False) -> str:
+    """How a run computes its gradients: "whole" or "layerwise", as `config.backward` and `config.memory` say.
+
+    Raises:
+        MemoryLimitError: it does not fit into this machine's memory, and `force` is False.
+    """
+    plan = _plan(lm, data, config)
+    if plan.fits or force:
+        return plan.backward
+    advice = "".join(f"\n  {sentence}" for sentence in _advice(lm, data, config))
+    raise MemoryLimitError(
+        f"This run needs {html.human_bytes(plan.peak + plan.cache)} ({plan.workload}), this machine has {html.human_bytes(plan.limit)}. "
+        f"What would make it fit (force=True tries it all the same):{advice}"
+    )
+
+
 def _plan(lm: Any, data: Any, config: TrainConfig) -> MemoryPlan:
+    """The plan of the config's own way, or where that is open, of the fast one if it fits and the lean one if not."""
+    backward = config.backward
+    if backward == "auto":
+        backward = {"fast": "whole", "lean": "layerwise"}.get(config.memory, "auto")
+    if backward != "auto":
+        return _plan_of(backward, lm, data, config)
+    fast = _plan_of("whole", lm, data, config)
+    return fast if fast.fits else _plan_of("layerwise", lm, data, config)
+
+
+def _plan_of(backward: str, lm: Any, data: Any, config: TrainConfig) -> MemoryPlan:
     work = _workload(lm, data, config)
     trained = {name: work.parameters[name] for name in work.trained}
+    stored = stored_dtype(config.weights, lm.dtype)
     always = {
-        "weights": BYTES * sum(count(shape) for shape in work.parameters.values()),
+        "weights": stored.size * sum(count(shape) for shape in work.parameters.values()),
         "optimizer state": predict_state_bytes(trained, config),
     }
-    found = moments(work)
-    found["update"] = {"gradients": BYTES * sum(count(s) for s in trained.values()), "update": update_bytes(trained, config)}
+    update = update_bytes(trained, config, stored)
+    if backward == "layerwise":
+        found = layerwise_moments(work, update)
+    else:
+        found = moments(work)
+        found["update"] = {"gradients": BYTES * sum(count(s) for s in trained.values()), "update": update}
     moment = max(found, key=lambda name: sum(found[name].values()))
     parts = {**always, **found[moment]}
     rows, tokens = work.rows, work.tokens
-    words = f"{rows} row{'s' * (rows > 1)} of {tokens:,} tokens in a micro-batch, {config.optimizer}"
-    words += ", grad_checkpoint" if work.checkpoint else ""
-    return MemoryPlan(parts, sum(parts.values()), machine_limit(), cache_limit(), moment, words)
+    words = f"{rows} {'packed ' * config.packing}row{'s' * (rows > 1)} of {tokens:,} tokens in a micro-batch, {config.optimizer}"
+    words += ", layerwise" if backward == "layerwise" else ", grad_checkpoint" if work.checkpoint else ""
+    return MemoryPlan(parts, sum(parts.values()), machine_limit(), cache_limit(), moment, words, backward=backward)
 
 
 def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
@@ -106,8 +144,8 @@ def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
     if data is not None:
         split = data.train
         lengths = split.lengths[split.trainable]
-        tokens = max(min(tokens, int(lengths.max()) - 1), 1)
-        rows = min(rows, len(lengths))
+        widths = np.maximum(row_widths(lengths, config), 1)
+        tokens, rows = int(widths.max()), min(rows, len(widths))
         share = min(split.trained_tokens / max(int((lengths - 1).sum()), 1), 1.0)
         # Rows differ: the largest batch can have more targets than the average. Twice as many is rarely passed.
         share = min(2.0 * share, 1.0)
@@ -118,9 +156,10 @@ def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
         rows=rows,
         tokens=tokens,
         trained_share=share,
-        accumulates=config.grad_accumulation_steps > 1,
+        micro_batches=config.grad_accumulation_steps,
         checkpoint=config.grad_checkpoint,
         on_cpu=mx.default_device().type == mx.DeviceType.cpu,
+        half=stored_dtype(config.weights, lm.dtype) != mx.float32,
     )
 
 
@@ -142,15 +181,18 @@ def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
             yield f"No single change is enough; these together are: {words}: {html.human_bytes(plan.peak)}."
             return
     yield (
-        f"The weights alone are {html.human_bytes(plan.parts['weights'])} in float32, and even with grad_checkpoint, small batches, short "
-        f"rows and adafactor a step needs {html.human_bytes(plan.peak)}: take a smaller model, train a part of it (train_only), or a "
+        f"The weights alone are {html.human_bytes(plan.parts['weights'])} in bfloat16, and even layer by layer, with small batches, short "
+        f"rows and adafactor, a step needs {html.human_bytes(plan.peak)}: take a smaller model, train a part of it (train_only), or a "
         "machine with more memory."
     )
 
 
 def _combinations(lm: Any, data: Any, config: TrainConfig) -> Iterator[dict[str, Any]]:
     """Changes together, one more each time."""
-    changes: dict[str, Any] = {"grad_checkpoint": True, "optimizer": "adafactor"}
+    changes: dict[str, Any] = {"memory": "lean", "backward": "auto"}
+    yield changes | {"optimizer": "adamw8bit"}
+    yield changes | {"optimizer": "adamw8bit", "weights": "bfloat16"}
+    changes |= {"optimizer": "adafactor", "weights": "bfloat16"}
     yield changes
     work = _workload(lm, data, config)
     if work.rows > 1:
@@ -161,13 +203,20 @@ def _combinations(lm: Any, data: Any, config: TrainConfig) -> Iterator[dict[str,
 
 
 def _changes(lm: Any, data: Any, config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    if not config.grad_checkpoint:
-        yield "Set grad_checkpoint=True (about a third more time)", config.replace(grad_checkpoint=True)
+    if _plan(lm, data, config).backward == "whole":
+        if not config.grad_checkpoint:
+            yield "Set grad_checkpoint=True (about a third more time)", config.replace(grad_checkpoint=True)
+        yield "Set memory='lean' (gradients layer by layer, about a third more time)", config.replace(memory="lean", backward="auto")
+    if stored_dtype(config.weights, lm.dtype) == mx.float32:
+        yield "Set weights='bfloat16' (rounded stochastically)", config.replace(weights="bfloat16", rounding="stochastic")
+    if config.optimizer in ("adamw", "lion"):
+        name = f"{config.optimizer}8bit"
+        yield f"Set optimizer={name!r} (moments of 8 bits)", config.replace(optimizer=name)
     for rows in _halves(_workload(lm, data, config).rows, 1):
         steps = -(-config.batch_size // rows) * config.grad_accumulation_steps
         changed = config.replace(batch_size=rows, grad_accumulation_steps=steps)
         if _plan(lm, data, changed).fits:
-            yield f"Set batch_size={rows} and grad_accumulation_steps={steps} (the same rows in a step)", changed
+            yield f"Set batch_size={rows} and grad_accumulation_steps={steps} (as many rows in a step)", changed
             break
     for length in _halves(_workload(lm, data, config).tokens):
         changed = config.replace(max_seq_length=length)

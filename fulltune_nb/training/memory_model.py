@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from fulltune_nb.models.families import ModelConfig
 from fulltune_nb.training.loss import CHUNK_ELEMENTS
 
-BYTES = 4  # training is in float32
+BYTES = 4  # activations and gradients are float32 on the CPU
 Shape = tuple[int, ...]
 
 
@@ -46,11 +46,13 @@ class Workload:
     """T, input positions of the longest row."""
     trained_share: float
     """Part of the positions that have a trained target."""
-    accumulates: bool
-    """Several micro-batches in a step."""
+    micro_batches: int
+    """Of a step."""
     checkpoint: bool
     """`grad_checkpoint`."""
     on_cpu: bool
+    half: bool = False
+    """Weights stored in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,19 @@ def moments(work: Workload) -> dict[str, dict[str, int]]:
     gradients = sum(count(work.parameters[name]) for name in work.trained)
     head = model.vocab_size * model.hidden_size
     head_gradient = min(head, gradients)
-    sums = gradients if work.accumulates else 0  # of the micro-batches before
+    sums = gradients if work.micro_batches > 1 else 0  # of the micro-batches before
     found = {
         "loss": {"gradients": sums, "activations": kept, "logits": _logits(work, counts)},
         "last block": {"gradients": sums + head_gradient, "activations": kept + made},
         "first block": {"gradients": sums + gradients, "activations": made + (0 if work.checkpoint else block)},
     }
     return {moment: {part: int(BYTES * size) for part, size in parts.items()} for moment, parts in found.items()}
+
+
+def activations_of_block(work: Workload) -> float:
+    """Elements that the backward pass of one block holds at most, its own forward pass included."""
+    counts = _CPU if work.on_cpu else _ELSEWHERE
+    return _made(work, counts) + counts.again * _kept(work, counts)
 
 
 def _blocks(work: Workload) -> int:

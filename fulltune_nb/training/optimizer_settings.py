@@ -21,9 +21,12 @@ _ADAM: dict[str, tuple[Any, Check]] = {
     "bias_correction": (True, checks.flag),
 }
 
+_LION: dict[str, tuple[Any, Check]] = {"betas": ((0.9, 0.99), _BETAS)}
+
 OPTIMIZERS: dict[str, dict[str, tuple[Any, Check]]] = {
     "adamw": _ADAM,
     "adam": _ADAM,
+    "adamw8bit": _ADAM,
     "sgd": {
         "momentum": (0.0, number(low=0.0, below=1.0)),
         "dampening": (0.0, number(low=0.0, high=1.0)),
@@ -33,14 +36,15 @@ OPTIMIZERS: dict[str, dict[str, tuple[Any, Check]]] = {
     # no scaling by the parameter's own size unless asked for (mlx.optimizers has both on).
     "adafactor": {
         "eps": ((1e-30, 1e-3), pair(_EPS, _EPS)),
-        "clip_threshold": (1.0, number(above=0.0)),
+        "clip_threshold": (1.0, checks.optional(number(above=0.0))),
         "decay_rate": (-0.8, number(low=-1.0, below=0.0)),
         "beta_1": (None, checks.optional(_BETA)),
         "scale_parameter": (False, checks.flag),
         "relative_step": (False, checks.only(False, "the learning rate comes from learning_rate and lr_schedule")),
         "warmup_init": (False, checks.only(False, "warmup comes from warmup or lr_schedule")),
     },
-    "lion": {"betas": ((0.9, 0.99), _BETAS)},
+    "lion": _LION,
+    "lion8bit": _LION,
     # betas and eps are those of the AdamW that takes what Muon does not.
     "muon": {
         "momentum": (0.95, number(low=0.0, below=1.0)),
@@ -52,7 +56,7 @@ OPTIMIZERS: dict[str, dict[str, tuple[Any, Check]]] = {
 }
 """Optimizer -> setting -> (default, check)."""
 
-WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.01}
+WEIGHT_DECAY = {"adamw": 0.01, "adamw8bit": 0.01, "muon": 0.01}
 """Default weight decay; 0 for an optimizer that is not named, as in PyTorch and mlx.optimizers."""
 
 

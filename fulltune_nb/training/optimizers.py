@@ -2,68 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from fulltune_nb import html
-from fulltune_nb.errors import CheckpointError, TrainingError
+from fulltune_nb.errors import TrainingError
 from fulltune_nb.models.cpu_streams import Dealer
-from fulltune_nb.models.names import to_hf
-from fulltune_nb.training.checks import SettingError, nearest
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.optimizer_settings import optimizer_settings
-from fulltune_nb.training.update_rules import Shape, State, UpdateRule, make_rule
+from fulltune_nb.training.factored import TensorUpdate
+from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, rules_of, slots_of
+from fulltune_nb.training.optimizer_memory import predict_state_bytes, update_bytes
+from fulltune_nb.training.optimizer_state import check_state_arrays, shape_of_rows
+from fulltune_nb.training.pieces import Piece, Place, batches, cut, first_row, piece_size, put, take
+from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
+from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver
+from fulltune_nb.training.update_rules import Shape, State
 
-_CHUNK_BYTES = 2**26  # parameters updated between two evaluations; Adafactor and Muon have temporaries of that size
-
-HfName = Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class Group:
-    """What tensors that are treated alike have in common."""
-
-    optimizer: str
-    """Name of the rule; with Muon, "adamw" for what Muon does not take."""
-    factor: float
-    """Factor on the learning rate."""
-    weight_decay: float
-    """0 for norms and biases."""
+__all__ = ["Group", "Optimizers", "predict_state_bytes", "update_bytes"]
 
 
 class Optimizers:
     """Updates a model's trainable parameters, each by the rule of its group, and holds the optimizer state.
 
     Norms and biases (tensors of fewer than two dimensions) have no weight decay. Muon takes the matrices inside the blocks;
-    embeddings, head, norms and biases go to AdamW. Frozen parameters are never touched.
+    embeddings, head, norms and biases go to AdamW. Frozen parameters are never touched. Parameters in bfloat16 stay in bfloat16:
+    the update is computed in float32 and rounded as `config.rounding` says.
+
+    A step is one call of `update` with all gradients, or
+
+        optimizers.begin_step(learning_rate, gradient_scale)
+        optimizers.update_tensors(model, gradients_of_a_block)     # any number of times, each tensor (or row) once
+        optimizers.update_tensors(model, {"embed_tokens.weight": gradient_of_rows}, rows=slice(0, 4096))
+        optimizers.end_step()
+
+    with the same result bit for bit, however the gradients are dealt out. Adafactor needs to see all rows of a matrix before it
+    can update some of them (`passes(name)` times: once for the means, once for the clipping); where they come by rows, therefore
+
+        for _ in range(optimizers.passes(name)):
+            for rows, gradient in gradients_by_rows():             # the same ones each time, computed again or kept
+                optimizers.observe(model, {name: gradient}, rows)
+        for rows, gradient in gradients_by_rows():
+            optimizers.update_tensors(model, {name: gradient}, rows)
+
+    which serves all optimizers: `passes` is 0 for the others. (Experts of a stack are matrices of their own and need no such thing.)
 
     Args:
         model: its trainable parameters count; freeze before.
-        config: `optimizer`, `optimizer_config`, `weight_decay` and `lr_factors` count.
+        config: `optimizer`, `optimizer_config`, `weight_decay`, `lr_factors`, `rounding` and `seed` count.
         hf_name: module path -> the name that patterns are matched against, besides the path itself. Not given, it is the
             model family's Hugging Face name.
 
     Raises:
         ConfigError: a pattern in `lr_factors` matches no parameter.
+        TrainingError: a trainable parameter is neither float32 nor bfloat16.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, hf_name: HfName | None = None):
-        shapes = _shapes(model.trainable_parameters())
-        _check_patterns(config, _shapes(model.parameters()), hf_name := hf_name or _family_name(model))
+        parameters = dict(tree_flatten(model.trainable_parameters()))
+        check_patterns(config, _shapes(model.parameters()), hf_name := hf_name or family_name(model))
+        for name, array in parameters.items():
+            check_dtype(name, array.dtype)
         self.step = 0
-        """Updates made."""
-        self._groups = {name: _group(name, shape, config, hf_name) for name, shape in shapes.items()}
-        self._rules = _rules(config)
-        self._slots = _slots(shapes, self._groups, self._rules)
-        self._shapes = shapes
-        self._state: dict[str, State] = {name: {slot: mx.zeros(s) for slot, s in own.items()} for name, own in self._slots.items()}
+        """Updates made, the one in progress included."""
+        self.observers: list[UpdateObserver] = []
+        """Are told of every tensor's update."""
+        self._shapes = shapes = {name: array.shape for name, array in parameters.items()}
+        self._seed = config.seed if config.rounding == "stochastic" else None
+        self._groups = {name: group_of(name, shape, config, hf_name) for name, shape in shapes.items()}
+        self._rules = rules_of(config)
+        self._slots = slots_of(shapes, self._groups, self._rules)
+        self._state: dict[str, State] = {
+            name: {slot: mx.zeros(s.shape, dtype=s.dtype) for slot, s in own.items()} for name, own in self._slots.items()
+        }
+        self._scalars: dict[Group, Any] | None = None
+        """Of the step in progress."""
+        self._factored: dict[str, TensorUpdate] = {}
+        """Of the step in progress, by tensor."""
         mx.eval(self._state)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
 
     def update(self, model: nn.Module, gradients: dict[str, Any], learning_rate: float, gradient_scale: float = 1.0) -> None:
         """One step for every parameter that has a gradient; model and state are evaluated when it returns.
@@ -79,26 +101,194 @@ class Optimizers:
         Raises:
             TrainingError: a gradient of an unknown name or of another shape; nothing is updated.
         """
-        flat = dict(tree_flatten(gradients))
-        self._check_gradients(flat)
+        self._check_gradients(dict(tree_flatten(gradients)), None)
+        self.begin_step(learning_rate, gradient_scale)
+        self.update_tensors(model, gradients)
+        self.end_step()
+
+    def begin_step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        """Begin a step of which the gradients come little by little; arguments as in `update`."""
         self.step += 1
-        scalars = {
+        self._factored = {}
+        self._scalars = {
             group: self._rules[group.optimizer].begin(self.step, learning_rate * group.factor, group.weight_decay, gradient_scale)
             for group in set(self._groups.values())
         }
-        old = dict(tree_flatten(model.trainable_parameters()))
-        for names in _chunks(flat):
-            new, dealer = {}, Dealer()
-            for name in names:
-                group = self._groups[name]
-                # `pop`, and the state's place taken: only the new arrays' graph then holds the old ones, so that evaluation
-                # may write into their memory.
-                rule = self._rules[group.optimizer]
-                with dealer.stream_for(flat[name].size):
-                    new[name], self._state[name] = rule.apply(old.pop(name), flat[name], self._state[name], scalars[group])
-            model.update(tree_unflatten(list(new.items())))
-            mx.eval(new)  # first: Lion's new parameter reads the old moment, whose memory is free only after that
-            mx.eval([self._state[name] for name in names])
+
+    def update_tensors(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None = None) -> None:
+        """Update some parameters now; they and their state are evaluated when it returns.
+
+        What is computed on the way takes `update_bytes`, whatever the tensors' sizes: they are worked on in pieces.
+
+        Args:
+            model: the model this was made for.
+            gradients: module path -> gradient, or a tree of them; not changed and not kept.
+            rows: the gradients are those of these places on the parameters' first axis only, as of some rows of an embedding or some
+                experts of a stack.
+
+        Raises:
+            TrainingError: no step was begun; a gradient of an unknown name or of another shape; rows of a tensor whose rule
+                needs it whole. Nothing is updated.
+        """
+        flat = self._checked(gradients, rows)
+        for name in flat:
+            if self.passes(name):
+                self._observe_what_is_whole(model, name, flat[name], rows)
+        for batch in batches([piece for name in flat for piece in self._cut(name, model, rows)]):
+            self._update_batch(model, batch, flat)
+
+    def passes(self, name: str) -> int:
+        """How often `observe` must have seen all rows of a matrix before `update_tensors` can take some of them; 0 for most rules."""
+        return getattr(self._rules[self._groups[name].optimizer], "passes", 0) if len(self._shapes[name]) >= 2 else 0
+
+    def observe(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None = None) -> None:
+        """Take in some rows of gradients that `update_tensors` will be given later; arguments and errors as there.
+
+        Within a pass each row comes once, in any order. Nothing is updated; nothing happens where `passes` is 0.
+        """
+        flat = self._checked(gradients, rows)
+        for name, gradient in flat.items():
+            if self.passes(name):
+                start, stop = self._matrix_rows(name, rows)
+                self._observe(model, name, gradient, slice(start, stop), start)
+
+    def end_step(self) -> None:
+        """The step is whole."""
+        self._scalars, self._factored = None, {}
+
+    def _checked(self, gradients: Mapping[str, Any], rows: slice | None) -> dict[str, mx.array]:
+        flat = dict(tree_flatten(gradients))
+        if self._scalars is None:
+            raise TrainingError("No step was begun: call begin_step(learning_rate) before the gradients come.")
+        self._check_gradients(flat, rows)
+        return flat
+
+    def _matrix_rows(self, name: str, rows: slice | None) -> tuple[int, int]:
+        """First and last (excluded) row of the matrix that a tensor is seen as, from places on its first axis."""
+        shape = self._shapes[name]
+        per_place = math.prod(shape[1:-1])
+        return (rows.start * per_place, rows.stop * per_place) if rows else (0, math.prod(shape[:-1]))
+
+    def _pieces_of(self, name: str, start: int, stop: int) -> Iterator[slice]:
+        """Rows in pieces; those of a rule that sees matrices as wholes lie within one matrix each."""
+        shape = self._shapes[name]
+        own = shape[-2] if self.passes(name) else stop - start
+        for first in range(start, stop, own):
+            yield from cut(first, min(first + own, stop), shape[-1])
+
+    def _observe_what_is_whole(self, model: nn.Module, name: str, gradient: mx.array, rows: slice | None) -> None:
+        """All passes over matrices of which the whole gradient is here and nothing was observed yet."""
+        (start, stop), own = self._matrix_rows(name, rows), self._shapes[name][-2]
+        for matrix in (slice(row, row + own) for row in range(start, stop, own)):
+            update = self._tensor_update(name)
+            if matrix.stop <= stop and matrix.start % own == 0:
+                for _ in range(update.passes_left(matrix)):
+                    self._observe(model, name, gradient, matrix, start)
+            if update.passes_left(matrix):
+                raise TrainingError(
+                    f"rows of {name}: {self._groups[name].optimizer} has to observe the gradients of all rows, {self.passes(name)} times,"
+                    " before some can be updated. Call observe(...) for all of them first, or give the whole gradient."
+                )
+
+    def _observe(self, model: nn.Module, name: str, gradient: mx.array, rows: slice, before: int) -> None:
+        """Rows of the matrix; `before`: that of the gradient's first."""
+        update, p, rank = self._tensor_update(name), Place(model, name).array, len(self._shapes[name])
+        for part in self._pieces_of(name, rows.start, rows.stop):
+            update.observe(take(p, rank, part), take(gradient, rank, slice(part.start - before, part.stop - before)), part)
+
+    def _tensor_update(self, name: str) -> TensorUpdate:
+        if name not in self._factored:
+            group = self._groups[name]
+            rule, scalars = self._rules[group.optimizer], self._scalars[group]
+            self._factored[name] = TensorUpdate(rule, self._shapes[name], self._state[name], scalars)
+        return self._factored[name]
+
+    def _cut(self, name: str, model: nn.Module, rows: slice | None) -> Iterator[Piece]:
+        """A tensor as it is where that needs little or no memory, else pieces of it."""
+        shape, dtype = self._shapes[name], Place(model, name).array.dtype
+        size = math.prod(shape)
+        rule = self._rules[self._groups[name].optimizer]
+        own = {dtype, *(slot.dtype for slot in self._slots[name].values())}
+        in_place = own == {mx.float32} and rule.in_place(self._groups[name].weight_decay)
+        whole = in_place or not rule.by_rows or len(shape) < 2 or size <= piece_size()
+        if rows is None and whole and not self.passes(name):
+            yield Piece(name, size, in_place=in_place)
+            return
+        start, stop = self._matrix_rows(name, rows)
+        for part in self._pieces_of(name, start, stop):
+            yield Piece(name, (part.stop - part.start) * shape[-1], part, before=start)
+
+    def _update_batch(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
+        dealer, new, parts = Dealer(), [], []
+        for piece in pieces if self.observers else ():
+            self._tell_before(model, piece, gradients[piece.name])
+        for piece in pieces:
+            with dealer.stream_for(piece.size):
+                if piece.rows is None:
+                    new.append(self._update_whole(Place(model, piece.name), piece, gradients[piece.name]))
+                else:
+                    parts.append(self._updated_rows(Place(model, piece.name), piece, gradients[piece.name]))
+        mx.eval(new, [p for p, _ in parts])  # first: Lion's new parameter reads the old moment, whose memory is free only after that
+        mx.eval([self._state[piece.name] for piece in pieces if piece.rows is None], [state for _, state in parts])
+        cut_ones = [piece for piece in pieces if piece.rows is not None]
+        for piece, (p, state) in zip(cut_ones, parts, strict=True):
+            self._put_rows(Place(model, piece.name), piece, p, state)
+        mx.eval([(Place(model, piece.name).array, self._state[piece.name]) for piece in cut_ones])
+        for piece in pieces if self.observers else ():
+            self._tell_after(model, piece)
+
+    def _update_whole(self, place: Place, piece: Piece, gradient: mx.array) -> mx.array:
+        # Place and state are taken by the new arrays before anything is evaluated: only their graph then holds the old ones, so
+        # that evaluation may write into these.
+        dtype = place.array.dtype
+        p, self._state[piece.name] = self._applied(piece, *self._inputs(place, piece, gradient))
+        place.array = round_to(p, dtype, self._key(piece.name))
+        return place.array
+
+    def _updated_rows(self, place: Place, piece: Piece, gradient: mx.array) -> tuple[mx.array, State]:
+        (new, state), old = self._applied(piece, *self._inputs(place, piece, gradient)), place.array
+        return round_to(new, old.dtype, self._key(piece.name), first=piece.rows.start * old.shape[-1]), state
+
+    def _inputs(self, place: Place, piece: Piece, gradient: mx.array) -> tuple[mx.array, mx.array, State]:
+        """Parameter, gradient and state of a piece."""
+        if piece.rows is None:
+            return place.array, gradient, self._state[piece.name]
+        rank, slots = len(self._shapes[piece.name]), self._state[piece.name]
+        if self.passes(piece.name):  # the other slots are means over rows or columns
+            slots = {slot: array for slot, array in slots.items() if slot == "exp_avg"}
+        g_rows = take(gradient, rank, slice(piece.rows.start - piece.before, piece.rows.stop - piece.before))
+        return take(place.array, rank, piece.rows), g_rows, {slot: take(array, rank, piece.rows) for slot, array in slots.items()}
+
+    def _applied(self, piece: Piece, p: mx.array, g: mx.array, state: State) -> tuple[mx.array, State]:
+        """Parameter (float32) and state of a piece after the step; lazy."""
+        if piece.rows is not None and self.passes(piece.name):
+            new, moment = self._factored[piece.name].apply(p, g, state.get("exp_avg"), piece.rows)
+            return new, {} if moment is None else {"exp_avg": moment}
+        return self._rules[self._groups[piece.name].optimizer].apply(p, g, state, self._scalars[self._groups[piece.name]])
+
+    def _tell_before(self, model: nn.Module, piece: Piece, gradient: mx.array) -> None:
+        group, inputs = self._groups[piece.name], self._inputs(Place(model, piece.name), piece, gradient)
+        own = self._rules[group.optimizer], self._scalars[group], lambda: self._applied(piece, *inputs)[0]
+        update = PendingUpdate(piece.name, self.step, first_row(piece), self._shapes[piece.name], *inputs, *own)
+        for observer in self.observers:
+            observer.before(update)
+
+    def _tell_after(self, model: nn.Module, piece: Piece) -> None:
+        array = Place(model, piece.name).array
+        new = array if piece.rows is None else take(array, array.ndim, piece.rows)
+        for observer in self.observers:
+            observer.after(piece.name, first_row(piece), new)
+
+    def _put_rows(self, place: Place, piece: Piece, p: mx.array, state: State) -> None:
+        rank, own = len(self._shapes[piece.name]), self._state[piece.name]
+        place.array = put(place.array, rank, piece.rows, p)
+        for slot, part in state.items():
+            own[slot] = put(own[slot], rank, piece.rows, part)
+
+    def _key(self, name: str) -> int | None:
+        return None if self._seed is None else rounding_key(self._seed, self.step, name)
+
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def state_arrays(self) -> dict[str, mx.array]:
         """The state as flat names -> arrays: `"step"`, and `"<module path>.<slot>"` for each slot of each parameter."""
@@ -111,19 +301,7 @@ class Optimizers:
         Raises:
             CheckpointError: arrays are missing, unexpected, or of another shape or dtype; nothing is changed.
         """
-        expected = {f"{name}.{slot}": (shape, mx.float32) for name, own in self._slots.items() for slot, shape in own.items()}
-        expected["step"] = ((), mx.uint32)
-        problems = [f"missing {name}" for name in expected.keys() - arrays.keys()]
-        problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys()]
-        for name, (shape, dtype) in expected.items():
-            if name in arrays and (arrays[name].shape != shape or arrays[name].dtype != dtype):
-                problems.append(f"{name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
-        if problems:
-            shown = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-            raise CheckpointError(
-                f"the optimizer state does not fit this model and config: {shown}. Resume with the model, optimizer and frozen "
-                "parameters that the checkpoint was written with."
-            )
+        check_state_arrays(self._slots, arrays)
         mx.eval(list(arrays.values()))
         self.step = int(arrays["step"].item())
         self._state = {name: {slot: arrays[f"{name}.{slot}"] for slot in own} for name, own in self._slots.items()}
@@ -140,11 +318,15 @@ class Optimizers:
             found.setdefault(group, []).append(name)
         return found
 
-    def _check_gradients(self, flat: Mapping[str, mx.array]) -> None:
+    def _check_gradients(self, flat: Mapping[str, mx.array], rows: slice | None) -> None:
         for name, gradient in flat.items():
-            if gradient.shape != self._shapes.get(name):
+            expected = self._shapes.get(name)
+            if expected and rows is not None:
+                by_rows = self._rules[self._groups[name].optimizer].by_rows or self.passes(name)
+                expected = shape_of_rows(name, expected, rows, self._groups[name].optimizer, by_rows)
+            if gradient.shape != expected:
                 raise TrainingError(
-                    f"gradient of {name}: expected the shape {self._shapes.get(name, 'of a parameter trainable at the start')}, got "
+                    f"gradient of {name}: expected the shape {expected or 'of a parameter trainable at the start'}, got "
                     f"{gradient.shape}. Make a new trainer after freezing or changing a model."
                 )
 
@@ -160,85 +342,9 @@ class Optimizers:
         return html.table(("rule", "learning-rate factor", "weight decay", "tensors", "parameters"), rows, caption=state)
 
 
-def predict_state_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
-    """Bytes the optimizer state will take, from module paths and shapes of the trained parameters alone."""
-    groups = {name: _group(name, shape, config, lambda path: path) for name, shape in shapes.items()}
-    return 4 * sum(_size(shape) for own in _slots(shapes, groups, _rules(config)).values() for shape in own.values())
-
-
-def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
-    """Bytes that `Optimizers.update` needs besides parameters, gradients and state: none for the rules that work in place."""
-    if config.optimizer not in ("adafactor", "muon"):
-        return 0
-    largest = 4 * max((_size(s) for n, s in shapes.items() if config.optimizer == "adafactor" or is_hidden_matrix(n, s)), default=0)
-    return 2 * min(max(largest, _CHUNK_BYTES), 4 * sum(_size(s) for s in shapes.values()))
-
-
-def is_hidden_matrix(name: str, shape: Shape) -> bool:
-    """Whether a parameter is a matrix (or a stack of them) inside the blocks: what Muon is for."""
-    return len(shape) >= 2 and not any(part in ("embed_tokens", "lm_head") for part in name.split("."))
-
-
-def _group(name: str, shape: Shape, config: TrainConfig, hf_name: HfName) -> Group:
-    optimizer = config.optimizer
-    if optimizer == "muon" and not is_hidden_matrix(name, shape):
-        optimizer = "adamw"
-    names = (hf_name(name), name)
-    matching = (factor for pattern, factor in config.lr_factors.items() if any(fnmatchcase(n, pattern) for n in names))
-    return Group(optimizer, next(matching, 1.0), config.weight_decay if len(shape) >= 2 else 0.0)
-
-
-def _rules(config: TrainConfig) -> dict[str, UpdateRule]:
-    settings = optimizer_settings(config.optimizer, config.optimizer_config)
-    names = {config.optimizer, "adamw"} if config.optimizer == "muon" else {config.optimizer}
-    return {name: make_rule(name, settings) for name in names}
-
-
-def _slots(shapes: Mapping[str, Shape], groups: Mapping[str, Group], rules: Mapping[str, UpdateRule]) -> dict[str, dict[str, Shape]]:
-    return {name: rules[groups[name].optimizer].slots(shape) for name, shape in shapes.items()}
-
-
-def _chunks(arrays: Mapping[str, mx.array]) -> Iterator[list[str]]:
-    """Names in their order, a chunk at a time: single tensors, or several that are small together."""
-    names: list[str] = []
-    size = 0
-    for name, array in arrays.items():
-        if names and size + array.nbytes > _CHUNK_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += array.nbytes
-    if names:
-        yield names
-
-
-def _check_patterns(config: TrainConfig, shapes: Mapping[str, Shape], hf_name: HfName) -> None:
-    names = [hf_name(name) for name in shapes]
-    for pattern in config.lr_factors:
-        if not any(fnmatchcase(name, pattern) for name in (*names, *shapes)):
-            raise SettingError(f"lr_factors: the pattern {pattern!r} matches no parameter. {_some(pattern, names)}", "lr_factors")
-
-
-def _some(pattern: str, names: list[str]) -> str:
-    hint = nearest(pattern.strip("*"), names)
-    return hint if hint.startswith("Did") else f"Names look like {', '.join(names[:3])}."
-
-
-def _family_name(model: nn.Module) -> HfName:
-    family = getattr(getattr(model, "config", None), "family", None)
-    return (lambda name: name) if family is None else (lambda name: to_hf(name, family))
-
-
 def _shapes(tree: Any) -> dict[str, Shape]:
     return {name: array.shape for name, array in tree_flatten(tree)}
 
 
-def _size(shape: Shape) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
 def _count(names: list[str], shapes: Mapping[str, Shape]) -> int:
-    return sum(_size(shapes[name]) for name in names)
+    return sum(math.prod(shapes[name]) for name in names)

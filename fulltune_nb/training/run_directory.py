@@ -1,118 +1,210 @@
-"""The folder of a run: settings, metrics, checkpoints, the best weights; and taking a run up again from it.
+"""The folder of a run: settings, reports, events, checkpoints, the best weights.
 
     run_dir/config.yaml       the settings
-    run_dir/metrics.jsonl     one line a report or event
+    run_dir/metrics.jsonl     one line a report of a step or an evaluation
+    run_dir/events.jsonl      one line an event, of everything that ever happened to the run
     run_dir/checkpoints/      step-000000/, step-000100/, ...: see checkpoint.py
     run_dir/best/             a model folder: the weights with the lowest validation loss
+    run_dir/result.json       what came out, when the run is done: see result.py
+    run_dir/run.lock          there while a process has the run in its hands: see run_lock.py
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from fulltune_nb.data.dataset import DataSet, load_data
-from fulltune_nb.errors import CheckpointError
-from fulltune_nb.language_model import LanguageModel, load_model
-from fulltune_nb.models.loading import load_folder_weights
-from fulltune_nb.models.saving import write_text
-from fulltune_nb.training.checkpoint import checkpoint_name, keep_newest, list_checkpoints, newest_whole, read_optimizer, write_checkpoint
+from fulltune_nb.errors import CheckpointError, ConfigError, ModelError
+from fulltune_nb.files import append_line, flush_to_disk, tidy, write_text
+from fulltune_nb.language_model import LanguageModel
+from fulltune_nb.models.saving import check_not_source, save_folder
+from fulltune_nb.training.checkpoint import (
+    FOLDER_NAME,
+    checkpoint_name,
+    keep_newest,
+    leave_later,
+    list_checkpoints,
+    write_checkpoint,
+)
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+from fulltune_nb.training.history import EvalReport, Event, StepReport
+from fulltune_nb.training.run_lock import RunLock
+
+CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "events.jsonl", "result.json"
+Entry = StepReport | EvalReport | Event
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run that has come beyond its very beginning is in a folder: it has a checkpoint, or reports of steps."""
+    if list_checkpoints(path / "checkpoints"):
+        return True
+    try:
+        with (path / METRICS_FILE).open("rb") as file:
+            return any(b'"kind": "step"' in line for line in file)
+    except OSError:
+        return False
 
 
 class RunDirectory:
-    """Writes one run's files."""
+    """Writes one run's files. Made by `create` or `open`, which lock the folder.
 
-    def __init__(self, path: Path):
+    Attributes:
+        path: the folder.
+        notes: what was found and put right when it was opened.
+    """
+
+    def __init__(self, path: Path, lock: RunLock):
         self.path = path
+        self.notes = [lock.note] if lock.note else []
+        self._lock = lock
+        self._unwritten: list[Entry] = []
 
     @classmethod
-    def create(cls, path: str | os.PathLike, config: TrainConfig) -> RunDirectory:
+    def create(cls, path: str | os.PathLike, config: TrainConfig, source: str | None = None) -> RunDirectory:
         """A folder for a new run.
 
+        Args:
+            path: new, or without a run in it.
+            config: the settings.
+            source: folder of the source model, which must not be written to.
+
         Raises:
-            CheckpointError: it already holds one, or it cannot be made.
+            CheckpointError: it already holds a run, cannot be made, or lies in the source model's folder.
         """
         path = Path(path).expanduser()
-        if list_checkpoints(path / "checkpoints") or (path / "metrics.jsonl").exists():
-            raise CheckpointError(f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or give a new run_dir.")
         try:
+            check_not_source(path, source, "run_dir")
+            made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            config.to_yaml(path / "config.yaml")
-        except OSError as error:
+            lock = RunLock(path)
+            if holds_run(path):
+                lock.release()
+                raise CheckpointError(f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or give a new run_dir.")
+            config.to_yaml(path / CONFIG_FILE)
+            (path / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            if made:
+                flush_to_disk(path.parent)
+        except (OSError, ConfigError, ModelError) as error:
             raise CheckpointError(f"run_dir {path} cannot be made: {error}") from error
-        return cls(path)
+        directory = cls(path, lock)
+        directory._tidy()
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """The folder of a run that is to go on; what killed writes left there is put right.
+
+        Raises:
+            CheckpointError: there is none, another process has it, or it cannot be written to.
+        """
+        if not path.is_dir():
+            raise CheckpointError(f"No whole checkpoint in {path / 'checkpoints'}: there is no such folder. Give the run_dir of a run.")
+        directory = cls(path, RunLock(path))
+        directory._tidy()
+        return directory
+
+    def _tidy(self) -> None:
+        try:
+            self.notes += tidy(self.path / "checkpoints", rf"(damaged-|left-)?{FOLDER_NAME}")
+            self.notes += tidy(self.path, "best|metrics|events|result|config")
+        except OSError as error:
+            self.notes.append(f"what a killed write left could not be removed: {error}")
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._lock.release()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether no later trainer of this process has taken the folder over."""
+        return self._lock.is_ours
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints there, oldest first."""
         return list_checkpoints(self.path / "checkpoints")
 
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether the state after a step is saved."""
+        return (self.path / "checkpoints" / checkpoint_name(step)).is_dir()
+
     def save_checkpoint(self, lm: LanguageModel, optimizer_arrays: Mapping[str, mx.array], state: dict[str, Any], keep: int) -> Path:
-        """Writes the checkpoint of `state["step"]`, then removes all but the newest `keep`."""
+        """Writes the checkpoint of `state["step"]`, then removes all but the newest `keep`.
+
+        Of checkpoints of later steps, which a trainer that went back has left, the last is set aside as `left-step-...`.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier ones are untouched.
+        """
+        self._lock.check()
         folder = self.path / "checkpoints" / checkpoint_name(state["step"])
-        write_checkpoint(folder, lm.save, optimizer_arrays, state)
-        keep_newest(self.path / "checkpoints", keep)
+        save_model(folder, lm, optimizer_arrays, state)
+        try:
+            leave_later(self.path / "checkpoints", state["step"])
+            keep_newest(self.path / "checkpoints", keep)
+        except OSError as error:
+            raise CheckpointError(f"{folder} is written, but older checkpoints could not be removed: {error}") from error
         return folder
 
     def save_best(self, lm: LanguageModel) -> None:
-        """Makes the present weights the best ones."""
-        write_checkpoint(self.path / "best", lm.save, {}, {})
+        """Makes the present weights the best ones.
 
-    def append_metrics(self, report: StepReport | EvalReport | Event) -> None:
-        """One line into `metrics.jsonl`, handed to the system at once."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report.to_dict(), allow_nan=False) + "\n")
+        Raises:
+            CheckpointError: they cannot be written; the former best ones are untouched.
+        """
+        self._lock.check()
+        save_model(self.path / "best", lm, {}, {})
 
-    def rewrite_metrics(self, history: History) -> None:
-        """Makes `metrics.jsonl` say what the history says: a resumed run drops what came after its checkpoint."""
-        lines = "".join(json.dumps(values, allow_nan=False) + "\n" for values in history.to_jsonable())
-        write_text(self.path / "metrics.jsonl", lines)
+    def append(self, entry: Entry) -> None:
+        """One line into `metrics.jsonl`, or `events.jsonl`, handed to the system at once.
+
+        Raises:
+            CheckpointError: it cannot be written. It is written with the next one that can be.
+        """
+        self._lock.check()
+        self._unwritten.append(entry)
+        while self._unwritten:
+            path = self.path / (EVENTS_FILE if isinstance(self._unwritten[0], Event) else METRICS_FILE)
+            try:
+                append_line(path, json.dumps(self._unwritten[0].to_dict(), allow_nan=False))
+            except OSError as error:
+                raise CheckpointError(f"{path} could not be written: {error}. Checkpoints are untouched. Make room; then go on.") from error
+            del self._unwritten[0]
+
+    def rewrite_metrics(self, history: Iterable[Entry]) -> None:
+        """Makes `metrics.jsonl` say what the history says: a resumed run drops what came after its checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self._lock.check()
+        entries = [entry.to_dict() for entry in history if not isinstance(entry, Event)]
+        self.write_text(METRICS_FILE, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries))
+        self._unwritten = [entry for entry in self._unwritten if isinstance(entry, Event)]
+
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the run, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self._lock.check()
+        try:
+            write_text(self.path / name, text)
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} could not be written: {error}. Checkpoints are untouched.") from error
 
 
-@dataclass(frozen=True)
-class Restored:
-    """What a checkpoint gives back."""
+def save_model(folder: Path, lm: LanguageModel, optimizer_arrays: Mapping[str, mx.array], state: Mapping[str, Any]) -> Path:
+    """A checkpoint of a language model; see `write_checkpoint`."""
+    size = sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
 
-    folder: Path
-    directory: RunDirectory
-    lm: LanguageModel
-    data: DataSet
-    config: TrainConfig
-    state: dict[str, Any]
-    optimizer_arrays: dict[str, mx.array]
-    notes: list[str]
+    def save(place: Path) -> dict[str, str]:
+        return save_folder(place, lm.model, lm.tokenizer.save_pretrained, lm.generation_config)
 
-
-def restore(run_dir: Path, lm: LanguageModel | None, data: DataSet | None, force: bool) -> Restored:
-    """Reads the newest whole checkpoint of a run; see `Trainer.resume`."""
-    folder, state, notes = newest_whole(run_dir)
-    config = TrainConfig.from_dict(state["config"])
-    if lm is None:
-        lm = load_model(folder)
-        lm.source = state["model_source"]
-    else:
-        load_folder_weights(lm.model, folder)
-    data = _same_data(data, state["data"], lm, config, force, notes)
-    return Restored(folder, RunDirectory(run_dir), lm, data, config, state, read_optimizer(folder), notes)
-
-
-def _same_data(
-    data: DataSet | None, stored: Mapping[str, Any], lm: LanguageModel, config: TrainConfig, force: bool, notes: list[str]
-) -> DataSet:
-    if data is None:
-        if stored["source"] is None:
-            raise CheckpointError("The run's data was in memory, so it is not stored. Pass it again: Trainer.resume(run_dir, data=data).")
-        data = load_data(stored["source"], lm.tokenizer, config=config)
-    if data.fingerprint != stored["fingerprint"]:
-        message = f"the data differs from what the run began with (fingerprint {data.fingerprint[:12]}, then {stored['fingerprint'][:12]})"
-        if not force:
-            raise CheckpointError(f"{message}. Give the same rows and settings, or force=True to go on with these.")
-        notes.append(message)
-    return data
+    return write_checkpoint(folder, save, size, optimizer_arrays, state)

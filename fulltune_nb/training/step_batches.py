@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from fulltune_nb.data.batching import Batch, BatchOrder, collate
+import numpy as np
+
+from fulltune_nb.data.batching import Batch, BatchOrder, Row, collate
 from fulltune_nb.data.dataset import Split
+from fulltune_nb.data.encoding import Example
+from fulltune_nb.data.packing import PackedOrder, best_fit
+from fulltune_nb.data.settings import whole
 from fulltune_nb.training.config import TrainConfig
 
 
@@ -12,23 +17,54 @@ class StepBatches:
 
     Args:
         split: the training split.
-        config: `batch_size`, `grad_accumulation_steps` and `seed` count.
+        config: `batch_size`, `grad_accumulation_steps`, `seed`, `packing` and, with it, `max_seq_length` count.
     """
 
     def __init__(self, split: Split, config: TrainConfig):
-        self._split = split
-        self._order = BatchOrder(split, config.batch_size, config.seed, config.grad_accumulation_steps)
+        self._split, self._config = split, config
+        self._order = batch_order(split, config)
         self._epoch = -1
-        self._steps: list[list[tuple[int, ...]]] = []  # of self._epoch
+        self._steps: list[list[tuple[Row, ...]]] = []  # of self._epoch
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which every row is trained on once."""
         return self._order.steps_per_epoch
 
+    @property
+    def packing_note(self) -> str:
+        """What packing makes of the rows, in a sentence."""
+        rows, packed, config = len(self._split.trainable), self._order.rows_per_epoch, self._config
+        return (
+            f"{rows:,} rows are packed into {packed:,} of at most {config.max_seq_length:,} tokens;"
+            f" batch_size={config.batch_size} counts these, and an epoch is {self.steps_per_epoch:,} steps"
+        )
+
     def of_step(self, step: int) -> list[Batch]:
         """The micro-batches of step `step`, counted from 0."""
         epoch, cursor = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._order.epoch(epoch)
-        return [collate(self._split, rows) for rows in self._steps[cursor]]
+        return [collate(self._split, rows, self._order.shape(rows)) for rows in self._steps[cursor]]
+
+    def examples_of(self, step: int) -> list[Example]:
+        """The rows of step `step`, counted from 1 as in its report, in the order of the micro-batches.
+
+        Raises:
+            ConfigError: no whole number of at least 1.
+        """
+        return [self._split[row] for batch in self.of_step(whole("step", step, low=1) - 1) for row in batch.rows]
+
+
+def batch_order(split: Split, config: TrainConfig) -> BatchOrder:
+    """The order of a split's batches, packed or not."""
+    numbers = config.batch_size, config.seed, config.grad_accumulation_steps
+    return PackedOrder(split, *numbers, config.max_seq_length) if config.packing else BatchOrder(split, *numbers)
+
+
+def row_widths(lengths: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Input positions of every row that an epoch's batches have, from the tokens (examples,) of what they hold."""
+    lengths = np.minimum(lengths, config.max_seq_length)
+    if not config.packing:
+        return lengths - 1
+    return np.array([(lengths[row] - 1).sum() for row in best_fit(lengths, config.max_seq_length)])

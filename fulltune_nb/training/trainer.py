@@ -5,7 +5,6 @@ Randomness is a function of the seed and the position (epoch, step): nothing has
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,30 +13,35 @@ from typing import Any
 
 import mlx.core as mx
 
-from fulltune_nb.data.batching import Batch
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.errors import DataError, NonFiniteError, TrainingError
-from fulltune_nb.html import facts
+from fulltune_nb.data.encoding import Example
+from fulltune_nb.errors import DataError, TrainingError
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.allocator import cap_cache
-from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.config import TrainConfig, check_agreement
-from fulltune_nb.training.evaluate import evaluate_loss
+from fulltune_nb.training.engines import ENGINES, Engine
+from fulltune_nb.training.evaluate import evaluate_split
 from fulltune_nb.training.history import EvalReport, History, StepReport
-from fulltune_nb.training.interrupts import interrupts_deferred
+from fulltune_nb.training.interrupts import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.journal import Journal
+from fulltune_nb.training.memory import choose_backward
 from fulltune_nb.training.model_card import ModelCard
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.patience import Patience
-from fulltune_nb.training.run_directory import RunDirectory, restore
+from fulltune_nb.training.resuming import check_whole, resume_run, state_of, torn_reason
+from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
+from fulltune_nb.training.run_directory import RunDirectory
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.selection import select_trainable
+from fulltune_nb.training.snapshots import Branching
 from fulltune_nb.training.step_batches import StepBatches
+from fulltune_nb.training.trainer_view import trainer_html
+from fulltune_nb.training.upkeep import Upkeep
 
 
-class Trainer:
+class Trainer(Branching):
     """Trains every weight of a model, one whole step at a time.
 
     Attributes:
@@ -46,69 +50,94 @@ class Trainer:
         config: the settings.
         step_count: optimizer steps taken.
         total_steps: steps of the whole run.
+        patience: the count of validation losses.
+        optimizer_steps_before: steps taken before the optimizer was begun anew, in a fork with another one.
+        backward: "whole" or "layerwise": how gradients are computed, from `config.memory` and `config.backward`.
         interrupted: whether the last `run` was ended by an interrupt.
     """
 
-    def __init__(self, lm: LanguageModel, data: DataSet, config: TrainConfig | None = None, run_dir: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        data: DataSet,
+        config: TrainConfig | None = None,
+        run_dir: str | os.PathLike | None = None,
+        force: bool = False,
+    ):
         """
         Args:
-            lm: a model in float32, or in bfloat16, which is turned into float32 here.
+            lm: the model; its weights take the dtype that `config.weights` asks for.
             data: needs a train split; its settings must agree with the config's.
             config: the settings; the defaults where left out.
-            run_dir: a new folder for checkpoints and metrics; None writes nothing.
+            run_dir: a new folder for checkpoints and metrics, locked while this trainer lives; None writes nothing.
+            force: go on even where `preflight` says that the run does not fit into this machine's memory.
 
         Raises:
             ConfigError: settings that disagree with the data's, or patterns that match nothing.
             DataError: no train split.
-            CheckpointError: `run_dir` already holds a run.
+            MemoryLimitError: the run does not fit; the message says what would make it fit.
+            CheckpointError: `run_dir` already holds a run, or lies in the source model's folder.
         """
-        self._set_up(lm, data, config or TrainConfig())
+        self._set_up(lm, data, config or TrainConfig(), force)
         if run_dir is not None:
-            self._journal.directory = RunDirectory.create(run_dir, self.config)
+            self._journal.attach(RunDirectory.create(run_dir, self.config, lm.source))
 
     @classmethod
     def resume(
-        cls, run_dir: str | os.PathLike, lm: LanguageModel | None = None, data: DataSet | None = None, force: bool = False
+        cls,
+        run_dir: str | os.PathLike,
+        lm: LanguageModel | None = None,
+        data: DataSet | str | os.PathLike | None = None,
+        force: bool = False,
     ) -> Trainer:
         """The run of a folder, at its newest whole checkpoint; it goes on bit for bit as if it had never stopped.
 
         Args:
             run_dir: the folder given to the `Trainer` that began the run.
             lm: takes the checkpoint's weights; loaded from the checkpoint where left out.
-            data: the same data; loaded from its folder where left out. Data that was in memory must be passed again.
-            force: go on even though the data differs from what the run began with.
+            data: the same data, or the folder where it is now; loaded from its old folder where left out. Data that was in
+                memory must be passed again.
+            force: go on even though data, model or `config.yaml` differ from what the run began with.
 
         Raises:
-            CheckpointError: no whole checkpoint, or data that differs (unless forced).
+            CheckpointError: no whole checkpoint, a process that has the run in its hands, or (unless forced) a difference in data,
+                model or settings that matters.
         """
-        trainer = cls.__new__(cls)
-        restored = restore(Path(run_dir).expanduser(), lm, data, force)
-        trainer._set_up(restored.lm, restored.data, restored.config)
-        trainer._journal.directory = restored.directory
-        trainer._load_state(restored.state, restored.optimizer_arrays)
-        for message in restored.notes:
-            trainer._event("resume", message)
-        trainer._event("resume", f"resumed at step {trainer.step_count} from {restored.folder}")
-        return trainer
+        return resume_run(cls, run_dir, lm, data, force)
 
-    def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
+    def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool = False, backward: str | None = None) -> None:
         if data.train is None:
             raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
         check_agreement(data.settings, config)
         self.lm, self.data, self.config = lm, data, config
-        self.interrupted, self.step_count, self._journal = False, 0, Journal(self)
+        self.interrupted = False
+        self.step_count = 0
+        self.optimizer_steps_before = 0
+        self._journal = Journal(self)
         lm.card = ModelCard(lm.source, data, config, self.history)
-        self._patience = Patience(config.patience)
+        self._upkeep = Upkeep(self)
+        self.patience = Patience(config.patience)
         self._batches = StepBatches(data.train, config)
+        if config.packing:
+            self._event("packing", self._batches.packing_note)
         self.total_steps = config.total_steps(self._batches.steps_per_epoch)
         self._rate = LearningRate(make_schedule(config, self.total_steps))
-        cap_cache()
-        if lm.dtype != "float32":
-            self._event("dtype", f"weights were {lm.dtype} and are trained in float32: bfloat16 would lose small updates")
-            lm.model.set_dtype(mx.float32)
-            mx.eval(lm.model.parameters())
+        self._store_weights()
         select_trainable(lm.model, config.train_only, config.freeze)
+        self.backward = backward or choose_backward(lm, data, config, force)
+        cap_cache(lean=self.backward == "layerwise")
         self._optimizers = Optimizers(lm.model, config, lambda name: to_hf(name, lm.config.family))
+        self._engine = ENGINES[self.backward](lm.model, self._optimizers, config)
+
+    def _store_weights(self) -> None:
+        """Gives the weights the dtype that `config.weights` asks for."""
+        dtype = stored_dtype(self.config.weights, self.lm.dtype)
+        if (name := str(dtype).removeprefix("mlx.core.")) != self.lm.dtype:
+            self._event("dtype", f"weights were {self.lm.dtype} and are trained in {name}")
+            self.lm.model.set_dtype(dtype)
+            mx.eval(self.lm.model.parameters())
+        if name == "bfloat16" and self.config.rounding == "nearest":
+            self._event("rounding", NEAREST_WARNING)
 
     @property
     def history(self) -> History:
@@ -121,6 +150,16 @@ class Trainer:
         return self._journal
 
     @property
+    def optimizers(self) -> Optimizers:
+        """What updates the weights; its `observers` see each tensor's update."""
+        return self._optimizers
+
+    @property
+    def engine(self) -> Engine:
+        """What takes the steps: forward, backward, update."""
+        return self._engine
+
+    @property
     def _directory(self) -> RunDirectory | None:
         return self._journal.directory
 
@@ -130,9 +169,14 @@ class Trainer:
         return self._directory.path if self._directory else None
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every row is trained on once."""
+        return self._batches.steps_per_epoch
+
+    @property
     def stopped_early(self) -> bool:
         """Whether `patience` evaluations have passed without improvement."""
-        return self._patience.at_end
+        return self.patience.at_end
 
     @property
     def done(self) -> bool:
@@ -148,33 +192,25 @@ class Trainer:
 
         Raises:
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
+            TornStepError: the layerwise engine failed half-way, now or in the step before; go back to a snapshot or checkpoint.
         """
         with interrupts_deferred():
+            check_whole(self)
             if self.step_count == 0 and self._directory and not self._directory.checkpoints():
                 self.save()  # a run can always go back to where it began
             started = time.perf_counter()
             mx.reset_peak_memory()
             batches = self._batches.of_step(self.step_count)
-            loss, gradients = step_gradients(self.lm.model, batches, self.config.grad_checkpoint)
-            mx.eval(loss, gradients)  # before the norm: in one graph with it, grad_checkpoint's peak doubles
-            norm = global_norm(gradients)
-            self._check_finite(loss.item(), norm.item(), batches)
             rate = self.learning_rate
-            self._optimizers.update(self.lm.model, gradients, rate, clip_scale(norm.item(), self.config.max_grad_norm))
-            del gradients
+            try:
+                result = self._engine.step(self.step_count + 1, batches, rate)
+            except BaseException:
+                self.lm.torn = torn_reason(self)
+                raise
             self.step_count += 1
-            report = self._report(loss.item(), norm.item(), rate, sum(batch.num_tokens for batch in batches), started)
+            report = self._report(result.loss, result.grad_norm, rate, sum(batch.num_tokens for batch in batches), started)
             self._journal.record(report)
         return report
-
-    def _check_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        rows = ", ".join(source for batch in batches for source in batch.sources)
-        raise NonFiniteError(
-            f"step {self.step_count + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was updated. The batch's rows: {rows}."
-            " Look at these rows, lower the learning rate, or set max_grad_norm."
-        )
 
     def _report(self, loss: float, norm: float, rate: float, tokens: int, started: float) -> StepReport:
         seconds = time.perf_counter() - started
@@ -192,6 +228,10 @@ class Trainer:
             cache_memory=mx.get_cache_memory(),
         )
 
+    def batch_at(self, step: int) -> list[Example]:
+        """The rows that step `step` trains on; counted as in its report (from 1), steps to come too."""
+        return self._batches.examples_of(step)
+
     # -- many steps -----------------------------------------------------------------------------------------------
 
     def steps(self, n: int | None = None) -> Iterator[StepReport]:
@@ -200,11 +240,12 @@ class Trainer:
         Evaluates and saves when due, before the step's report is handed out.
         """
         target = self._target(n)
-        if self.step_count == 0 and not self.done:
-            self._evaluate_valid()
+        check_whole(self)
+        if self.step_count or not self.done:
+            self._upkeep.do()  # what an interrupt kept from being done after the last step
         while self.step_count < target and not self.stopped_early:
             report = self.step()
-            self._evaluate_and_save_when_due()
+            self._upkeep.do()
             yield report
 
     def _target(self, n: int | None) -> int:
@@ -214,8 +255,9 @@ class Trainer:
     def run(self, n: int | None = None, callbacks: Sequence[Any] = ()) -> None:
         """Trains to the end of the run, or `n` more steps; returns at once when the run is done.
 
-        An interrupt (Ctrl-C, the notebook's stop button) pauses at the end of the step: `interrupted` is True then, and
-        `run()` goes on from there.
+        An interrupt (Ctrl-C, the notebook's stop button) pauses at the end of the step and saves: `interrupted` is True then, and
+        `run()` goes on from there. A second one stops at once: then the last checkpoint is what is whole. SIGTERM pauses and
+        saves too, before it takes effect.
 
         Args:
             n: steps; None for all that are left.
@@ -225,39 +267,23 @@ class Trainer:
 
         Raises:
             NonFiniteError: see `step`.
+            CheckpointError: something cannot be written, and `config.on_save_error` is "stop".
+            KeyboardInterrupt: a second interrupt.
         """
         self.interrupted = False
-        with self._journal.calling([*callbacks, *(make() for make in default_callbacks)]):
+        with termination_pauses(), self._journal.calling([*callbacks, *(make() for make in default_callbacks)]):
             self._journal.tell("on_start", self._target(n))
             try:
                 for _ in self.steps(n):
                     pass
+            except StoppedAtOnce:
+                raise
             except KeyboardInterrupt:
                 self.interrupted = True
                 self._event("pause", f"interrupted; paused after step {self.step_count} of {self.total_steps}")
-                if self._directory:
-                    self.save()
+                self._upkeep.save_unless_saved()
             finally:
                 self._journal.tell("on_end")
-
-    def _evaluate_and_save_when_due(self) -> None:
-        at_end = self.step_count == self.total_steps
-        if at_end or self.step_count % self.config.steps_per_eval == 0:
-            self._evaluate_valid()
-        if self._directory and (at_end or self.stopped_early or self.step_count % self.config.save_every == 0):
-            self.save()
-
-    def _evaluate_valid(self) -> None:
-        """The validation that is due, once a step; keeps the best weights and counts towards `patience`."""
-        if self.data.valid is None or self.config.val_batches == 0 or self._patience.last_step == self.step_count:
-            return
-        loss = self.evaluate("valid", None if self.config.val_batches < 0 else self.config.val_batches).loss
-        if self._patience.improved(self.step_count, loss):
-            if self._directory and self.step_count:
-                self._directory.save_best(self.lm)
-        elif self.stopped_early:
-            best, waited = self._patience.best_loss, self._patience.waited
-            self._event("early_stop", f"no better validation loss than {best:.4f} in {waited} evaluations")
 
     # -- evaluation, learning rate, saving ------------------------------------------------------------------------
 
@@ -271,14 +297,9 @@ class Trainer:
         Raises:
             DataError: there is no such split.
         """
-        if split not in ("train", "valid", "test") or getattr(self.data, split) is None:
-            there = [name for name in ("train", "valid", "test") if getattr(self.data, name) is not None]
-            raise DataError(f"No split {split!r} in this data; there are {', '.join(there)}.")
-        started = time.perf_counter()
-        loss, tokens = evaluate_loss(self.lm.model, getattr(self.data, split), self.config.batch_size, batches)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        report = EvalReport(split, self.step_count, loss, perplexity, tokens, time.perf_counter() - started)
+        report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches)
         self._journal.record(report)
+        self._upkeep.evaluated()
         return report
 
     @property
@@ -305,46 +326,17 @@ class Trainer:
         """
         if self._directory is None:
             raise TrainingError("This trainer has no run_dir, so there is nowhere to save. Make it with Trainer(..., run_dir='runs/a').")
-        path = self._directory.save_checkpoint(self.lm, self._optimizers.state_arrays(), self._state(), self.config.keep)
+        check_whole(self)
+        path = self._directory.save_checkpoint(self.lm, self._optimizers.state_arrays(), state_of(self), self.config.keep)
+        self._upkeep.saved_step = self.step_count
         self._journal.tell("on_save", path)
         return path
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step_count,
-            "rate_factor": self._rate.factor,
-            "patience": self._patience.to_dict(),
-            "config": self.config.to_dict(),
-            "model_source": self.lm.source,
-            "data": {"source": self.data.source, "fingerprint": self.data.fingerprint},
-            "history": self.history.to_jsonable(),
-        }
-
-    def _load_state(self, state: dict[str, Any], optimizer_arrays: dict[str, mx.array]) -> None:
-        self._journal.history[:] = History.from_jsonable(state["history"])
-        self.step_count = state["step"]
-        self._rate.factor = state["rate_factor"]
-        self._patience.load(state["patience"])
-        self._optimizers.load_state_arrays(optimizer_arrays)
-        self._directory.rewrite_metrics(self.history)
 
     def _event(self, kind: str, message: str) -> None:
         self._journal.event(self.step_count, kind, message)
 
     def __repr__(self) -> str:
-        where = str(self.run_dir) if self.run_dir else None
-        return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={where!r})"
+        return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={self.run_dir and str(self.run_dir)!r})"
 
     def _repr_html_(self) -> str:
-        last = self.history.steps[-1].loss if self.history.steps else None
-        return facts(
-            "Trainer",
-            [
-                ("step", f"{self.step_count:,} of {self.total_steps:,}"),
-                ("epoch", f"{self.step_count / self._batches.steps_per_epoch:.2f} ({self._batches.steps_per_epoch:,} steps each)"),
-                ("last loss", "none yet" if last is None else f"{last:.4f}"),
-                ("next learning rate", f"{self.learning_rate:.3g}"),
-                ("optimizer", self.config.optimizer),
-                ("run_dir", self.run_dir or "none: nothing is written"),
-            ],
-        )
+        return trainer_html(self)

@@ -16,8 +16,10 @@ from typing import Any
 import yaml
 
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.files import write_text
 
 _MAX_BYTES = 1_000_000  # a settings file is a few kB; a model or data file given by mistake is not read
+_MAX_VALUES = 100_000
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(
     r"""^(?: [-+]?(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -110,6 +112,7 @@ def read_yaml(path: str | os.PathLike) -> YamlSettings:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        _check_size(node, {})
         values = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -126,8 +129,30 @@ def read_yaml(path: str | os.PathLike) -> YamlSettings:
     return _with_underscores(values, name, lines)
 
 
+def _check_size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """How many values a node stands for when each alias is written out; a few lines of aliases of aliases can be billions.
+
+    Raises:
+        MarkedYAMLError: too many, or a value that contains itself.
+    """
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:  # still being counted
+            raise yaml.MarkedYAMLError(problem="a value contains itself; write it out", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    inner = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else ()
+    size = 1 + sum(_check_size(part, sizes) for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+    if size > _MAX_VALUES:
+        problem = f"aliases (*name) make more than {_MAX_VALUES:,} values of it; settings are a few dozen. Write them out"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size
+
+
 def _read_text(path: Path, name: str) -> str:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ConfigError(f"{name}: expected a YAML settings file, found something that is no file.")
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{name}: expected a YAML settings file, got one of {path.stat().st_size:,} bytes (at most {_MAX_BYTES:,}).")
         return path.read_bytes().decode("utf-8-sig")
@@ -159,10 +184,9 @@ def write_yaml(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     """
     target = Path(path)
     text = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{os.fspath(path)}: cannot be written: there is no folder {target.parent}. Make it first.")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
+        write_text(target, text)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ConfigError(f"{os.fspath(path)}: cannot be written: {error.strerror}. Check the folder.") from None

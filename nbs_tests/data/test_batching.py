@@ -1,14 +1,11 @@
 """The order of rows, the shapes of batches and their arrays."""
 
-from itertools import combinations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulltune_nb.data import Batch, BatchOrder, Example, Split, collate, evaluation_batches
-from fulltune_nb.data.batching import MAX_BUCKETS, choose_buckets, padded_count
 from fulltune_nb.errors import ConfigError, DataError
 
 
@@ -98,28 +95,6 @@ def test_number_out_of_range_is_an_error_that_names_it(name, value):
 # ---------------------------------------------------------------- shapes
 
 
-def padding(lengths, edges):
-    return sum(min(edge for edge in edges if edge >= length) - length for length in lengths)
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 4))
-@settings(max_examples=150, deadline=None)
-def test_buckets_pad_as_little_as_any_choice_of_as_many(lengths, count):
-    edges = choose_buckets(np.array(lengths), count)
-    assert edges.tolist() == sorted(set(edges.tolist())) and len(edges) <= count and edges[-1] == max(lengths)
-    others = sorted(set(lengths) - {max(lengths)})
-    choices = [[*some, max(lengths)] for k in range(min(count - 1, len(others)) + 1) for some in combinations(others, k)]
-    assert padding(lengths, edges.tolist()) == min(padding(lengths, choice) for choice in choices)
-
-
-def test_buckets_of_very_many_lengths_are_few_and_close():
-    lengths = np.minimum(np.random.RandomState(0).lognormal(6, 1, 20_000).astype(np.int64) + 1, 2047)
-    edges = choose_buckets(lengths)
-    assert len(edges) == MAX_BUCKETS and edges[-1] == lengths.max()
-    padded = edges[np.searchsorted(edges, lengths)].sum()
-    assert 1 - lengths.sum() / padded < 0.1  # 0.0956 is the least that 12 lengths can reach here
-
-
 def test_shapes_of_an_epoch_are_few():
     random = np.random.RandomState(1)
     split = make_split(random.lognormal(4, 0.6, 1500).astype(int) + 2)
@@ -136,17 +111,6 @@ def test_batches_of_skewed_lengths_have_little_padding():
     split = make_split(random.lognormal(4, 0.6, 1500).astype(int) + 2)
     batches = [collate(split, rows) for step in BatchOrder(split, 4, 0).epoch(0) for rows in step]
     assert 1 - sum(b.real_tokens for b in batches) / sum(b.padded_tokens for b in batches) < 0.15
-
-
-@given(st.integers(1, 10**6))
-def test_padded_count_is_close_above_and_within_its_limit(count):
-    padded = padded_count(count, 2 * 10**6)
-    assert count <= padded <= max(count * 1.125 + 8, 8) and padded % 8 == 0
-    assert padded_count(count, count) == count
-
-
-def test_padded_counts_are_few():
-    assert len({padded_count(count, 10**6) for count in range(1, 4097)}) <= 60
 
 
 # ---------------------------------------------------------------- arrays

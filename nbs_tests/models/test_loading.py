@@ -209,12 +209,34 @@ def test_an_index_without_a_map_is_refused(content, model_folder):
         load_decoder(path)
 
 
-def test_shards_that_are_links_out_of_the_folder_are_read_as_in_the_hub_cache(model_folder):
+def in_hub_cache(path, name="model.safetensors"):
+    """The folder as the hub's cache has it: `snapshots/<revision>` with links to `blobs/<hash>`."""
+    snapshot, blobs = path.parent / "models--x" / "snapshots" / "abc", path.parent / "models--x" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    path.rename(snapshot)
+    (snapshot / name).rename(blobs / "0123")
+    (snapshot / name).symlink_to("../../blobs/0123")
+    return snapshot
+
+
+def test_links_to_the_blobs_of_the_hub_cache_are_read(model_folder):
+    load_decoder(in_hub_cache(model_folder()))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_links_out_of_a_model_folder_are_refused(name, model_folder):
     path = model_folder()
-    blob = path.parent / "blob"
-    (path / "model.safetensors").rename(blob)
-    (path / "model.safetensors").symlink_to(blob)
-    load_decoder(path)
+    outside = path.parent / "elsewhere"
+    (path / name).rename(outside)
+    (path / name).symlink_to(outside)
+    with pytest.raises(ModelError, match=rf"{name} is a link out of the model folder, to .*elsewhere"):
+        load_decoder(path)
+    load_decoder_through_link = path.parent / "link"
+    (path / name).unlink()
+    outside.rename(path / name)
+    load_decoder_through_link.symlink_to(path)
+    load_decoder(load_decoder_through_link)  # the folder itself may be one
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth"])

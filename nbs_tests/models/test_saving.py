@@ -13,11 +13,12 @@ import pytest
 from safetensors import safe_open
 
 from fulltune_nb.errors import ModelError, WeightsError
+from fulltune_nb.files import atomic_path, write_text
 from fulltune_nb.models import saving
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
 from fulltune_nb.models.loading import INDEX_FILE, load_decoder
-from fulltune_nb.models.saving import atomic_path, hf_tensors, save_folder, write_tensors, write_text
+from fulltune_nb.models.saving import hf_tensors, save_folder, write_tensors
 from nbs_tests.models.model_cases import CASES, LLAMA3, SMALL, random_ids
 from nbs_tests.models.parity import RAW, need_torch, relative_error, tensors_of
 
@@ -222,7 +223,7 @@ def break_writing(monkeypatch, error):
             file.write(b"half")
         raise error
 
-    monkeypatch.setattr(mx, "save_safetensors", write_half)
+    monkeypatch.setattr(saving, "_write_safetensors", write_half)
     monkeypatch.setattr(mx, "savez", write_half)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def make_trainer(run_dir=None, **settings):
 def pythons() -> list[str]:
     """The executables to test with."""
     return [sys.executable, *filter(None, os.environ.get(VARIABLE, "").split(os.pathsep))]
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    """Waits for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
 
 
 def version_of(python: str) -> str:

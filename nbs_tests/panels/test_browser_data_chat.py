@@ -96,7 +96,7 @@ def picture(lab: Lab, name: str) -> None:  # noqa: F811
         Path(where).mkdir(parents=True, exist_ok=True)
         for theme in ("Light", "Dark"):
             lab.theme(f"JupyterLab {theme}")
-            lab.output(PANEL).screenshot(path=f"{where}/{name}-{theme.lower()}.png")
+            lab.output(PANEL).locator(".jupyter-widgets").first.screenshot(path=f"{where}/{name}-{theme.lower()}.png")
         lab.theme("JupyterLab Light")
 
 
@@ -166,10 +166,12 @@ def test_a_chat_streams_answers_to_what_is_typed(open_panel):
 
 
 def test_two_models_are_compared_and_the_record_is_there_without_a_kernel(open_panel):
-    lab = open_panel("panel = ft.ChatPanel(lm, other, names=['before', 'after'], max_tokens=12)\npanel")  # noqa: F811
+    lab = open_panel(  # noqa: F811
+        "base = ft.load_model(tiny.BASE_MODEL)\npanel = ft.ChatPanel(lm, base, names=['random weights', 'tiny base'], max_tokens=24)\npanel"
+    )
     assert lab.output(PANEL).locator("table").count() == 1 or not lab.output(PANEL).get_by_text("nothing said yet").is_visible()
     lab.result(CODE, "panel.send('the quick fox'); await panel.wait()")
-    for name in ("before", "after"):
+    for name in ("random weights", "tiny base"):
         says(lab, name)
     record = lab.output(PANEL).get_by_text("Conversation", exact=True)
     assert record.count() == 1 and not record.is_visible()  # while the panel itself is there

@@ -9,18 +9,10 @@ import time
 
 import pytest
 
-from nbs_tests.panels.kernels import SETUP, Kernel, pythons, version_of
+from nbs_tests.jupyterlab import needs
+from nbs_tests.panels.kernels import VARIABLE, pythons, until, version_of
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="module", params=pythons(), ids=lambda python: f"ipykernel {version_of(python)}")
-def kernel(request, tmp_path_factory):
-    made = Kernel(request.param, tmp_path_factory.mktemp("kernel"))
-    made.version = tuple(int(part) for part in version_of(request.param).split(".")[:2])
-    made.run(SETUP, timeout=120)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -31,26 +23,15 @@ def panel(kernel):
     kernel.run("panel.closed or panel.close(); await asyncio.sleep(0.05)")
 
 
-def until(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def steps(kernel):
     return kernel.value("trainer.step_count")
 
 
-@pytest.fixture(params=["main shell", "subshell"])
-def way(request, kernel):
-    """How the front end's messages come."""
-    if request.param == "subshell":
-        if kernel.version < (7, 0):
-            pytest.skip("this ipykernel has no subshells")
-        kernel.use_subshell()
-    yield request.param
-    kernel.subshell = None
+@pytest.mark.parametrize("least, below", [((6, 31), (6, 32)), ((7, 3), (7, 4)), ((7, 4), (8, 0))], ids=["6.31", "7.3", "7.4"])
+def test_the_kernels_that_differ_are_all_there_in_ci(least, below):
+    found = [tuple(map(int, version_of(python).split(".")[:2])) for python in pythons()]
+    there = any(least <= version < below for version in found)
+    needs(there, f"ipykernel {'.'.join(map(str, least))} (name a Python that has it in {VARIABLE}, as .ci/run does)")
 
 
 def test_run_and_pause_are_heard_within_a_step(kernel, panel, way):
@@ -116,12 +97,12 @@ def test_an_interrupt_between_cells_pauses_and_the_losses_stay_the_same(kernel, 
 
 @pytest.mark.parametrize("pause_seconds", [0.001, 0.2], ids=["mostly in steps", "mostly between steps"])
 def test_an_interrupt_of_the_cell_that_waits_pauses_and_is_no_error(kernel, panel, pause_seconds):
-    kernel.run(f"from fulltune_nb.panels import loop; loop.PAUSE_SECONDS = {pause_seconds}")
+    kernel.run(f"from fulltune_nb.panels import background; background.PAUSE_SECONDS = {pause_seconds}")
     waiting = kernel.send("panel.start(); await panel.wait(); print('over')")
     time.sleep(0.7)
     kernel.interrupt()
     cell = kernel.outcome(waiting)
-    kernel.run("loop.PAUSE_SECONDS = 0.001")
+    kernel.run("background.PAUSE_SECONDS = 0.001")
     assert cell.status == "ok" and "over" in cell.text, cell.error
     assert kernel.value("trainer.interrupted and not panel.loop.running")
     kernel.run("panel.start(2); await panel.wait()")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fulltune_nb.panels import live_plot as module
-from fulltune_nb.panels.live_plot import HEIGHT, WIDTH, LivePlot, envelope, thinned
+from fulltune_nb.panels.curves import MOST_POINTS, envelope, thinned
+from fulltune_nb.panels.live_plot import HEIGHT, WIDTH, LivePlot
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 
 
@@ -123,12 +124,12 @@ def test_an_envelope_keeps_spikes_and_breaks():
     assert np.array_equal(few_x, x[:300]) and np.array_equal(few_y, y[:300])
 
 
-@pytest.mark.parametrize("n", [0, 1, 5, 599, 600, 601, 1799, 20_000])
+@pytest.mark.parametrize("n", [0, 1, 5, 399, 400, 401, 1799, 20_000])
 def test_thinned_and_enveloped_curves_are_short_at_any_length(n):
     values = np.arange(float(n))
     for function in (envelope, thinned):
         x, y = function(values, values)
-        assert len(x) == len(y) <= 3 * module.MOST_POINTS
+        assert len(x) == len(y) <= 3 * MOST_POINTS
         assert (n == 0) == (len(x) == 0)
 
 
@@ -157,8 +158,9 @@ def test_drawing_waits_a_second_and_never_takes_more_than_two_percent_of_the_tim
     assert plot.seconds_to_wait(training=False) == pytest.approx(0.8)
 
 
-def test_twenty_thousand_reports_are_drawn_in_forty_milliseconds():
-    made, plot = history(20_000), LivePlot(limit=10**9)
+@pytest.mark.parametrize("n", [30, 20_000])
+def test_a_picture_whose_axes_stay_takes_forty_milliseconds_at_most(n):
+    made, plot = history(n), LivePlot(limit=10**9)
     plot.draw(made)
     seconds = []
     for _ in range(9):
@@ -166,5 +168,31 @@ def test_twenty_thousand_reports_are_drawn_in_forty_milliseconds():
         started = time.process_time()  # of this process alone: others may be at work beside it
         plot.draw(made)
         seconds.append(time.process_time() - started)
-    assert min(seconds) <= 0.040
+    assert min(seconds) <= 0.040  # with new axes too, when the machine is idle: nbs_tests/benchmarks/panel_cost.py
     assert len(plot.png) < 150_000
+
+
+def test_a_picture_with_its_background_kept_is_the_one_drawn_anew():
+    plot, made = LivePlot(limit=10**8), History()
+    for report in history(300):
+        made.append(report)
+        if len(made) % 20 == 0:
+            plot.draw(made)
+    made += [EvalReport("test", 300, 0.5, 1.6, 10, 0.1), StepReport(301, 1.0, math.nan, 1, 1e-3, 1.0, 0.1, 10.0, 9 * 10**7, 10**7, 10**6)]
+    kept = pixels(plot.draw(made))
+    plot._background = None
+    np.testing.assert_array_equal(kept, pixels(plot.draw(made)))
+
+
+def test_legends_name_what_is_drawn_within_the_picture():
+    plot, made = LivePlot(limit=10**8), history(30)
+    made += [EvalReport(split, 30, 0.5, 1.6, 10, 0.1) for split in ("test", "train")]
+    made += [StepReport(31, 1.0, math.nan, 1, 1e-3, 1.0, 0.1, 10.0, 9 * 10**7, 10**7, 10**6)]
+    plot.draw(made)
+    for part in plot._parts:
+        boxes = [text.get_window_extent() for line, (_, text) in part._legend.items() if line.get_visible()]
+        assert len(boxes) >= 4
+        for box in boxes:
+            inside = part._boxes["legend"]
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -14,8 +14,7 @@ import weakref
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.panels import interrupts
-from fulltune_nb.panels import loop as module
+from fulltune_nb.panels import background, interrupts
 from fulltune_nb.panels.loop import loop_of, running_loop
 
 
@@ -209,7 +208,7 @@ def test_an_interrupt_in_a_step_pauses_when_it_is_whole_and_evaluated(make_train
         loop = loop_of(trainer)
         AtStep(trainer, 3, interrupt)
         loop.start()
-        await (loop.wait() if waited else asyncio.wait({loop._task}))
+        await (loop.wait() if waited else asyncio.wait({loop._background._task}))
         assert trainer.step_count == 3 and trainer.interrupted and loop.interrupted
         assert trainer.history[-1].kind == "pause" and trainer.history.evals[-1].step == 3
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -224,7 +223,7 @@ def test_an_interrupt_in_a_step_pauses_when_it_is_whole_and_evaluated(make_train
 
 @pytest.mark.parametrize("waited", [True, False], ids=["while a cell waits", "between cells"])
 def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, monkeypatch, waited):
-    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(background, "PAUSE_SECONDS", 0.05)
     trainer = make_trainer(iters=1000)
 
     async def main():
@@ -232,7 +231,7 @@ def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, mon
         loop = loop_of(trainer)
         AtStep(trainer, 3, lambda: asyncio.get_running_loop().call_later(0.02, interrupt))
         loop.start()
-        await (loop.wait() if waited else asyncio.wait({loop._task}))
+        await (loop.wait() if waited else asyncio.wait({loop._background._task}))
         assert trainer.step_count == 3 and trainer.interrupted
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
@@ -240,7 +239,7 @@ def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, mon
 
 
 def test_an_interrupt_cancels_a_cell_that_awaits_something_else_and_pauses(make_trainer, monkeypatch):
-    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(background, "PAUSE_SECONDS", 0.05)
     trainer = make_trainer(iters=1000)
 
     async def main():

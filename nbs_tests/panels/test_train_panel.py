@@ -194,7 +194,7 @@ async def test_errors_are_shown_with_what_to_do_and_raised_by_wait(make_trainer,
     good = trainer.lm.model.norm.weight
     trainer.lm.model.norm.weight = good * float("nan")
     panel.start()
-    with pytest.raises(ft.NonFiniteError):
+    with pytest.raises(ft.errors.NonFiniteError):
         await panel.wait()
     assert "lower the learning rate" in panel.controls.error.value and panel.controls.error.layout.display != "none"
     assert "error" in panel.controls.status.value

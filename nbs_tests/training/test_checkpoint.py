@@ -139,4 +139,6 @@ def test_metrics_have_a_line_an_entry_and_are_cut_back_by_resuming(make_trainer,
     resumed = ft.Trainer.resume(tmp_path / "run", data=make_data(10, mask_prompt=True))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert resumed.step_count == 3
-    assert [json.loads(line)["kind"] for line in lines] == ["eval", "step", "step", "step", "event"]
+    assert [json.loads(line)["kind"] for line in lines] == ["eval", "step", "step", "step"]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["resume"]

@@ -26,7 +26,7 @@ GB = 10**9
 def make_lm(**config):
     """A model whose weights are never evaluated, so that any size costs nothing."""
     read = read_config(config)
-    return SimpleNamespace(model=Decoder(read), config=read)
+    return SimpleNamespace(model=Decoder(read), config=read, dtype="float32")
 
 
 def make_data(length=256, rows=100, share=1.0):
@@ -55,7 +55,7 @@ def test_a_seven_billion_model_is_planned_without_allocating_anything(set_limit)
 def test_more_work_needs_more_and_savings_need_less(set_limit):
     set_limit(GB)
     lm = make_lm(**MISTRAL_7B | {"num_hidden_layers": 4, "hidden_size": 1024})
-    base = TrainConfig(batch_size=4)
+    base = TrainConfig(batch_size=4, memory="fast")
     peak = preflight(lm, make_data(512), base).peak
     assert preflight(lm, make_data(1024), base).peak > 1.9 * peak / 2
     assert preflight(lm, make_data(512), base.replace(batch_size=8)).peak > peak
@@ -76,7 +76,7 @@ def test_rows_shorter_than_the_limit_and_small_data_count_as_they_are(set_limit)
 
 def test_what_does_not_fit_gets_advice_that_fits_when_followed(set_limit):
     lm, data = make_lm(**MISTRAL_7B | {"num_hidden_layers": 4, "hidden_size": 1024, "vocab_size": 4000}), make_data(1024)
-    config = TrainConfig(batch_size=16)
+    config = TrainConfig(batch_size=16, memory="fast")
     set_limit(10**15)
     whole = preflight(lm, data, config)
     set_limit(int(0.8 * whole.peak) + whole.cache)
@@ -92,12 +92,12 @@ def test_what_does_not_fit_gets_advice_that_fits_when_followed(set_limit):
 def test_where_no_single_change_is_enough_several_together_are_tried(set_limit, monkeypatch):
     monkeypatch.setattr(memory, "_changes", lambda lm, data, config: [])
     lm, data = make_lm(**MISTRAL_7B | {"num_hidden_layers": 4, "hidden_size": 1024, "vocab_size": 4000}), make_data(64)
-    config = TrainConfig(batch_size=64)
+    config = TrainConfig(batch_size=64, memory="fast")
     set_limit(10**15)
-    together = preflight(lm, data, config.replace(grad_checkpoint=True, optimizer="adafactor"))
+    together = preflight(lm, data, config.replace(memory="lean", optimizer="adafactor", weights="bfloat16"))
     set_limit(together.peak + together.cache)
     (sentence,) = preflight(lm, data, config).advice
-    assert sentence.startswith("No single change") and "grad_checkpoint=True, optimizer='adafactor':" in sentence
+    assert sentence.startswith("No single change") and "optimizer='adafactor', weights='bfloat16':" in sentence
     set_limit(together.parts["weights"])
     (sentence,) = preflight(lm, data, config).advice
     assert "smaller model" in sentence
@@ -106,11 +106,23 @@ def test_where_no_single_change_is_enough_several_together_are_tried(set_limit, 
 def test_the_cache_counts_against_the_limit(set_limit):
     lm = make_lm(**MISTRAL_7B | {"num_hidden_layers": 1})
     set_limit(10**15)
-    plan = preflight(lm, make_data(), TrainConfig())
+    config = TrainConfig(memory="fast")
+    plan = preflight(lm, make_data(), config)
     set_limit(plan.peak + plan.cache)
-    assert preflight(lm, make_data(), TrainConfig()).fits
+    assert preflight(lm, make_data(), config).fits
     set_limit(plan.peak + plan.cache - 1)
-    assert not preflight(lm, make_data(), TrainConfig()).fits
+    assert not preflight(lm, make_data(), config).fits
+
+
+def test_auto_is_fast_where_that_fits_and_lean_where_only_that_does(set_limit):
+    lm, data = make_lm(**MISTRAL_7B | {"num_hidden_layers": 8}), make_data()
+    set_limit(10**15)
+    fast, lean = (preflight(lm, data, TrainConfig(memory=memory)) for memory in ("fast", "lean"))
+    assert lean.peak < fast.peak and (fast.backward, lean.backward) == ("whole", "layerwise")
+    assert preflight(lm, data, TrainConfig()) == fast
+    set_limit(fast.peak + fast.cache - 1)
+    assert preflight(lm, data, TrainConfig()).backward == "layerwise"
+    assert preflight(lm, data, TrainConfig(backward="whole")).backward == "whole"
 
 
 def test_wrong_patterns_and_missing_data_are_refused():

@@ -227,12 +227,28 @@ def test_an_interrupt_in_step_is_raised_when_the_step_is_whole(make_trainer):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_bfloat16_weights_are_trained_in_float32_with_a_note(make_lm, make_data):
+def test_bfloat16_weights_stay_bfloat16(make_lm, make_data):
     lm = make_lm()
     lm.model.set_dtype(mx.bfloat16)
     trainer = ft.Trainer(lm, make_data(), ft.TrainConfig(iters=1))
+    trainer.step()
+    assert lm.dtype == "bfloat16"
+    assert not trainer.history.events
+
+
+def test_weights_are_turned_into_float32_when_asked_with_a_note(make_lm, make_data):
+    lm = make_lm()
+    lm.model.set_dtype(mx.bfloat16)
+    trainer = ft.Trainer(lm, make_data(), ft.TrainConfig(iters=1, weights="float32"))
     assert lm.dtype == "float32"
     assert [event.kind for event in trainer.history.events] == ["dtype"]
+
+
+def test_rounding_to_nearest_comes_with_a_warning(make_lm, make_data):
+    lm = make_lm()
+    lm.model.set_dtype(mx.bfloat16)
+    trainer = ft.Trainer(lm, make_data(), ft.TrainConfig(iters=1, rounding="nearest"))
+    assert "4.080" in trainer.history.events[0].message
 
 
 def test_every_weight_is_trained(make_trainer):

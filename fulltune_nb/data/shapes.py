@@ -1,0 +1,155 @@
+"""The few shapes that batches take: `mx.compile` makes a program for each, and MLX keeps freed memory for each.
+
+B rows, T input positions, N target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_BUCKETS = 12
+"""Values of T at most where only T is chosen."""
+
+MAX_SHAPES = 16
+"""Different (B, T, N) at most of all training batches of a split, over all epochs."""
+
+_CANDIDATES = 256
+_PARTIAL_SHAPES = 3  # of MAX_SHAPES, for batches of fewer rows
+_COUNTS_PER_LENGTH = 6  # values of N that are candidates, for each T
+
+
+def choose_buckets(lengths: np.ndarray, max_buckets: int = MAX_BUCKETS) -> np.ndarray:
+    """The values that T may take: those at most `max_buckets` lengths that, each row rounded up to the next, pad least.
+
+    Args:
+        lengths: (rows,) input lengths.
+
+    Returns:
+        Ascending int64; the last is the largest length. At least 1 each.
+    """
+    lengths = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
+    edges, counts = np.unique(lengths, return_counts=True)
+    if len(edges) <= max_buckets:
+        return edges
+    if len(edges) > _CANDIDATES:  # so many different lengths that only some are tried as borders, spread evenly over the tokens
+        kept = np.interp(np.linspace(0, 1, _CANDIDATES + 1)[1:], np.cumsum(edges * counts) / lengths.sum(), np.arange(len(edges)))
+        kept = np.unique(edges[np.ceil(kept).astype(np.int64)])
+        counts = np.bincount(np.searchsorted(kept, lengths), minlength=len(kept))
+        edges = kept
+    # cost[j]: positions needed for all rows up to edge j, when j is a border; from[k][j]: the border before it.
+    below = np.concatenate([[0], np.cumsum(counts)])  # rows below edge i
+    cost = edges * below[1:]
+    steps = []
+    for _ in range(max_buckets - 1):
+        # (i, j): the border before j is i; needs i < j
+        through = cost[:, None] + edges[None, :] * (below[None, 1:] - below[1:, None])
+        through[np.tril_indices(len(edges))] = np.iinfo(np.int64).max
+        best = through.argmin(axis=0)
+        improved = through[best, np.arange(len(edges))] < cost
+        steps.append(np.where(improved, best, -1))
+        cost = np.where(improved, through[best, np.arange(len(edges))], cost)
+    return edges[_borders(steps, len(edges) - 1)]
+
+
+def _borders(steps: list[np.ndarray], last: int) -> list[int]:
+    """Walk the choices back from the last edge; -1 means that no further border helped at that count."""
+    j = last
+    borders = [j]
+    for before in reversed(steps):
+        if before[j] >= 0:
+            j = int(before[j])
+            borders.append(j)
+    return borders[::-1]
+
+
+def padded_count(count: int, limit: int) -> int:
+    """`count` rounded up so that few different values occur: eight steps per doubling, steps of 8 at least, `limit` at most."""
+    step = max(8, 1 << max(0, (count - 1).bit_length() - 4))
+    return min(-(-count // step) * step, limit)
+
+
+def choose_shapes(widths: np.ndarray, counts: np.ndarray, rows: int, limit: int) -> np.ndarray:
+    """At most `limit` pairs (T, N) of which each batch finds one that is as large as it needs, with little padding.
+
+    The batches are sorted into a grid of at most 12 by 6 pairs; then the two pairs whose union adds the least padding become
+    one, until few enough are left. A position and a target count the same.
+
+    Args:
+        widths: (batches,) T that each needs.
+        counts: (batches,) N that each needs.
+        rows: B of all of them.
+
+    Returns:
+        (k, 2) int64.
+    """
+    edges = choose_buckets(widths)
+    rounded = edges[np.searchsorted(edges, widths)]
+    pairs: list[np.ndarray] = []
+    for width in np.unique(rounded):
+        needed = counts[rounded == width]
+        levels = choose_buckets(needed, _COUNTS_PER_LENGTH)
+        for level, number in zip(*np.unique(levels[np.searchsorted(levels, needed)], return_counts=True), strict=True):
+            pairs.append(np.array([width, level, number]))
+    found = np.array(pairs, dtype=np.int64)
+    while len(found) > limit:
+        width, count, number = found.T
+        union = rows * np.maximum(width[:, None], width) + np.maximum(count[:, None], count)
+        own = number * (rows * width + count)
+        added = (number[:, None] + number) * union - own[:, None] - own
+        np.fill_diagonal(added, np.iinfo(np.int64).max)
+        i, j = np.unravel_index(added.argmin(), added.shape)
+        found[i] = [max(width[i], width[j]), max(count[i], count[j]), number[i] + number[j]]
+        found = np.delete(found, j, axis=0)
+    return found[:, :2]
+
+
+class BatchShapes:
+    """Which (T, N) a batch gets. With B they are at most 16 different ones, whatever batches the epochs bring.
+
+    Args:
+        widths: (rows,) input positions of every row that can stand in a batch.
+        counts: (rows,) the most targets that each can have.
+        batches: batches of one epoch, indices into the rows, from which the shapes are chosen.
+        needed: (rows,) the targets that each has in that epoch.
+        batch_size: rows of a full batch.
+    """
+
+    def __init__(self, widths: np.ndarray, counts: np.ndarray, batches: Sequence[np.ndarray], needed: np.ndarray, batch_size: int):
+        self._by_rows: dict[int, np.ndarray] = {}  # B -> (k, 2), (T, N)
+        full = [batch for batch in batches if len(batch) == batch_size]
+        if full:
+            chosen = choose_shapes(
+                np.array([widths[batch].max() for batch in full]),
+                np.array([needed[batch].sum() for batch in full]),
+                batch_size,
+                MAX_SHAPES - _PARTIAL_SHAPES - 1,
+            )
+            # One that is enough for every batch there could be: other epochs bring other batches.
+            self._by_rows[batch_size] = np.vstack([chosen, [widths.max(), _most(counts, batch_size)]])
+        for rows in {len(batch) for batch in batches} - {batch_size}:
+            edges = choose_buckets(widths, _PARTIAL_SHAPES)
+            self._by_rows[rows] = np.array([[edge, _most(counts[widths <= edge], rows)] for edge in edges], dtype=np.int64)
+
+    def of(self, rows: int, width: int, count: int) -> tuple[int, int]:
+        """The smallest (T, N) for a batch of `rows` rows that needs T of at least `width` and N of at least `count`."""
+        shapes = self._by_rows[rows]
+        enough = (shapes[:, 0] >= width) & (shapes[:, 1] >= count)
+        size = np.where(enough, rows * shapes[:, 0] + shapes[:, 1], np.iinfo(np.int64).max)
+        best = shapes[size.argmin()]
+        return int(best[0]), int(best[1])
+
+    @property
+    def largest(self) -> tuple[int, int, int]:
+        """The largest (B, T, N)."""
+        every = [(rows, int(width), int(count)) for rows, shapes in self._by_rows.items() for width, count in shapes]
+        return max(every, key=lambda shape: (shape[0] * shape[1], shape[2]))
+
+    def __repr__(self) -> str:
+        return f"BatchShapes({sum(len(shapes) for shapes in self._by_rows.values())} shapes)"
+
+
+def _most(counts: np.ndarray, rows: int) -> int:
+    """The most targets that so many rows can have together."""
+    return int(np.sort(counts)[-rows:].sum())

@@ -1,0 +1,219 @@
+"""Files and folders that are whole or not there at all, whatever happens meanwhile.
+
+They are written beside their place, flushed to the disk, and renamed. What a killed process leaves behind begins with a dot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import queue
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_SLICE = 2**23  # bytes handed to the system, and to the checksum, at a time
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its ending; renamed to it when the block ends well, removed when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a result is an ordinary one
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush_to_disk(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """One line at the end of a file, handed to the system at once; where not all of it fits, none of it stays.
+
+    A line that was cut short, because its writer was killed, is ended first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        cut_short = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        data = (b"\n" if cut_short else b"") + line.encode() + b"\n"
+        try:
+            if os.write(descriptor, data) < len(data):
+                raise OSError(28, "No space left on device")
+        except OSError:
+            if os.fstat(descriptor).st_size > size:
+                os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file's content, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ChecksumWriter:
+    """Writes to a file and computes the SHA-256 of what is written in a second thread, beside the writing.
+
+    What is handed in must not change until `hexdigest` has been called.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._pending: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="fulltune_nb checksum", daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Writes all of it."""
+        view = memoryview(data)
+        for start in range(0, len(view), _SLICE):
+            part = view[start : start + _SLICE]
+            self._pending.put(part)
+            self._file.write(part)
+
+    def _work(self) -> None:
+        while (part := self._pending.get()) is not None:
+            self._digest.update(part)  # without Python's lock: it runs beside the writing
+
+    def hexdigest(self) -> str:
+        """Waits for the thread and returns the checksum; nothing can be written afterwards."""
+        self.close()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._pending.put(None)
+        self._thread.join()
+
+
+def put_in_place(new: Path, place: Path) -> None:
+    """Moves a folder to its place, from beside it. What stood there goes only when the new one stands there.
+
+    Where the system can exchange two names in one go, there is no moment without either. Elsewhere the old one is called
+    `.<name>-<random>-old` for a moment, from where `tidy` brings it back if the process is killed then.
+    """
+    aside = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}-old"
+    if not place.exists():
+        os.rename(new, place)
+    elif _exchange(new, place):
+        os.rename(new, aside)
+    else:
+        os.rename(place, aside)
+        try:
+            os.rename(new, place)
+        except OSError:
+            os.rename(aside, place)
+            raise
+    try:
+        flush_to_disk(place.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one go; False where the system or the file system cannot."""
+    name, flag = ("renamex_np", 2) if sys.platform == "darwin" else ("renameat2", 2)
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is None:
+        return False
+    paths = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    if sys.platform == "darwin":
+        return function(paths[0], paths[1], ctypes.c_uint(flag)) == 0
+    here = ctypes.c_int(-100)  # AT_FDCWD: paths are absolute, so it does not matter
+    return function(here, paths[0], here, paths[1], ctypes.c_uint(flag)) == 0
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder; it loses its name first, so that a half-removed one is never taken for a whole one."""
+    aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}-old"
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+_LEFT = re.compile(r"\.(?P<place>.+)-[a-z0-9_]{8}(?P<old>-old)?(?:\.[a-z]+)?")
+
+
+def tidy(folder: Path, ours: str) -> list[str]:
+    """Removes what killed writers left in a folder, and brings back what they had only set aside.
+
+    To be called by the only one who writes there.
+
+    Args:
+        folder: need not exist.
+        ours: regular expression for the names, without their endings, of what is written there; nothing else is touched.
+
+    Returns:
+        A line for each thing done.
+    """
+    done = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        left = _LEFT.fullmatch(path.name)
+        if left is None or not re.fullmatch(ours, left["place"]) or path.is_symlink():
+            continue
+        place = folder / left["place"]
+        if left["old"] and path.is_dir() and not place.exists():
+            os.rename(path, place)
+            done.append(f"brought back {place}, which a killed write had set aside")
+        else:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            done.append(f"removed {path.name}, left by a killed write")
+    return done
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """
+    Raises:
+        OSError: the disk that a folder is on, or will be, has fewer than `needed` bytes left.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(28, f"No space left on device: {what} needs {needed:,} bytes, {there} has {free:,} free")
+
+
+def is_within(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether a path is a folder or stands somewhere in it, links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

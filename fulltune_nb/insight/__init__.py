@@ -1,0 +1,44 @@
+"""Looking inside a model while it learns: every function returns an object with a plot, a table and a view for a cell.
+
+    from fulltune_nb import insight
+
+    ft.token_losses(lm, data.valid[:3])          # which tokens are hard, and what the model would rather have said
+    insight.top_losses(lm, data.valid).page(1)   # the rows with the largest loss
+    ft.trace(lm, "some text")                    # residual stream, attention, what each layer would say
+    ft.inspect(trainer, data.train[0])           # the same, and the gradient by block
+    trainer.run(callbacks=[insight.UpdateMeter()])  # which updates survive rounding
+    ft.find_lr(trainer).plot()                   # which learning rate
+    ft.evaluate_generation(lm, data.test)        # what the model writes, judged
+    trainer.run(callbacks=[insight.Forgetting(prompts, text)])  # what it forgets
+    ft.compare(["runs/a", "runs/b"])             # runs side by side
+
+The most used ones stand at the package's top too.
+"""
+
+from fulltune_nb.insight.comparison import Comparison, compare
+from fulltune_nb.insight.forgetting import Forgetting
+from fulltune_nb.insight.generation_score import GenerationReport, GenerationScore, evaluate_generation
+from fulltune_nb.insight.learning_rate import LearningRateSearch, find_lr
+from fulltune_nb.insight.losses import TokenLosses, TopLosses, token_losses, top_losses
+from fulltune_nb.insight.survival import UpdateMeter
+from fulltune_nb.insight.tracing import Inspection, Trace, inspect, trace
+
+__all__ = [
+    "Comparison",
+    "Forgetting",
+    "GenerationReport",
+    "GenerationScore",
+    "Inspection",
+    "LearningRateSearch",
+    "TokenLosses",
+    "TopLosses",
+    "Trace",
+    "UpdateMeter",
+    "compare",
+    "evaluate_generation",
+    "find_lr",
+    "inspect",
+    "token_losses",
+    "top_losses",
+    "trace",
+]

@@ -1,0 +1,228 @@
+"""Runs side by side: their curves in one plot, where their settings differ, and what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fulltune_nb.errors import CheckpointError, ConfigError
+from fulltune_nb.html import NO_MATH, esc, human_bytes, table
+from fulltune_nb.insight.frames import frame
+from fulltune_nb.training.history import History
+from fulltune_nb.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from fulltune_nb.charts import Axes
+
+_RESULTS = 12  # entries of result.json that the table shows
+_POINTS = 2000  # of a curve
+
+
+@dataclass
+class Run:
+    """What a run's folder tells; what is missing there is empty, and noted."""
+
+    name: str
+    path: Path | None
+    config: dict[str, Any] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    result: dict[str, Any] = field(default_factory=dict)
+    """Of `result.json`, where there is one."""
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the table; None for what is not known."""
+        steps, evals = self.history.steps, self.history.evals
+        valid = [r for r in evals if r.split == "valid" and math.isfinite(r.loss)]
+        test = [r for r in evals if r.split == "test"]
+        seconds, tokens = sum(r.seconds for r in steps), sum(r.tokens for r in steps)
+        return {
+            "steps": steps[-1].step if steps else 0,
+            "last_loss": steps[-1].loss if steps else None,
+            "best_valid_loss": min((r.loss for r in valid), default=None),
+            "last_valid_loss": valid[-1].loss if valid else None,
+            "test_loss": test[-1].loss if test else None,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "peak_memory": max((r.peak_memory for r in steps), default=None),
+            "seconds": seconds,
+        }
+
+
+class Comparison:
+    """What `compare` returns.
+
+    Attributes:
+        runs: a `Run` for each folder, in their order.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = list(runs)
+
+    @property
+    def differences(self) -> dict[str, list[Any]]:
+        """Setting -> its value in each run, for those that are not the same in all; a run without the setting has None."""
+        names = dict.fromkeys(name for run in self.runs for name in run.config)
+        values = {name: [run.config.get(name) for run in self.runs] for name in names}
+        return {name: own for name, own in values.items() if any(value != own[0] for value in own[1:])}
+
+    @property
+    def results(self) -> dict[str, list[Any]]:
+        """Figure -> its value in each run: from the metrics, and single values of `result.json`, under `result.<name>`."""
+        found = [{**run.summary(), **{f"result.{k}": v for k, v in _flat(run.result).items()}} for run in self.runs]
+        names = dict.fromkeys(name for own in found for name in own)
+        return {name: [own.get(name) for own in found] for name in names}
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a line for each run: its results, then the settings that differ.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        columns = {"run": [run.name for run in self.runs], **self.results, **{f"config.{k}": v for k, v in self.differences.items()}}
+        return frame((dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)), list(columns))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Training losses, smoothed, and validation losses of all runs.
+
+        Args:
+            ax: where to draw; a new figure where left out.
+        """
+        import numpy as np
+
+        from fulltune_nb.charts import curves
+        from fulltune_nb.plots import moving_mean
+
+        series = []
+        for run in self.runs:
+            steps, valid = run.history.steps, [r for r in run.history.evals if r.split == "valid"]
+            if steps:
+                losses = np.array([r.loss for r in steps], np.float64)
+                smooth = moving_mean(np.where(np.isfinite(losses), losses, np.nan), max(1, len(losses) // 40) // 2 * 2 + 1)
+                every = max(1, len(losses) // _POINTS)
+                series.append((run.name, [r.step for r in steps][::every], smooth[::every]))
+            if valid:
+                series.append((f"{run.name}, valid", [r.step for r in valid], [r.loss for r in valid]))
+        return curves(series, "optimizer step", "loss (nats per token)", ax=ax)
+
+    def __repr__(self) -> str:
+        return f"Comparison({len(self.runs)} runs, {len(self.differences)} settings differ)"
+
+    def _repr_html_(self) -> str:
+        names = [run.name for run in self.runs]
+        results = self.results
+        shown = [name for name in results if not name.startswith("result.")]
+        own = [name for name in results if name.startswith("result.")]
+        shown += own[:_RESULTS]
+        rows = [(name.replace("_", " "), *(_readable(name, value) for value in results[name])) for name in shown]
+        more = f"<div>… and {len(own) - _RESULTS} more entries of result.json, in .results</div>" if len(own) > _RESULTS else ""
+        differing = [(name, *(_short(value) for value in values)) for name, values in self.differences.items()]
+        settings = table(("setting", *names), differing, "Settings that differ") if differing else "<div>All settings are the same.</div>"
+        notes = "".join(f"<div>⚠ {esc(run.name)}: {esc(note)}</div>" for run in self.runs for note in run.notes)
+        return f'<div class="{NO_MATH}">{table(("", *names), rows, "Results")}{more}{settings}{notes}</div>'
+
+
+def compare(runs: Sequence[str | os.PathLike | Trainer]) -> Comparison:
+    """Runs side by side, from their folders; nothing of a model is loaded.
+
+    Read are `metrics.jsonl`, `config.yaml` and, where it is there, `result.json`.
+
+    Args:
+        runs: the `run_dir` of each, or trainers.
+
+    Raises:
+        ConfigError: not a list of at least one.
+        CheckpointError: a folder that holds no run.
+    """
+    if isinstance(runs, (str, os.PathLike)) or not isinstance(runs, Sequence) or not runs:
+        raise ConfigError(f'compare: expected a list of run folders, such as ["runs/a", "runs/b"], got {runs!r:.80}.')
+    paths = [None if isinstance(run, Trainer) else Path(run).expanduser() for run in runs]
+    return Comparison([
+        _of_trainer(run, number) if path is None else _read(path, _name(path, paths))
+        for number, (run, path) in enumerate(zip(runs, paths, strict=True), 1)
+    ])
+
+
+def _of_trainer(trainer: Trainer, number: int) -> Run:
+    name = trainer.run_dir.name if trainer.run_dir else f"trainer {number}"
+    return Run(name, trainer.run_dir, trainer.config.to_dict(), History(trainer.history))
+
+
+def _name(path: Path, paths: Sequence[Path | None]) -> str:
+    """The folder's name, with as much of what stands before it as tells it from the others."""
+    others = [other for other in paths if other is not None and other != path]
+    parts = path.resolve().parts
+    for count in range(1, len(parts)):
+        if all(other.resolve().parts[-count:] != parts[-count:] for other in others):
+            return "/".join(parts[-count:])
+    return str(path)
+
+
+def _read(path: Path, name: str) -> Run:
+    run = Run(name, path)
+    there = [file for file in ("metrics.jsonl", "config.yaml", "result.json") if (path / file).is_file()]
+    if not there:
+        what = "no such folder" if not path.is_dir() else "the folder holds neither metrics.jsonl nor config.yaml nor result.json"
+        raise CheckpointError(f"{path}: {what}. Give the run_dir of a Trainer.")
+    run.notes += [f"{file} is missing" for file in ("metrics.jsonl", "config.yaml") if file not in there]
+    for file in there:
+        try:
+            text = (path / file).read_text(encoding="utf-8")
+            if file == "metrics.jsonl":
+                _read_metrics(text, run)
+            elif file == "config.yaml":
+                run.config = _mapping(yaml.safe_load(text))
+            else:
+                run.result = _mapping(json.loads(text))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            run.notes.append(f"{file} cannot be read: {error}")
+    return run
+
+
+def _read_metrics(text: str, run: Run) -> None:
+    bad = 0
+    for line in filter(str.strip, text.splitlines()):
+        try:
+            run.history += History.from_jsonable([json.loads(line)])
+        except (ValueError, TypeError, CheckpointError):
+            bad += 1
+    if bad:
+        run.notes.append(f"{bad:,} lines of metrics.jsonl are no reports and were passed over")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected names and values, found {type(value).__name__}")
+    return {str(key): own for key, own in value.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Single values, those within others under `outer.inner`; lists and the settings, which have a table of their own, are left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {} if key == "config" else _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (str, int, float)) or value is None:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _readable(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "peak_memory":
+        return human_bytes(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return _short(value)
+
+
+def _short(value: Any, limit: int = 120) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"

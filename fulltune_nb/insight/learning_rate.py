@@ -1,0 +1,183 @@
+"""The learning-rate range test (Smith 2017): one short run in which the rate grows at every step, on the real model, taken back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from fulltune_nb.data.settings import whole
+from fulltune_nb.errors import ConfigError, NonFiniteError, TornStepError
+from fulltune_nb.html import NO_MATH, facts
+from fulltune_nb.insight.frames import frame
+from fulltune_nb.insight.survival import UpdateMeter, survival
+from fulltune_nb.training.rehearsal import Step, rehearsal
+from fulltune_nb.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from fulltune_nb.charts import Axes
+
+_BELOW_THE_MINIMUM = 10.0
+"""The rate with the lowest loss is already at the edge: losses of later steps would not stand it. A tenth of it is the usual advice."""
+_SAMPLE = 2**12  # elements of a tensor that surviving updates are counted in
+_SURVIVES = 0.5
+_VALLEY = 0.1  # of the fall
+_FEWEST = 5  # steps before a minimum that make it a fall
+
+
+class LearningRateSearch:
+    """What `find_lr` returns.
+
+    Attributes:
+        rates: (n,) float64, the rate of each step; fewer than asked for where the loss ran away.
+        losses: (n,) float64, before each step's update, in nats; the last may be infinite.
+        smoothed: (n,) float64, the losses' centred moving mean.
+        survival: (n,) float64, share of updates that survive rounding at each rate; all NaN where the weights are float32.
+        lowest_loss_rate: where the smoothed loss is lowest, which is the middle (on the logarithmic scale) of the rates at which it is
+            within a tenth of its whole fall from the bottom; None where it never fell.
+        suggestion: a tenth of that: the rate to train with.
+        stochastic: whether the run rounds stochastically, so that updates too small for the dtype are kept on average.
+    """
+
+    def __init__(self, rates: Sequence[float], losses: Sequence[float], survivals: Sequence[float], dtype: str, stochastic: bool):
+        from fulltune_nb.plots import moving_mean
+
+        self.rates, self.losses = np.array(rates, np.float64), np.array(losses, np.float64)
+        self.survival, self.dtype, self.stochastic = np.array(survivals, np.float64), dtype, stochastic
+        finite = np.where(np.isfinite(self.losses), self.losses, np.nan)
+        self.smoothed = moving_mean(finite, max(3, len(finite) // 12) // 2 * 2 + 1)
+        lowest = int(np.nanargmin(self.smoothed)) if np.isfinite(self.smoothed).any() else 0
+        self.lowest_loss_rate = self._middle_of_the_valley(lowest) if lowest >= _FEWEST else None
+        self.suggestion = None if self.lowest_loss_rate is None else self.lowest_loss_rate / _BELOW_THE_MINIMUM
+        self._at_the_end = lowest >= len(self.rates) - 2
+
+    def _middle_of_the_valley(self, lowest: int) -> float:
+        # The lowest point itself hangs on which rows came then: from seed to seed it moves by a factor of 2.5, the middle by 1.3.
+        bottom = self.smoothed[lowest]
+        near = self.smoothed <= bottom + _VALLEY * (np.nanmean(self.smoothed[:_FEWEST]) - bottom)
+        return float(np.exp(np.log(self.rates[near]).mean()))
+
+    @property
+    def survives_from(self) -> float | None:
+        """The lowest rate from which on most updates survive rounding; None in float32, and where none is high enough."""
+        eaten = np.flatnonzero(self.survival < _SURVIVES)
+        if np.isnan(self.survival).all():
+            return None
+        first = int(eaten[-1]) + 1 if len(eaten) else 0
+        return float(self.rates[first]) if first < len(self.rates) else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know about the suggestion."""
+        notes = []
+        if self.suggestion is None:
+            notes.append("The loss never fell: there is nothing to suggest. Look at the data, or begin at a lower rate (lowest=).")
+        elif self._at_the_end:
+            notes.append("The loss still fell at the highest rate tried: try higher ones (highest=).")
+        if np.isnan(self.survival).all() or self.suggestion is None:
+            return notes
+        start = self.survives_from
+        if not self.stochastic and (start is None or self.suggestion < start):
+            where = f"below {start:.3g}" if start else "at every rate tried"
+            notes.append(
+                f"{where[0].upper()}{where[1:]} most updates are lost in rounding to {self.dtype}. "
+                'Train with TrainConfig(rounding="stochastic"), or in float32.'
+            )
+        return notes
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a line for each step.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        columns = {"learning_rate": self.rates, "loss": self.losses, "smoothed": self.smoothed, "survival": self.survival}
+        cells = zip(*(values.tolist() for values in columns.values()), strict=True)
+        return frame((dict(zip(columns, line, strict=True)) for line in cells), list(columns))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Loss against the rate, with the suggestion; and, in the lower corner of a bfloat16 model, where rounding eats updates.
+
+        Args:
+            ax: where to draw; a new figure where left out.
+        """
+        from fulltune_nb.charts import curves, mark
+
+        series = [("loss", self.rates, self.losses), ("moving mean", self.rates, self.smoothed)]
+        ax = curves(series, "learning rate", "loss (nats per token)", "Learning-rate range test", log_x=True, ax=ax)
+        if self.suggestion is not None:
+            mark(ax, self.suggestion, f"suggestion {self.suggestion:.2g}")
+            mark(ax, self.lowest_loss_rate, f"lowest loss {self.lowest_loss_rate:.2g}")
+        if self.survives_from is not None and not self.stochastic and self.survives_from > self.rates[0]:
+            mark(ax, self.survives_from, f"rounding eats updates below {self.survives_from:.2g}")
+        return ax
+
+    def __repr__(self) -> str:
+        found = "no suggestion" if self.suggestion is None else f"suggestion {self.suggestion:.3g}"
+        return f"LearningRateSearch({found}, {len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g})"
+
+    def _repr_html_(self) -> str:
+        show = [("suggestion", "none" if self.suggestion is None else f"{self.suggestion:.3g}")]
+        if self.lowest_loss_rate is not None:
+            show.append(("lowest loss at", f"{self.lowest_loss_rate:.3g}"))
+        show.append(("tried", f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}, a step each; all taken back"))
+        show += [("note", note) for note in self.notes]
+        return f'<div class="{NO_MATH}">{facts("Learning-rate range test", show)}</div>'
+
+
+def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: float = 1.0) -> LearningRateSearch:
+    """Trains for some steps with a rate that grows from each to the next, and suggests one. Everything is then as it was, bit for bit.
+
+    The steps are those that would come next, with this optimizer and its state. Needs memory for a second set of weights and
+    optimizer state meanwhile.
+
+    Args:
+        trainer: at any step; before the first one is the usual place.
+        steps: at most; the test ends when the loss runs away.
+        lowest, highest: the rates of the first and the last step.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+    steps = whole("steps", steps, low=10)
+    if not 0 < lowest < highest < math.inf:
+        raise ConfigError(f"lowest, highest: expected 0 < lowest < highest, got {lowest!r} and {highest!r}.")
+    dtypes = {str(array.dtype).removeprefix("mlx.core.") for _, array in tree_flatten(trainer.lm.model.trainable_parameters())}
+    rounded = sorted(dtypes - {"float32"})
+    rates, losses, survivals = [], [], []
+    meter = UpdateMeter(every=1, sample=_SAMPLE) if rounded else None
+    with rehearsal(trainer) as step:
+        trainer.optimizers.observers += [meter] if meter else []
+        for rate, loss, share in _sweep(step, np.geomspace(lowest, highest, steps).tolist(), meter):
+            rates.append(rate)
+            losses.append(loss)
+            survivals.append(share)
+            if _ran_away(losses):
+                break
+    stochastic = getattr(trainer.config, "rounding", None) == "stochastic"
+    return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic)
+
+
+def _sweep(step: Step, rates: Sequence[float], meter: UpdateMeter | None) -> Iterator[tuple[float, float, float]]:
+    """Rate, loss before the update, share of the updates that survived; ends where the loss is not finite."""
+    for number, rate in enumerate(rates, 1):
+        try:
+            loss = step(rate).loss
+        except (NonFiniteError, TornStepError):  # all is taken back anyway
+            yield rate, math.inf, math.nan
+            return
+        yield rate, loss, survival(meter.collect(number)) if meter else math.nan
+
+
+def _ran_away(losses: Sequence[float], recent: int = 5) -> bool:
+    """Whether the last losses are far above the lowest ones."""
+    if not math.isfinite(losses[-1]):
+        return True
+    if len(losses) < 2 * recent:
+        return False
+    means = np.convolve(losses, np.ones(recent) / recent, mode="valid")
+    lowest = means.min()
+    return bool(means[-1] > lowest + max(3 * lowest, 1.0) or means[-1] > 1.5 * means[0] + 1.0)

@@ -1,0 +1,93 @@
+"""A history's numbers, taken in as they come, and curves with few points made of them.
+
+Letters: n reports, m points drawn, k points of an envelope.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fulltune_nb.training.history import History, StepReport
+
+MOST_POINTS = 400
+"""Stretches of a curve: the wider of the plots has as many pixels."""
+_FIELDS = ("step", "loss", "peak_memory", "active_memory", "cache_memory")
+
+
+class Columns:
+    """A history's numbers, taken in as they come: of 20,000 reports only the new ones are looked at.
+
+    Attributes:
+        evals: for each split, the steps and the losses.
+        events: steps at which something happened.
+        taken: reports taken in.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers = np.empty((len(_FIELDS), 1024))
+        self._count = self.taken = 0
+        self.evals: dict[str, tuple[list[float], list[float]]] = {}
+        self.events: list[int] = []
+
+    def take(self, history: History) -> None:
+        """Takes in what has come since."""
+        if len(history) < self.taken:  # another history, or one that was cut
+            self._forget()
+        for report in history[self.taken :]:
+            if isinstance(report, StepReport):
+                self._add(report)
+            elif report.kind_of_report == "eval":
+                steps, losses = self.evals.setdefault(report.split, ([], []))
+                steps.append(report.step)
+                losses.append(report.loss if math.isfinite(report.loss) else math.nan)
+            elif report.step > 0:  # step 0 is where every run begins
+                self.events.append(report.step)
+        self.taken = len(history)
+
+    def _add(self, report: StepReport) -> None:
+        if self._count == self._numbers.shape[1]:
+            self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)], axis=1)
+        values = [getattr(report, name) for name in _FIELDS]
+        self._numbers[:, self._count] = [value if math.isfinite(value) else math.nan for value in values]
+        self._count += 1
+
+    @property
+    def last_step(self) -> float:
+        """The last step there is anything about, or -1."""
+        return max([*self["step"][-1:], *(steps[-1] for steps, _ in self.evals.values())], default=-1)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The column of a field, (n,) float64, NaN where not finite."""
+        return self._numbers[_FIELDS.index(name), : self._count]
+
+
+def stretches(values: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
+    """Values (n,) cut into at most `most` stretches of one length, (m, length); the last is filled up with its last value."""
+    length = max(1, math.ceil(len(values) / most))
+    missing = -len(values) % length
+    return np.pad(values, (0, missing), mode="edge" if missing else "constant").reshape(-1, length)
+
+
+def envelope(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """A curve with few points that keeps every spike and every break: each stretch's least and greatest value.
+
+    Where a stretch holds a NaN, the curve breaks behind it. Both results are (k,), with k <= 3 * most; or (n,) as given when
+    n <= most.
+    """
+    if len(y) <= most:
+        return x, y
+    xs, ys = stretches(x, most), stretches(y, most)
+    with np.errstate(all="ignore"):
+        low, high = np.fmin.reduce(ys, axis=1), np.fmax.reduce(ys, axis=1)  # NaN only where all of a stretch is
+    breaks = np.where(np.isnan(ys).any(axis=1), np.nan, low)
+    return np.repeat(xs[:, 0], 3), np.stack([low, high, breaks], axis=1).ravel()
+
+
+def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of each stretch, NaN where it holds one; (m,) each."""
+    return stretches(x, most).mean(axis=1), stretches(y, most).mean(axis=1)

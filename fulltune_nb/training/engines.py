@@ -1,0 +1,125 @@
+"""The two ways to take an optimizer step: over the whole graph, which is fast, and layer by layer, which is lean.
+
+Both give the same step to rounding. What they differ in is what exists at once:
+
+- `WholeGraph`: all blocks' activations in the forward pass, all gradients after the backward pass.
+- `Layerwise`: each block's input; the gradients of one block, which is updated before the next one's are computed. A step that
+  fails on the way is torn: the later blocks are new, the earlier ones old.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from fulltune_nb.data.batching import Batch
+from fulltune_nb.errors import TornStepError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
+from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.finite import check_finite
+from fulltune_nb.training.layerwise import GradientPiece, LayerwiseBackward
+from fulltune_nb.training.optimizers import Optimizers
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells about itself."""
+
+    loss: float
+    """Mean over the step's trained tokens, before the update."""
+    grad_norm: float
+    """Of all gradients together, before clipping."""
+
+
+class Engine(Protocol):
+    """Takes optimizer steps."""
+
+    def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Forward, backward, update; evaluated.
+
+        Args:
+            number: of the step, from 1; for messages.
+            batches: its micro-batches.
+            learning_rate: of this step.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or inf; nothing was updated.
+            TornStepError: it failed when a part of the weights had been updated.
+        """
+
+
+class WholeGraph:
+    """Automatic differentiation over the whole model, then the update."""
+
+    def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
+        self._model, self._optimizers, self._config = model, optimizers, config
+
+    def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        loss, gradients = step_gradients(self._model, batches, self._config.grad_checkpoint)
+        mx.eval(loss, gradients)  # before the norm: in one graph with it, grad_checkpoint's peak doubles
+        result = StepResult(loss.item(), global_norm(gradients).item())
+        check_finite(number, result.loss, result.grad_norm, batches)
+        scale = clip_scale(result.grad_norm, self._config.max_grad_norm)
+        self._optimizers.update(self._model, gradients, learning_rate, scale)
+        return result
+
+
+class Layerwise:
+    """One block's backward pass after the other, each followed by its update.
+
+    With `max_grad_norm` everything is computed twice: the gradient's norm has to be known before the first update.
+    """
+
+    def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
+        self._model, self._optimizers, self._config = model, optimizers, config
+
+    def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        scale = self._clip_scale(number, batches)
+        backward = LayerwiseBackward(self._model, batches)
+        check_finite(number, backward.loss, backward.last_gradient_norm, batches)
+        try:
+            norm = self._update(backward, learning_rate, scale)
+        except Exception as error:
+            raise TornStepError(
+                f"step {number} failed when a part of the weights had been updated: {error or type(error).__name__}. The weights are"
+                " of no use as they are. Go back with trainer.restore(a snapshot), or with Trainer.resume(run_dir)."
+            ) from error
+        return StepResult(backward.loss, norm)
+
+    def _clip_scale(self, number: int, batches: Sequence[Batch]) -> float:
+        if self._config.max_grad_norm is None:
+            return 1.0
+        backward = LayerwiseBackward(self._model, batches)
+        norm = math.sqrt(sum(_sum_of_squares(piece) for piece in backward.pieces()))
+        check_finite(number, backward.loss, norm, batches)
+        return clip_scale(norm, self._config.max_grad_norm)
+
+    def _update(self, backward: LayerwiseBackward, learning_rate: float, scale: float) -> float:
+        """Updates everything and returns the gradient's norm."""
+        squares = 0.0
+        self._optimizers.begin_step(learning_rate, scale)
+        for piece in backward.pieces(before_rows=self._observe):
+            squares += _sum_of_squares(piece)
+            if not math.isfinite(squares):
+                raise FloatingPointError(f"a gradient of {', '.join(piece.gradients)} is NaN or inf")
+            self._optimizers.update_tensors(self._model, piece.gradients, rows=piece.rows)
+        self._optimizers.end_step()
+        return math.sqrt(squares)
+
+    def _observe(self, name: str, rows: Callable[[], Iterator[GradientPiece]]) -> None:
+        """Lets a rule that wants to see all rows of a matrix before it updates some of them see them."""
+        for _ in range(self._optimizers.passes(name)):
+            for piece in rows():
+                self._optimizers.observe(self._model, piece.gradients, piece.rows)
+
+
+def _sum_of_squares(piece: GradientPiece) -> float:
+    return global_norm(piece.gradients).item() ** 2
+
+
+ENGINES: dict[str, type[Engine]] = {"whole": WholeGraph, "layerwise": Layerwise}

@@ -1,0 +1,147 @@
+"""The vocabulary's two matrices in the layerwise engine: the head with the loss, and the embedding, a range of rows at a time.
+
+Neither the logits of all tokens nor a gradient of the size of the vocabulary ever exists. The loss needs a first pass over the
+ranges for the logarithm of the softmax's sum, the hidden states' gradient a second; the weights' gradients, asked for when the
+blocks are done, a third. Where the logits are small they are kept from the first to the last.
+
+Dimension letters: N trained positions, D hidden_size, V vocab_size, v rows of a range, n positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from fulltune_nb.models.cpu_math import fast_exp
+
+RANGE_ELEMENTS = 2**24
+"""Weights of a range of rows: 64 MiB in float32."""
+CHUNK_ELEMENTS = 2**22
+"""Logits of a chunk: 16 MiB."""
+KEPT_ELEMENTS = 2**24
+"""Logits that are kept between the passes, at most."""
+
+Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
+
+
+@dataclass
+class HeadInput:
+    """The trained positions of one micro-batch."""
+
+    hidden: mx.array
+    """(N, D), after the final norm."""
+    targets: np.ndarray
+    """(N,) token ids."""
+    weights: mx.array
+    """(N,) float32: 1 / trained tokens of the step; 0 for padding."""
+    log_sums: mx.array | None = None
+    """(N,) float32: log(sum(exp(logits)))."""
+    kept: dict[tuple[int, int], mx.array] = field(default_factory=dict)
+    """Logit gradients by the first row and position of their chunk."""
+
+
+def ranges(vocab_size: int, hidden_size: int) -> list[slice]:
+    """The rows of the vocabulary in ranges of about `RANGE_ELEMENTS` weights."""
+    size = max(1, RANGE_ELEMENTS // hidden_size)
+    return [slice(begin, min(begin + size, vocab_size)) for begin in range(0, vocab_size, size)]
+
+
+def head_loss(head: Head, inputs: list[HeadInput]) -> tuple[float, list[mx.array]]:
+    """The weighted sum of -log p(target) of all inputs, and each one's gradient with respect to `hidden` (N, D); evaluated.
+
+    Fills in `log_sums` and `kept` for `head_gradients`.
+    """
+    total, gradients = 0.0, []
+    for one in inputs:
+        total += _first_pass(head, one)
+        gradient = mx.zeros_like(one.hidden)
+        keep = one.hidden.shape[0] * head["weight"].shape[0] <= KEPT_ELEMENTS
+        for rows in ranges(*head["weight"].shape):
+            weight = head["weight"][rows].astype(one.hidden.dtype)
+            for part in _chunks(one, rows):
+                logit_gradients = _logit_gradients(head, weight, one, rows, part)
+                if keep:
+                    one.kept[rows.start, part.start] = logit_gradients
+                gradient[part] = gradient[part] + logit_gradients @ weight
+                mx.eval(gradient, one.kept)
+        gradients.append(gradient)
+    return total, gradients
+
+
+def head_gradients(head: Head, inputs: list[HeadInput], rows: slice) -> dict[str, mx.array]:
+    """Gradients of a range of the head's rows: "weight" (v, D), and "bias" (v,) where there is one; evaluated."""
+    found: dict[str, mx.array] = {}
+    for one in inputs:
+        weight = None if one.kept else head["weight"][rows].astype(one.hidden.dtype)
+        for part in _chunks(one, rows):
+            logit_gradients = one.kept.get((rows.start, part.start))
+            if logit_gradients is None:
+                logit_gradients = _logit_gradients(head, weight, one, rows, part)
+            more = {"weight": logit_gradients.T @ one.hidden[part]}
+            if "bias" in head:
+                more["bias"] = logit_gradients.sum(axis=0)
+            found = {name: found[name] + more[name] for name in more} if found else more
+            mx.eval(found)
+    return found
+
+
+def embedding_gradient(ids: np.ndarray, cotangent: mx.array, rows: slice) -> mx.array:
+    """Gradient of a range of the embedding's rows (v, D): ids (M,) and the gradient of what was looked up for them (M, D)."""
+    here = np.flatnonzero((ids >= rows.start) & (ids < rows.stop))
+    zeros = mx.zeros((rows.stop - rows.start, cotangent.shape[-1]), dtype=cotangent.dtype)
+    return zeros.at[mx.array(ids[here] - rows.start)].add(cotangent[mx.array(here)]) if here.size else zeros
+
+
+def _first_pass(head: Head, one: HeadInput) -> float:
+    """Fills in `log_sums` and returns the loss. The sum of exponentials is carried along with the largest logit so far."""
+    size = one.hidden.shape[0]
+    largest, total, at_target = mx.full((size,), -mx.inf), mx.zeros((size,)), mx.zeros((size,))
+    for rows in ranges(*head["weight"].shape):
+        weight = head["weight"][rows].astype(one.hidden.dtype)
+        for part in _chunks(one, rows):
+            logits = _logits(head, weight, one, rows, part)
+            new = mx.maximum(largest[part], logits.max(axis=1))
+            total[part] = total[part] * mx.exp(largest[part] - new) + fast_exp(logits - new[:, None]).sum(axis=1)
+            largest[part] = new
+            position, target = _targets(one, rows, part)
+            if position.size:
+                at_target[part.start + position] = logits[position, target]
+            mx.eval(largest, total, at_target)
+    one.log_sums = largest + mx.log(total)
+    loss = ((one.log_sums - at_target) * one.weights).sum()
+    mx.eval(loss, one.log_sums)
+    return loss.item()
+
+
+def _logit_gradients(head: Head, weight: mx.array, one: HeadInput, rows: slice, part: slice) -> mx.array:
+    """weight * (softmax - one_hot(target)) for a chunk (n, v)."""
+    probabilities = fast_exp(_logits(head, weight, one, rows, part) - one.log_sums[part, None])
+    gradients = probabilities * one.weights[part, None]
+    position, target = _targets(one, rows, part)
+    if position.size:
+        gradients = gradients.at[position, target].subtract(one.weights[part][position])
+    return gradients.astype(one.hidden.dtype)
+
+
+def _logits(head: Head, weight: mx.array, one: HeadInput, rows: slice, part: slice) -> mx.array:
+    """(n, v) float32. `weight`: the range's rows in the dtype of the hidden states."""
+    logits = one.hidden[part] @ weight.T
+    if "bias" in head:
+        logits = logits + head["bias"][rows]
+    return logits.astype(mx.float32)
+
+
+def _targets(one: HeadInput, rows: slice, part: slice) -> tuple[mx.array, mx.array]:
+    """Those of a chunk's targets that stand in the range: which positions of the chunk, and which rows of the range."""
+    targets = one.targets[part]
+    here = np.flatnonzero((targets >= rows.start) & (targets < rows.stop))
+    return mx.array(here), mx.array(targets[here] - rows.start)
+
+
+def _chunks(one: HeadInput, rows: slice) -> Iterator[slice]:
+    size = max(32, CHUNK_ELEMENTS // (rows.stop - rows.start))
+    length = one.hidden.shape[0]
+    return (slice(begin, min(begin + size, length)) for begin in range(0, length, size))

@@ -1,0 +1,109 @@
+"""The shapes of batches: few, large enough, and little of it padding."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fulltune_nb.data import BatchOrder, PackedOrder, collate
+from fulltune_nb.data.shapes import MAX_BUCKETS, MAX_SHAPES, choose_buckets, choose_shapes, padded_count
+from nbs_tests.data.test_batching import make_split
+
+
+def padding(lengths, edges):
+    return sum(min(edge for edge in edges if edge >= length) - length for length in lengths)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_buckets_pad_as_little_as_any_choice_of_as_many(lengths, count):
+    edges = choose_buckets(np.array(lengths), count)
+    assert edges.tolist() == sorted(set(edges.tolist())) and len(edges) <= count and edges[-1] == max(lengths)
+    others = sorted(set(lengths) - {max(lengths)})
+    choices = [[*some, max(lengths)] for k in range(min(count - 1, len(others)) + 1) for some in combinations(others, k)]
+    assert padding(lengths, edges.tolist()) == min(padding(lengths, choice) for choice in choices)
+
+
+def test_buckets_of_very_many_lengths_are_few_and_close():
+    lengths = np.minimum(np.random.RandomState(0).lognormal(6, 1, 20_000).astype(np.int64) + 1, 2047)
+    edges = choose_buckets(lengths)
+    assert len(edges) == MAX_BUCKETS and edges[-1] == lengths.max()
+    padded = edges[np.searchsorted(edges, lengths)].sum()
+    assert 1 - lengths.sum() / padded < 0.1  # 0.0956 is the least that 12 lengths can reach here
+
+
+@given(st.integers(1, 10**6))
+def test_padded_count_is_close_above_and_within_its_limit(count):
+    padded = padded_count(count, 2 * 10**6)
+    assert count <= padded <= max(count * 1.125 + 8, 8) and padded % 8 == 0
+    assert padded_count(count, count) == count
+
+
+def test_padded_counts_are_few():
+    assert len({padded_count(count, 10**6) for count in range(1, 4097)}) <= 60
+
+
+# ---------------------------------------------------------------- shapes of a whole run
+
+
+def batches_of(split, order, epochs):
+    return [collate(split, rows, order.shape(rows)) for epoch in range(epochs) for step in order.epoch(epoch) for rows in step]
+
+
+def shapes_of(batches):
+    return {(*batch.inputs.shape, len(batch.targets)) for batch in batches}
+
+
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=50),
+    batch_size=st.integers(1, 6),
+    trained=st.floats(0, 1),
+    seed=st.integers(0, 99),
+    packing=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_batch_of_every_epoch_fits_into_one_of_few_shapes(lengths, batch_size, trained, seed, packing):
+    split = make_split(lengths, seed, trained)
+    order = PackedOrder(split, batch_size, seed, max_seq_length=64) if packing else BatchOrder(split, batch_size, seed)
+    batches = batches_of(split, order, 4)
+    assert sum(batch.num_tokens for batch in batches) == 4 * split.trained_tokens
+    assert len(shapes_of(batches)) <= MAX_SHAPES
+    assert max(batch.inputs.size for batch in batches) <= order.shapes.largest[0] * order.shapes.largest[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("trained", [1.0, 0.3], ids=["every token", "some tokens"])
+@pytest.mark.parametrize("packing", [False, True], ids=["bucketed", "packed"])
+def test_a_thousand_different_lengths_have_sixteen_shapes_and_little_padding(batch_size, trained, packing):
+    split = make_split(range(2, 1002), trained=trained)
+    order = PackedOrder(split, batch_size, 0, max_seq_length=1002) if packing else BatchOrder(split, batch_size, 0)
+    batches = batches_of(split, order, 3)
+    assert len(shapes_of(batches)) <= MAX_SHAPES
+    assert 1 - sum(batch.real_tokens for batch in batches) / sum(batch.padded_tokens for batch in batches) < 0.15
+    assert 1 - sum(batch.num_tokens for batch in batches) / sum(len(batch.targets) for batch in batches) < 0.25
+
+
+def test_as_many_batches_as_shapes_are_not_padded_at_all():
+    widths, counts = np.array([5, 9, 7]), np.array([4, 30, 11])
+    assert sorted(map(tuple, choose_shapes(widths, counts, 4, 3))) == [(5, 4), (7, 11), (9, 30)]
+    assert choose_shapes(widths, counts, 4, 1).tolist() == [[9, 30]]
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=2, max_size=6), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_the_first_union_of_shapes_is_the_cheapest_of_all_pairs(needs, rows):
+    needs = sorted(set(needs))
+    widths, counts = np.array(needs).T
+    shapes = choose_shapes(widths, counts, rows, max(len(needs) - 1, 1))
+
+    def padded(pairs):
+        return sum(min(rows * t + n for t, n in pairs if t >= width and n >= count) for width, count in needs)
+
+    if len(needs) > 1:
+        unions = []
+        for one, other in combinations(range(len(needs)), 2):
+            union = tuple(np.maximum(needs[one], needs[other]))
+            unions.append(padded([union, *(need for i, need in enumerate(needs) if i not in (one, other))]))
+        assert padded([tuple(shape) for shape in shapes]) == min(unions)

@@ -1,0 +1,85 @@
+"""Whole runs in a real JupyterLab in a real browser: the quickstart, and a run of 20,000 reports; see `nbs_tests/test_browser.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from fulltune_nb import tiny
+from nbs_tests.jupyterlab import write_notebook
+from nbs_tests.panels.kernels import SETUP
+from nbs_tests.test_browser import CODE, PANEL, WAITING, browser, button, folder, lab, server, wait_for_text  # noqa: F401  fixtures among them
+
+pytestmark = pytest.mark.long
+
+# Steps that compute nothing, so that thousands come in seconds; loop, journal, evaluations and panel are the real ones.
+QUICK_STEPS = """
+trainer = make_trainer(iters=20_000, steps_per_eval=100, val_batches=1)
+def step():
+    trainer.step_count += 1
+    loss = 3 / (1 + trainer.step_count / 500) + 0.1 * float(np.sin(trainer.step_count * 7))
+    made = ft.StepReport(trainer.step_count, trainer.step_count / 5, loss, 100, 1e-3, 1.0, 0.001, 1e5, 52_000_000, 40_000_000, 9_000_000)
+    trainer.journal.record(made)
+    if trainer.step_count % 50 == 0:
+        trainer.journal.event(trainer.step_count, "note", "a line of the log, as long as such lines are " * 5)
+    return made
+trainer.step = step
+panel = TrainPanel(trainer)
+panel
+"""
+
+
+def test_run_all_of_the_quickstart(lab, folder, tmp_path):  # noqa: F811
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, rows in tiny.text_to_sql(train=12, valid=8, test=8).items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    notebook = nbformat.read(Path(__file__).parents[2] / "notebooks/00_quickstart.ipynb", as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += f"\ndata, out, iters, batch_size, questions, max_tokens = {str(data)!r}, {str(tmp_path / 'out')!r}, 4, 4, 4, 8"
+    nbformat.write(notebook, folder / "00.ipynb")
+    lab.open("00.ipynb")
+    lab.run_all(seconds=180)
+    for kind in ("error", "stderr"):
+        assert lab.page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").count() == 0
+    places = {cell.id: number for number, cell in enumerate(notebook.cells)}
+    for cell in ("plot-loss", "plot-memory"):
+        lab.run_cell(places[cell])  # only what is near the window is on the page
+        lab.wait_until_idle()
+        lab.output(places[cell]).locator("img").wait_for(timeout=20_000)
+    assert json.loads((tmp_path / "out/result.json").read_text("utf-8"))["config"]["iters"] == 4
+    lab.command("kernelmenu:shutdown")
+
+
+def test_twenty_thousand_reports_leave_the_panel_responsive_and_the_file_small(lab, folder):  # noqa: F811
+    path = folder / "long.ipynb"
+    write_notebook(path, [SETUP, "0", QUICK_STEPS, "0", "0"])
+    lab.open(path.name)
+    lab.run_all()
+    button(lab, "Run").click()
+    wait_for_text(lab, r"step 1[5-8],\d+ of", seconds=240)
+    started = time.monotonic()
+    button(lab, "Pause").click()
+    wait_for_text(lab, "paused")
+    assert time.monotonic() - started < 2, "so late in a run, the pause button answers slowly"
+    assert 15_000 < int(lab.result(CODE, "print(trainer.step_count)")) < 20_000
+    lab.result(WAITING, "panel.start(); await panel.wait()", seconds=240)
+    wait_for_text(lab, "done")
+    assert int(lab.result(CODE, "print(len(trainer.history.steps))")) == 20_000
+    started = time.monotonic()
+    button(lab, "Evaluate").click()
+    lab.output(PANEL).get_by_text(re.compile("valid loss")).first.wait_for(timeout=10_000)
+    assert time.monotonic() - started < 5
+    lab.page.wait_for_timeout(1500)
+    lab.save()
+    lab.page.wait_for_timeout(1000)
+    assert path.stat().st_size < 2_000_000
+    saved = nbformat.read(path, as_version=4)
+    assert any("image/png" in output.get("data", {}) for output in saved.cells[WAITING].outputs)
+    print(f"the notebook's file: {path.stat().st_size:,} bytes")
+    lab.command("kernelmenu:shutdown")

@@ -1,0 +1,228 @@
+"""A full disk, or one that cannot be written to, at each write: a clear error, the checkpoint before whole, no litter."""
+
+import errno
+import gc
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+
+import fulltune_nb as ft
+from fulltune_nb.errors import CheckpointError, FulltuneError, ModelError
+from fulltune_nb.files import ChecksumWriter
+from fulltune_nb.model_file import export_folder, save_model_file
+from fulltune_nb.training.checkpoint import list_checkpoints, read_state
+from nbs_tests.training.conftest import make_rows
+from nbs_tests.training.test_resuming import MASKED
+
+CALLS = [(os, name) for name in ("fsync", "replace", "rename", "mkdir", "chmod", "write")]
+CALLS += [(tempfile, "mkstemp"), (ChecksumWriter, "write")]
+
+
+@pytest.fixture
+def fail_at(monkeypatch):
+    """`fail_at(n, number)`: from now on the n-th call that writes anything fails; returns a list that then holds its name."""
+
+    def arm(n, number):
+        count, failed = [0], []
+
+        def failing(function, name):
+            def call(*arguments, **options):
+                count[0] += 1
+                if count[0] == n:
+                    failed.append(name)
+                    raise OSError(number, os.strerror(number))
+                return function(*arguments, **options)
+
+            return call
+
+        monkeypatch.undo()
+        for place, name in CALLS:
+            monkeypatch.setattr(place, name, failing(getattr(place, name), name))
+        return failed
+
+    return arm
+
+
+def litter(folder):
+    return [path.name for path in folder.rglob(".*")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("number", "again"), [(errno.ENOSPC, False), (errno.EROFS, True)], ids=["disk full, new checkpoint", "read-only, the same step again"]
+)
+def test_whatever_write_of_a_checkpoint_fails_the_one_before_is_whole(make_trainer, tmp_path, fail_at, monkeypatch, number, again):
+    run = tmp_path / "run"
+    trainer = make_trainer(run_dir=run, keep=100)
+    trainer.run(2)
+    trainer.save()
+    if not again:
+        trainer.step()
+    failures = set()
+    for n in range(1, 1000):
+        before = [path.name for path in list_checkpoints(run / "checkpoints")]
+        failed = fail_at(n, number)
+        try:
+            trainer.save()
+        except CheckpointError as error:
+            assert os.strerror(number) in str(error) and "checkpoint" in str(error)
+        finally:
+            monkeypatch.undo()
+        if not failed:
+            break
+        failures.add(failed[0])
+        after = [path.name for path in list_checkpoints(run / "checkpoints")]
+        assert set(before) <= set(after) and not litter(run), failed
+        for folder in list_checkpoints(run / "checkpoints"):
+            read_state(folder)
+        for new in set(after) - set(before):  # its last flush failed: it is whole, but may not outlast a power cut
+            shutil.rmtree(run / "checkpoints" / new)
+    assert n > 20 and {"fsync", "replace", "mkdir", "mkstemp", "write"} <= failures
+
+
+@pytest.mark.parametrize("name", ["best", "metrics", "result", "model file", "export", "new run", "snapshot"])
+def test_whatever_other_write_fails_is_an_error_that_names_the_file(make_trainer, make_lm, make_data, tmp_path, fail_at, monkeypatch, name):
+    run = tmp_path / "run"
+    trainer = make_trainer(run_dir=run, iters=2)
+    trainer.run()
+    counter = iter(range(10_000))
+    works = {
+        "best": lambda: trainer.journal.directory.save_best(trainer.lm),
+        "metrics": lambda: trainer.evaluate("valid"),
+        "result": lambda: trainer._upkeep.evaluated(),
+        "model file": lambda: save_model_file(tmp_path / "model.npz", trainer.lm),
+        "export": lambda: export_folder(trainer.lm, tmp_path / "out", {}),
+        "new run": lambda: ft.Trainer(make_lm(), trainer.data, trainer.config, tmp_path / f"new{next(counter)}"),
+        "snapshot": lambda: trainer.snapshot(tmp_path / f"snapshot{next(counter)}"),
+    }
+    works[name]()
+    stride = 5 if name in ("best", "export", "snapshot") else 1  # many writes, all of them a checkpoint's too, tested above
+    for n in range(1, 1000, stride):
+        failed = fail_at(n, errno.ENOSPC)
+        try:
+            works[name]()
+        except FulltuneError as error:
+            assert "No space left" in str(error) and str(tmp_path) in str(error)
+        else:
+            assert not failed or failed[0] in ("rename", "mkdir"), failed  # the export goes under another name; the folder is there
+        finally:
+            monkeypatch.undo()
+        if name == "new run":
+            gc.collect()
+        assert not litter(tmp_path), failed
+        if not failed:
+            break
+    assert n > 1
+
+
+@pytest.mark.parametrize("limit", [1_000, 100_000, 300_000])
+def test_a_limit_on_the_size_of_files_stops_the_run_with_an_error_and_it_goes_on_later(make_trainer, make_data, tmp_path, limit):
+    straight, trainer = make_trainer(), make_trainer(run_dir=tmp_path / "run", save_every=2)
+    straight.run()
+    trainer.run(2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(CheckpointError, match="File too large|Unable to write|No space"):
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not litter(tmp_path / "run")
+    resumed = ft.Trainer.resume(tmp_path / "run", data=make_data(10, **MASKED))
+    assert resumed.step_count == 2
+    resumed.run()
+    assert [r.loss for r in resumed.history.steps] == [r.loss for r in straight.history.steps]
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk_stops_the_run_or_not_as_configured(make_trainer, tmp_path, monkeypatch, policy):
+    trainer = make_trainer(run_dir=tmp_path / "run", save_every=2, on_save_error=policy, steps_per_eval=2)
+    trainer.run(2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match="No space left"):
+            trainer.run()
+        assert trainer.step_count == 4
+    else:
+        trainer.run(3)
+        assert trainer.step_count == 5
+        failed = [event for event in trainer.history.events if event.kind == "save_failed"]
+        assert failed and "No space left" in failed[0].message and "Earlier checkpoints are untouched" in failed[0].message
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000000", "step-000002"]
+    monkeypatch.undo()
+    trainer.run()
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000008"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_metrics_that_cannot_be_written_are_told_and_written_later(make_trainer, tmp_path, policy):
+    trainer = make_trainer(run_dir=tmp_path / "run", on_save_error=policy)
+    trainer.run(2)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.rename(tmp_path / "kept")
+    path.symlink_to("/dev/full")
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl could not be written: .*No space left"):
+            trainer.run(2)
+        assert trainer.step_count == 3
+    else:
+        trainer.run(2)
+        told = [event for event in trainer.history.events if event.kind == "save_failed"]
+        assert len(told) == 1 and "metrics.jsonl" in told[0].message
+    path.unlink()
+    (tmp_path / "kept").rename(path)
+    trainer.run(1)
+    written = sum(report.kind_of_report != "event" for report in trainer.history)
+    assert len(path.read_text().splitlines()) == written
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(run_dir=tmp_path / "run")
+    trainer.run(1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(CheckpointError, match=r"a checkpoint needs [\d,]+ bytes, .* has 1,000 free"):
+        trainer.save()
+    assert not litter(tmp_path / "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_directory(make_trainer, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run")
+    trainer.run(1)
+    (tmp_path / "run" / "checkpoints").chmod(0o500)
+    try:
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            trainer.save()
+    finally:
+        (tmp_path / "run" / "checkpoints").chmod(0o700)
+
+
+def test_a_small_disk_that_fills_up(make_lm, tokenizer, tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=19m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be made here")
+    try:
+        config = ft.TrainConfig(iters=40, batch_size=2, save_every=1, keep=40)
+        trainer = ft.Trainer(make_lm(), ft.load_data({"train": make_rows(6)}, tokenizer), config, place / "run")
+        with pytest.raises(CheckpointError, match="No space left"):
+            trainer.run()
+        whole = list_checkpoints(place / "run" / "checkpoints")
+        assert whole and not litter(place)
+        assert read_state(whole[-1])["step"] == len(whole) - 1
+        with pytest.raises((ModelError, CheckpointError)):
+            (place / "filler").write_bytes(b"") or trainer.save()
+    finally:
+        del trainer
+        gc.collect()
+        subprocess.run(["umount", "-l", str(place)], capture_output=True)

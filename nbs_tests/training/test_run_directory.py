@@ -1,0 +1,154 @@
+"""The folder of a run: its lock, its files, its result."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import fulltune_nb as ft
+from fulltune_nb.errors import CheckpointError, ModelError
+from fulltune_nb.training.run_lock import LOCK_FILE, RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fulltune_nb.training.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Another process that holds the lock of `tmp_path`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_directory_that_another_process_has_is_refused_until_it_ends(tmp_path, other_process):
+    with pytest.raises(CheckpointError, match=rf"in use by process {other_process.pid} on .*shut its kernel down"):
+        RunLock(tmp_path)
+    other_process.kill()
+    other_process.wait()
+    lock = RunLock(tmp_path)
+    assert f"taken over from process {other_process.pid}" in lock.note and "without letting go" in lock.note
+    lock.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_file_locks_the_process_named_in_the_file_counts(tmp_path, other_process, monkeypatch):
+    import fcntl
+
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(CheckpointError, match=r"in use by process .*remove .*run\.lock"):
+        RunLock(tmp_path)
+    other_process.kill()
+    other_process.wait()
+    assert "taken over" in RunLock(tmp_path).note
+
+
+def test_a_lock_file_with_nonsense_in_it_locks_nobody_out(tmp_path):
+    for content in (b"", b"\xff\x00", b"[" * 5000, b'{"process": "x"}'):
+        (tmp_path / LOCK_FILE).write_bytes(content)
+        RunLock(tmp_path).release()
+
+
+def test_the_lock_ends_with_its_trainer(make_trainer, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run")
+    assert (tmp_path / "run" / LOCK_FILE).exists()
+    del trainer
+    gc.collect()
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_a_trainer_that_takes_the_run_up_again_shuts_the_one_before_out(make_trainer, make_data, tmp_path):
+    first = make_trainer(run_dir=tmp_path / "run")
+    first.run(2)
+    first.save()
+    second = ft.Trainer.resume(tmp_path / "run", data=make_data(10, mask_prompt=True))
+    for write in (first.save, first.step, first.run):
+        with pytest.raises(CheckpointError, match="taken up by a later trainer"):
+            write()
+    del first
+    gc.collect()
+    second.run(1)
+    assert (tmp_path / "run" / LOCK_FILE).exists() and second.step_count == 3
+
+
+def test_the_files_of_a_run(make_trainer, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run", iters=3, save_every=2)
+    trainer.run()
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["best", "checkpoints", "config.yaml", "metrics.jsonl", "result.json", LOCK_FILE]
+    trainer.journal.event(3, "note", "looked at")
+    assert json.loads((tmp_path / "run" / "events.jsonl").read_text())["message"] == "looked at"
+    assert ft.TrainConfig.from_yaml(tmp_path / "run" / "config.yaml") == trainer.config
+
+
+def test_what_was_reported_before_the_directory_was_there_stands_in_it_too(make_lm, make_data, tmp_path):
+    import mlx.core as mx
+
+    lm = make_lm()
+    lm.model.set_dtype(mx.bfloat16)
+    trainer = ft.Trainer(lm, make_data(), ft.TrainConfig(iters=1, weights="float32"), tmp_path / "run")
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == [event.kind for event in trainer.history.events] != []
+
+
+def test_the_result_is_written_at_the_end_and_again_after_a_test(make_trainer, tmp_path):
+    trainer, path = make_trainer(run_dir=tmp_path / "run", steps_per_eval=2, iters=6), tmp_path / "run" / "result.json"
+    trainer.run(4)
+    assert not path.exists()
+    trainer.run()
+    result = json.loads(path.read_text())
+    losses = [report.loss for report in trainer.history.evals]
+    assert (result["steps"], result["test"], result["stopped_early"]) == (6, None, False)
+    assert result["valid_last"]["loss"] == losses[-1] and result["valid_best"]["loss"] == min(losses)
+    assert result["tokens"] == sum(report.tokens for report in trainer.history.steps)
+    assert result["config"] == trainer.config.to_dict() and result["data"]["fingerprint"] == trainer.data.fingerprint
+    assert result["versions"]["mlx"] and result["versions"]["fulltune_nb"]
+    report = trainer.evaluate("test")
+    test = json.loads(path.read_text())["test"]
+    assert test == {"step": 6, "loss": report.loss, "perplexity": report.perplexity, "tokens": report.tokens}
+
+
+def test_what_killed_writes_left_is_cleaned_up_at_the_next_start(make_trainer, make_data, tmp_path):
+    run = tmp_path / "run"
+    make_trainer(run_dir=run, save_every=2).run(4)
+    gc.collect()
+    shutil.copytree(run / "checkpoints" / "step-000004", run / "checkpoints" / ".step-000006-0a1b2c3d")
+    os.rename(run / "checkpoints" / "step-000004", run / "checkpoints" / ".step-000004-0a1b2c3d-old")
+    (run / ".best-0a1b2c3d").mkdir()
+    (run / ".metrics-0a1b2c3d.jsonl").write_text("{")
+    (run / "my notes.txt").write_text("mine")
+    trainer = ft.Trainer.resume(run, data=make_data(10, mask_prompt=True))
+    assert trainer.step_count == 4
+    told = " ".join(event.message for event in trainer.history.events)
+    assert "brought back" in told and "removed .metrics-0a1b2c3d.jsonl" in told
+    assert not [path for path in run.rglob(".*")] and (run / "my notes.txt").exists()
+
+
+def test_the_source_models_folder_is_never_written_to(make_lm, make_data, tmp_path):
+    lm = ft.load_model(make_lm().save(tmp_path / "base"))
+    before = sorted(path.name for path in (tmp_path / "base").iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    for place in (tmp_path / "base", tmp_path / "base" / "run", tmp_path / "link" / "run"):
+        with pytest.raises(CheckpointError, match="source model's folder"):
+            ft.Trainer(lm, make_data(), ft.TrainConfig(), place)
+        with pytest.raises(ModelError):
+            lm.save(place)
+    trainer = ft.Trainer(lm, make_data(), ft.TrainConfig(iters=1), tmp_path / "base-run")
+    with pytest.raises(ModelError, match="source model's folder"):
+        trainer.snapshot(tmp_path / "base" / "snapshot")
+    assert sorted(path.name for path in (tmp_path / "base").iterdir()) == before
