@@ -103,7 +103,7 @@ def plot_runs(runs: Mapping[str, Iterable[Any]], ax: Axes | None = None) -> Axes
     """
     curves = [(name, *_curve_of_run(history)) for name, history in runs.items()]
     curves = [curve for curve in curves if len(curve[1])]
-    with _drawing(ax) as ax:
+    with drawing(ax) as ax:
         for number, (name, x, loss) in enumerate(curves[:_CURVES]):
             look = {"color": _RUN_COLOURS[number % len(_RUN_COLOURS)], "marker": "osD^v"[number % 5], "linestyle": _DASHES[number % 3]}
             ax.plot(x, loss, label=_plain(name), linewidth=1.5, markersize=4, markevery=max(1, len(x) // 12), **look)

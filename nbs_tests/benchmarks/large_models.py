@@ -18,12 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-import fulltune_nb as ft
 import mlx.core as mx
-from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
 from mlx.utils import tree_flatten, tree_map
 from transformers import AutoTokenizer
+
+import fulltune_nb as ft
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import read_config
 
 SHAPES = {
     "llama-1b": dict(
