@@ -41,7 +41,8 @@ def main() -> int:
         pages = work / "docs"
         copy_pages(pages, executed)
         write_config(work / "mkdocs.yml", pages)
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(work / "mkdocs.yml")]
+        # Not --quiet: what it does not print, --strict does not count.
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(work / "mkdocs.yml")]
         os.environ["NO_MKDOCS_2_WARNING"] = "1"  # about the theme's future, not about these pages
         return subprocess.run([*command, "-d", str(arguments.site.resolve())], check=False).returncode
 

@@ -159,7 +159,7 @@ class LanguageModel:
 
         Args:
             messages: dicts such as `{"role": "user", "content": "Hello"}`; the last one is usually the user's.
-            max_tokens, temperature, top_p, top_k, min_p, stop, seed: as in `generate`.
+            max_tokens: this and the other settings are those of `generate`.
             tools: what the template may offer the model, as `transformers` takes it.
 
         Raises:

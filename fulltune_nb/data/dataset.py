@@ -162,8 +162,10 @@ def load_data(
             the rows need one; `.notes` says so.
         mask_prompt: train on assistant turns and completions only. Default False.
         max_seq_length: tokens kept of a row. Default 2048. What is cut is counted.
-        prompt_feature, completion_feature, text_feature, chat_feature: the keys' names in the rows. Defaults "prompt",
-            "completion", "text", "messages".
+        prompt_feature: key of the prompt in the rows. Default "prompt".
+        completion_feature: key of the completion. Default "completion".
+        text_feature: key of the text. Default "text".
+        chat_feature: key of the messages. Default "messages".
         config: an object with fields of these names, such as a `TrainConfig`, to take them from.
 
     Raises:

@@ -82,6 +82,9 @@ class Run:
         after = result.get("after")
         after = after if isinstance(after, Mapping) else {}
         candidates = [(split, result.get(f"{split}_loss")) for split in ("test", "valid", "train")]
+        for split, key in (("test", "test"), ("valid", "valid_last")):  # as the trainer itself writes them
+            own = result.get(key)
+            candidates.append((split, own.get("loss") if isinstance(own, Mapping) else None))
         candidates.append((str(after.get("split") or result.get("split") or "held-out"), after.get("loss")))
         return next(((split, float(loss)) for split, loss in candidates if _is_number(loss)), None)
 

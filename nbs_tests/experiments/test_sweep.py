@@ -79,6 +79,23 @@ def test_the_table_is_sorted_by_loss_and_ends_with_failures_and_what_was_not_sta
     assert list(sweep.to_frame()["loss"])[:2] == [1.0, 2.0] and "failed: x=0: bad" in sweep.text()
 
 
+@pytest.mark.parametrize(
+    "result, loss",
+    [
+        ({"test": {"loss": 2.0}, "valid_last": {"loss": 1.0}}, ("test", 2.0)),  # as the trainer writes them
+        ({"test": None, "valid_last": {"loss": 1.0}}, ("valid", 1.0)),
+        ({"test_loss": 3.0, "test": {"loss": 2.0}}, ("test", 3.0)),
+        ({"after": {"loss": 4.0, "split": "train"}}, ("train", 4.0)),
+        ({"after": 3, "test": "x"}, None),
+    ],
+)
+def test_runs_are_compared_by_the_test_loss_wherever_the_result_has_it(tmp_path, result, loss):
+    run = Run({}, tmp_path, "", attempt=1)
+    run.run_dir.mkdir(parents=True)
+    (run.run_dir / "result.json").write_text(json.dumps(result))
+    assert run.loss() == loss
+
+
 @pytest.mark.long
 def test_a_cell_that_exits_or_a_process_that_is_killed_is_a_failure_that_stops_nobody(tmp_path, monkeypatch):
     code = "import os, signal\n" + "if x == 1: raise SystemExit(0)\n" + "if x == 2: os.kill(os.getpid(), signal.SIGKILL)"
