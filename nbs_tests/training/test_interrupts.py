@@ -159,7 +159,7 @@ def test_the_command_saves_the_model_file_too_at_sigterm(make_lm, tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(10)))
     command = [sys.executable, "-m", "fulltune_nb.full", "--train", "--model", str(base), "--data", "data", "--iters", "1000000"]
     command += ["--run-dir", "run", "--steps-per-report", "1"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FULLTUNE_PROGRESS": "plain"}
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         seen = ""
         while "step 3/" not in seen and process.poll() is None:
