@@ -63,6 +63,8 @@ class Options:
     """Folder for checkpoints and metrics. Left out: the weights alone are saved, to the model file, every save_every steps."""
     resume: bool = False
     """Go on with the run in run_dir exactly where it stopped, with its settings and model, and its data unless data is given."""
+    force: bool = False
+    """Train even where the memory that is predicted is more than there is."""
 
     def __post_init__(self):
         for name in field_names(Options):
@@ -193,13 +195,11 @@ def check_places(settings: Settings, lm: LanguageModel) -> None:
 
 
 def show_memory(lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
-    """The memory that training is predicted to need, and what to change where that is too much."""
+    """The memory that training is predicted to need; too much of it is refused by the trainer, unless forced, with what to change."""
     from fulltune_nb.training.memory import preflight
 
     plan = preflight(lm, data, config)
     print(f"Memory: about {human_bytes(plan.peak)} at the peak, of {human_bytes(plan.limit)}.")
-    if not plan.fits:
-        print("\n  ".join(["This may be more than there is. What would help:", *plan.advice]))
 
 
 def make_trainer(settings: Settings) -> Trainer:
@@ -211,7 +211,7 @@ def make_trainer(settings: Settings) -> Trainer:
         lm, data = load(settings)
         check_places(settings, lm)
         show_memory(lm, data, settings.config)
-        return Trainer(lm, data, settings.config, options.run_dir)
+        return Trainer(lm, data, settings.config, options.run_dir, options.force)
     trainer = Trainer.resume(options.run_dir, data=options.data if "data" in settings.given else None)
     check_places(settings, trainer.lm)
     print(f"Model: {trainer.lm!r}")

@@ -84,7 +84,8 @@ def test_everything_the_package_imports_is_declared():
     declared = {Requirement(line).name.lower().replace("-", "_") for line in PROJECT["dependencies"]}
     optional = {"pandas", "datasets", "tensorboard", "trackio", "wandb"}  # asked for with a message that names it
     aliases = {"yaml": "pyyaml", "PIL": "pillow"}
-    aliases |= {"IPython": "ipykernel", "traitlets": "ipykernel", "nbformat": "nbconvert", "tokenizers": "transformers", "nbclient": "papermill"}
+    aliases |= {"IPython": "ipykernel", "traitlets": "ipykernel", "nbformat": "nbconvert", "tokenizers": "transformers"}
+    aliases |= {"nbclient": "papermill"}
     imported = set()
     for path in (ROOT / "fulltune_nb").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -212,11 +212,13 @@ def test_the_model_file_and_the_data_are_enough_to_test(trained, data, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == output.splitlines()[-1]
 
 
-def test_the_memory_it_will_take_is_announced_with_advice_where_it_is_too_much(trained, base, data, here, capsys, monkeypatch):
+def test_the_memory_it_will_take_is_announced_and_too_much_is_refused_unless_forced(trained, base, data, here, capsys, monkeypatch):
     assert re.search(r"^Memory: about [\d.]+ [KMG]?B at the peak, of [\d.]+ GB\.$", trained[1], re.M)
     monkeypatch.setattr("fulltune_nb.training.memory.machine_limit", lambda: 1000)
-    assert main(["--model", str(base), "--data", str(data), "--train", *QUICK, "--iters", "0", "--no-export"]) == 0
-    assert "What would help:\n  " in capsys.readouterr().out
+    flags = ["--model", str(base), "--data", str(data), "--train", *QUICK, "--iters", "0", "--no-export"]
+    assert main(flags) == 1
+    assert "What would make it fit" in capsys.readouterr().err
+    assert main([*flags, "--force"]) == 0
 
 
 def test_progress_comes_in_plain_lines_where_no_terminal_is(trained):

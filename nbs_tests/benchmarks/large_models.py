@@ -99,9 +99,9 @@ def draw(shape: tuple[int, int]) -> mx.array:
 
 
 def fingerprints(lm: ft.LanguageModel) -> dict[str, int]:
-    """A number for each matrix, from every 64th row, that nearly any change changes."""
+    """A number for each matrix, from its first 2,048 rows (the ids of all tokens seen), that nearly any change changes."""
     matrices = [(name, array) for name, array in tree_flatten(lm.model.parameters()) if array.ndim > 1]
-    return {name: sum(mx.view(row, mx.uint16).astype(mx.uint32).sum().item() for row in array[::64]) for name, array in matrices}
+    return {name: mx.view(array[:2048], mx.uint16).astype(mx.uint32).sum().item() for name, array in matrices}
 
 
 def peak_rss() -> int:
