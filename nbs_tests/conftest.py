@@ -1,6 +1,8 @@
 """Fixtures for all tests. Runs before any test module is imported."""
 
 import fulltune_nb  # noqa: F401, I001  first of all: it gives MLX its BLAS, which is too late once a test has imported mlx
+import os
+
 import pytest
 
 CHATML = (
@@ -15,6 +17,15 @@ select name from cities where population > 1000; select count(*) from trains whe
 user assistant system model tool What is the answer? The answer is forty two. Hello! How are you today? I am fine, thank you.
 naïve café, größer, Übung, 東京 and 日本, numbers 0 1 2 3 4 5 6 7 8 9, brackets [INST] [/INST] <<SYS>> <</SYS>> {"name": "add"}
 """
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the tests marked `ci` to CI, so that the command stays below ten minutes; pytest says how many it deselected."""
+    if os.environ.get("CI"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("ci")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("ci")]
 
 
 @pytest.fixture(scope="session")

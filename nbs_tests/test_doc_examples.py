@@ -80,7 +80,7 @@ def workplace(tmp_path, monkeypatch):
     return {"ft": ft, "lm": lm, "config": config, "data": ft.load_data("data", lm.tokenizer, config=config)}
 
 
-@pytest.mark.long
+@pytest.mark.ci
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run_in_their_order(page, workplace):
     if page.name == "guide.md":

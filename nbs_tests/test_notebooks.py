@@ -91,7 +91,7 @@ def test_the_quickstart_runs_and_tells_its_story(tmp_path):
     assert "step 6/6: done" in text_of(notebook, "train-run")
     assert not [output for cell in code_cells(notebook) for output in cell.outputs if output.get("name") == "stderr"]
     lm = ft.load_model(results["exported"])
-    assert lm.dtype == "float32" and Path(results["run_dir"], "checkpoints").is_dir()
+    assert lm.dtype == "bfloat16" and Path(results["run_dir"], "checkpoints").is_dir()
 
 
 SMALL = {"iters": 4, "rows": 60, "questions": 6, "max_tokens": 8, "batch_size": 4}

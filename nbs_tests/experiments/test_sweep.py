@@ -39,7 +39,7 @@ def notebook_of(path: Path, *sources: str, parameters: str = 'x: int = 1\nname: 
     return path
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_of_twelve_runs_two_fail_by_design_and_only_these_are_repeated(tmp_path):
     notebook_of(tmp_path / "n.ipynb", WORK)
     grid = "grid: {x: [12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1]}"
@@ -96,7 +96,7 @@ def test_runs_are_compared_by_the_test_loss_wherever_the_result_has_it(tmp_path,
     assert run.loss() == loss
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_a_cell_that_exits_or_a_process_that_is_killed_is_a_failure_that_stops_nobody(tmp_path, monkeypatch):
     code = "import os, signal\n" + "if x == 1: raise SystemExit(0)\n" + "if x == 2: os.kill(os.getpid(), signal.SIGKILL)"
     notebook = notebook_of(tmp_path / "n.ipynb", "import sys\nif x == 1: exit()", code, "y = 1")
@@ -106,7 +106,7 @@ def test_a_cell_that_exits_or_a_process_that_is_killed_is_a_failure_that_stops_n
     assert "kernel died" in reasons[2] and reasons[1]
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_stop_on_failure_starts_no_further_run(tmp_path, capsys):
     notebook = notebook_of(tmp_path / "n.ipynb", "1 / 0")
     sweep = ft.sweep(notebook, [{"x": 1}, {"x": 2}, {"x": 3}], tmp_path / "out", stop_on_failure=True)
@@ -116,7 +116,7 @@ def test_stop_on_failure_starts_no_further_run(tmp_path, capsys):
     assert not list((tmp_path / "out").glob("x=2*/*"))
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_an_interrupt_ends_what_is_running_and_the_next_call_begins_it_anew(tmp_path):
     code = "import pathlib, time\npathlib.Path(run_dir + '.started').touch()\ntime.sleep(60 if x else 0)"
     notebook = notebook_of(tmp_path / "n.ipynb", code)
@@ -225,7 +225,7 @@ def test_the_functions_name_stays_the_functions_when_the_command_is_imported():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).returncode == 0
 
 
-@pytest.mark.long
+@pytest.mark.ci
 def test_the_experiment_notebook_in_a_sweep_of_the_real_thing(tmp_path):
     grid = [{"iters": 3, "val_batches": 1, "learning_rate": 1e-3}, {"iters": 3, "val_batches": 1, "learning_rate": "fast"}]
     sweep = ft.sweep("10_experiment.ipynb", grid, tmp_path / "out", jobs=2)

@@ -53,7 +53,9 @@ def litter(folder):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("number", "again"), [(errno.ENOSPC, False), (errno.EROFS, True)], ids=["disk full, new checkpoint", "read-only, the same step again"]
+    ("number", "again"),
+    [(errno.ENOSPC, False), pytest.param(errno.EROFS, True, marks=pytest.mark.ci)],
+    ids=["disk full, new checkpoint", "read-only, the same step again"],
 )
 def test_whatever_write_of_a_checkpoint_fails_the_one_before_is_whole(make_trainer, tmp_path, fail_at, monkeypatch, number, again):
     run = tmp_path / "run"

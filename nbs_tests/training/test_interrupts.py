@@ -178,14 +178,14 @@ def run_script(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2], env=environment)
 
 
-@pytest.mark.long
+@pytest.mark.ci
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="the script forks, which Metal does not bear")
 def test_a_run_killed_at_random_instants_goes_on_bit_for_bit():
     done = run_script("killed_runs", "--kills", "5", "--seed", "1")
     assert done.returncode == 0 and "5 of 5 kills survived" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.long
+@pytest.mark.ci
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="the script forks, which Metal does not bear")
 def test_a_run_interrupted_at_random_instants_is_always_that_of_a_whole_step():
     done = run_script("interrupted_runs", "--interrupts", "2", "--seed", "1")

@@ -8,7 +8,7 @@ from nbs_tests.benchmarks.many_lengths import ALLOWED_GROWTH, ALLOWED_SHAPES, me
 SETTINGS = [{}, {"packing": True, "batch_size": 2}, {"memory": "lean"}]
 
 
-@pytest.mark.long
+@pytest.mark.ci
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(settings) or "plain")
 def test_memory_stays_flat_and_shapes_few_over_many_lengths(settings):
     result = measure(300, range(4, 404, 8), of_a_shape=np.median, **settings)
