@@ -21,6 +21,7 @@ QUICK_STEPS = """
 trainer = make_trainer(iters=20_000, steps_per_eval=100, val_batches=1)
 def step():
     trainer.step_count += 1
+    trainer.optimizers.step += 1
     loss = 3 / (1 + trainer.step_count / 500) + 0.1 * float(np.sin(trainer.step_count * 7))
     made = ft.StepReport(trainer.step_count, trainer.step_count / 5, loss, 100, 1e-3, 1.0, 0.001, 1e5, 52_000_000, 40_000_000, 9_000_000)
     trainer.journal.record(made)
