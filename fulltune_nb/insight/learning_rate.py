@@ -137,7 +137,8 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     Args:
         trainer: at any step; before the first one is the usual place.
         steps: at most; the test ends when the loss runs away.
-        lowest, highest: the rates of the first and the last step.
+        lowest: the rate of the first step.
+        highest: the rate of the last step.
 
     Raises:
         ConfigError: a number out of range.
