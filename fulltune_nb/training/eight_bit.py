@@ -14,6 +14,8 @@ Arithmetic is float32; only what is kept is rounded, to the nearest code.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -69,45 +71,27 @@ class EightBit:
         return p, new
 
 
-class SignedCode:
-    """Of a first moment."""
+@dataclass(frozen=True)
+class BlockCode:
+    """Codes of 8 bits with a scale for each block, which is the largest size in it."""
 
-    @staticmethod
-    def decode(codes: mx.array, scales: mx.array) -> mx.array:
+    largest: Callable[[mx.array], mx.array]
+    """(blocks, block) float32 -> (blocks,)"""
+    to_codes: Callable[[mx.array], mx.array]
+    """Values over their block's scale, float32 -> uint8."""
+    from_codes: Callable[[mx.array], mx.array]
+    """uint8 -> values over their block's scale, float32."""
+
+    def decode(self, codes: mx.array, scales: mx.array) -> mx.array:
         """(..., C) uint8, (..., C / block) -> (..., C) float32."""
-        return _scaled(_signed_square(codes), scales)
+        return (self.from_codes(codes).reshape(scales.size, -1) * scales.reshape(-1, 1)).reshape(codes.shape)
 
-    @staticmethod
-    def encode(x: mx.array, scales: Shape) -> tuple[mx.array, mx.array]:
+    def encode(self, x: mx.array, scales: Shape) -> tuple[mx.array, mx.array]:
         """(..., C) float32 -> (..., C) uint8 and their scales (..., C / block)."""
         blocks = x.reshape(math.prod(scales), -1)  # (blocks, block)
-        largest = mx.maximum(mx.max(blocks, axis=-1), -mx.min(blocks, axis=-1))
-        codes = _signed_codes(blocks * _inverse(largest)[:, None])
+        largest = self.largest(blocks)
+        codes = self.to_codes(blocks * _inverse(largest)[:, None])
         return codes.reshape(x.shape), largest.reshape(scales)
-
-
-class RootCode:
-    """Of a second moment."""
-
-    @staticmethod
-    def decode(codes: mx.array, scales: mx.array) -> mx.array:
-        """(..., C) uint8, (..., C / block) -> (..., C) float32."""
-        return _scaled(_fourth_power(codes), scales)
-
-    @staticmethod
-    def encode(x: mx.array, scales: Shape) -> tuple[mx.array, mx.array]:
-        """(..., C) float32, none below 0 -> (..., C) uint8 and their scales (..., C / block)."""
-        blocks = x.reshape(math.prod(scales), -1)
-        largest = mx.max(blocks, axis=-1)
-        codes = _root_codes(blocks * _inverse(largest)[:, None])
-        return codes.reshape(x.shape), largest.reshape(scales)
-
-
-_CODES = {"m": SignedCode, "v": RootCode}
-
-
-def _scaled(x: mx.array, scales: mx.array) -> mx.array:
-    return (x.reshape(scales.size, -1) * scales.reshape(-1, 1)).reshape(x.shape)
 
 
 @_compiled
@@ -135,3 +119,10 @@ def _fourth_power(codes: mx.array) -> mx.array:
 @_compiled
 def _root_codes(x: mx.array) -> mx.array:
     return mx.maximum((255.0 * mx.sqrt(mx.sqrt(x)) + 0.5).astype(mx.uint8), 1)
+
+
+SIGNED_CODE = BlockCode(lambda blocks: mx.maximum(mx.max(blocks, axis=-1), -mx.min(blocks, axis=-1)), _signed_codes, _signed_square)
+"""Of a first moment."""
+ROOT_CODE = BlockCode(lambda blocks: mx.max(blocks, axis=-1), _root_codes, _fourth_power)
+"""Of a second moment: nothing is below 0."""
+_CODES = {"m": SIGNED_CODE, "v": ROOT_CODE}

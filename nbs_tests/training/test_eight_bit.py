@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fulltune_nb.training.eight_bit import EightBit, RootCode, SignedCode, block_size
+from fulltune_nb.training.eight_bit import ROOT_CODE, SIGNED_CODE, EightBit, block_size
 from fulltune_nb.training.optimizer_groups import make_rule
 from fulltune_nb.training.optimizer_settings import optimizer_settings
 
@@ -23,7 +23,7 @@ def again(code, x, block=256):
 
 def test_a_first_moment_is_kept_to_within_half_a_step_of_its_root():
     x = numbers()
-    found, scale = again(SignedCode, x)
+    found, scale = again(SIGNED_CODE, x)
     roots = np.sign(x) * np.sqrt(np.abs(x) / scale), np.sign(found) * np.sqrt(np.abs(found) / scale)
     assert np.abs(roots[0] - roots[1]).max() <= 0.5 / 127 + 1e-6
     assert np.array_equal(found == 0, np.sqrt(np.abs(x) / scale) < 0.5 / 127)
@@ -31,13 +31,13 @@ def test_a_first_moment_is_kept_to_within_half_a_step_of_its_root():
 
 def test_a_second_moment_is_kept_to_within_half_a_step_of_its_fourth_root_and_never_vanishes():
     x = numbers() ** 2
-    found, scale = again(RootCode, x)
+    found, scale = again(ROOT_CODE, x)
     expected = np.maximum((x / scale) ** 0.25, 1 / 255)
     assert np.abs((found / scale) ** 0.25 - expected).max() <= 0.5 / 255 + 1e-6
     assert found.min() > 0
 
 
-@pytest.mark.parametrize("code", [SignedCode, RootCode])
+@pytest.mark.parametrize("code", [SIGNED_CODE, ROOT_CODE])
 def test_the_largest_of_a_block_is_exact_and_encoding_twice_changes_nothing_more(code):
     x = np.abs(numbers())
     once, scale = again(code, x)
@@ -48,7 +48,7 @@ def test_the_largest_of_a_block_is_exact_and_encoding_twice_changes_nothing_more
     np.testing.assert_allclose(twice, once, rtol=1e-5)
 
 
-@pytest.mark.parametrize("code", [SignedCode, RootCode])
+@pytest.mark.parametrize("code", [SIGNED_CODE, ROOT_CODE])
 def test_zeros_and_numbers_near_the_end_of_float32_do_no_harm(code):
     for size in (0.0, 1e-45, 1e-39, 1e-30, 1e30, 3e38):
         x = np.full((2, 256), size, dtype=np.float32)
