@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 
 from fulltune_nb.data.dataset import DataSet
@@ -18,6 +17,7 @@ from fulltune_nb.data.hub import PREFIX
 from fulltune_nb.html import PALETTE, esc
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, History, StepReport
+from fulltune_nb.training.versions import package_versions
 
 CURVE = "training_loss.svg"
 _PACKAGES = ("fulltune_nb", "mlx", "transformers")
@@ -139,14 +139,8 @@ def _table(headers: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    """Versions of the packages that a run's numbers depend on most."""
+    return package_versions(_PACKAGES)
 
 
 def curve_svg(history: History, width: int = 640, height: int = 240) -> str:

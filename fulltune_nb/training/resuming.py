@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from fulltune_nb.training.checkpoint import newest_whole, read_optimizer, set_as
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import History
 from fulltune_nb.training.run_directory import CONFIG_FILE, RunDirectory
+from fulltune_nb.training.versions import package_versions
 
 if TYPE_CHECKING:
     from fulltune_nb.training.trainer import Trainer
@@ -38,13 +38,8 @@ _CHANGE_NO_WEIGHT = {
 
 def versions() -> dict[str, str]:
     """What a run's numbers depend on besides its settings: packages, Python, the kind of machine."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    return machine | package_versions(_PACKAGES)
 
 
 # ---------------------------------------------------------------- gathering and taking up
