@@ -25,6 +25,7 @@ from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.expert_gradients import ExpertWork, expert_gradients
 from fulltune_nb.training.piecewise import Arrays, vjp
+from fulltune_nb.training.selection import lowest_trained_block
 from fulltune_nb.training.vocabulary import HeadInput
 
 
@@ -103,7 +104,7 @@ class LayerwiseBackward:
         if self._norm_gradients:
             yield GradientPiece(self._norm_gradients)
         del self._norm_gradients
-        lowest = self._lowest_block()
+        lowest = lowest_trained_block(self._trained, len(self._model.layers))
         for i in reversed(range(lowest, len(self._model.layers))):
             yield from self._block_pieces(i, to_input=i > lowest or "embed_tokens.weight" in self._trained)
         bias = self._head_bias_gradient()  # computed from the head's old weight, handed out after the weight's own
@@ -174,13 +175,6 @@ class LayerwiseBackward:
             gradient = vocabulary.embedding_gradient(ids, stream.cotangent.reshape(ids.size, -1) * scale, rows)
             total = gradient if total is None else total + gradient
         return total
-
-    def _lowest_block(self) -> int:
-        """Blocks below it need no backward pass: nothing there is trained."""
-        if "embed_tokens.weight" in self._trained:
-            return 0
-        indices = [int(name.split(".")[1]) for name in self._trained if name.startswith("layers.")]
-        return min(indices, default=len(self._model.layers))
 
 
 def _forward(model: Decoder, batch: Batch, step_tokens: int) -> _Stream:

@@ -46,7 +46,7 @@ def cross_entropy_only(hidden: mx.array, head: Head, targets: mx.array, weights:
     """The same sum without gradients, for evaluation: one chunk's logits at a time."""
     total = mx.array(0.0)
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
-    for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
+    for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
         losses, _ = _token_losses(mx.depends([hidden[rows]], [total])[0], head, targets[rows])
         total = total + (losses * weights[rows]).sum()
     return total
@@ -58,7 +58,7 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
     hidden_gradients = []
     head_gradients: dict[str, mx.array] = {}
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
-    for rows in _chunks(hidden.shape[0], head["weight"].shape[0]):
+    for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
         part = mx.depends([hidden[rows]], [total, *hidden_gradients[-1:], *head_gradients.values()])[0]
         losses, probabilities = _token_losses(part, head, targets[rows])
@@ -86,6 +86,12 @@ def _token_losses(hidden: mx.array, head: Head, targets: mx.array) -> tuple[mx.a
     return log_sum - at_target, probabilities
 
 
-def _chunks(length: int, vocab_size: int) -> list[slice]:
-    size = max(32, CHUNK_ELEMENTS // vocab_size)
+def chunk_size(width: int) -> int:
+    """Positions of a chunk, when each has `width` logits."""
+    return max(32, CHUNK_ELEMENTS // width)
+
+
+def chunks(length: int, width: int) -> list[slice]:
+    """`length` positions with `width` logits each, in chunks of about `CHUNK_ELEMENTS` logits."""
+    size = chunk_size(width)
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]

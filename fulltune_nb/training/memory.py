@@ -44,7 +44,7 @@ class MemoryPlan:
     cache: int
     """Bytes of freed arrays that MLX may keep besides."""
     moment: str
-    """When: "loss", "last block", "first block" (of the backward pass) or "update"."""
+    """When: "loss", "last block", "first block" (of the backward pass) or "update"; layerwise: "loss", "block" or "vocabulary"."""
     workload: str
     """What was assumed, in words."""
     advice: tuple[str, ...] = field(default=())

@@ -25,7 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fulltune_nb.models.families import ModelConfig
-from fulltune_nb.training.loss import CHUNK_ELEMENTS
+from fulltune_nb.training.loss import chunk_size
+from fulltune_nb.training.selection import lowest_trained_block
 
 BYTES = 4  # activations and gradients are float32 on the CPU
 Shape = tuple[int, ...]
@@ -145,14 +146,7 @@ def activations_of_block(work: Workload) -> float:
 
 def _blocks(work: Workload) -> int:
     """Blocks that the backward pass goes through: down to the lowest one with a trained parameter, all for the embedding."""
-    lowest = work.model.num_layers
-    for name in work.trained:
-        first, _, rest = name.partition(".")
-        if first == "layers":
-            lowest = min(lowest, int(rest.split(".")[0]))
-        elif first == "embed_tokens":
-            lowest = 0
-    return work.model.num_layers - lowest
+    return work.model.num_layers - lowest_trained_block(work.trained, work.model.num_layers)
 
 
 def _width(model: ModelConfig) -> int:
@@ -182,7 +176,7 @@ def _made(work: Workload, counts: _Counts) -> float:
 def _logits(work: Workload, counts: _Counts) -> float:
     """Elements at the loss: a chunk of logits and what is computed from it, and the head's gradient being summed up."""
     vocab, positions = work.model.vocab_size, max(1, round(work.rows * work.tokens * work.trained_share))
-    rows = max(32, CHUNK_ELEMENTS // vocab)
+    rows = chunk_size(vocab)
     head = vocab * work.model.hidden_size
     chunks = -(-positions // rows)
     ahead = 1.0 - 0.4 ** (chunks - 1)  # the more chunks, the more are begun before the first is done

@@ -9,10 +9,10 @@ Three moments, each beside the weights and the optimizer state:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from fulltune_nb.training import vocabulary
+from fulltune_nb.training.loss import chunk_size
 from fulltune_nb.training.memory_model import BYTES, Shape, Workload, activations_of_block, count
 
 
@@ -27,9 +27,9 @@ def layerwise_moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
     inputs = (model.num_layers + 1) * positions * model.hidden_size
     trained = max(1, round(positions * work.trained_share))
     hidden = 3 * trained * model.hidden_size
-    rows = min(model.vocab_size, max(1, vocabulary.RANGE_ELEMENTS // model.hidden_size))
+    rows = vocabulary.ranges(model.vocab_size, model.hidden_size)[0].stop
     kept = trained * model.vocab_size if trained * model.vocab_size <= vocabulary.KEPT_ELEMENTS else 0
-    chunk = min(trained, max(32, vocabulary.CHUNK_ELEMENTS // rows)) * rows
+    chunk = min(trained, chunk_size(rows)) * rows
     range_weights = rows * model.hidden_size
     found = {
         "loss": {"activations": inputs + hidden, "logits": kept + _LOGITS * chunk + work.half * range_weights},
@@ -66,5 +66,5 @@ def _largest_piece(work: Workload) -> int:
 
 
 def _largest_matrix(parameters: Mapping[str, Shape]) -> int:
-    inside = [math.prod(shape) for name, shape in parameters.items() if name.startswith("layers.")]
+    inside = [count(shape) for name, shape in parameters.items() if name.startswith("layers.")]
     return max(inside, default=0)

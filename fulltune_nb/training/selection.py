@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from mlx.utils import tree_flatten
@@ -50,6 +50,18 @@ def trained_names(model: Decoder, train_only: Sequence[str], freeze: Sequence[st
     if not trained:
         raise ConfigError("train_only and freeze together leave nothing to train.")
     return trained
+
+
+def lowest_trained_block(trained: Collection[str], num_layers: int) -> int:
+    """The first block that a backward pass has to go through: below it nothing is trained. `num_layers` where no block is.
+
+    Args:
+        trained: module paths of the trained parameters.
+        num_layers: blocks of the model.
+    """
+    if any(name.startswith("embed_tokens.") for name in trained):
+        return 0
+    return min((int(name.split(".")[1]) for name in trained if name.startswith("layers.")), default=num_layers)
 
 
 def _freeze(model: Decoder, name: str) -> None:

@@ -9,23 +9,18 @@ Dimension letters: N trained positions, D hidden_size, V vocab_size, v rows of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.models.cpu_math import fast_exp
+from fulltune_nb.training.loss import Head, chunks
 
 RANGE_ELEMENTS = 2**24
 """Weights of a range of rows: 64 MiB in float32."""
-CHUNK_ELEMENTS = 2**22
-"""Logits of a chunk: 16 MiB."""
 KEPT_ELEMENTS = 2**24
 """Logits that are kept between the passes, at most."""
-
-Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
-
 
 @dataclass
 class HeadInput:
@@ -141,7 +136,5 @@ def _targets(one: HeadInput, rows: slice, part: slice) -> tuple[mx.array, mx.arr
     return mx.array(here), mx.array(targets[here] - rows.start)
 
 
-def _chunks(one: HeadInput, rows: slice) -> Iterator[slice]:
-    size = max(32, CHUNK_ELEMENTS // (rows.stop - rows.start))
-    length = one.hidden.shape[0]
-    return (slice(begin, min(begin + size, length)) for begin in range(0, length, size))
+def _chunks(one: HeadInput, rows: slice) -> list[slice]:
+    return chunks(one.hidden.shape[0], rows.stop - rows.start)

@@ -12,12 +12,13 @@ from fulltune_nb.errors import TornStepError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
 from fulltune_nb.training import layerwise, vocabulary
+from fulltune_nb.training import loss as loss_module
 from fulltune_nb.training.backward import step_gradients
 from fulltune_nb.training.layerwise import LayerwiseBackward
 from nbs_tests.models.model_cases import CASES
 from nbs_tests.training.conftest import TINY_LLAMA
 
-SMALL_RANGES = {"RANGE_ELEMENTS": 32 * 100, "KEPT_ELEMENTS": 0, "CHUNK_ELEMENTS": 100 * 33}
+SMALL_RANGES = {"RANGE_ELEMENTS": 32 * 100, "KEPT_ELEMENTS": 0}
 FAMILIES = {
     "llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "gemma": {"head_dim": 8}, "olmo": {},
     "phi": {"partial_rotary_factor": 0.5}, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -30,6 +31,7 @@ def ranges(request, monkeypatch):
     if request.param == "many ranges":
         for name, value in SMALL_RANGES.items():
             monkeypatch.setattr(vocabulary, name, value)
+        monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 100 * 33)
 
 
 def weights(lm) -> dict[str, np.ndarray]:
