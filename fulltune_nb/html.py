@@ -34,12 +34,13 @@ def esc(text: object, limit: int | None = None) -> str:
         text: anything; `str()` is taken of it.
         limit: characters shown at most; what was cut is counted in the result.
     """
-    text = str(text)
-    cut = 0
-    if limit is not None and len(text) > limit:
-        cut, text = len(text) - limit, text[:limit]
-    text = _html.escape(_UNSEEN.sub(_spelled, text), quote=True)
-    return text + (f" … (+{cut:,} characters)" if cut else "")
+    text = str(text) if limit is None else cut(str(text), limit)
+    return _html.escape(_UNSEEN.sub(_spelled, text), quote=True)
+
+
+def cut(text: str, limit: int = 300) -> str:
+    """At most `limit` characters, and how many more there are. The text itself: to be escaped where it is shown."""
+    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"
 
 
 def _spelled(match: re.Match) -> str:

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb import html
-from fulltune_nb.errors import MissingDependencyError
 from fulltune_nb.experiments.points import label, varied
 from fulltune_nb.experiments.runs import Run
+from fulltune_nb.frames import frame
 from fulltune_nb.panels.progress import clock
-
-_REASON = 300  # characters of a reason that a table shows; all of it stands in state.json and log.txt
 
 
 class Sweep(Sequence[Run]):
@@ -69,12 +67,8 @@ class Sweep(Sequence[Run]):
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingDependencyError("to_frame needs pandas: pip install pandas") from error
         rows = zip(self.rows(), self.runs, strict=True)
-        return pandas.DataFrame([{**row, "reason": run.reason, "folder": str(run.attempt_folder)} for row, run in rows])
+        return frame({**row, "reason": run.reason, "folder": str(run.attempt_folder)} for row, run in rows)
 
     def plot(self, ax=None):
         """Curves of all runs that are done, on matplotlib axes: see `fulltune_nb.plots.plot_runs`."""
@@ -106,7 +100,7 @@ class Sweep(Sequence[Run]):
     def _repr_html_(self) -> str:
         parts = [html.table(_HEADERS, self._cells(), self.summary())]
         if self.failed:
-            rows = [(run.label, html_cut(run.reason), run.attempt_folder) for run in self.failed]
+            rows = [(run.label, html.cut(run.reason), run.attempt_folder) for run in self.failed]
             parts.append(html.table(("failed", "reason", "files"), rows, "Failures"))
         parts += [f"<div>{html.esc(note)}</div>" for note in self.notes]
         parts.append(self._plot_html())
@@ -134,10 +128,5 @@ def _cells(row: dict[str, Any], name: str) -> list[str]:
     return [name, row["status"], row["split"], *numbers, clock(row["seconds"]) if row["seconds"] else ""]
 
 
-def html_cut(text: str) -> str:
-    """A reason, cut to what a table can hold; what was cut is counted."""
-    return text if len(text) <= _REASON else f"{text[:_REASON]} … (+{len(text) - _REASON:,} characters)"
-
-
 def _one_line(text: str) -> str:
-    return html_cut(" ".join(text.split()))
+    return html.cut(" ".join(text.split()))

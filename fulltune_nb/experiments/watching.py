@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from fulltune_nb.experiments.outcome import Sweep, html_cut
+from fulltune_nb.experiments.outcome import Sweep
 from fulltune_nb.experiments.runs import Run
-from fulltune_nb.html import table
+from fulltune_nb.html import cut, table
 from fulltune_nb.panels.progress import VARIABLE, clock, in_kernel
 
 
@@ -27,7 +27,7 @@ def watcher(runs: Sequence[Run]) -> Any:
 
 def _outcome(run: Run) -> str:
     if run.status == "failed":
-        return html_cut(run.reason)
+        return cut(run.reason)
     loss = run.loss() if run.status == "done" else None
     return "" if loss is None else f"{loss[0]} loss {loss[1]:.4f}"
 

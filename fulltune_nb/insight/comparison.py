@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fulltune_nb.errors import CheckpointError, ConfigError
-from fulltune_nb.html import NO_MATH, esc, human_bytes, table
-from fulltune_nb.insight.frames import frame
+from fulltune_nb.frames import frame
+from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
 from fulltune_nb.training.history import History
 from fulltune_nb.training.trainer import Trainer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _RESULTS = 12  # entries of result.json that the table shows
 _POINTS = 2000  # of a curve
+_SETTING = 120  # characters of a value
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Comparison:
         shown += own[:_RESULTS]
         rows = [(name.replace("_", " "), *(_readable(name, value) for value in results[name])) for name in shown]
         more = f"<div>… and {len(own) - _RESULTS} more entries of result.json, in .results</div>" if len(own) > _RESULTS else ""
-        differing = [(name, *(_short(value) for value in values)) for name, values in self.differences.items()]
+        differing = [(name, *(cut(str(value), _SETTING) for value in values)) for name, values in self.differences.items()]
         settings = table(("setting", *names), differing, "Settings that differ") if differing else "<div>All settings are the same.</div>"
         notes = "".join(f"<div>⚠ {esc(run.name)}: {esc(note)}</div>" for run in self.runs for note in run.notes)
         return f'<div class="{NO_MATH}">{table(("", *names), rows, "Results")}{more}{settings}{notes}</div>'
@@ -220,9 +221,4 @@ def _readable(name: str, value: Any) -> str:
         return human_bytes(value)
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return _short(value)
-
-
-def _short(value: Any, limit: int = 120) -> str:
-    text = str(value)
-    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"
+    return cut(str(value), _SETTING)

@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import NO_MATH, table
+from fulltune_nb.frames import frame
+from fulltune_nb.html import NO_MATH, cut, table
 from fulltune_nb.insight.examples import as_examples
-from fulltune_nb.insight.frames import frame
 from fulltune_nb.insight.survival import block_of, norm
 from fulltune_nb.insight.token_statistics import token_statistics
 from fulltune_nb.language_model import LanguageModel
@@ -189,7 +189,7 @@ class Forgetting:
         base = self.snapshots[0].perplexity
         rows.append(("… against the base", *(f"{s.perplexity / base - 1:+.1%}" for s in shown)))
         rows.append(("mean drift of the weights", *(f"{np.mean(list(s.drift.values())):.2e}" for s in shown)))
-        rows += [(_cut(prompt), *(_cut(s.answers[i]) for s in shown)) for i, prompt in enumerate(self.prompts)]
+        rows += [(cut(prompt, _CHARACTERS), *(cut(s.answers[i], _CHARACTERS) for s in shown)) for i, prompt in enumerate(self.prompts)]
         return f'<div class="{NO_MATH}">{table(("", *(f"step {s.step:,}" for s in shown)), rows, f"Forgetting{left}")}</div>'
 
 
@@ -198,7 +198,3 @@ def _pieces(example: Example) -> list[np.ndarray]:
     tokens = example.tokens
     starts = range(0, max(1, len(tokens) - 1), _PIECE)
     return [tokens[start : start + _PIECE + 1] for start in starts]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} … (+{len(text) - _CHARACTERS:,} characters)"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
-from fulltune_nb.html import NO_MATH, table
-from fulltune_nb.insight.frames import frame
+from fulltune_nb.frames import frame
+from fulltune_nb.html import NO_MATH, cut, table
 from fulltune_nb.insight.regex import full_match
 from fulltune_nb.language_model import LanguageModel
 
@@ -86,7 +87,10 @@ class GenerationReport:
         return f"GenerationReport({at}{self.metric} {self.score:.4f}, {len(self.wrong):,} of {len(self.answers):,} below 1)"
 
     def _repr_html_(self) -> str:
-        rows = [(a.source, _cut(a.prompt), _cut(a.expected), _cut(a.answer), f"{a.score:.3g}", _cut(a.note)) for a in self.wrong[:_SHOWN]]
+        short = partial(cut, limit=_CHARACTERS)
+        rows = [
+            (a.source, short(a.prompt), short(a.expected), short(a.answer), f"{a.score:.3g}", short(a.note)) for a in self.wrong[:_SHOWN]
+        ]
         more = f"; the first {_SHOWN} of them" if len(self.wrong) > _SHOWN else ""
         caption = f"{self.metric}: {self.score:.1%} over {len(self.answers):,} answers; {len(self.wrong):,} below 1{more}"
         return f'<div class="{NO_MATH}">{table(("row", "prompt", "expected", "answer", "score", "note"), rows, caption)}</div>'
@@ -283,7 +287,3 @@ def _own(metric: Callable[..., Any]) -> _Judge:
 
 def _name(metric: Callable[..., Any]) -> str:
     return getattr(metric, "__name__", type(metric).__name__)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} … (+{len(text) - _CHARACTERS:,} characters)"

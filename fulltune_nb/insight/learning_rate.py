@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, NonFiniteError, TornStepError
+from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, facts
-from fulltune_nb.insight.frames import frame
 from fulltune_nb.insight.survival import UpdateMeter, survival
 from fulltune_nb.training.rehearsal import Step, rehearsal
 from fulltune_nb.training.trainer import Trainer

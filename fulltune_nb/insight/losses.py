@@ -12,8 +12,8 @@ from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.lens import token_texts
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.frames import frame
 from fulltune_nb.insight.examples import as_examples, check_same_tokens
-from fulltune_nb.insight.frames import frame
 from fulltune_nb.insight.token_statistics import TokenStatistics, token_statistics
 from fulltune_nb.language_model import LanguageModel
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fulltune_nb.data.lens import token_texts, visible
-from fulltune_nb.html import NO_MATH, PALETTE, esc, table
+from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
 
 if TYPE_CHECKING:
     from fulltune_nb.insight.losses import ExampleLosses, TokenLosses, TopLosses
@@ -133,10 +133,6 @@ def _strip(values: np.ndarray, compared: bool, width: int = 720, height: int = 4
 
 def top_losses_html(top: TopLosses, lines: list[dict], by: str) -> str:
     """The worst rows as a table, and the first page token by token."""
-    rows = [(line["index"], line["source"], f"{line[by]:.4f}", _cut(line["text"])) for line in lines]
+    rows = [(line["index"], line["source"], f"{line[by]:.4f}", cut(line["text"], 160)) for line in lines]
     caption = f"The worst {len(rows):,} of {len(top.order):,} rows; .page(1) to .page({top.pages}) show them token by token"
     return f"<div>{table(('index', 'row', f'{by} (nats)', 'text'), rows, caption)}{top.page(1)._repr_html_() if rows else ''}</div>"
-
-
-def _cut(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"

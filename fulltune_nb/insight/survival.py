@@ -16,7 +16,7 @@ import numpy as np
 
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.insight.frames import frame
+from fulltune_nb.frames import frame
 from fulltune_nb.training.trainer import Trainer
 from fulltune_nb.training.update_observer import PendingUpdate
 

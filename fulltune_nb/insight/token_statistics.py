@@ -14,7 +14,7 @@ import numpy as np
 from fulltune_nb.models.cpu_math import softmax_statistics
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.kernels import compute_dtype
-from fulltune_nb.training.loss import CHUNK_ELEMENTS
+from fulltune_nb.training.loss import chunks
 
 ALTERNATIVES = 5
 _POSITIONS = 4096  # B * T of a forward pass
@@ -71,9 +71,7 @@ def _of_row(model: Decoder, hidden: mx.array, tokens: np.ndarray, alternatives: 
     size = len(tokens)
     losses, ranks = np.full(size, np.nan, np.float32), np.zeros(size, np.int32)
     ids, probabilities = np.zeros((size, alternatives), np.int32), np.zeros((size, alternatives), np.float32)
-    step = max(32, CHUNK_ELEMENTS // model.config.vocab_size)
-    for begin in range(0, size - 1, step):
-        end = min(begin + step, size - 1)
+    for begin, end in ((part.start, part.stop) for part in chunks(size - 1, model.config.vocab_size)):
         logits = model.head(hidden[begin:end]).astype(mx.float32)  # (n, V)
         targets = mx.array(tokens[begin + 1 : end + 1].astype(np.int32))[:, None]
         at_target = mx.take_along_axis(logits, targets, axis=1)  # (n, 1)

@@ -12,14 +12,14 @@ from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.lens import token_texts, visible
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.frames import frame
 from fulltune_nb.insight import walk
 from fulltune_nb.insight.examples import as_examples, text_example
-from fulltune_nb.insight.frames import frame
 from fulltune_nb.insight.survival import block_of
 from fulltune_nb.insight.token_statistics import ALTERNATIVES, top_tokens
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.cpu_math import softmax_statistics
-from fulltune_nb.training.loss import CHUNK_ELEMENTS
+from fulltune_nb.training.loss import chunks
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -64,11 +64,9 @@ class Trace:
         """Takes down what is small of a layer's output (1, T, D)."""
         self.residual_norms[layer] = _lengths(x)
         tokens = self.example.tokens
-        step = max(32, CHUNK_ELEMENTS // self._lm.config.vocab_size)
-        for begin in range(0, len(tokens), step):
-            logits = walk.lens_logits(self._lm.model, x[0, begin : begin + step])  # (n, V)
+        for places in chunks(len(tokens), self._lm.config.vocab_size):
+            begin, logits = places.start, walk.lens_logits(self._lm.model, x[0, places])  # (n, V)
             _, shares = softmax_statistics(logits)
-            places = slice(begin, begin + len(logits))
             self.top_ids[layer, places], self.top_probabilities[layer, places] = top_tokens(logits, shares, self.top_ids.shape[-1])
             targets = tokens[begin + 1 : begin + 1 + len(logits)].astype(np.int32)
             if not len(targets):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fulltune_nb.data.lens import token_texts, visible
-from fulltune_nb.html import NO_MATH, PALETTE, esc, facts
+from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, facts
 
 if TYPE_CHECKING:
     from fulltune_nb.insight.tracing import Trace
@@ -21,7 +21,7 @@ _TOKEN = 14  # characters
 def trace_html(trace: Trace, tokenizer) -> str:
     """Legend, lens and heat map; what there is no room for is counted."""
     title = f"{len(trace.example.tokens):,} tokens through {trace.num_layers} blocks"
-    pairs: list[tuple[str, object]] = [("text", _cut(trace.example.text))]
+    pairs: list[tuple[str, object]] = [("text", cut(trace.example.text, 400))]
     gradient = ""
     if hasattr(trace, "loss"):
         pairs.append(("loss", f"{trace.loss:.4f} nats"))
@@ -96,7 +96,3 @@ def _bars(norms: dict[str, float], width: int = 240) -> str:
 def _short(text: str) -> str:
     text = text.replace("\n", "")
     return text if len(text) <= _TOKEN else f"{text[: _TOKEN - 1]}…"
-
-
-def _cut(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fulltune_nb.html import NO_MATH, PALETTE, esc, table
+from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
 
 TURNS_SHOWN = 50
 """Turns on the page; earlier ones are counted."""
@@ -112,7 +112,7 @@ class Conversation:
     def to_html(self) -> str:
         """The latest turns as a table: what stays in the notebook."""
         shown = self.turns[-TURNS_SHOWN:]
-        rows = [(_cut(turn.prompt), *(_cell_text(answer) for answer in turn.answers), turn.note) for turn in shown]
+        rows = [(cut(turn.prompt, _RECORD_CHARACTERS), *(_cell_text(answer) for answer in turn.answers), turn.note) for turn in shown]
         if not rows:
             return f'<div class="{NO_MATH}">Conversation with {esc(" and ".join(self.names))}: nothing said yet</div>'
         more = f", the last {len(shown)} of {len(self.turns):,} turns" if len(shown) < len(self.turns) else ""
@@ -132,9 +132,6 @@ def _bubble(name: str, answer: Answer, colour: str) -> str:
 
 def _cell_text(answer: Answer) -> str:
     state = _STATES[answer.state]
-    parts = [_cut(answer.text), f"⚠ {_cut(answer.problem)}" if answer.problem else "", f"({state})" if state else ""]
+    problem = f"⚠ {cut(answer.problem, _RECORD_CHARACTERS)}" if answer.problem else ""
+    parts = [cut(answer.text, _RECORD_CHARACTERS), problem, f"({state})" if state else ""]
     return "\n".join(part for part in parts if part)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _RECORD_CHARACTERS else f"{text[:_RECORD_CHARACTERS]} … (+{len(text) - _RECORD_CHARACTERS:,} characters)"

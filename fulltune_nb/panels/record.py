@@ -10,9 +10,9 @@ from __future__ import annotations
 from base64 import b64encode
 from typing import Any
 
-from fulltune_nb.html import NO_MATH, facts, human_bytes, table
+from fulltune_nb.html import NO_MATH, cut, facts, human_bytes, table
 from fulltune_nb.panels.progress import in_kernel
-from fulltune_nb.panels.samples import Samples, cut
+from fulltune_nb.panels.samples import Samples
 from fulltune_nb.training.history import History
 from fulltune_nb.training.trainer import Trainer
 

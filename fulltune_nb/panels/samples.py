@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fulltune_nb.errors import ConfigError, FulltuneError
-from fulltune_nb.html import NO_MATH, table
+from fulltune_nb.html import NO_MATH, cut, table
 from fulltune_nb.panels.loop import TrainLoop
 
 KEPT = 2000
@@ -128,11 +128,6 @@ def prompts_text(prompts: Sequence[str]) -> str | None:
     """Prompts one a line, as a text field holds them; None where it cannot: line breaks within a prompt, or 20,000 characters."""
     text = "\n".join(prompts)
     return text if len(text) < 20_000 and text.count("\n") == max(0, len(prompts) - 1) else None
-
-
-def cut(text: str, limit: int = 300) -> str:
-    """At most `limit` characters, and how many more there are."""
-    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"
 
 
 def samples_of(loop: TrainLoop) -> Samples:

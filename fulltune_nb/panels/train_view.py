@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import FulltuneError
-from fulltune_nb.html import NO_MATH, esc, human_bytes, table
+from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.live_plot import LivePlot
 from fulltune_nb.panels.loop import TrainLoop
 from fulltune_nb.panels.pace import Pace
 from fulltune_nb.panels.progress import clock
 from fulltune_nb.panels.record import Record, record_html
-from fulltune_nb.panels.samples import Samples, cut, prompts_text
+from fulltune_nb.panels.samples import Samples, prompts_text
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 from fulltune_nb.training.machine import machine_limit
 from fulltune_nb.training.trainer import Trainer

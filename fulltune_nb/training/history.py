@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fulltune_nb import html
-from fulltune_nb.errors import CheckpointError, MissingDependencyError
+from fulltune_nb.errors import CheckpointError
+from fulltune_nb.frames import frame
 
 _POINTS = 200  # points of the small curve; more reports are averaged into them
 _ROWS = 10  # reports shown in a cell
@@ -185,10 +186,6 @@ class History(list):
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingDependencyError("to_frame needs pandas: pip install pandas") from error
         columns = dict.fromkeys(["kind", *(f.name for r in _KINDS.values() for f in dataclasses.fields(r) if f.name != "kind"), "event"])
         rows = []
         for report in self:
@@ -196,7 +193,7 @@ class History(list):
             # to_dict writes null for NaN, for JSON's sake; a frame can hold the values themselves.
             row.update({k: getattr(report, k) for k in row if k not in ("kind", "event")})
             rows.append(row)
-        return pandas.DataFrame(rows, columns=list(columns))
+        return frame(rows, list(columns))
 
     def to_jsonable(self) -> list[dict[str, Any]]:
         """Plain values that `json.dumps(..., allow_nan=False)` takes."""
@@ -221,15 +218,11 @@ class History(list):
         parts = [html.facts(f"Training history: {len(steps):,} steps", _summary(steps, evals))]
         if len(steps) > 1:
             parts.append(_sparkline([r.loss for r in steps]))
-        parts.append(html.table(("report", "what"), [(type(r).__name__, _cut(str(r))) for r in shown], caption))
+        parts.append(html.table(("report", "what"), [(type(r).__name__, html.cut(str(r))) for r in shown], caption))
         hidden = len(self) - len(shown)
         if hidden:
             parts.append(f"<div>… and {hidden:,} before them</div>")
         return "".join(parts)
-
-
-def _cut(text: str, limit: int = 300) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"
 
 
 def _summary(steps: list[StepReport], evals: list[EvalReport]) -> list[tuple[str, object]]:
