@@ -72,8 +72,9 @@ class Background:
 
     def leave(self) -> None:
         """Gives SIGINT back at the end of the work, unless a cell waits for it, which does that then."""
-        if not self._waiting:
-            self._watch.leave()
+        loop_ends = self._task is not None and self._task.cancelling() > 0  # nothing else cancels the task
+        if loop_ends or not self._waiting:
+            self._watch.leave(loop_ends)
 
     async def wait(self, give_up: Callable[[], Any]) -> None:
         """Returns at the end of the task; at once where none goes on.

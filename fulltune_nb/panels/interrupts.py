@@ -40,12 +40,18 @@ class InterruptWatch:
             _previous = current
             signal.signal(signal.SIGINT, hear)
 
-    def leave(self) -> None:
-        """Ends this watch; the last one puts back the handler from before."""
+    def leave(self, loop_ends: bool = False) -> None:
+        """Ends this watch; the last one puts back the handler from before.
+
+        Args:
+            loop_ends: the event loop is about to end, and with it the handler that `asyncio.run` had for it: Python's own is put
+                back, unless SIGINT was ignored.
+        """
         if self in _watches:
             _watches.remove(self)
             if not _watches and signal.getsignal(signal.SIGINT) is hear:
-                signal.signal(signal.SIGINT, _previous)
+                dead = loop_ends and callable(_previous)
+                signal.signal(signal.SIGINT, signal.default_int_handler if dead else _previous)
 
 
 def hear(number: int = signal.SIGINT, frame: Any = None) -> None:

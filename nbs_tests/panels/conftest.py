@@ -1,9 +1,22 @@
 """For panels: the trainer's small models and data, and real kernels."""
 
+import signal
+
 import pytest
 
+from fulltune_nb.panels import interrupts
 from nbs_tests.panels.kernels import SETUP, Kernel, pythons, version_of
 from nbs_tests.training.conftest import make_data, make_lm, make_trainer  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def sigint_given_back():
+    """A run that a test leaves behind keeps SIGINT, and the tests after it would be interrupted in vain."""
+    yield
+    left, watches = signal.getsignal(signal.SIGINT), list(interrupts._watches)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts._watches.clear()
+    assert left is signal.default_int_handler and not watches, f"SIGINT was not given back: {left}, {watches}"
 
 
 @pytest.fixture(scope="session", params=pythons(), ids=lambda python: f"ipykernel {version_of(python)}")

@@ -113,6 +113,7 @@ def test_other_code_runs_between_steps_and_sees_whole_ones(make_trainer):
         while loop_of(trainer).running:
             seen.append((trainer.step_count, len(trainer.history.steps)))
             await asyncio.sleep(0)
+        await loop_of(trainer).wait()  # its last breath: `running` ends with the last step
 
     asyncio.run(main())
     assert len({step for step, _ in seen}) > 10
