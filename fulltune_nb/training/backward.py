@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -32,26 +33,49 @@ def loss_and_gradients(model: Decoder, batch: Batch, step_tokens: int, checkpoin
     Returns:
         The share (scalar, float32) and the gradients; nothing is evaluated yet.
     """
-    inputs, positions = mx.array(batch.inputs), mx.array(batch.target_positions)
-    segments = None if batch.segments is None else mx.array(batch.segments)
-    targets, weights = mx.array(batch.targets), mx.array(batch.weights / step_tokens)
-
-    def loss(model: Decoder) -> mx.array:
-        dtype = compute_dtype(model.embed_tokens.weight.dtype)
-        hidden = model.hidden_states(inputs, checkpoint=checkpoint, segments=segments, dtype=dtype)  # (B, T, D)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[positions]  # -> (N, D): only positions with a trained target
-        return cross_entropy(hidden, model.head_weights(), targets, weights)
-
-    return nn.value_and_grad(model, loss)(model)
+    arrays = batch_arrays(batch, step_tokens)
+    return nn.value_and_grad(model, lambda model: share_of_loss(model, arrays, checkpoint))(model)
 
 
-def step_gradients(model: Decoder, batches: Sequence[Batch], checkpoint: bool = False) -> tuple[mx.array, Gradients]:
-    """Mean loss over all trained tokens of a step, and its gradients; the last micro-batch's part is not evaluated yet."""
+def batch_arrays(batch: Batch, step_tokens: int) -> dict[str, mx.array]:
+    """A micro-batch as `share_of_loss` takes it."""
+    arrays = {
+        "inputs": mx.array(batch.inputs),  # (B, T)
+        "positions": mx.array(batch.target_positions),  # (N,)
+        "targets": mx.array(batch.targets),  # (N,)
+        "weights": mx.array(batch.weights / step_tokens),  # (N,)
+    }
+    return arrays if batch.segments is None else {**arrays, "segments": mx.array(batch.segments)}  # (B, T)
+
+
+def share_of_loss(model: Decoder, arrays: dict[str, mx.array], checkpoint: bool = False) -> mx.array:
+    """A micro-batch's share of the step's mean loss: scalar, float32."""
+    dtype = compute_dtype(model.embed_tokens.weight.dtype)
+    hidden = model.hidden_states(arrays["inputs"], checkpoint=checkpoint, segments=arrays.get("segments"), dtype=dtype)  # (B, T, D)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]  # -> (N, D): only positions with a trained target
+    return cross_entropy(hidden, model.head_weights(), arrays["targets"], arrays["weights"])
+
+
+LossAndGradients = Callable[[Decoder, Batch, int], tuple[mx.array, Gradients]]
+
+
+def step_gradients(
+    model: Decoder, batches: Sequence[Batch], checkpoint: bool = False, compiled: LossAndGradients | None = None
+) -> tuple[mx.array, Gradients]:
+    """Mean loss over all trained tokens of a step, and its gradients; the last micro-batch's part is not evaluated yet.
+
+    Args:
+        model: the decoder.
+        batches: the step's micro-batches.
+        checkpoint: keep only block inputs for the backward pass.
+        compiled: takes the place of `loss_and_gradients`.
+    """
     step_tokens = sum(batch.num_tokens for batch in batches)
     total, gradients = mx.array(0.0), None
+    compute = compiled or partial(loss_and_gradients, checkpoint=checkpoint)
     for batch in batches:
         mx.eval(total, gradients)  # one micro-batch's activations at a time
-        loss, more = loss_and_gradients(model, batch, step_tokens, checkpoint)
+        loss, more = compute(model, batch, step_tokens)
         total = total + loss
         gradients = more if gradients is None else tree_map(mx.add, gradients, more)
     return total, gradients

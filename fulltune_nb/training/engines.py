@@ -20,6 +20,7 @@ from fulltune_nb.data.batching import Batch
 from fulltune_nb.errors import TornStepError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
+from fulltune_nb.training.compiled import CompiledGradients, why_not_compiled
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.finite import check_finite
 from fulltune_nb.training.layerwise import GradientPiece, LayerwiseBackward
@@ -58,9 +59,11 @@ class WholeGraph:
 
     def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
         self._model, self._optimizers, self._config = model, optimizers, config
+        compiles = config.compile and why_not_compiled(model, config, "whole") is None
+        self._compiled = CompiledGradients(model) if compiles else None
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        loss, gradients = step_gradients(self._model, batches, self._config.grad_checkpoint)
+        loss, gradients = step_gradients(self._model, batches, self._config.grad_checkpoint, self._compiled)
         mx.eval(loss, gradients)  # before the norm: in one graph with it, grad_checkpoint's peak doubles
         result = StepResult(loss.item(), global_norm(gradients).item())
         check_finite(number, result.loss, result.grad_norm, batches)

@@ -57,6 +57,8 @@ class Contender:
 OURS = "fulltune_nb"
 CONTENDERS = (
     Contender(OURS, "ours.py"),
+    Contender(f"{OURS}, compiled", "ours.py", variables={"BENCHMARK_COMPILE": "1"}),
+    Contender(f"{OURS}, layerwise", "ours.py", variables={"BENCHMARK_BACKWARD": "layerwise"}),
     Contender("mlx-lm 0.32.2 full, as installed", "mlx_lm_full.py", "mlx-lm", slow=True),
     Contender(
         "mlx-lm 0.32.2 full, our BLAS preloaded", "mlx_lm_full.py", "mlx-lm",
@@ -129,20 +131,26 @@ def table(results: dict[str, Sequence[dict]]) -> str:
     """Markdown: the median round's tokens a second, what the rounds were, ratios and peaks."""
     speeds = {name: [r["tokens"] / r["seconds"] for r in rounds] for name, rounds in results.items()}
     ours = statistics.median(speeds[OURS]) if OURS in speeds else None
-    lines = [
-        "| contender | trained tokens/s | rounds | ours is | tokens per CPU second | peak RSS, MB | MLX peak, MB | tokens a step |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
+    columns = ("contender", "trained tokens/s", "rounds", "ours is", "tokens per CPU second", "peak RSS, MB", "MLX peak, MB",
+               "tokens a step", "of the matmul rate")  # fmt: skip
+    lines = [_row(columns), "|---|---:|---|---:|---:|---:|---:|---:|---:|"]
     for name, rounds in results.items():
         speed = statistics.median(speeds[name])
-        ratio = f"{ours / speed:.2f}x" if ours else "-"
-        peak = max(r["peak_rss"] for r in rounds) / 1e6
         mlx_peak = f"{max(r['mlx_peak'] for r in rounds) / 1e6:,.0f}" if rounds[0]["mlx_peak"] else "-"
         per_step = sum(r["tokens"] for r in rounds) / sum(r["steps"] for r in rounds)
         per_cpu = sum(r["tokens"] for r in rounds) / sum(r["cpu_seconds"] for r in rounds)
-        shown = " ".join(f"{s:,.0f}" for s in speeds[name])
-        lines.append(f"| {name} | {speed:,.0f} | {shown} | {ratio} | {per_cpu:,.0f} | {peak:,.0f} | {mlx_peak} | {per_step:.0f} |")
+        shares = [r["share_of_matmul_rate"] for r in rounds if "share_of_matmul_rate" in r]
+        cells = (
+            name, f"{speed:,.0f}", " ".join(f"{s:,.0f}" for s in speeds[name]), f"{ours / speed:.2f}x" if ours else "-",
+            f"{per_cpu:,.0f}", f"{max(r['peak_rss'] for r in rounds) / 1e6:,.0f}", mlx_peak, f"{per_step:.0f}",
+            f"{statistics.median(shares):.0%}" if shares else "-",
+        )  # fmt: skip
+        lines.append(_row(cells))
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Small models and data for the trainer's tests."""
 
+import numpy as np
 import pytest
 
 import fulltune_nb as ft
+from fulltune_nb.data.batching import Batch
 
 TINY_LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -48,3 +50,21 @@ def make_trainer(make_lm, make_data):
         return ft.Trainer(make_lm(), make_data(rows, config=config), config, run_dir)
 
     return make
+
+
+def random_batch(vocab_size: int, rows: int, length: int, seed: int):
+    """Rows of random tokens, about 70% of them with a trained target; (rows, length)."""
+    random = np.random.RandomState(seed)
+    positions = np.flatnonzero(random.rand(rows * length) < 0.7).astype(np.int32)
+    count = len(positions)
+    return Batch(
+        inputs=random.randint(0, vocab_size, (rows, length)).astype(np.int32),
+        target_positions=np.pad(positions, (0, 3)),
+        targets=np.pad(random.randint(0, vocab_size, count).astype(np.int32), (0, 3)),
+        weights=np.pad(np.ones(count, np.float32), (0, 3)),
+        num_tokens=count,
+        rows=tuple(range(rows)),
+        sources=("",) * rows,
+        padded_tokens=rows * length,
+        real_tokens=rows * length,
+    )

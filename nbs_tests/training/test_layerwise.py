@@ -16,7 +16,7 @@ from fulltune_nb.training import loss as loss_module
 from fulltune_nb.training.backward import step_gradients
 from fulltune_nb.training.layerwise import LayerwiseBackward
 from nbs_tests.models.model_cases import CASES
-from nbs_tests.training.conftest import TINY_LLAMA
+from nbs_tests.training.conftest import TINY_LLAMA, random_batch
 
 SMALL_RANGES = {"RANGE_ELEMENTS": 32 * 100, "KEPT_ELEMENTS": 0}
 FAMILIES = {
@@ -62,25 +62,6 @@ def test_the_pieces_are_the_gradients_of_the_whole_graph(case, ranges):
     assert backward.loss == pytest.approx(loss.item(), rel=1e-6)
     assert found.keys() == whole.keys()
     assert max(relative(found[name], whole[name]) for name in whole) < 1e-5
-
-
-def random_batch(vocab_size: int, rows: int, length: int, seed: int):
-    from fulltune_nb.data.batching import Batch
-
-    random = np.random.RandomState(seed)
-    positions = np.flatnonzero(random.rand(rows * length) < 0.7).astype(np.int32)
-    count = len(positions)
-    return Batch(
-        inputs=random.randint(0, vocab_size, (rows, length)).astype(np.int32),
-        target_positions=np.pad(positions, (0, 3)),
-        targets=np.pad(random.randint(0, vocab_size, count).astype(np.int32), (0, 3)),
-        weights=np.pad(np.ones(count, np.float32), (0, 3)),
-        num_tokens=count,
-        rows=tuple(range(rows)),
-        sources=("",) * rows,
-        padded_tokens=rows * length,
-        real_tokens=rows * length,
-    )
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -37,7 +37,9 @@ class Clock:
         self.steps.append((time.perf_counter() - self._begin[0], time.process_time() - self._begin[1]))
 
 
-def finish(clock: Clock, tokens: list[int], warmup: int, losses: list[float], mlx_peak: int | None, versions: dict) -> None:
+def finish(
+    clock: Clock, tokens: list[int], warmup: int, losses: list[float], mlx_peak: int | None, versions: dict, more: dict | None = None
+) -> None:
     """Print the result.
 
     Args:
@@ -47,6 +49,7 @@ def finish(clock: Clock, tokens: list[int], warmup: int, losses: list[float], ml
         losses: of every step; the first and the last show that the right model learned something.
         mlx_peak: bytes MLX had allocated at most; None for others.
         versions: package -> version.
+        more: what else the contender has to tell.
     """
     measured = clock.steps[warmup:]
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -61,5 +64,6 @@ def finish(clock: Clock, tokens: list[int], warmup: int, losses: list[float], ml
         "peak_rss": largest if sys.platform == "darwin" else largest * 1024,
         "mlx_peak": mlx_peak,
         "versions": versions,
+        **(more or {}),
     }
     print("\nRESULT " + json.dumps(result), flush=True)

@@ -1,0 +1,90 @@
+"""Compiled steps beside those that are not."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import fulltune_nb as ft
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import read_config
+from fulltune_nb.training import compiled
+from fulltune_nb.training.backward import loss_and_gradients
+from fulltune_nb.training.compiled import CompiledGradients
+from nbs_tests.models.model_cases import CASES
+from nbs_tests.training.conftest import random_batch
+
+ONE_OF_EACH_FAMILY = {read_config(values).family: name for name, values in CASES.items() if not read_config(values).num_experts}
+LLAMA_AND_THE_OTHERS_IN_CI = [
+    name if family == "llama" else pytest.param(name, marks=pytest.mark.ci) for family, name in ONE_OF_EACH_FAMILY.items()
+]
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def flat(gradients) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in tree_flatten(gradients)}
+
+
+def assert_same(one: Decoder, batch, function: CompiledGradients) -> None:
+    (loss, got), (expected_loss, expected) = function(one, batch, 40), loss_and_gradients(one, batch, 40)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    got, expected = flat(got), flat(expected)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert np.linalg.norm(got[name] - expected[name]) <= 1e-6 * np.linalg.norm(expected[name]) + 1e-9, name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LLAMA_AND_THE_OTHERS_IN_CI)
+def test_loss_and_gradients_are_the_same_for_every_shape_and_after_every_change_of_a_weight(case):
+    config = read_config(CASES[case])
+    model = Decoder(config)
+    mx.eval(model.parameters())
+    model.embed_tokens.freeze()
+    function = CompiledGradients(model)
+    for rows, length in ((3, 20), (2, 13), (3, 20)):
+        assert_same(model, random_batch(config.vocab_size, rows, length, seed=length), function)
+        model.embed_tokens.weight = model.embed_tokens.weight * 1.5  # a frozen one: it must not be a constant of the program
+        model.norm.update({name: array + 0.25 for name, array in model.norm.parameters().items()})
+
+
+@pytest.mark.ci
+def test_a_run_is_the_same_and_goes_on_from_a_checkpoint(make_trainer, tmp_path):
+    settings = {"iters": 4, "learning_rate": 1e-3, "packing": True, "grad_accumulation_steps": 2}
+    plain, together = make_trainer(**settings), make_trainer(**settings, compile=True, run_dir=tmp_path / "run")
+    plain.run()
+    together.run(2)
+    together.save()
+    losses = [report.loss for report in together.history.steps]
+    del together
+    resumed = ft.Trainer.resume(tmp_path / "run", data=plain.data)
+    resumed.run()
+    assert resumed.config.compile and not [event for event in resumed.history.events if event.kind == "compile"]
+    losses += [report.loss for report in resumed.history.steps[len(losses) :]]
+    assert losses == pytest.approx([report.loss for report in plain.history.steps], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "reason"),
+    [
+        ({}, {"backward": "layerwise"}, "layer by layer"), ({}, {"grad_checkpoint": True}, "grad_checkpoint"), (MIXTRAL, {}, "expert"),
+    ],
+    ids=["layerwise", "grad_checkpoint", "experts"],
+)  # fmt: skip
+def test_where_it_has_no_effect_an_event_says_so_and_training_goes_on(make_lm, make_data, model, settings, reason):
+    config = ft.TrainConfig(iters=1, compile=True, **settings)
+    trainer = ft.Trainer(make_lm(**model), make_data(config=config), config)
+    (event,) = [event for event in trainer.history.events if event.kind == "compile"]
+    assert reason in event.message and "no effect" in event.message
+    trainer.run()
+    assert trainer.done
+
+
+def test_without_a_compiler_the_event_says_what_to_install(make_trainer, monkeypatch):
+    monkeypatch.setattr(compiled.sys, "platform", "linux")
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled.mx, "default_device", lambda: mx.Device(mx.cpu))
+    (event,) = [event for event in make_trainer(compile=True).history.events if event.kind == "compile"]
+    assert "apt-get install g++" in event.message
