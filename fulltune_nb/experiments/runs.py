@@ -106,8 +106,15 @@ class Run:
 
     # -- run ------------------------------------------------------------------------------------------------------
 
-    def begin(self, notebook: Path, notebook_sha256: str, known: list[str]) -> subprocess.Popen:
-        """Starts a process that executes the notebook in a kernel of its own; both write into a new attempt's folder."""
+    def begin(self, notebook: Path, notebook_sha256: str, known: list[str], temporary: Path | None = None) -> subprocess.Popen:
+        """Starts a process that executes the notebook in a kernel of its own; both write into a new attempt's folder.
+
+        Args:
+            notebook: the file.
+            notebook_sha256: of its content.
+            known: names of its parameters.
+            temporary: the folder for the process's temporary files, made if need be; None: this process's own.
+        """
         self.attempt = 1 + max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=0)
         self.status, self.reason, self.notebook_sha256, self.repeated = "running", "", notebook_sha256, True
         self.attempt_folder.mkdir(parents=True)
@@ -119,6 +126,9 @@ class Run:
         request = {"notebook": str(notebook), "executed": str(self.executed), "parameters": {**given, **self.parameters}}
         write_text(attempt / REQUEST, json.dumps(request, indent=2) + "\n")
         environment = {**os.environ, "FULLTUNE_PROGRESS": "plain", "PYTHONUNBUFFERED": "1"}
+        if temporary is not None:
+            temporary.mkdir(exist_ok=True)
+            environment["TMPDIR"] = str(temporary)
         with (attempt / "log.txt").open("wb") as log:
             command = [sys.executable, "-m", "fulltune_nb.experiments.one_run", str(attempt)]
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError
@@ -100,7 +101,9 @@ def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], job
 
     def one(run: Run) -> Run:
         started = time.monotonic()
-        process = run.begin(notebook, sha256, known)
+        # MLX writes what it compiles into the temporary folder without a lock: runs side by side must not share one.
+        own = Path(temporary, threading.current_thread().name) if jobs > 1 else None
+        process = run.begin(notebook, sha256, known, own)
         while process.poll() is None:
             if stopping.wait(0.05):
                 process.terminate()  # its kernel ends itself when its parent is gone
@@ -111,7 +114,7 @@ def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], job
             run.remember()
         return run
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with TemporaryDirectory(prefix="fulltune_nb-sweep-") as temporary, ThreadPoolExecutor(jobs) as pool:
         futures: set[Future] = set()
         try:
             _start(pool, one, waiting, jobs, futures)

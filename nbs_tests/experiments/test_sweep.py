@@ -107,6 +107,14 @@ def test_a_cell_that_exits_or_a_process_that_is_killed_is_a_failure_that_stops_n
 
 
 @pytest.mark.ci
+def test_runs_side_by_side_have_temporary_folders_of_their_own(tmp_path):
+    code = "import pathlib, tempfile, time\npathlib.Path(run_dir).with_name('folder').write_text(tempfile.gettempdir())\ntime.sleep(3)"
+    sweep = ft.sweep(notebook_of(tmp_path / "n.ipynb", code), {"x": [1, 2]}, tmp_path / "out", jobs=2)
+    folders = {path.read_text() for path in (tmp_path / "out").glob("*/*/folder")}
+    assert len(sweep.done) == 2 and len(folders) == 2 and not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.ci
 def test_stop_on_failure_starts_no_further_run(tmp_path, capsys):
     notebook = notebook_of(tmp_path / "n.ipynb", "1 / 0")
     sweep = ft.sweep(notebook, [{"x": 1}, {"x": 2}, {"x": 3}], tmp_path / "out", stop_on_failure=True)
