@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.experiments.result import FILE, read_history, read_result
+from fulltune_nb.experiments.result import FILE, read_result
 from fulltune_nb.models.saving import write_text
 from fulltune_nb.training.history import History
+from fulltune_nb.training.run_directory import read_metrics
 
 REQUEST, OUTCOME, STATE = "request.json", "outcome.json", "state.json"
 
@@ -74,7 +75,11 @@ class Run:
     @property
     def history(self) -> History:
         """The trainer's reports; empty where the notebook wrote none."""
-        return read_history(self.run_dir)
+        return self.read_metrics()[0]
+
+    def read_metrics(self) -> tuple[History, list[str]]:
+        """The reports, and notes on lines of `metrics.jsonl` that are none."""
+        return read_metrics(self.run_dir)
 
     def loss(self) -> tuple[str, float] | None:
         """(split, loss in nats per trained token) to compare runs by: of the test split where there is one."""
