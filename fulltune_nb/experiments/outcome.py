@@ -85,8 +85,8 @@ class Sweep(Sequence[Run]):
         return "\n".join([*shown, *reasons, *self.notes, *self._damages(), self.summary()])
 
     def _damages(self) -> list[str]:
-        """What was passed over in the metrics of the runs that are done."""
-        return [f"{run.label}: {note}" for run in self.done for note in run.read_metrics()[1]]
+        """What was passed over in the files of the runs that are done."""
+        return [f"{run.label}: {note}" for run in self.done for note in run.damages()]
 
     def _cells(self) -> Iterator[list[str]]:
         for row, run in zip(self.rows(), self.runs, strict=True):

@@ -75,11 +75,12 @@ class Run:
     @property
     def history(self) -> History:
         """The trainer's reports; empty where the notebook wrote none."""
-        return self.read_metrics()[0]
+        return read_metrics(self.run_dir)[0]
 
-    def read_metrics(self) -> tuple[History, list[str]]:
-        """The reports, and notes on lines of `metrics.jsonl` that are none."""
-        return read_metrics(self.run_dir)
+    def damages(self) -> list[str]:
+        """What in its files could not be read and was passed over."""
+        results = dict.fromkeys((self.run_dir / FILE, self.attempt_folder / FILE))
+        return read_metrics(self.run_dir)[1] + [f"{path} is no result" for path in results if path.is_file() and not read_result(path)]
 
     def loss(self) -> tuple[str, float] | None:
         """(split, loss in nats per trained token) to compare runs by: of the test split where there is one."""
