@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.font_manager import findfont
-from matplotlib.ft2font import FT2Font
 
 from fulltune_nb.html import PALETTE
-from fulltune_nb.plots import drawing
+from fulltune_nb.plots import drawing, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,17 +25,8 @@ _NAME = 48  # characters of a label
 
 
 def plain(text: object, limit: int = _NAME) -> str:
-    """Foreign text for a figure: one line, cut, without the `$` between which matplotlib reads formulas, and
-    with a box for each character that its font has not."""
-    line = " ".join(str(text).split())
-    line = "".join(c if ord(c) in _glyphs() else "□" for c in line)
-    return (line if len(line) <= limit else f"{line[: limit - 1]}…").replace("$", r"\$")
-
-
-@lru_cache(maxsize=1)
-def _glyphs() -> frozenset[int]:
-    """Code points that matplotlib's own font has; it warns at each drawing of another one."""
-    return frozenset(FT2Font(findfont("DejaVu Sans")).get_charmap())
+    """`one_line`, without the `$` between which matplotlib reads formulas."""
+    return one_line(text, limit).replace("$", r"\$")
 
 
 def curves(

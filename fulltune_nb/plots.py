@@ -10,10 +10,13 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import PALETTE
@@ -42,6 +45,7 @@ _LABELLED_EVENTS = 12  # more labels would cover each other
 _OPEN_FIGURES = 10
 _RUN_COLOURS = (_BLUE, _VERMILLION, _GREEN, _PINK, "#222222")
 _DASHES = ("-", "--", ":")
+_POINTS = 2000  # of a training curve
 _CURVES = 12  # runs with looks of their own; more cannot be told apart
 _own_figures: deque = deque()  # weak references to the figures made here that pyplot may still hold
 
@@ -90,42 +94,70 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         return _finish(ax, "memory (GB)", empty=not steps)
 
 
-def plot_runs(runs: Mapping[str, Iterable[Any]], ax: Axes | None = None) -> Axes:
+def plot_runs(runs: Mapping[str, Iterable[Any]], ax: Axes | None = None, training: bool = False) -> Axes:
     """Several runs side by side: validation loss of each, or the moving mean of its training loss where it has none.
 
     Args:
         runs: a name for the legend -> the run's history. The first `_CURVES` have colours and marks of their own; further ones
             are drawn grey and counted.
         ax: where to draw; a new figure where left out.
+        training: show the moving mean of the training loss beside the validation loss too.
 
     Raises:
         ConfigError: a history is not a list of reports.
     """
-    curves = [(name, *_curve_of_run(history)) for name, history in runs.items()]
-    curves = [curve for curve in curves if len(curve[1])]
+    return draw_runs(runs.items(), ax, training)
+
+
+def draw_runs(runs: Iterable[tuple[str, Iterable[Any]]], ax: Axes | None = None, training: bool = False) -> Axes:
+    """What `plot_runs` draws, of pairs of name and history: runs may have the same name."""
+    drawn = [(name, curves) for name, history in runs if (curves := _curves_of_run(history, training))]
     with drawing(ax) as ax:
-        for number, (name, x, loss) in enumerate(curves[:_CURVES]):
-            look = {"color": _RUN_COLOURS[number % len(_RUN_COLOURS)], "marker": "osD^v"[number % 5], "linestyle": _DASHES[number % 3]}
-            ax.plot(x, loss, label=_plain(name), linewidth=1.5, markersize=4, markevery=max(1, len(x) // 12), **look)
-        for _, x, loss in curves[_CURVES:]:
-            ax.plot(x, loss, color="#bbbbbb", linewidth=0.8, zorder=1)
-        if len(curves) > _CURVES:
-            ax.plot([], [], color="#bbbbbb", label=f"{len(curves) - _CURVES:,} more")
-        return _finish(ax, "loss (nats per token)", empty=not curves)
+        for number, (name, curves) in enumerate(drawn):
+            for kind, x, loss in curves:
+                if number < _CURVES:
+                    shown = one_line(name).lstrip("_") or "run"  # a legend hides what begins with _
+                    ax.plot(x, loss, label=shown if len(curves) == 1 else f"{shown}, {kind}", **_look_of_run(number, kind, len(x)))
+                else:
+                    ax.plot(x, loss, color="#bbbbbb", linewidth=0.8, zorder=1)
+        if len(drawn) > _CURVES:
+            ax.plot([], [], color="#bbbbbb", label=f"{len(drawn) - _CURVES:,} more")
+        return _finish(ax, "loss (nats per token)", empty=not drawn)
 
 
-def _curve_of_run(history: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+def _curves_of_run(history: Iterable[Any], training: bool) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """("training" or "valid", steps, losses) of what there is to draw."""
     steps, evals, _ = _sorted_out(history, "plot_runs")
     valid = [report for report in evals if report.split == "valid"]
-    if valid:
-        return _series(valid, "loss")
-    x, loss = _series(steps, "loss")
-    return x, moving_mean(loss, max(5, len(x) // 40) // 2 * 2 + 1)
+    curves = []
+    if steps and (training or not valid):
+        x, loss = _series(steps, "loss")
+        smooth = moving_mean(loss, max(5, len(x) // 40) // 2 * 2 + 1)
+        every = slice(None, None, -max(1, len(x) // _POINTS))  # from the end, which always shows
+        curves.append(("training", x[every][::-1], smooth[every][::-1]))
+    return curves + ([("valid", *_series(valid, "loss"))] if valid else [])
 
 
-def _plain(name: str) -> str:
-    """A name that matplotlib does not take for mathematics or hide from the legend."""
-    return name.replace("$", r"\$").removeprefix("_") or "run"
+def _look_of_run(number: int, kind: str, length: int) -> dict[str, Any]:
+    """A run's curves have one colour; that of its validation losses is the bolder one, with marks."""
+    own = {"color": _RUN_COLOURS[number % len(_RUN_COLOURS)], "linestyle": _DASHES[number % 3]}
+    marks = {"marker": "osD^v"[number % 5], "markersize": 4, "markevery": max(1, length // 12)}
+    return {**own, **marks, "linewidth": 1.5 if kind == "valid" else 0.9}
+
+
+def one_line(text: object, limit: int = 48) -> str:
+    """Foreign text for a figure: one line, cut, with a box for each character that matplotlib's font has not.
+
+    Where `$` would begin a formula, turn that off (`parse_math`) or escape it.
+    """
+    line = "".join(c if ord(c) in _glyphs() else "□" for c in " ".join(str(text).split()))
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> frozenset[int]:
+    """Code points that matplotlib's own font has; it warns at each drawing of another one."""
+    return frozenset(FT2Font(findfont("DejaVu Sans")).get_charmap())
 
 
 # -- reports to numbers -----------------------------------------------------------------------------------------------

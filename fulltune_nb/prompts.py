@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import GenerationError
+from fulltune_nb.render_limits import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,9 @@ def chat_ids(
     """
     _check_messages(messages)
     try:
-        text = tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False)
+        text = bounded(
+            lambda: tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False)
+        )
     except Exception as error:  # templates raise whatever they like
         raise GenerationError(f"The chat template refused these {len(messages)} messages: {error}") from error
     return _checked_ids(tokenizer.encode(text, add_special_tokens=False), vocab_size)
@@ -59,7 +62,7 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tup
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        rendered = bounded(lambda: tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # a template that takes no such conversation tells nothing about its ends
         return (), ()
     _, mark, end = rendered.rpartition(_MARK)

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fulltune_nb.errors import WeightsError
+from fulltune_nb.json_objects import no_key_twice
 
 _NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<V2", "C64": "<c8", "BOOL": "|b1",
@@ -91,7 +92,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
             file_size = path.stat().st_size
             if not 2 <= size <= min(_MAX_HEADER, file_size - 8):
                 raise ValueError(f"the header should have {size:,} bytes, the file has {file_size:,}")
-            header = json.loads(file.read(size), object_pairs_hook=_no_name_twice)
+            header = json.loads(file.read(size), object_pairs_hook=no_key_twice)
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors: {str(error)[:300]}. If it is cut short, copy it again.") from error
     if not isinstance(header, dict):
@@ -100,15 +101,6 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     if not all(isinstance(entry, dict) for entry in header.values()):
         raise WeightsError(f"{path} is not a safetensors file: its header's entries are not JSON objects.")
     return header, 8 + size
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"its header names {twice[:80]!r} twice")
-    return names
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:

@@ -186,6 +186,19 @@ def test_runs_are_drawn_side_by_side_and_those_past_the_first_twelve_are_counted
     evaluated = ft.History([ft.EvalReport("valid", step, 2.0 / (step + 1), 1.0, 9, 0.1) for step in range(3)])
     axes = plot_runs({f"$x$={number}": evaluated for number in range(14)} | {"nothing": ft.History()})
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert len(names) == 13 and names[-1] == "2 more" and names[0] == r"\$x\$=0"
+    assert len(names) == 13 and names[-1] == "2 more" and names[0] == "$x$=0"  # as it is: no mathematics is read into a legend
     axes.figure.canvas.draw()
     assert [text.get_text() for text in plot_runs({}).texts] == ["nothing recorded yet"]
+
+
+def test_the_training_losses_of_runs_stand_beside_the_validation_losses_when_asked():
+    from fulltune_nb.plots import plot_runs
+
+    runs = {"_a": [*(step(n) for n in range(1, 5001)), valid(5000, 1.0)], "b": [step(1), step(2)]}
+    names = [text.get_text() for text in plot_runs(runs).get_legend().get_texts()]
+    assert names == ["a", "b"]
+    axes = plot_runs(runs, training=True)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a, training", "a, valid", "b"]
+    assert len({line.get_color() for line in axes.lines}) == 2  # one a run
+    drawn = axes.lines[0].get_xdata()
+    assert len(drawn) <= 2500 and drawn[-1] == 5000

@@ -1,11 +1,12 @@
 """From files or lists of rows to batches: formats, tokens, loss masks, order of batches."""
 
-from fulltune_nb.data.batching import Batch, BatchOrder, collate, evaluation_batches
+from fulltune_nb.data.batching import Batch, BatchOrder, collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split, load_data
 from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.packing import PackedOrder
 from fulltune_nb.data.settings import DataSettings
 
 __all__ = [
-    "Batch", "BatchOrder", "DataSet", "DataSettings", "Example", "PackedOrder", "Split", "collate", "evaluation_batches", "load_data",
+    "Batch", "BatchOrder", "DataSet", "DataSettings", "Example", "PackedOrder", "Split", "collate", "evaluation_batches",
+    "evaluation_shapes", "load_data",
 ]  # fmt: skip

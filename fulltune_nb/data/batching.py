@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from fulltune_nb.data.settings import whole
-from fulltune_nb.data.shapes import BatchShapes, padded_count
+from fulltune_nb.data.shapes import BatchShapes, padded_count, shapes_of_all
 from fulltune_nb.errors import ConfigError, DataError
 
 Row = int | tuple[int, ...]
@@ -222,6 +222,13 @@ def deal(random: np.random.RandomState, lengths: np.ndarray, batch_size: int) ->
             rows = np.delete(rows, np.s_[at : at + left_over])
         batches.extend(rows.reshape(-1, batch_size))
     return [batches[i] for i in random.permutation(len(batches))] + partial
+
+
+def evaluation_shapes(split, batches: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(T, N) of each of the batches that `evaluation_batches` gave; with B they are at most 16 different ones."""
+    lengths, trained = split.lengths, split.trained_lengths
+    widths = np.array([max(lengths[list(rows)].max() - 1, 1) for rows in batches])
+    return shapes_of_all(widths, np.array([trained[list(rows)].sum() for rows in batches]), np.array([len(rows) for rows in batches]))
 
 
 def evaluation_batches(split, batch_size: int, max_batches: int | None = None) -> list[tuple[int, ...]]:

@@ -70,7 +70,7 @@ class Split(Sequence[Example]):
 
     @cached_property
     def bucket_lengths(self) -> np.ndarray:
-        """The at most 12 values that T, the length of a batch's inputs, takes for this split; ascending int64."""
+        """The at most 12 values that T, the length of a batch's inputs, takes where a batch is made by itself; ascending int64."""
         from fulltune_nb.data.shapes import choose_buckets
 
         return choose_buckets(self.lengths[self.trainable] - 1)

@@ -16,6 +16,8 @@ import numpy as np
 
 from fulltune_nb.data.formats import messages_of
 from fulltune_nb.data.settings import DataSettings
+from fulltune_nb.errors import DataError
+from fulltune_nb.render_limits import LimitReached, bounded
 
 CHUNK_ROWS = 512
 """Rows tokenized in one call: enough for the tokenizer to work in parallel, few enough to keep the extra memory small."""
@@ -82,6 +84,9 @@ def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, toke
 
     Returns:
         The examples in the rows' order, and a line for each row that could not be encoded.
+
+    Raises:
+        DataError: the chat template takes far too much time or memory with a row.
     """
     rows = list(rows)
     encoded = Encoded()
@@ -92,11 +97,14 @@ def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, toke
 
 def _encode_chunk(rows: Sequence[tuple[str, Mapping]], format: str, tokenizer, settings: DataSettings, into: Encoded) -> None:
     rendered: list[_Rendered | RowError] = []
-    for _, row in rows:
+    for source, row in rows:
         try:
             rendered.append(_render_row(row, format, tokenizer, settings))
         except RowError as error:
             rendered.append(error)
+        except LimitReached as error:  # at once: with each further row it could take as long
+            problem = f"{source}: the chat template cannot be used for this row: {error}"
+            raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None
     # All texts of the chunk, prefixes included, are tokenized in one call, each once: a last turn's end is often the whole text.
     texts = {t: None for r in rendered if isinstance(r, _Rendered) for t in (r.text, *(p for turn in r.turns for p in turn))}
     ids = dict(zip(texts, tokenize(tokenizer, list(texts), add_special_tokens=format == "text"), strict=True))
@@ -157,7 +165,8 @@ def _render_row(row: Mapping[str, Any], format: str, tokenizer, settings: DataSe
 
     def render(part: list, add_generation_prompt: bool = False, tools=tools) -> str:
         # The conversation stands in a list because transformers refuses an empty one that does not.
-        return tokenizer.apply_chat_template([part], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)[0]
+        options = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return bounded(lambda: tokenizer.apply_chat_template([part], **options))[0]
 
     text = _encodable(_refusable(lambda: render(messages), "the chat template refuses this row"))
     _check_tool_calls(messages, text, render)
@@ -234,6 +243,8 @@ def _check_tool_calls(messages: list, text: str, render: Callable[..., str]) -> 
 def _refusable(render: Callable[[], str], what: str) -> str:
     try:
         return render()
+    except LimitReached:
+        raise
     except Exception as error:  # a template is code from outside: it can raise anything
         raise RowError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
@@ -241,6 +252,8 @@ def _refusable(render: Callable[[], str], what: str) -> str:
 def _try(render: Callable[[], str]) -> str | None:
     try:
         return render()
+    except LimitReached:
+        raise
     except Exception:  # as above; here a refusal only means that the two texts differ
         return None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fulltune_nb.errors import DataError
+from fulltune_nb.json_objects import KeyTwice, no_key_twice
 
 SPLITS = ("train", "valid", "test")
 ENDINGS = (".jsonl", ".csv", ".parquet")
@@ -231,26 +232,18 @@ def parse_line(line: bytes) -> dict[str, Any]:
         byte = line[error.start]
         raise _BadLine(f"not UTF-8 (byte 0x{byte:02x} at byte {error.start + 1} of the line); save the file as UTF-8") from None
     try:
-        row = json.loads(text, object_pairs_hook=_no_twice)
+        row = json.loads(text, object_pairs_hook=no_key_twice)
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 10) : error.pos + 20].rstrip("\r\n")
         whole = text.strip() in ("[", "{", "],", "}", "},", "]")
         hint = " (JSON Lines needs each object on one line of its own)" if whole else ""
         raise _BadLine(f"not JSON: {error.msg} at character {error.pos + 1}, near {near!r}{hint}") from None
+    except KeyTwice as error:
+        raise _BadLine(f"{error}; keep one") from None
     except (RecursionError, ValueError) as error:
         raise _BadLine(f"not readable as JSON: {str(error)[:200]}") from None
     if not isinstance(row, dict):
         what = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(row), "a number")
         hint = "; write each of its elements on a line of its own" if isinstance(row, list) else ""
         raise _BadLine(f"not an object but {what}{hint}")
-    return row
-
-
-def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python keeps the last of two equal keys without a word; a row like that has lost something."""
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _BadLine(f"the key {twice[:40]!r} is given twice in one object; keep one")
     return row

@@ -13,7 +13,7 @@ MAX_BUCKETS = 12
 """Values of T at most where only T is chosen."""
 
 MAX_SHAPES = 16
-"""Different (B, T, N) at most of all training batches of a split, over all epochs."""
+"""Different (B, T, N) at most of all training batches of a split, over all epochs; and of all batches of an evaluation."""
 
 _CANDIDATES = 256
 _PARTIAL_SHAPES = 3  # of MAX_SHAPES, for batches of fewer rows
@@ -105,6 +105,31 @@ def choose_shapes(widths: np.ndarray, counts: np.ndarray, rows: int, limit: int)
     return found[:, :2]
 
 
+def smallest(shapes: np.ndarray, rows: int, width: int, count: int) -> tuple[int, int]:
+    """Of shapes (k, 2), the smallest (T, N) for a batch of `rows` rows that needs T of at least `width` and N of at least `count`."""
+    enough = (shapes[:, 0] >= width) & (shapes[:, 1] >= count)
+    size = np.where(enough, rows * shapes[:, 0] + shapes[:, 1], np.iinfo(np.int64).max)
+    best = shapes[size.argmin()]
+    return int(best[0]), int(best[1])
+
+
+def shapes_of_all(widths: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
+    """(T, N) for each of some batches, which are all there are; with B they are at most 16 different ones.
+
+    Args:
+        widths: (batches,) T that each needs.
+        counts: (batches,) N that each needs.
+        rows: (batches,) B of each: the same, or fewer in some.
+    """
+    found, sizes = np.zeros((len(rows), 2), dtype=np.int64), np.unique(rows)
+    for size in sizes:
+        own = rows == size
+        limit = MAX_SHAPES - len(sizes) + 1 if size == sizes[-1] else 1
+        shapes = choose_shapes(widths[own], counts[own], int(size), limit)
+        found[own] = [smallest(shapes, int(size), width, count) for width, count in zip(widths[own], counts[own], strict=True)]
+    return [(int(width), int(count)) for width, count in found]
+
+
 class BatchShapes:
     """Which (T, N) a batch gets. With B they are at most 16 different ones, whatever batches the epochs bring.
 
@@ -134,11 +159,7 @@ class BatchShapes:
 
     def of(self, rows: int, width: int, count: int) -> tuple[int, int]:
         """The smallest (T, N) for a batch of `rows` rows that needs T of at least `width` and N of at least `count`."""
-        shapes = self._by_rows[rows]
-        enough = (shapes[:, 0] >= width) & (shapes[:, 1] >= count)
-        size = np.where(enough, rows * shapes[:, 0] + shapes[:, 1], np.iinfo(np.int64).max)
-        best = shapes[size.argmin()]
-        return int(best[0]), int(best[1])
+        return smallest(self._by_rows[rows], rows, width, count)
 
     @property
     def largest(self) -> tuple[int, int, int]:

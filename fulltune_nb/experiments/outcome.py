@@ -82,7 +82,11 @@ class Sweep(Sequence[Run]):
         widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADERS))]
         shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
         reasons = [f"failed: {run.label}: {_one_line(run.reason)}\n        {run.attempt_folder}" for run in self.failed]
-        return "\n".join([*shown, *reasons, *self.notes, self.summary()])
+        return "\n".join([*shown, *reasons, *self.notes, *self._damages(), self.summary()])
+
+    def _damages(self) -> list[str]:
+        """What was passed over in the files of the runs that are done."""
+        return [f"{run.label}: {note}" for run in self.done for note in run.damages()]
 
     def _cells(self) -> Iterator[list[str]]:
         for row, run in zip(self.rows(), self.runs, strict=True):
@@ -102,7 +106,7 @@ class Sweep(Sequence[Run]):
         if self.failed:
             rows = [(run.label, html.cut(run.reason), run.attempt_folder) for run in self.failed]
             parts.append(html.table(("failed", "reason", "files"), rows, "Failures"))
-        parts += [f"<div>{html.esc(note)}</div>" for note in self.notes]
+        parts += [f"<div>{html.esc(note)}</div>" for note in [*self.notes, *self._damages()]]
         parts.append(self._plot_html())
         return "".join(parts)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.models.saving import write_text
-from fulltune_nb.training.history import EvalReport, History
+from fulltune_nb.training.history import EvalReport
 from fulltune_nb.training.model_card import versions
 from fulltune_nb.training.trainer import Trainer
 
@@ -73,19 +73,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def read_history(run_dir: Path) -> History:
-    """The reports of a run, from its `metrics.jsonl`; empty where there are none. A last line cut off by a crash is left out."""
-    history = History()
-    try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return history
-    for number, line in enumerate(lines):
-        try:
-            history += History.from_jsonable([json.loads(line)])
-        except ValueError:
-            if number < len(lines) - 1:
-                raise
-    return history

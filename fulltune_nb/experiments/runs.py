@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.experiments.result import FILE, read_history, read_result
+from fulltune_nb.experiments.result import FILE, read_result
 from fulltune_nb.models.saving import write_text
 from fulltune_nb.training.history import History
+from fulltune_nb.training.run_directory import read_metrics
 
 REQUEST, OUTCOME, STATE = "request.json", "outcome.json", "state.json"
 
@@ -74,7 +75,12 @@ class Run:
     @property
     def history(self) -> History:
         """The trainer's reports; empty where the notebook wrote none."""
-        return read_history(self.run_dir)
+        return read_metrics(self.run_dir)[0]
+
+    def damages(self) -> list[str]:
+        """What in its files could not be read and was passed over."""
+        results = dict.fromkeys((self.run_dir / FILE, self.attempt_folder / FILE))
+        return read_metrics(self.run_dir)[1] + [f"{path} is no result" for path in results if path.is_file() and not read_result(path)]
 
     def loss(self) -> tuple[str, float] | None:
         """(split, loss in nats per trained token) to compare runs by: of the test split where there is one."""

@@ -16,13 +16,13 @@ from fulltune_nb.errors import CheckpointError, ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
 from fulltune_nb.training.history import History
+from fulltune_nb.training.run_directory import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from fulltune_nb.charts import Axes
 
 _RESULTS = 12  # entries of result.json that the table shows
-_POINTS = 2000  # of a curve
 _SETTING = 120  # characters of a value
 
 
@@ -95,22 +95,9 @@ class Comparison:
         Args:
             ax: where to draw; a new figure where left out.
         """
-        import numpy as np
+        from fulltune_nb.plots import draw_runs
 
-        from fulltune_nb.charts import curves
-        from fulltune_nb.plots import moving_mean
-
-        series = []
-        for run in self.runs:
-            steps, valid = run.history.steps, [r for r in run.history.evals if r.split == "valid"]
-            if steps:
-                losses = np.array([r.loss for r in steps], np.float64)
-                smooth = moving_mean(np.where(np.isfinite(losses), losses, np.nan), max(1, len(losses) // 40) // 2 * 2 + 1)
-                every = max(1, len(losses) // _POINTS)
-                series.append((run.name, [r.step for r in steps][::every], smooth[::every]))
-            if valid:
-                series.append((f"{run.name}, valid", [r.step for r in valid], [r.loss for r in valid]))
-        return curves(series, "optimizer step", "loss (nats per token)", ax=ax)
+        return draw_runs([(run.name, run.history) for run in self.runs], ax, training=True)
 
     def __repr__(self) -> str:
         return f"Comparison({len(self.runs)} runs, {len(self.differences)} settings differ)"
@@ -167,34 +154,20 @@ def _name(path: Path, paths: Sequence[Path | None]) -> str:
 
 def _read(path: Path, name: str) -> Run:
     run = Run(name, path)
-    there = [file for file in ("metrics.jsonl", "config.yaml", "result.json") if (path / file).is_file()]
+    there = [file for file in (METRICS_FILE, CONFIG_FILE, RESULT_FILE) if (path / file).is_file()]
     if not there:
-        what = "no such folder" if not path.is_dir() else "the folder holds neither metrics.jsonl nor config.yaml nor result.json"
+        what = "no such folder" if not path.is_dir() else f"the folder holds neither {METRICS_FILE} nor {CONFIG_FILE} nor {RESULT_FILE}"
         raise CheckpointError(f"{path}: {what}. Give the run_dir of a Trainer.")
-    run.notes += [f"{file} is missing" for file in ("metrics.jsonl", "config.yaml") if file not in there]
-    for file in there:
-        try:
-            text = (path / file).read_text(encoding="utf-8")
-            if file == "metrics.jsonl":
-                _read_metrics(text, run)
-            elif file == "config.yaml":
-                run.config = _mapping(yaml.safe_load(text))
-            else:
-                run.result = _mapping(json.loads(text))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            run.notes.append(f"{file} cannot be read: {error}")
+    run.notes += [f"{file} is missing" for file in (METRICS_FILE, CONFIG_FILE) if file not in there]
+    run.history, notes = read_metrics(path)
+    run.notes += notes
+    for file, attribute, parse in ((CONFIG_FILE, "config", yaml.safe_load), (RESULT_FILE, "result", json.loads)):
+        if file in there:
+            try:
+                setattr(run, attribute, _mapping(parse((path / file).read_text(encoding="utf-8"))))
+            except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+                run.notes.append(f"{file} cannot be read: {error}")
     return run
-
-
-def _read_metrics(text: str, run: Run) -> None:
-    bad = 0
-    for line in filter(str.strip, text.splitlines()):
-        try:
-            run.history += History.from_jsonable([json.loads(line)])
-        except (ValueError, TypeError, CheckpointError):
-            bad += 1
-    if bad:
-        run.notes.append(f"{bad:,} lines of metrics.jsonl are no reports and were passed over")
 
 
 def _mapping(value: Any) -> dict[str, Any]:

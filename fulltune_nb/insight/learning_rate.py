@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from fulltune_nb.data.settings import whole
-from fulltune_nb.errors import ConfigError, NonFiniteError, TornStepError
+from fulltune_nb.errors import ConfigError, NonFiniteError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, facts
 from fulltune_nb.insight.survival import UpdateMeter, survival
@@ -167,7 +167,7 @@ def _sweep(step: Step, rates: Sequence[float], meter: UpdateMeter | None) -> Ite
     for number, rate in enumerate(rates, 1):
         try:
             loss = step(rate).loss
-        except (NonFiniteError, TornStepError):  # all is taken back anyway
+        except NonFiniteError:  # all is taken back anyway
             yield rate, math.inf, math.nan
             return
         yield rate, loss, survival(meter.collect(number)) if meter else math.nan

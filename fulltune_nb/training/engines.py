@@ -3,8 +3,9 @@
 Both give the same step to rounding. What they differ in is what exists at once:
 
 - `WholeGraph`: all blocks' activations in the forward pass, all gradients after the backward pass.
-- `Layerwise`: each block's input; the gradients of one block, which is updated before the next one's are computed. A step that
-  fails on the way is torn: the later blocks are new, the earlier ones old.
+- `Layerwise`: each block's input; the gradients of one block, which is updated before the next one's are computed.
+
+A step that fails between its first and its last update is torn; `training/torn.py` sees to that for both.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from fulltune_nb.data.batching import Batch
-from fulltune_nb.errors import TornStepError
+from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
 from fulltune_nb.training.compiled import CompiledGradients, why_not_compiled
@@ -49,8 +50,7 @@ class Engine(Protocol):
             learning_rate: of this step.
 
         Raises:
-            NonFiniteError: loss or gradient is NaN or inf; nothing was updated.
-            TornStepError: it failed when a part of the weights had been updated.
+            NonFiniteError: loss or gradient is NaN or inf.
         """
 
 
@@ -85,14 +85,7 @@ class Layerwise:
         scale = self._clip_scale(number, batches)
         backward = LayerwiseBackward(self._model, batches)
         check_finite(number, backward.loss, backward.last_gradient_norm, batches)
-        try:
-            norm = self._update(backward, learning_rate, scale)
-        except Exception as error:
-            raise TornStepError(
-                f"step {number} failed when a part of the weights had been updated: {error or type(error).__name__}. The weights are"
-                " of no use as they are. Go back with trainer.restore(a snapshot), or with Trainer.resume(run_dir)."
-            ) from error
-        return StepResult(backward.loss, norm)
+        return StepResult(backward.loss, self._update(number, backward, learning_rate, scale))
 
     def _clip_scale(self, number: int, batches: Sequence[Batch]) -> float:
         if self._config.max_grad_norm is None:
@@ -102,14 +95,17 @@ class Layerwise:
         check_finite(number, backward.loss, norm, batches)
         return clip_scale(norm, self._config.max_grad_norm)
 
-    def _update(self, backward: LayerwiseBackward, learning_rate: float, scale: float) -> float:
+    def _update(self, number: int, backward: LayerwiseBackward, learning_rate: float, scale: float) -> float:
         """Updates everything and returns the gradient's norm."""
         squares = 0.0
         self._optimizers.begin_step(learning_rate, scale)
         for piece in backward.pieces(before_rows=self._observe):
             squares += _sum_of_squares(piece)
             if not math.isfinite(squares):
-                raise FloatingPointError(f"a gradient of {', '.join(piece.gradients)} is NaN or inf")
+                raise NonFiniteError(
+                    f"step {number}: a gradient of {', '.join(piece.gradients)} is NaN or inf. Lower the learning rate, or set"
+                    " max_grad_norm: then all gradients are looked at before the first update."
+                )
             self._optimizers.update_tensors(self._model, piece.gradients, rows=piece.rows)
         self._optimizers.end_step()
         return math.sqrt(squares)

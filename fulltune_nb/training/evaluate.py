@@ -7,7 +7,7 @@ import time
 
 import mlx.core as mx
 
-from fulltune_nb.data.batching import collate, evaluation_batches
+from fulltune_nb.data.batching import collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.reading import SPLITS
 from fulltune_nb.errors import DataError
@@ -27,8 +27,9 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
         max_batches: at most so many batches; None for the whole split.
     """
     total, tokens = 0.0, 0
-    for rows in evaluation_batches(split, batch_size, max_batches):
-        batch = collate(split, rows)
+    batches = evaluation_batches(split, batch_size, max_batches)
+    for rows, shape in zip(batches, evaluation_shapes(split, batches), strict=True):
+        batch = collate(split, rows, shape)
         hidden = model.hidden_states(mx.array(batch.inputs), dtype=compute_dtype(model.embed_tokens.weight.dtype))  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
         loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights))

@@ -120,6 +120,11 @@ class TensorUpdate:
         """How often the gradients of all rows of this matrix have still to be observed."""
         return self._rule.passes - self._matrices[rows.start // self._rows].passes
 
+    @property
+    def changed(self) -> bool:
+        """Whether new means were put into the state."""
+        return any(matrix.passes for matrix in self._matrices)
+
     def observe(self, p: mx.array, g: mx.array, rows: slice) -> None:
         """Take in some rows of parameter and gradient. Each row once in a pass, in any order; evaluated when it returns."""
         index = rows.start // self._rows

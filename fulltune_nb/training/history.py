@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,7 +37,7 @@ class _Record:
         """A report from what `to_dict` gave. Names it does not know are left out, so that later versions can add some.
 
         Raises:
-            CheckpointError: not a report, or a field is missing.
+            CheckpointError: not a report, a field is missing, or a value is not of the field's type.
         """
         report = _KINDS.get(str(values.get("kind"))) if isinstance(values, dict) else None
         if report is None:
@@ -48,12 +49,22 @@ class _Record:
         missing = [name for name, field in fields.items() if name not in given and field.default is dataclasses.MISSING]
         if missing:
             raise CheckpointError(f"a report of kind {values['kind']!r} lacks {', '.join(missing)}: {str(values)[:80]!r}.")
-        floats = {name for name, field in fields.items() if field.type == "float"}
-        return report(**{k: math.nan if v is None and k in floats else v for k, v in given.items() if k in fields})
+        return report(**{k: _from_json(v, fields[k]) for k, v in given.items() if k in fields})
 
 
 def _to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(value: Any, field: dataclasses.Field) -> Any:
+    """A field's value; whole numbers do for `float`."""
+    if field.type == "float":
+        with suppress(OverflowError):  # a whole number of hundreds of digits
+            if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
+                return math.nan if value is None else float(value)
+    elif isinstance(value, str) if field.type == "str" else type(value) is int and abs(value) < 2**63:
+        return value
+    raise CheckpointError(f"a report's {field.name}: expected {field.type}, got {value!r:.80}.")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from fulltune_nb import html
 from fulltune_nb.errors import TrainingError
 from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.training.config import TrainConfig
@@ -18,6 +17,7 @@ from fulltune_nb.training.factored import TensorUpdate
 from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, rules_of, slots_of
 from fulltune_nb.training.optimizer_memory import predict_state_bytes, update_bytes
 from fulltune_nb.training.optimizer_state import check_state_arrays, shape_of_rows
+from fulltune_nb.training.optimizer_view import optimizers_html
 from fulltune_nb.training.pieces import Piece, Place, batches, cut, first_row, piece_size, put, take
 from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
 from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver
@@ -83,6 +83,8 @@ class Optimizers:
         """Of the step in progress."""
         self._factored: dict[str, TensorUpdate] = {}
         """Of the step in progress, by tensor."""
+        self._changed = False
+        """Whether the step in progress has changed a parameter."""
         mx.eval(self._state)
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -108,12 +110,11 @@ class Optimizers:
 
     def begin_step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Begin a step of which the gradients come little by little; arguments as in `update`."""
-        self.step += 1
-        self._factored = {}
-        self._scalars = {
-            group: self._rules[group.optimizer].begin(self.step, learning_rate * group.factor, group.weight_decay, gradient_scale)
+        scalars = {
+            group: self._rules[group.optimizer].begin(self.step + 1, learning_rate * group.factor, group.weight_decay, gradient_scale)
             for group in set(self._groups.values())
         }
+        self.step, self._scalars, self._factored, self._changed = self.step + 1, scalars, {}, False
 
     def update_tensors(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None = None) -> None:
         """Update some parameters now; they and their state are evaluated when it returns.
@@ -155,6 +156,13 @@ class Optimizers:
     def end_step(self) -> None:
         """The step is whole."""
         self._scalars, self._factored = None, {}
+
+    def abandon_step(self) -> None:
+        """The step in progress will not become whole. Where nothing was changed yet, it is as if it had not begun."""
+        changed = self._changed or any(update.changed for update in self._factored.values())
+        if self._scalars is not None and not changed:
+            self.step -= 1
+        self.end_step()
 
     def _checked(self, gradients: Mapping[str, Any], rows: slice | None) -> dict[str, mx.array]:
         flat = dict(tree_flatten(gradients))
@@ -241,8 +249,9 @@ class Optimizers:
         # Place and state are taken by the new arrays before anything is evaluated: only their graph then holds the old ones, so
         # that evaluation may write into these.
         dtype = place.array.dtype
-        p, self._state[piece.name] = self._applied(piece, *self._inputs(place, piece, gradient))
-        place.array = round_to(p, dtype, self._key(piece.name))
+        p, state = self._applied(piece, *self._inputs(place, piece, gradient))
+        p, self._changed = round_to(p, dtype, self._key(piece.name)), True
+        place.array, self._state[piece.name] = p, state
         return place.array
 
     def _updated_rows(self, place: Place, piece: Piece, gradient: mx.array) -> tuple[mx.array, State]:
@@ -280,7 +289,7 @@ class Optimizers:
             observer.after(piece.name, first_row(piece), new)
 
     def _put_rows(self, place: Place, piece: Piece, p: mx.array, state: State) -> None:
-        rank, own = len(self._shapes[piece.name]), self._state[piece.name]
+        rank, own, self._changed = len(self._shapes[piece.name]), self._state[piece.name], True
         place.array = put(place.array, rank, piece.rows, p)
         for slot, part in state.items():
             own[slot] = put(own[slot], rank, piece.rows, part)
@@ -334,17 +343,8 @@ class Optimizers:
         return f"Optimizers({len(self._groups)} tensors in {len(set(self._groups.values()))} groups, step {self.step})"
 
     def _repr_html_(self) -> str:
-        rows = [
-            (group.optimizer, f"{group.factor:g}", f"{group.weight_decay:g}", len(names), f"{_count(names, self._shapes):,}")
-            for group, names in self.groups().items()
-        ]
-        state = f"Optimizer after {self.step:,} steps; its state takes {html.human_bytes(self.state_bytes)}"
-        return html.table(("rule", "learning-rate factor", "weight decay", "tensors", "parameters"), rows, caption=state)
+        return optimizers_html(self, self._shapes)
 
 
 def _shapes(tree: Any) -> dict[str, Shape]:
     return {name: array.shape for name, array in tree_flatten(tree)}
-
-
-def _count(names: list[str], shapes: Mapping[str, Shape]) -> int:
-    return sum(math.prod(shapes[name]) for name in names)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.data.dataset import DataSet, load_data
-from fulltune_nb.errors import CheckpointError, DataError, TornStepError
+from fulltune_nb.errors import CheckpointError, DataError
 from fulltune_nb.language_model import LanguageModel, load_model
 from fulltune_nb.models.families import read_config
 from fulltune_nb.models.loading import load_folder_weights, read_json
@@ -53,26 +53,6 @@ def random_state() -> list[int]:
 def set_random_state(state: list[int]) -> None:
     """Takes back what `random_state` gave."""
     mx.random.seed((state[0] << 32) | state[1])
-
-
-def check_whole(trainer: Trainer) -> None:
-    """
-    Raises:
-        TornStepError: some weights are new and some old.
-    """
-    if reason := torn_reason(trainer):
-        raise TornStepError(reason)
-
-
-def torn_reason(trainer: Trainer) -> str | None:
-    """Why the weights are of no use, if a step was broken off between its first and its last update; else None."""
-    if trainer._optimizers.step == trainer.step_count - trainer.optimizer_steps_before:
-        return None
-    back = f"Trainer.resume({str(trainer.run_dir)!r})" if trainer.run_dir else "trainer.restore(a snapshot), or a new trainer"
-    return (
-        f"Step {trainer.step_count + 1} was broken off in the middle of its update: some weights are new and some old, so they are"
-        f" neither trained on, nor used, nor saved. What is on the disk is whole: go on with {back}."
-    )
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:

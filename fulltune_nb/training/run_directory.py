@@ -33,11 +33,12 @@ from fulltune_nb.training.checkpoint import (
     write_checkpoint,
 )
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.history import EvalReport, Event, StepReport
+from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.run_lock import RunLock
 
 CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "events.jsonl", "result.json"
 Entry = StepReport | EvalReport | Event
+_LINES_NAMED = 5
 
 
 def holds_run(path: Path) -> bool:
@@ -49,6 +50,32 @@ def holds_run(path: Path) -> bool:
             return any(b'"kind": "step"' in line for line in file)
     except OSError:
         return False
+
+
+def read_metrics(path: Path) -> tuple[History, list[str]]:
+    """The reports in the `metrics.jsonl` of a run's folder, for whoever looks at runs; nothing is locked.
+
+    Returns:
+        The reports, none where there is no such file; and notes on what was passed over: a line cut off by a crash, damaged ones, or
+        the whole file where it cannot be read.
+    """
+    history, bad = History(), []
+    try:
+        with (path / METRICS_FILE).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    history += History.from_jsonable([json.loads(line)] if line.strip() else [])
+                except (ValueError, RecursionError, CheckpointError):
+                    bad.append(number)
+    except FileNotFoundError:
+        return history, []
+    except OSError as error:
+        return history, [f"{METRICS_FILE} cannot be read: {error}"]
+    if not bad:
+        return history, []
+    lines = ", ".join(map(str, bad[:_LINES_NAMED])) + (f" and {len(bad) - _LINES_NAMED:,} more" if len(bad) > _LINES_NAMED else "")
+    what = "1 line is no report and was" if len(bad) == 1 else f"{len(bad):,} lines are no reports and were"
+    return history, [f"{METRICS_FILE}: {what} passed over (line {lines})"]
 
 
 class RunDirectory:

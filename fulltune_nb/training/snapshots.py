@@ -17,8 +17,9 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.loading import load_folder_weights
 from fulltune_nb.models.saving import check_not_source
 from fulltune_nb.training.checkpoint import read_optimizer, read_state
-from fulltune_nb.training.resuming import check_same_data, check_whole, random_state, set_random_state, state_of, take_up
+from fulltune_nb.training.resuming import check_same_data, random_state, set_random_state, state_of, take_up
 from fulltune_nb.training.run_directory import RunDirectory, save_model
+from fulltune_nb.training.torn import check_whole
 
 if TYPE_CHECKING:
     from fulltune_nb.training.trainer import Trainer

@@ -31,13 +31,14 @@ from fulltune_nb.training.memory import choose_backward
 from fulltune_nb.training.model_card import ModelCard
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.patience import Patience
-from fulltune_nb.training.resuming import check_whole, resume_run, state_of, torn_reason
+from fulltune_nb.training.resuming import resume_run, state_of
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
 from fulltune_nb.training.run_directory import RunDirectory
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.selection import select_trainable
 from fulltune_nb.training.snapshots import Branching
 from fulltune_nb.training.step_batches import StepBatches
+from fulltune_nb.training.torn import check_whole, step_failed
 from fulltune_nb.training.trainer_view import trainer_html
 from fulltune_nb.training.upkeep import Upkeep
 
@@ -195,7 +196,7 @@ class Trainer(Branching):
 
         Raises:
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
-            TornStepError: the layerwise engine failed half-way, now or in the step before; go back to a snapshot or checkpoint.
+            TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
         """
         with interrupts_deferred():
             check_whole(self)
@@ -207,8 +208,8 @@ class Trainer(Branching):
             rate = self.learning_rate
             try:
                 result = self._engine.step(self.step_count + 1, batches, rate)
-            except BaseException:
-                self.lm.torn = torn_reason(self)
+            except BaseException as error:
+                step_failed(self, error)
                 raise
             self.step_count += 1
             report = self._report(result.loss, result.grad_norm, rate, sum(batch.num_tokens for batch in batches), started)

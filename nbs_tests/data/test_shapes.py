@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulltune_nb.data import BatchOrder, PackedOrder, collate
+from fulltune_nb.data import BatchOrder, PackedOrder, collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.shapes import MAX_BUCKETS, MAX_SHAPES, choose_buckets, choose_shapes, padded_count
 from nbs_tests.data.test_batching import make_split
 
@@ -80,6 +80,26 @@ def test_a_thousand_different_lengths_have_sixteen_shapes_and_little_padding(bat
     split = make_split(range(2, 1002), trained=trained)
     order = PackedOrder(split, batch_size, 0, max_seq_length=1002) if packing else BatchOrder(split, batch_size, 0)
     batches = batches_of(split, order, 3)
+    assert len(shapes_of(batches)) <= MAX_SHAPES
+    assert 1 - sum(batch.real_tokens for batch in batches) / sum(batch.padded_tokens for batch in batches) < 0.15
+    assert 1 - sum(batch.num_tokens for batch in batches) / sum(len(batch.targets) for batch in batches) < 0.25
+
+
+@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=80), batch_size=st.integers(1, 6), trained=st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_every_batch_of_an_evaluation_fits_into_one_of_few_shapes(lengths, batch_size, trained):
+    split = make_split(lengths, trained=trained)
+    rows = evaluation_batches(split, batch_size)
+    batches = [collate(split, own, shape) for own, shape in zip(rows, evaluation_shapes(split, rows), strict=True)]
+    assert sum(batch.num_tokens for batch in batches) == split.trained_tokens and len(shapes_of(batches)) <= MAX_SHAPES
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("trained", [1.0, 0.3], ids=["every token", "some tokens"])
+def test_an_evaluation_of_a_thousand_different_lengths_has_sixteen_shapes_and_little_padding(batch_size, trained):
+    split = make_split(range(2, 1002), trained=trained)
+    rows = evaluation_batches(split, batch_size)
+    batches = [collate(split, own, shape) for own, shape in zip(rows, evaluation_shapes(split, rows), strict=True)]
     assert len(shapes_of(batches)) <= MAX_SHAPES
     assert 1 - sum(batch.real_tokens for batch in batches) / sum(batch.padded_tokens for batch in batches) < 0.15
     assert 1 - sum(batch.num_tokens for batch in batches) / sum(len(batch.targets) for batch in batches) < 0.25

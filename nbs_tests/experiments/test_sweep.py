@@ -79,6 +79,19 @@ def test_the_table_is_sorted_by_loss_and_ends_with_failures_and_what_was_not_sta
     assert list(sweep.to_frame()["loss"])[:2] == [1.0, 2.0] and "failed: x=0: bad" in sweep.text()
 
 
+def test_damaged_files_of_a_run_are_named_in_the_table(tmp_path):
+    run = Run({"x": 1}, tmp_path, "x=1", status="done", attempt=1)
+    run.run_dir.mkdir(parents=True)
+    report = {"kind": "eval", "split": "valid", "step": 0, "loss": 1.0, "perplexity": 1.0, "tokens": 9, "seconds": 0.1}
+    (run.run_dir / "metrics.jsonl").write_text(f'{{"kind"\n{json.dumps(report)}\n')
+    (run.run_dir / "result.json").write_text('{"test_loss": 1.0')
+    sweep = Sweep([run], tmp_path)
+    assert len(run.history) == 1
+    for shown in (sweep.text(), sweep._repr_html_()):
+        assert "x=1: metrics.jsonl: 1 line is no report and was passed over (line 1)" in shown
+        assert f"x=1: {run.run_dir / 'result.json'} is no result" in shown
+
+
 @pytest.mark.parametrize(
     "result, loss",
     [

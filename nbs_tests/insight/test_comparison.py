@@ -33,6 +33,7 @@ def test_results_and_differences_are_those_of_the_runs(runs):
     assert found.to_frame()["config.batch_size"].tolist() == [4, 2] and found.to_frame()["run"].tolist() == ["a", "b"]
     found.plot().figure.canvas.draw()
     assert len(found.plot().lines) == 4
+    assert [text.get_text() for text in found.plot().get_legend().get_texts()] == ["a, training", "a, valid", "b, training", "b, valid"]
     plt.close("all")
 
 
@@ -57,13 +58,14 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
 def test_damaged_files_are_passed_over_and_noted(runs):
     (a, first), (b, _) = runs
     with (a / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "st\n[]\n{"kind": "later"}\n')
+        file.write('{"kind": "step", "st\n[]\n\n{"kind": "later"}\n')
     (a / "config.yaml").write_text("a: [")
     (a / "result.json").write_text("[1]")
     found = ft.compare([a, b])
     assert found.results["steps"][0] == 4 and len(found.runs[0].history) == len(first.history)
     notes = " ".join(found.runs[0].notes)
-    assert "3 lines of metrics.jsonl" in notes and "config.yaml cannot be read" in notes and "result.json cannot be read" in notes
+    assert "metrics.jsonl: 3 lines are no reports and were passed over" in notes
+    assert "config.yaml cannot be read" in notes and "result.json cannot be read" in notes
 
 
 def test_what_holds_no_run_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints are whole, and a resumed run is bit for bit the run that was never stopped."""
 
+import gc
 import json
 import shutil
 
@@ -128,6 +129,25 @@ def test_a_run_dir_in_use_and_one_without_checkpoints_are_refused(make_trainer, 
         make_trainer(run_dir=tmp_path / "run")
     with pytest.raises(CheckpointError, match="No whole checkpoint"):
         ft.Trainer.resume(tmp_path / "nothing")
+
+
+def test_a_run_killed_before_its_first_checkpoint_was_whole_is_begun_again_in_the_same_folder(make_trainer, tmp_path):
+    """What is there at such an instant: settings, an evaluation, the lock of a dead process, a checkpoint half written."""
+    run = tmp_path / "run"
+    make_trainer(run_dir=run, iters=3, steps_per_eval=2).run(1)
+    gc.collect()
+    (run / "checkpoints" / "step-000000").rename(run / "checkpoints" / ".step-000000-x1y2z3a4")
+    shutil.rmtree(run / "checkpoints" / "step-000001", ignore_errors=True)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if '"kind": "step"' not in line) + '{"kind": "st')
+    with pytest.raises(CheckpointError, match="No whole checkpoint"):
+        ft.Trainer.resume(run)
+    trainer, straight = (make_trainer(run_dir=folder, iters=3, steps_per_eval=2) for folder in (run, tmp_path / "straight"))
+    trainer.run()
+    straight.run()
+    assert [r.loss for r in trainer.history.steps] == [r.loss for r in straight.history.steps]
+    assert not [path for path in run.rglob(".*")]
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len((tmp_path / "straight" / "metrics.jsonl").read_text().splitlines())
 
 
 def test_metrics_have_a_line_an_entry_and_are_cut_back_by_resuming(make_trainer, make_data, tmp_path):

@@ -1,6 +1,7 @@
 """A full disk, or one that cannot be written to, at each write: a clear error, the checkpoint before whole, no litter."""
 
 import errno
+import functools
 import gc
 import os
 import resource
@@ -208,12 +209,45 @@ def test_a_read_only_directory(make_trainer, tmp_path):
         (tmp_path / "run" / "checkpoints").chmod(0o700)
 
 
-def test_a_small_disk_that_fills_up(make_lm, tokenizer, tmp_path):
-    place = tmp_path / "disk"
+def small_disk(place, size):
+    """Mounts a file system of its own; skips the test where that is not allowed."""
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=19m", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small file system cannot be made here")
+
+
+def test_a_folder_that_becomes_read_only_and_writable_again(make_trainer, tmp_path):
+    straight, trainer = make_trainer(), make_trainer(run_dir=tmp_path / "run", save_every=2)
+    straight.run()
+    trainer.run(2)
+    place = tmp_path / "run" / "checkpoints"
+    uses = {
+        "a checkpoint": trainer.save,
+        "steps": trainer.run,
+        "a snapshot": functools.partial(trainer.snapshot, place / "snapshot"),
+        "a fork": functools.partial(trainer.fork, place / "fork"),
+        "a new run": functools.partial(make_trainer, run_dir=place / "other"),
+    }
+    try:
+        # root may write into any folder, but not where a read-only mount stands
+        for mount in (["--bind", str(place), str(place)], ["-o", "remount,bind,ro", str(place)]):
+            if shutil.which("mount") is None or subprocess.run(["mount", *mount], capture_output=True).returncode:
+                pytest.skip("nothing can be mounted here")
+        for name, use in uses.items():
+            with pytest.raises(CheckpointError, match="Read-only file system"):
+                use()
+            assert sorted(place.iterdir()) == [place / "step-000000", place / "step-000002"], name
+    finally:
+        subprocess.run(["umount", "-l", str(place)], capture_output=True)
+    trainer.run()
+    assert [r.loss for r in trainer.history.steps] == [r.loss for r in straight.history.steps]
+    assert list_checkpoints(place)[-1].name == "step-000008" and not litter(tmp_path / "run")
+
+
+def test_a_small_disk_that_fills_up(make_lm, tokenizer, tmp_path):
+    place = tmp_path / "disk"
+    small_disk(place, "19m")
     try:
         config = ft.TrainConfig(iters=40, batch_size=2, save_every=1, keep=40)
         trainer = ft.Trainer(make_lm(), ft.load_data({"train": make_rows(6)}, tokenizer), config, place / "run")

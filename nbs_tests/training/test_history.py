@@ -63,6 +63,19 @@ def test_what_is_no_report_is_refused(values):
         StepReport.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("step", 1.5), ("step", True), ("step", "1"), ("step", None), ("step", 10**30), ("loss", "2.0"), ("loss", [2.0]), ("loss", False),
+        ("loss", 10**400),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_values_of_another_type_are_refused_by_the_fields_name(field, value):
+    with pytest.raises(CheckpointError, match=f"{field}: expected"):
+        StepReport.from_dict({**step(1).to_dict(), field: value})
+
+
 def test_a_frame_has_a_row_for_each_report():
     pytest.importorskip("pandas", reason="pandas is an optional dependency")
     frame = History([step(1), evaluation(1), event(1), step(2, math.nan)]).to_frame()

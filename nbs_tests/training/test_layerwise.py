@@ -123,40 +123,6 @@ def test_bfloat16_weights_train_layer_by_layer_as_over_the_whole_graph(make_lm, 
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)  # a bit in another place of a gradient rounds some weights the other way
 
 
-def broken(trainer, block: int, monkeypatch, error: Exception):
-    """Makes the update fail when it comes to this block."""
-    update = trainer.optimizers.update_tensors
-
-    def fails(model, gradients, rows=None):
-        if any(name.startswith(f"layers.{block}.") for name in gradients):
-            raise error
-        return update(model, gradients, rows)
-
-    monkeypatch.setattr(trainer.optimizers, "update_tensors", fails)
-
-
-def test_a_step_that_fails_half_way_is_torn_until_the_trainer_goes_back(make_trainer, monkeypatch, tmp_path):
-    trainer = make_trainer(run_dir=tmp_path / "run", backward="layerwise", iters=5)
-    trainer.step()
-    snapshot, before = trainer.snapshot(), weights(trainer.lm)
-    with monkeypatch.context() as patch:
-        broken(trainer, 0, patch, MemoryError("no more"))
-        with pytest.raises(TornStepError, match="no more"):
-            trainer.step()
-    assert any((weights(trainer.lm)[name] != before[name]).any() for name in before)
-    for use in (
-        trainer.step, trainer.save, trainer.snapshot, trainer.run, lambda: trainer.lm.generate("a"), lambda: trainer.lm.chat([]),
-        lambda: trainer.lm.save(tmp_path / "export"),
-    ):  # fmt: skip
-        with pytest.raises(TornStepError):
-            use()
-    trainer.restore(snapshot)
-    assert all((weights(trainer.lm)[name] == before[name]).all() for name in before)
-    trainer.lm.generate("a", max_tokens=1)
-    again = make_trainer(backward="layerwise", iters=5)
-    assert [report.loss for report in again.steps()][1:] == [report.loss for report in trainer.steps()]
-
-
 def test_a_gradient_that_is_nan_in_a_lower_block_tears_the_step(make_trainer, monkeypatch):
     trainer, vjp = make_trainer(backward="layerwise"), layerwise.vjp
 
@@ -166,20 +132,10 @@ def test_a_gradient_that_is_nan_in_a_lower_block_tears_the_step(make_trainer, mo
         return found
 
     monkeypatch.setattr(layerwise, "vjp", with_nan)
-    with pytest.raises(TornStepError, match=r"layers\.0.* is NaN or inf"):
+    with pytest.raises(TornStepError, match=r"layers\.0.* is NaN or inf") as raised:
         trainer.step()
+    assert isinstance(raised.value.__cause__, ft.errors.NonFiniteError)
     assert trainer.lm.torn and trainer.step_count == 0
-
-
-def test_a_loss_that_is_nan_changes_nothing(make_trainer):
-    trainer = make_trainer(backward="layerwise")
-    trainer.lm.model.layers[1].mlp.down_proj.weight = mx.full(trainer.lm.model.layers[1].mlp.down_proj.weight.shape, mx.nan)
-    before = weights(trainer.lm)
-    with pytest.raises(ft.errors.NonFiniteError):
-        trainer.step()
-    after = weights(trainer.lm)
-    assert all(np.array_equal(before[name], after[name], equal_nan=True) for name in before)
-    assert trainer.lm.torn is None
 
 
 def test_a_run_that_does_not_fit_is_refused_unless_forced(make_lm, make_data, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ModelError
+from fulltune_nb.training.run_directory import read_metrics
 from fulltune_nb.training.run_lock import LOCK_FILE, RunLock
 
 HOLD = """
@@ -94,6 +95,25 @@ def test_the_files_of_a_run(make_trainer, tmp_path):
     trainer.journal.event(3, "note", "looked at")
     assert json.loads((tmp_path / "run" / "events.jsonl").read_text())["message"] == "looked at"
     assert ft.TrainConfig.from_yaml(tmp_path / "run" / "config.yaml") == trainer.config
+
+
+def test_metrics_are_read_with_damaged_lines_counted_and_named(make_trainer, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run", iters=2)
+    trainer.run()
+    path = tmp_path / "run" / "metrics.jsonl"
+    reports = [report for report in trainer.history if not isinstance(report, ft.Event)]
+    assert read_metrics(path.parent) == (reports, []) and read_metrics(tmp_path) == ([], [])
+    text = path.read_bytes()
+    path.write_bytes(text[:-5])  # as a crash leaves it
+    last = len(reports)
+    assert read_metrics(path.parent) == (reports[:-1], [f"metrics.jsonl: 1 line is no report and was passed over (line {last})"])
+    bad = [b"\xff\xfe", b"[" * 100_000, b'{"kind": "step", "step": "1"}', b"null", b"x" * 1000, b"{}", b"1" * 5000]
+    path.write_bytes(b"\n".join([*bad, b"", text]))
+    history, notes = read_metrics(path.parent)
+    assert history == reports and notes == ["metrics.jsonl: 7 lines are no reports and were passed over (line 1, 2, 3, 4, 5 and 2 more)"]
+    path.unlink()
+    path.mkdir()
+    assert "metrics.jsonl cannot be read: " in read_metrics(path.parent)[1][0]
 
 
 def test_what_was_reported_before_the_directory_was_there_stands_in_it_too(make_lm, make_data, tmp_path):

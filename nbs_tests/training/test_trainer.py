@@ -10,9 +10,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
+from fulltune_nb.data import DataSet, DataSettings, collate
 from fulltune_nb.errors import ConfigError, DataError, NonFiniteError, TrainingError
 from fulltune_nb.models.saving import hf_tensors
 from fulltune_nb.training.interrupts import interrupts_deferred
+from nbs_tests.benchmarks.many_lengths import random_split
 from nbs_tests.training.conftest import make_rows
 
 
@@ -137,6 +139,31 @@ def test_evaluation_is_the_token_weighted_mean_of_the_whole_split(make_trainer):
         assert report.tokens == tokens
         assert report.loss == pytest.approx(total / tokens, rel=1e-5)
         assert report.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_evaluation_of_many_lengths_takes_few_shapes_and_gives_the_loss_of_the_rows_by_themselves(make_lm, batch_size):
+    split = random_split(range(2, 202), share=0.4)
+    data = DataSet({"train": split, "valid": split}, DataSettings(), None, [], None)
+    trainer, shapes = ft.Trainer(make_lm(), data, ft.TrainConfig(batch_size=batch_size)), set()
+    hidden_states = type(trainer.lm.model).hidden_states
+
+    def seen(self, ids, **options):
+        shapes.add(ids.shape)
+        return hidden_states(self, ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.lm.model), "hidden_states", seen)
+        report = trainer.evaluate("valid")
+    assert len(shapes) <= 16
+    total = 0.0
+    for index in range(len(split)):
+        batch = collate(split, [index])
+        logits = np.array(trainer.lm.model(mx.array(batch.inputs)), dtype=np.float64)[0]
+        log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        real = batch.weights > 0
+        total -= log_probabilities[batch.target_positions[real], batch.targets[real]].sum()
+    assert report.tokens == split.trained_tokens and report.loss == pytest.approx(total / report.tokens, rel=1e-6)
 
 
 def test_evaluates_before_the_first_step_when_due_and_at_the_end(make_trainer):
