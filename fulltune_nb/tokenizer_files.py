@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ModelError
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 SENTENCEPIECE = "tokenizer.model"
 """The vocabulary as SentencePiece keeps it: transformers reads it where there is no tokenizer.json, llama.cpp's converter needs it."""
+
+_OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -45,14 +48,28 @@ def _installed(module: str) -> bool:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
-    """Writes a tokenizer's files, and `tokenizer.model` as it stands in the folder the tokenizer came from, if it does.
+    """Writes a tokenizer's files so that transformers 4 (and what is built on it) reads them like transformers 5.
 
-    transformers 5 no longer writes that file itself.
+    That leaves out `tokenizer.model`, which is copied from the folder the tokenizer came from, if it is there.
     """
     tokenizer.save_pretrained(str(folder))
+    config_path = Path(folder) / "tokenizer_config.json"
+    if config_path.is_file():
+        config = _for_both_versions(json.loads(config_path.read_text(encoding="utf-8")))
+        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     source, target = Path(str(tokenizer.name_or_path or "")) / SENTENCEPIECE, Path(folder) / SENTENCEPIECE
     if tokenizer.name_or_path and source.is_file() and not target.exists():
         shutil.copyfile(source, target)
+
+
+def _for_both_versions(config: dict[str, Any]) -> dict[str, Any]:
+    """A `tokenizer_config.json` of transformers 5 in words that 4 knows too, without what is true on this machine only."""
+    config = {key: value for key, value in config.items() if key not in _OF_THIS_MACHINE}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
 
 
 def _auto_tokenizer() -> type[AutoTokenizer]:
