@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from fulltune_nb.chat_template import ensure_chat_template
-from fulltune_nb.errors import GenerationError, ModelError, TornStepError
+from fulltune_nb.errors import GenerationError, TornStepError
 from fulltune_nb.generation import Ends, GenerationSettings, answer_many, stream_answer
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
@@ -20,11 +21,10 @@ from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.loading import load_decoder, load_model_file, read_json, resolve_model_path
 from fulltune_nb.models.saving import check_not_source, save_folder
 from fulltune_nb.prompts import Prompt, answer_end, chat_ids, prompt_ids
+from fulltune_nb.tokenizer_files import load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+    from transformers import PreTrainedTokenizerBase
 
 
 class LanguageModel:
@@ -263,7 +263,7 @@ class LanguageModel:
         if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
         texts = self.card.files() if self.card is not None else {}
-        save_folder(folder, self.model, self.tokenizer.save_pretrained, self.generation_config, texts)
+        save_folder(folder, self.model, partial(save_tokenizer, self.tokenizer), self.generation_config, texts)
         return folder
 
     def __repr__(self) -> str:
@@ -321,29 +321,3 @@ def load_model(
     generation_path = folder / "generation_config.json"
     generation_config = read_json(generation_path) if generation_path.exists() else None
     return LanguageModel(model, load_tokenizer(folder), os.fspath(path), generation_config)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, without running any code of the folder's.
-
-    Raises:
-        ModelError: there is none, or it needs code from the checkpoint.
-    """
-    if not any((folder / name).exists() for name in _VOCABULARIES):  # transformers would make some an empty tokenizer
-        raise ModelError(f"{folder}: there is no tokenizer. The folder needs one of {', '.join(_VOCABULARIES)}.")
-    try:
-        return _auto_tokenizer().from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here; all mean the same to the reader
-        raise ModelError(f"{folder}: the tokenizer could not be loaded: {error}") from error
-
-
-def _auto_tokenizer() -> type[AutoTokenizer]:
-    """`transformers.AutoTokenizer`, imported without its advice to install PyTorch, which nothing here needs."""
-    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        from transformers import AutoTokenizer
-    finally:
-        os.environ.pop(switch) if before is None else os.environ.update({switch: before})
-    return AutoTokenizer

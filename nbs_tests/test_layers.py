@@ -16,7 +16,7 @@ ROOT = Path(fulltune_nb.__file__).parent
 # From left to right. A module may import what stands left of it, and its own group. A new one needs a place here.
 LAYERS = [
     ["errors", "html", "frames", "json_objects"],
-    ["chat_template", "render_limits", "blas", "blas_stub", "system_info", "files", "tensor_files"],
+    ["chat_template", "render_limits", "blas", "blas_stub", "system_info", "files", "tensor_files", "tokenizer_files"],
     ["models"],
     ["generation", "detokenizer", "prompts"],
     ["language_model"],

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from fulltune_nb.chat_template import ensure_chat_template
+from fulltune_nb.data.bad_rows import bad_rows_error, feature_hint, names_of
 from fulltune_nb.data.encoding import Example, encode_rows
 from fulltune_nb.data.formats import detect_format, expected_keys, row_problem
 from fulltune_nb.data.hub import PREFIX, hub_id, read_hub
-from fulltune_nb.data.reading import SPLITS, RawSplit, bad_rows_error, read_folder, read_memory
+from fulltune_nb.data.reading import SPLITS, RawSplit, read_folder, read_memory
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
 from fulltune_nb.errors import ConfigError, DataError
 
@@ -185,7 +186,8 @@ def load_data(
         path = Path(os.path.abspath(os.path.expanduser(os.fsdecode(source))))
         raw_splits, notes = read_folder(path)
     else:
-        raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.')
+        hint = ' Give the rows their split: {"train": rows}.' if isinstance(source, (list, tuple)) else ""
+        raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.{hint}')
     builder = _Builder(tokenizer, settings, notes)
     splits = {raw.name: builder.build(raw) for raw in raw_splits}
     if builder.problems:
@@ -221,8 +223,7 @@ class _Builder:
         good: list[tuple[str, Mapping]] = []
         format = detect_format([row for _, row in raw.rows], self.settings)
         if format is None:
-            keys = expected_keys(self.settings)
-            problems += [f"{source}: no known format: has the keys {_keys(row)}, expected {keys}{_RENAME}" for source, row in raw.rows]
+            problems += [f"{source}: {_no_format(row, self.settings)}" for source, row in raw.rows]
         else:
             self._prepare(raw, format)
             for source, row in raw.rows:
@@ -270,12 +271,9 @@ class _Builder:
             self.notes.append(note)
 
 
-_RENAME = " (other names: prompt_feature=, completion_feature=, text_feature=, chat_feature=)"
-
-
-def _keys(row: Mapping, limit: int = 8) -> str:
-    names = [repr(str(key)[:40]) for key in row]
-    return (", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")) or "(none)"
+def _no_format(row: Mapping, settings: DataSettings) -> str:
+    hint = feature_hint(row, settings) or " Other names: prompt_feature=, completion_feature=, text_feature=, chat_feature=."
+    return f"no known format: has the keys {names_of(row, empty='(none)')}, expected {expected_keys(settings)}.{hint}"
 
 
 def _line_number(problem: str) -> int:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fulltune_nb.data.bad_rows import names_of
 from fulltune_nb.data.settings import DataSettings
 
 FORMATS = ("chat", "completions", "text")
@@ -68,11 +69,11 @@ def row_problem(row: Mapping[str, Any], format: str, settings: DataSettings) -> 
 def _missing_keys(row: Mapping[str, Any], format: str, missing: list[str], settings: DataSettings) -> str:
     other = row_format(row, settings)
     if other is not None:
-        return f"mixed formats: this row is {other}, most rows of the split are {format} (without {_names(missing)} here)"
+        return f"mixed formats: this row is {other}, most rows of the split are {format} (without {names_of(missing)} here)"
     null = [key for key in missing if key in row]
-    text = f"missing key {_names(missing)}" if not null else f"{_names(null)} is null"
+    text = f"missing key {names_of(missing)}" if not null else f"{names_of(null)} is null"
     close = [c for key in missing for c in difflib.get_close_matches(key, [str(k) for k in row], n=1) if c not in missing]
-    return f"{text} ({format} format); the row has {_names(row)}" + (f". Is {_names(close)} misspelt?" if close else "")
+    return f"{text} ({format} format); the row has {names_of(row)}" + (f". Is {names_of(close)} misspelt?" if close else "")
 
 
 def _messages_problem(messages: Any, key: str) -> str | None:
@@ -85,7 +86,7 @@ def _messages_problem(messages: Any, key: str) -> str | None:
         if not isinstance(message, Mapping):
             return f"{at} is {_kind(message)}, expected an object with 'role' and 'content'"
         if not isinstance(message.get("role"), str):
-            return f"{at}: 'role' is {_kind(message['role'])}, expected a string" if "role" in message else f"{at}: missing key 'role'"
+            return f"{at}: 'role' is {_kind(message['role'])}, expected a string" if "role" in message else f"{at}: {_no_role(message)}"
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
             return f"{at}: 'content' is {'null' if 'content' in message else 'missing'}, expected a string"
@@ -93,6 +94,12 @@ def _messages_problem(messages: Any, key: str) -> str | None:
             parts = " (join the text parts to one string)" if isinstance(content, list) else ""
             return f"{at}: 'content' is {_kind(content)}, expected a string{parts}"
     return None
+
+
+def _no_role(message: Mapping[str, Any]) -> str:
+    if "from" in message and "value" in message:
+        return "'from' and 'value' are ShareGPT's names, expected 'role' (user for human, assistant for gpt) and 'content'"
+    return "missing key 'role'"
 
 
 def _tools_problem(row: Mapping[str, Any]) -> str | None:
@@ -110,11 +117,6 @@ def messages_of(row: Mapping[str, Any], format: str, settings: DataSettings) -> 
         {"role": "user", "content": row[settings.prompt_feature]},
         {"role": "assistant", "content": row[settings.completion_feature]},
     ]
-
-
-def _names(keys: Any, limit: int = 8) -> str:
-    names = [repr(str(k)[:40]) for k in keys]
-    return (", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")) or "no keys"
 
 
 _KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}

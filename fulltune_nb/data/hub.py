@@ -62,7 +62,7 @@ def read_hub(name: str) -> tuple[list[RawSplit], list[str]]:
         MissingDependencyError: `datasets` is not installed.
         DataError: it could not be loaded, or has no split that is known here.
     """
-    datasets = _library(f"The hub's data set {name!r}")
+    datasets = _library(f"The hub's data set {name!r} (there is no such folder here)")
     path, _, config = name.partition(":")
     if not path:
         raise DataError(f"{PREFIX}{name}: expected a data set's name behind {PREFIX!r}, such as {PREFIX}org/name.")

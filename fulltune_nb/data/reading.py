@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fulltune_nb.data.bad_rows import PASS_ROWS, json_hint, whole_file_problem
 from fulltune_nb.errors import DataError
 from fulltune_nb.json_objects import KeyTwice, no_key_twice
 
@@ -17,9 +18,9 @@ SPLITS = ("train", "valid", "test")
 ENDINGS = (".jsonl", ".csv", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is reported and skipped without being held in memory. As text it would be some four million tokens."""
-PROBLEMS_SHOWN = 20
 
 OTHER_NAMES = {"train": ("training",), "valid": ("validation", "val", "dev", "eval"), "test": ("testing", "tests")}
+_SPLIT_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in ENDINGS)
 _FOLDER_LAYOUT = "a folder with train.jsonl, valid.jsonl and test.jsonl (any of them)"
 
 
@@ -34,15 +35,6 @@ class RawSplit:
     """(source, row), the source being label and 1-based line."""
     problems: list[str] = field(default_factory=list)
     blank_lines: int = 0
-
-
-def bad_rows_error(problems: list[str], where: str) -> DataError:
-    """The error that lists bad rows: the first 20 in the message, all in `.problems`."""
-    shown = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS_SHOWN])
-    more = len(problems) - PROBLEMS_SHOWN
-    rest = f"\n  ... and {more:,} more (all of them are in the error's .problems)" if more > 0 else ""
-    rows = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-    return DataError(f"{rows} in {where}; nothing was loaded. Correct or remove these rows:\n{shown}{rest}", problems)
 
 
 # ---------------------------------------------------------------- rows in memory
@@ -149,8 +141,13 @@ def _nearest_folder(folder: Path) -> str:
 
 
 def _no_splits(folder: Path, names: list[str]) -> str:
-    renames = [f"{name} -> {close}.jsonl" for name in names if (close := _nearest_split(name))]
+    files = [name for name in names if not (folder / name).is_dir()]
+    packed = [name for name in files if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) and _nearest_split(name)]
+    renames = [f"{name} -> {close}.jsonl" for name in files if name not in packed and (close := _nearest_split(name))]
+    inner = [name for name in names if name not in files and any((folder / name / f).is_file() for f in _SPLIT_FILES)]
     hint = f" Rename (one JSON object per line): {', '.join(renames[:3])}." if renames else ""
+    hint += f" Unpack {', '.join(packed[:3])}." if packed else ""
+    hint += f" Is one of these folders meant: {_listing([str(folder / name) for name in inner], 5)}?" if inner else ""
     return f"No data in {str(folder)!r}: expected {_FOLDER_LAYOUT}, found {_listing(names)}.{hint}"
 
 
@@ -176,7 +173,11 @@ def read_file(name: str, path: Path) -> RawSplit:
             if start.startswith((b"\xff\xfe", b"\xfe\xff")):
                 split.problems.append(f"{path.name}:1: not UTF-8 but UTF-16 (it begins with that byte order mark); save the file as UTF-8")
                 return split
-            file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
+            begin = 3 if start.startswith(b"\xef\xbb\xbf") else 0
+            if problem := whole_file_problem(*_ends(file, begin)):
+                split.problems.append(f"{path.name}: {problem}")
+                return split
+            file.seek(begin)
             for number, line, size in _lines(file):
                 _read_line(split, number, line, size)
     except OSError as error:
@@ -185,6 +186,15 @@ def read_file(name: str, path: Path) -> RawSplit:
         what = f"only {split.blank_lines} blank lines" if split.blank_lines else "an empty file"
         split.problems.append(f"{path.name}: {what}, expected one JSON object per line; fill the file or remove it")
     return split
+
+
+def _ends(file: BinaryIO, begin: int) -> tuple[bytes, bytes]:
+    """The first and the last line that are not blank, as far as they stand in the first and last 64 KiB behind `begin`."""
+    file.seek(begin)
+    first = next((line for line in file.read(2**16).split(b"\n") if line.strip()), b"")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(begin, size - 2**16))
+    return first, next((line for line in reversed(file.read().split(b"\n")) if line.strip()), b"")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None, int]]:
@@ -235,15 +245,13 @@ def parse_line(line: bytes) -> dict[str, Any]:
         row = json.loads(text, object_pairs_hook=no_key_twice)
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 10) : error.pos + 20].rstrip("\r\n")
-        whole = text.strip() in ("[", "{", "],", "}", "},", "]")
-        hint = " (JSON Lines needs each object on one line of its own)" if whole else ""
-        raise _BadLine(f"not JSON: {error.msg} at character {error.pos + 1}, near {near!r}{hint}") from None
+        raise _BadLine(f"not JSON: {error.msg} at character {error.pos + 1}, near {near!r}{json_hint(text, error)}") from None
     except KeyTwice as error:
         raise _BadLine(f"{error}; keep one") from None
     except (RecursionError, ValueError) as error:
         raise _BadLine(f"not readable as JSON: {str(error)[:200]}") from None
     if not isinstance(row, dict):
         what = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(row), "a number")
-        hint = "; write each of its elements on a line of its own" if isinstance(row, list) else ""
+        hint = f". {PASS_ROWS}" if isinstance(row, list) else ""
         raise _BadLine(f"not an object but {what}{hint}")
     return row

@@ -123,7 +123,7 @@ def save_folder(
     Args:
         folder: new or empty.
         model: the weights.
-        save_tokenizer: `tokenizer.save_pretrained`, or None.
+        save_tokenizer: writes the tokenizer's files into the folder of that path, or None.
         generation_config: written where given.
         texts: further files, by name.
 

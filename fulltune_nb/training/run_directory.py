@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fulltune_nb.errors import CheckpointError, ConfigError, ModelError
 from fulltune_nb.files import append_line, flush_to_disk, tidy, write_text
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.saving import check_not_source, save_folder
+from fulltune_nb.tokenizer_files import save_tokenizer
 from fulltune_nb.training.checkpoint import (
     FOLDER_NAME,
     checkpoint_name,
@@ -232,6 +234,6 @@ def save_model(folder: Path, lm: LanguageModel, optimizer_arrays: Mapping[str, m
     size = sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
 
     def save(place: Path) -> dict[str, str]:
-        return save_folder(place, lm.model, lm.tokenizer.save_pretrained, lm.generation_config)
+        return save_folder(place, lm.model, partial(save_tokenizer, lm.tokenizer), lm.generation_config)
 
     return write_checkpoint(folder, save, size, optimizer_arrays, state)

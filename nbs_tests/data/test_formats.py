@@ -86,3 +86,9 @@ def test_row_that_does_not_fit_is_told_what_was_expected_and_found(row, format, 
 
 def test_assistant_turn_with_tool_calls_needs_no_content():
     assert row_problem(one(role="assistant", content=None, tool_calls=[{"function": {"name": "add"}}]), "chat", DEFAULT) is None
+
+
+def test_names_of_sharegpt_in_messages_are_told_with_their_meaning():
+    settings = DataSettings(chat_feature="conversations")
+    problem = row_problem({"conversations": [{"from": "human", "value": "a"}]}, "chat", settings)
+    assert problem.startswith("conversations[0]: 'from' and 'value' are ShareGPT's names") and "user for human" in problem

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from fulltune_nb.data import reading
-from fulltune_nb.data.reading import bad_rows_error, read_file, read_folder, read_memory
+from fulltune_nb.data.reading import read_file, read_folder, read_memory
 from fulltune_nb.errors import DataError
 
 
@@ -102,13 +102,49 @@ def test_line_of_just_the_limit_is_read(tmp_path, monkeypatch):
     assert [p.split(" ")[0] for p in split.problems] == ["train.jsonl:2:"]
 
 
-def test_error_shows_the_first_20_problems_and_holds_all():
-    problems = [f"train.jsonl:{i}: not JSON" for i in range(1, 36)]
-    error = bad_rows_error(problems, "the folder")
-    shown = [line for line in str(error).splitlines() if "train.jsonl:" in line]
-    assert len(shown) == 20 and "train.jsonl:20:" in shown[-1]
-    assert "35 problems in the folder" in str(error) and "15 more" in str(error) and error.problems == problems
-    assert "more" not in str(bad_rows_error(problems[:20], "the folder"))
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a"},\n {"text": "b"}]\n',
+        '[\n{"text": "a"},\n{"text": "b"}\n]',
+        '\n[\n  {\n    "text": "a"\n  }\n]\n\n',
+        '\ufeff[{"text":\n"a"}]',
+    ],
+    ids=["a row a line", "brackets on their own", "indented", "byte order mark"],
+)
+def test_file_that_is_one_json_array_is_one_problem_that_says_how_to_go_on(tmp_path, content):
+    split = read(tmp_path, content.encode())
+    assert split.rows == [] and len(split.problems) == 1
+    assert split.problems[0].startswith("train.jsonl: the file is one JSON array") and "json.load" in split.problems[0]
+
+
+def test_array_on_one_line_is_told_the_same_way(tmp_path):
+    assert "json.load and pass the rows" in read(tmp_path, b'[{"text": "a"}, {"text": "b"}]').problems[0]
+
+
+def test_object_over_several_lines_is_one_problem(tmp_path):
+    split = read(tmp_path, b'{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n')
+    assert split.rows == [] and len(split.problems) == 1 and "spread over several lines" in split.problems[0]
+
+
+def test_a_bad_bracket_among_rows_is_that_lines_problem_and_the_rows_are_read(tmp_path):
+    split = read(tmp_path, b'[\n{"text": "a"}\n')
+    assert len(split.rows) == 1 and split.problems[0].startswith("train.jsonl:1: not JSON")
+
+
+HINTS = [
+    ('{"text": "a"},', "remove the comma at the end of the line"),
+    ('{"text": "a",}', "remove the comma before the closing bracket"),
+    ('{"messages": [1, 2, ]}', "remove the comma before the closing bracket"),
+    ('{"text": "a"}{"text": "b"}', "more than one object on this line"),
+    ("{'text': 'a'}", "double quotes"),
+    ('{"text": None}', "null, true and false"),
+]
+
+
+@pytest.mark.parametrize("line, hint", HINTS, ids=range(len(HINTS)))
+def test_mistakes_that_are_made_often_are_told_what_to_do(tmp_path, line, hint):
+    assert hint in read(tmp_path, f'{{"text": "a"}}\n{line}\n'.encode()).problems[0]
 
 
 # ---------------------------------------------------------------- folders
@@ -158,6 +194,21 @@ def test_folder_without_data_is_an_error_that_lists_what_is_there(tmp_path, name
     with pytest.raises(DataError) as error:
         read_folder(tmp_path)
     assert all(name in str(error.value) for name in [*names, "notes.txt"]) and hint in str(error.value)
+
+
+def test_packed_file_is_to_be_unpacked_not_renamed(tmp_path):
+    (tmp_path / "train.jsonl.gz").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"Unpack train\.jsonl\.gz\.$"):
+        read_folder(tmp_path)
+
+
+def test_folder_of_data_folders_is_an_error_that_names_those_with_data(tmp_path):
+    for name in ("text", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text" / "valid.csv").write_text("text")
+    with pytest.raises(DataError) as error:
+        read_folder(tmp_path)
+    assert f"Is one of these folders meant: {tmp_path / 'text'}?" in str(error.value) and "Rename" not in str(error.value)
 
 
 def test_empty_folder_is_an_error(tmp_path):
