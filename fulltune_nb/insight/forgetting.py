@@ -16,6 +16,7 @@ from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, table
+from fulltune_nb.insight.attaching import Attachable
 from fulltune_nb.insight.examples import as_examples
 from fulltune_nb.insight.survival import block_of, norm
 from fulltune_nb.insight.token_statistics import token_statistics
@@ -43,11 +44,12 @@ class Snapshot:
     """Module path -> norm of the change since the base over the norm at the base."""
 
 
-class Forgetting:
+class Forgetting(Attachable):
     """Watches what a model forgets, as a callback: `trainer.run(callbacks=[Forgetting(prompts, text)])`, or by `look(trainer)`.
 
     It looks when a run begins, at every evaluation on the validation split, at every checkpoint, and when a run ends. What it saw
-    first is the base all others are compared with.
+    first is the base all others are compared with. `attach(trainer)` looks at once, and then at evaluations and checkpoints, whoever
+    takes the steps: for panels and notebooks.
 
     Attributes:
         snapshots: what was seen, the oldest first.
@@ -74,6 +76,11 @@ class Forgetting:
         self.sample = None if sample is None else whole("sample", sample, low=1)
         self.snapshots: list[Snapshot] = []
         self._base: dict[str, mx.array] = {}
+
+    def attach(self, trainer: Any) -> Forgetting:
+        """Looks now, and at every evaluation and checkpoint of this trainer from now on; until `detach`."""
+        self.look(trainer)
+        return super().attach(trainer)
 
     def on_start(self, trainer: Any, target: int) -> None:
         """See `Trainer.run`."""

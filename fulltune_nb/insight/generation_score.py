@@ -13,6 +13,7 @@ from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, table
+from fulltune_nb.insight.attaching import Attachable
 from fulltune_nb.insight.regex import full_match
 from fulltune_nb.language_model import LanguageModel
 
@@ -138,8 +139,10 @@ def evaluate_generation(
     return GenerationReport(answers, metric if isinstance(metric, str) else _name(metric), time.perf_counter() - started)
 
 
-class GenerationScore:
+class GenerationScore(Attachable):
     """`evaluate_generation` at every evaluation of a run, as a callback: `trainer.run(callbacks=[GenerationScore(data.valid[:50])])`.
+
+    `attach(trainer)` does so whoever takes the steps: for panels and notebooks.
 
     Attributes:
         reports: a `GenerationReport` for each, the oldest first.
@@ -164,13 +167,16 @@ class GenerationScore:
 
     def on_step(self, trainer: Any, report: Any) -> None:
         """See `Trainer.run`."""
-        if self.every is not None and report.step % self.every == 0:
+        if self.every is not None and report.step % self.every == 0 and self._is_new(report.step):
             self._take(trainer)
 
     def on_eval(self, trainer: Any, report: Any) -> None:
         """See `Trainer.run`."""
-        if self.every is None and report.split == "valid" and (not self.reports or self.reports[-1].step != report.step):
+        if self.every is None and report.split == "valid" and self._is_new(report.step):
             self._take(trainer)
+
+    def _is_new(self, step: int) -> bool:
+        return not self.reports or self.reports[-1].step != step
 
     def _take(self, trainer: Any) -> None:
         report = evaluate_generation(trainer.lm, self.rows, self.metric, **self.settings)

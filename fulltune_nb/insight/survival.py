@@ -69,15 +69,17 @@ class UpdateMeter:
         records: a `TensorUpdate` for each measured step and tensor.
         every: steps from one measurement to the next, beginning with the first.
         sample: elements of a tensor that changes are counted in, at least a row; None: all.
+        keep: the latest measured steps that are kept at least, and at most twice as many; None: all.
     """
 
-    def __init__(self, every: int = 10, sample: int | None = 2**14):
+    def __init__(self, every: int = 10, sample: int | None = 2**14, keep: int | None = None):
         """
         Raises:
             ConfigError: a number out of range.
         """
         self.every = whole("every", every, low=1)
         self.sample = None if sample is None else whole("sample", sample, low=1)
+        self.keep = None if keep is None else whole("keep", keep, low=1)
         self.records: list[TensorUpdate] = []
         self._trainer: Trainer | None = None
         self._attached_by_run = self._warned = False
@@ -140,7 +142,7 @@ class UpdateMeter:
     def on_step(self, trainer: Trainer, report: Any) -> None:
         """The step is whole: what was seen of it is taken down."""
         new = self.collect(report.step)
-        if new and not self._warned and (message := self._eaten(trainer, new)):
+        if new and not self._warned and (message := rounding_warning(trainer, new)):
             self._warned = True
             trainer.journal.event(report.step, "rounding", message)
 
@@ -152,18 +154,9 @@ class UpdateMeter:
             pieces.setdefault(seen.name, []).append(seen)
         new = [_joined(step, own) for own in pieces.values()]
         self.records += new
+        if self.keep is not None and len(self.records) > 2 * self.keep * len(new) > 0:
+            del self.records[: -self.keep * len(new)]
         return new
-
-    def _eaten(self, trainer: Trainer, records: list[TensorUpdate]) -> str:
-        """The warning, or nothing."""
-        rounded = [record for record in records if record.dtype != "float32"]
-        share = survival(rounded)
-        if not rounded or not share < _EATEN_BELOW or getattr(trainer.config, "rounding", None) == "stochastic":
-            return ""
-        return (
-            f"only {share:.0%} of the updates of {rounded[0].dtype} weights survive rounding at learning rate {trainer.learning_rate:.3g}: "
-            'the rest is lost. Train with TrainConfig(rounding="stochastic"), which keeps them on average, or in float32.'
-        )
 
     # -- looking --------------------------------------------------------------------------------------------------
 
@@ -172,10 +165,18 @@ class UpdateMeter:
         """The measured steps."""
         return list(dict.fromkeys(record.step for record in self.records))
 
-    def by_block(self) -> dict[str, dict[int, list[TensorUpdate]]]:
-        """Block (`"embed_tokens"`, `"layers.0"`, ...) -> step -> its tensors' records."""
+    def latest(self, steps: int = 1) -> list[TensorUpdate]:
+        """The records of the latest measured steps; found from the end, so that a long run costs no more."""
+        first, last = len(self.records), None
+        while first and (steps or self.records[first - 1].step == last):
+            first -= 1
+            steps, last = steps - (self.records[first].step != last), self.records[first].step
+        return self.records[first:]
+
+    def by_block(self, records: Iterable[TensorUpdate] | None = None) -> dict[str, dict[int, list[TensorUpdate]]]:
+        """Block (`"embed_tokens"`, `"layers.0"`, ...) -> step -> its tensors' records: of all records, or of those given."""
         found: dict[str, dict[int, list[TensorUpdate]]] = {}
-        for record in self.records:
+        for record in self.records if records is None else records:
             found.setdefault(block_of(record.name), {}).setdefault(record.step, []).append(record)
         return {name: found[name] for name in sorted(found, key=_block_order)}
 
@@ -298,6 +299,19 @@ def survival(records: Iterable[TensorUpdate]) -> float:
         scale = record.size / record.looked_at if record.looked_at else 0.0
         changed, moving = changed + scale * record.changed, moving + scale * record.moving
     return changed / moving if moving else math.nan
+
+
+def rounding_warning(trainer: Trainer, records: Iterable[TensorUpdate]) -> str:
+    """What to say of a step whose updates rounding eats, and what to switch on; "" where all is well."""
+    rounded = [record for record in records if record.dtype != "float32"]
+    share = survival(rounded)
+    if not rounded or not share < _EATEN_BELOW or getattr(trainer.config, "rounding", None) == "stochastic":
+        return ""
+    percent = f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+    return (
+        f"only {percent} of the updates of {rounded[0].dtype} weights survive rounding at learning rate {trainer.learning_rate:.3g}: "
+        'the rest is lost. Train with TrainConfig(rounding="stochastic"), which keeps them on average, or in float32.'
+    )
 
 
 def _root_of_squares(values: Iterable[float]) -> float:

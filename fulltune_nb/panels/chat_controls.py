@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipywidgets as widgets
 
+from fulltune_nb.panels.focus import with_visible_focus
+
 _LABELS = {"description_width": "initial"}
 
 
@@ -98,6 +100,7 @@ class ChatControls:
             ],
             layout=widgets.Layout(width="100%", max_width="760px" if models == 1 else "1000px", overflow="visible"),
         )
+        with_visible_focus(self.box)
 
     @property
     def entered(self) -> widgets.Text | widgets.Textarea:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import ipywidgets as widgets
 
+from fulltune_nb.panels.focus import with_visible_focus
 from fulltune_nb.panels.live_plot import HEIGHT, WIDTH
+from fulltune_nb.panels.looks import scrolled
 from fulltune_nb.panels.record import PANEL_CLASS
 
+OWN_TABS = 2
 _LABELS = {"description_width": "initial"}
 
 
@@ -19,16 +22,18 @@ def _button(description: str, tooltip: str, icon: str, style: str = "") -> widge
 class TrainControls:
     """Every widget of a panel by name; `box` holds them all."""
 
-    def __init__(self, splits: Sequence[str], can_save: bool):
+    def __init__(self, splits: Sequence[str], can_save: bool, tabs: Sequence[tuple[str, widgets.Widget]] = ()):
         """
         Args:
             splits: names of what can be evaluated.
             can_save: whether the trainer has a place for checkpoints.
+            tabs: titles and contents of further tabs, from number `OWN_TABS` on.
         """
         self._make_buttons(splits, can_save)
         self._make_fields()
         self._make_displays()
         row = widgets.Layout(flex_flow="row wrap", align_items="center", overflow="visible")
+        self.tabs = self._make_tabs(row, tabs)
         self.box = widgets.VBox(
             [
                 widgets.HBox([self.run, self.pause, self.step, self.step_count, self.step_n, self.stop], layout=row),
@@ -37,12 +42,11 @@ class TrainControls:
                 self.status,
                 self.error,
                 self.plot,
-                self._tabs(row),
+                self.tabs,
             ],
             layout=widgets.Layout(width="100%", max_width=f"{WIDTH + 20}px", overflow="visible"),
         )
-
-        self.box.add_class(PANEL_CLASS)
+        with_visible_focus(self.box).add_class(PANEL_CLASS)
 
     def _make_buttons(self, splits: Sequence[str], can_save: bool) -> None:
         self.run = _button("Run", "Train to the end of the run", "play", "primary")
@@ -96,13 +100,12 @@ class TrainControls:
         self.log = widgets.HTML(tooltip="What happened, newest first")
         self.samples = widgets.HTML(tooltip="Answers while learning, newest first")
 
-    def _tabs(self, row: widgets.Layout) -> widgets.Tab:
-        def scrolled(child: widgets.Widget) -> widgets.Box:
-            return widgets.Box([child], layout=widgets.Layout(max_height="220px", overflow="auto", display="block"))
-
+    def _make_tabs(self, row: widgets.Layout, more: Sequence[tuple[str, widgets.Widget]]) -> widgets.Tab:
         fields = widgets.HBox([self.prompts, self.sample_every, self.max_tokens, self.sample_now], layout=row)
-        tabs = widgets.Tab([scrolled(self.log), widgets.VBox([fields, scrolled(self.samples)])])
-        tabs.titles = ("Log", "Samples")
+        own = [("Log", scrolled(self.log, "220px"))]
+        own.append(("Samples", widgets.VBox([fields, scrolled(self.samples, "220px")])))
+        tabs = widgets.Tab([content for _, content in (*own, *more)])
+        tabs.titles = [title for title, _ in (*own, *more)]
         return tabs
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from fulltune_nb.data.search import Hits, search, surroundings
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.html import NO_MATH, esc
 from fulltune_nb.panels.data_checks import FILTERS, DataChecks
+from fulltune_nb.panels.focus import with_visible_focus
 from fulltune_nb.panels.length_plot import HEIGHT, WIDTH, LengthPlot, lengths_text
 from fulltune_nb.panels.showing import Showing, close_all
 
@@ -189,7 +190,8 @@ class DataPanel:
         self._tabs = widgets.Tab([browse, widgets.VBox([self._image, self._lengths]), scrolled(self._checks)])
         self._tabs.titles = ("Rows", "Lengths", "Checks")
         choose = widgets.HBox([self._split, self._filter, self._search], layout=row)
-        return widgets.VBox([choose, self._tabs], layout=widgets.Layout(width="100%", max_width="900px", overflow="visible"))
+        layout = widgets.Layout(width="100%", max_width="900px", overflow="visible")
+        return with_visible_focus(widgets.VBox([choose, self._tabs], layout=layout))
 
     def _connect(self) -> None:
         self._previous.on_click(lambda _: self._act(self.previous))

@@ -55,6 +55,7 @@ class TrainLoop:
     Attributes:
         trainer: the trainer that is driven.
         between_steps: async functions awaited before the first and after each step of a run.
+        shared: what all panels of the trainer share, by its class.
         error: what ended the last run, or None.
         interrupted: whether the last run was ended by an interrupt.
     """
@@ -62,6 +63,7 @@ class TrainLoop:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.between_steps: list[Callable[[], Awaitable[None]]] = []
+        self.shared: dict[type, Any] = {}
         self.error: BaseException | None = None
         self.interrupted = False
         self._goal = 0

@@ -172,6 +172,8 @@ class TrainPanel:
         }
         for name, entered in fields.items():
             getattr(controls, name).observe(partial(_entered, here, name, entered), "value")
+        controls.tabs.observe(partial(_tab_opened, here), "selected_index")
+        self._view.looks.connect(lambda action: _post(here, lambda panel: action()))
 
     def _act(self, action: Callable[[TrainPanel], Any]) -> None:
         """Does what a button asks for, on the main thread; errors are shown in the panel."""
@@ -271,3 +273,10 @@ def _entered(reference: weakref.ref[TrainPanel], name: str, action: Callable[[Tr
     panel = reference()
     if panel is not None and not panel.closed and change.new != panel._view.shown.get(name):
         _post(reference, lambda panel: action(panel, change.new))
+
+
+def _tab_opened(reference: weakref.ref[TrainPanel], change: Any) -> None:
+    """Another tab is on top. An error that is shown stays: to look around mends nothing."""
+    panel = reference()
+    if panel is not None and not panel.closed:
+        panel.loop.post(partial(panel._view.looks.choose, change.new))

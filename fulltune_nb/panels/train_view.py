@@ -11,13 +11,17 @@ from typing import Any
 
 from fulltune_nb.errors import FulltuneError
 from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
-from fulltune_nb.panels.controls import TrainControls
+from fulltune_nb.panels.batch_tab import BatchTab
+from fulltune_nb.panels.callbacks_tab import CallbacksTab
+from fulltune_nb.panels.controls import OWN_TABS, TrainControls
 from fulltune_nb.panels.live_plot import LivePlot
+from fulltune_nb.panels.looks import Looks
 from fulltune_nb.panels.loop import TrainLoop
 from fulltune_nb.panels.pace import Pace
 from fulltune_nb.panels.progress import clock
 from fulltune_nb.panels.record import Record, record_html
 from fulltune_nb.panels.samples import Samples, prompts_text
+from fulltune_nb.panels.updates_tab import UpdatesTab
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 from fulltune_nb.training.machine import machine_limit
 from fulltune_nb.training.trainer import Trainer
@@ -39,6 +43,7 @@ class TrainView:
 
     Attributes:
         controls: the widgets.
+        looks: the tabs that look inside.
         error: of a button, to be shown; the run's own is the loop's.
         shown: what was put into each field, to be told from what is typed.
     """
@@ -46,7 +51,9 @@ class TrainView:
     def __init__(self, loop: TrainLoop, samples: Samples):
         trainer = loop.trainer
         splits = [name for name in ("valid", "test", "train") if getattr(trainer.data, name) is not None]
-        self.controls = TrainControls(splits, can_save=trainer.run_dir is not None)
+        looks = (UpdatesTab(loop), BatchTab(loop), CallbacksTab(loop))
+        self.controls = TrainControls(splits, trainer.run_dir is not None, [(look.title, look.box) for look in looks])
+        self.looks = Looks(loop, looks, OWN_TABS, self.fail)
         self.error: BaseException | None = None
         self.shown: dict[str, Any] = {}
         self._loop, self._trainer, self._samples = loop, trainer, samples
@@ -67,6 +74,7 @@ class TrainView:
         """Hears no more and takes the widgets away."""
         self._closed = True
         self._stop_timer()
+        self.looks.close()
         self._trainer.journal.listeners.remove(self)
         self.controls.close()
 
@@ -80,6 +88,7 @@ class TrainView:
         if self._plot.seconds_to_wait() == 0:
             self._plot.draw(trainer.history)
         self._show_picture()
+        self.looks.tell()
 
     def on_eval(self, trainer: Trainer, report: EvalReport) -> None:
         """After an evaluation."""
@@ -195,11 +204,17 @@ class TrainView:
         box.value = "" if error is None else error_html(error)
         box.layout.display = "none" if error is None else ""
 
+    def fail(self, error: Exception) -> None:
+        """Shows an error that came while nobody had asked for anything."""
+        self.error = error
+        self._show_error()
+
     def settle(self) -> None:
         """Shows everything as it is now; the picture as soon as it may be drawn, and in the record too when the run is over."""
         if self._closed:
             return
         self.refresh()
+        self.looks.tell(stands=not self._loop.running)
         self._stop_timer()
         wait = 0.0 if self._plot.is_current(self._trainer.history) else self._plot.seconds_to_wait(self._loop.running or self._in_cell)
         self._timer = self._loop.later(wait, self.finish) if wait else None

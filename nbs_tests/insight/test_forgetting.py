@@ -25,6 +25,19 @@ def test_it_looks_at_the_start_at_evaluations_and_at_checkpoints_once_a_step(mak
     assert len(watch.to_frame()) == 10 and all(len(s.answers) == 2 for s in watch.snapshots)
 
 
+def test_attached_it_looks_at_once_and_whoever_takes_the_steps(make_trainer):
+    trainer = make_trainer(steps_per_eval=2)
+    watch = Forgetting(["the quick"], max_tokens=2).attach(trainer)
+    assert watch.attach(trainer) is watch and watch.steps == [0]
+    for _ in trainer.steps(3):
+        pass
+    assert watch.steps == [0, 2]
+    watch.detach()
+    watch.detach()
+    trainer.run()
+    assert watch.steps == [0, 2] and watch not in trainer.journal.listeners
+
+
 def test_perplexity_is_that_of_the_text_and_drift_that_of_the_weights(make_trainer):
     trainer = make_trainer()
     watch = Forgetting(text=TEXT, sample=None)

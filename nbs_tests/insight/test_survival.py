@@ -238,3 +238,21 @@ def test_layer_by_layer_and_in_pieces_it_reads_the_same_as_over_the_whole_graph(
         assert other.gradient_norm == pytest.approx(record.gradient_norm, rel=2e-2)
         assert other.weight_norm == pytest.approx(record.weight_norm, rel=1e-5)
         assert other.changed == pytest.approx(record.changed, abs=0.02 * record.size)
+
+
+def test_of_many_measured_steps_only_the_latest_are_kept_where_that_is_asked_for(make_trainer):
+    meter = UpdateMeter(every=1, keep=2).attach(make_trainer())
+    tensors = None
+    for step in range(1, 9):
+        meter._trainer.step()
+        tensors = tensors or len(meter.records)
+        assert meter.steps[-1] == step and min(step, 2) <= len(meter.steps) <= 4 and len(meter.records) == tensors * len(meter.steps)
+    with pytest.raises(ft.ConfigError, match="keep"):
+        UpdateMeter(keep=0)
+
+
+def test_the_latest_records_are_found_from_the_end():
+    meter = UpdateMeter()
+    meter.records = [TensorUpdate(step, name, "bfloat16", 9, 9, 9, 9, 0.1, 0.1, 1.0) for step in (1, 11, 21, 31) for name in "abc"]
+    assert [record.step for record in meter.latest()] == [31] * 3
+    assert meter.latest(2) == meter.records[6:] and meter.latest(9) == meter.records and UpdateMeter().latest() == []
