@@ -132,7 +132,7 @@ class LayerwiseBackward:
         block, name = self._model.layers[index], f"layers.{index}"
         if self._model.config.num_experts:
             work = [ExpertWork(stream.inputs.pop(), stream.cotangent, *stream.block_context(index)) for stream in self._streams]
-            yield from (GradientPiece(found) for found in expert_gradients(block, name, work))
+            yield from (GradientPiece(found) for found in expert_gradients(block, name, work, to_input))
             for stream, done in zip(self._streams, work, strict=True):
                 stream.cotangent = done.cotangent
             return

@@ -14,6 +14,7 @@ from fulltune_nb.models.families import read_config
 from fulltune_nb.training import layerwise, vocabulary
 from fulltune_nb.training import loss as loss_module
 from fulltune_nb.training.backward import step_gradients
+from fulltune_nb.training.expert_gradients import expert_gradients
 from fulltune_nb.training.layerwise import LayerwiseBackward
 from nbs_tests.models.model_cases import CASES
 from nbs_tests.training.conftest import TINY_LLAMA, random_batch
@@ -99,6 +100,30 @@ def test_every_setting_means_the_same(settings, make_lm, make_data, ranges):
     (expected, reference), (losses, after) = results
     assert losses == pytest.approx(expected, rel=1e-5)
     assert max(relative(after[name], reference[name]) for name in reference) < 2e-5
+
+
+@pytest.mark.parametrize("part", ["*", "*.experts.*", "*.experts.1.w2.*", "*.gate.*", "post_attention*", "self_attn.*"])
+def test_a_lowest_trained_block_with_experts_gives_no_gradient_to_its_input(part, make_lm, make_data, monkeypatch):
+    """Nothing below it is trained; whichever part of it is, the weights are those of the whole graph."""
+    works = []
+
+    def remember(block, name, work, to_input):
+        works.append((name, to_input, work))
+        yield from expert_gradients(block, name, work, to_input)
+
+    monkeypatch.setattr(layerwise, "expert_gradients", remember)
+    results = []
+    for backward in ("whole", "layerwise"):
+        lm = make_lm(model_type="mixtral", tie_word_embeddings=False, **FAMILIES["mixtral"])
+        config = ft.TrainConfig(
+            iters=3, learning_rate=1e-4, backward=backward, val_batches=0, train_only=[f"model.layers.1.{part}", "lm_head.*"]
+        )
+        results.append((train(lm, make_data(config=config), config), weights(lm)))
+    (expected, reference), (losses, after) = results
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert max(relative(after[name], reference[name]) for name in reference) < 2e-5
+    assert {(name, to_input) for name, to_input, _ in works} == {("layers.1", False)}
+    assert all(one.cotangent is None for _, _, work in works for one in work)
 
 
 def test_its_peak_is_lower_than_the_whole_graphs(make_data, tokenizer):
