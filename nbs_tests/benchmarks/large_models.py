@@ -115,12 +115,8 @@ def measure(shape: str, optimizer: str, tokens: int, steps: int) -> dict:
 
 
 def run_beside(args: argparse.Namespace) -> None:
-    """Ours and the others, one process after the other; each result as JSON, then the table."""
+    """The others and ours, one process after the other; each result as JSON, then the table."""
     ours, others = {}, {}
-    for optimizer in args.optimizer:
-        command = [sys.executable, __file__, args.shape, "--optimizer", optimizer, "--tokens", str(args.tokens)]
-        command += ["--steps", str(args.steps)]
-        ours[f"fulltune_nb, {optimizer}"] = last_json(f"fulltune_nb, {optimizer}", command, USE_TORCH="0")
     with tempfile.TemporaryDirectory() as scratch:
         for name, (environment, script, options) in CONTENDERS.items():
             if args.only and not any(word in name for word in args.only):
@@ -132,6 +128,10 @@ def run_beside(args: argparse.Namespace) -> None:
             command += ["--steps", str(OTHERS_STEPS), "--scratch", scratch, *options]
             result = last_json(name, command)
             others[name] = result | {"tokens": tokens, "seconds_a_step": round(result["seconds"] / OTHERS_STEPS, 1)}
+    for optimizer in args.optimizer:
+        command = [sys.executable, __file__, args.shape, "--optimizer", optimizer, "--tokens", str(args.tokens)]
+        command += ["--steps", str(args.steps)]
+        ours[f"fulltune_nb, {optimizer}"] = last_json(f"fulltune_nb, {optimizer}", command, USE_TORCH="0")
     print("\n" + table(ours, others))
 
 
