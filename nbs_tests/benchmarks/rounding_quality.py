@@ -18,10 +18,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import fulltune_nb as ft  # isort: skip  # before mlx: it gives it its BLAS
 from mlx.utils import tree_flatten
 from wikisql_model import make_model_folder
-
-import fulltune_nb as ft
 
 ALLOWED = 0.005
 

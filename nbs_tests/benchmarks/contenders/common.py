@@ -24,6 +24,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def shape_arguments() -> argparse.Namespace:
+    """`--shape --tokens --steps --scratch`, for models with random weights that are made in memory."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", type=json.loads, required=True, help="config.json's content")
+    parser.add_argument("--tokens", type=int, required=True, help="trained tokens a step, in one row")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--scratch", type=Path, required=True, help="a folder to write to")
+    parser.add_argument("--all", action="store_true", help="mlx-lm: train every weight, not the blocks only")
+    return parser.parse_args()
+
+
 class Clock:
     """Wall and processor seconds of each step."""
 
