@@ -118,7 +118,7 @@ def check_paths(settings: Settings) -> None:
         ConfigError, DataError, WeightsError: nothing to do, or something that is needed is not there.
     """
     from fulltune_nb.data.hub import hub_id
-    from fulltune_nb.data.reading import ENDINGS
+    from fulltune_nb.data.reading import ENDINGS, folder_names
     from fulltune_nb.tensor_files import check_ending
 
     options = settings.options
@@ -137,7 +137,10 @@ def check_paths(settings: Settings) -> None:
         return  # loading it tells what is missing
     folder = Path(options.data).expanduser()
     if not folder.is_dir():
-        raise DataError(f"There is no folder {options.data!r}. Give --data a folder with train.jsonl, valid.jsonl and test.jsonl.")
+        try:
+            folder_names(folder)
+        except DataError as error:
+            raise DataError(f"--data: {error}") from None
     for split in ("train", "test"):
         if getattr(options, split) and not any((folder / f"{split}{ending}").is_file() for ending in ENDINGS):
             there = ", ".join(sorted(path.name for path in folder.glob("*.json*"))[:8]) or "no .jsonl file"

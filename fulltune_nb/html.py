@@ -11,6 +11,9 @@ import html as _html
 import re
 from collections.abc import Iterable, Sequence
 
+SHOWN_IN_MB = 1e8
+"""Bytes; where less is shown of a run's memory, it is in MB, else in GB."""
+
 NO_MATH = "mathjax_ignore tex2jax_ignore"
 """Class of elements whose text MathJax leaves alone."""
 
@@ -21,6 +24,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 _CELL_CHARACTERS = 20_000  # of a text in a table; what is cut is counted
+_LONG_CAPTION = 80  # characters; longer ones may be broken between words
 _LONG_WORD = 40  # characters; longer ones may be broken anywhere
 
 
@@ -56,7 +60,9 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
 
 def _table(head: str, rows: Iterable[str], caption: str) -> str:
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    title = f'<caption style="text-align:left;font-weight:bold">{esc(caption)}</caption>' if caption else ""
+    # A caption is as wide as its table: one over a narrow table would be broken after a word or two.
+    wrap = "" if len(caption) > _LONG_CAPTION else ";white-space:nowrap"
+    title = f'<caption style="text-align:left;font-weight:bold{wrap}">{esc(caption)}</caption>' if caption else ""
     return f'<table class="{NO_MATH}" style="border-collapse:collapse">{title}{head}<tbody>{body}</tbody></table>'
 
 
@@ -110,3 +116,8 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def counted(count: int, noun: str) -> str:
+    """`"1 row"`, `"2,000 rows"`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -111,6 +111,7 @@ def load_with_model_file(model: str | None, path: Path | None, dtype: str | None
         ModelError, WeightsError: as in `load_model`.
     """
     metadata = {} if path is None else read_metadata(path)
+    named = model
     if model is None:
         model = metadata.get("base_model")
         if model is None:
@@ -120,7 +121,14 @@ def load_with_model_file(model: str | None, path: Path | None, dtype: str | None
             raise ConfigError(f"{path} was trained from {model}, which is not there any more. Name its place with --model.")
     if dtype is None and metadata.get("dtype") in ("float32", "bfloat16"):
         dtype = metadata["dtype"]
-    return load_model(model, path, dtype)
+    try:
+        return load_model(model, path, dtype)
+    except WeightsError as error:
+        base = metadata.get("base_model")
+        if named is None or base is None or os.path.realpath(base) == os.path.realpath(os.path.expanduser(named)):
+            raise
+        text = f"{error}\n{path} was trained from {base}, and --model is {named}. Name another --model-file, or the model it belongs to."
+        raise WeightsError(text) from error
 
 
 def export_folder(lm: LanguageModel, wanted: Path, note: dict[str, Any]) -> Path:

@@ -19,7 +19,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import PALETTE
+from fulltune_nb.html import PALETTE, SHOWN_IN_MB
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
 
 
 def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
-    """Memory of every step: its peak, what is in use after it, and that with MLX's cache, in GB (10^9 bytes).
+    """Memory of every step: its peak, what is in use after it, and that with MLX's cache, in GB (10^9 bytes), or MB for a tiny model.
 
     Args:
         history: `trainer.history`, or any list of its reports; it may be empty.
@@ -81,17 +81,20 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         ConfigError: `history` is not a list of reports.
     """
     steps, _, events = _sorted_out(history, "plot_memory")
+    scale, unit = 1e9, "GB"
     with drawing(ax) as ax:
         if steps:
             x, peak = _series(steps, "peak_memory")
             active, cache = _series(steps, "active_memory")[1], _series(steps, "cache_memory")[1]
+            if np.nanmax([peak, active + cache], initial=0.0) < SHOWN_IN_MB:
+                scale, unit = 1e6, "MB"
             sparse = {"markevery": max(1, len(x) // 12), "markersize": 4, "linewidth": 1.5}
-            ax.plot(x, peak / 1e9, color=_VERMILLION, marker="o", label="peak within the step", **sparse)
-            ax.plot(x, (active + cache) / 1e9, color=_GREY, marker="^", linestyle=":", label="after it, with MLX's cache", **sparse)
-            ax.plot(x, active / 1e9, color=_BLUE, marker="s", linestyle="--", label="after it, in use", **sparse)
+            ax.plot(x, peak / scale, color=_VERMILLION, marker="o", label="peak within the step", **sparse)
+            ax.plot(x, (active + cache) / scale, color=_GREY, marker="^", linestyle=":", label="after it, with MLX's cache", **sparse)
+            ax.plot(x, active / scale, color=_BLUE, marker="s", linestyle="--", label="after it, in use", **sparse)
             ax.set_ylim(bottom=0)
         _draw_events(ax, events, steps)
-        return _finish(ax, "memory (GB)", empty=not steps)
+        return _finish(ax, f"memory ({unit})", empty=not steps)
 
 
 def plot_runs(runs: Mapping[str, Iterable[Any]], ax: Axes | None = None, training: bool = False) -> Axes:

@@ -50,7 +50,8 @@ def check_ending(path: Path) -> None:
         WeightsError: a file name that is neither `.npz` nor `.safetensors`.
     """
     if path.suffix not in ENDINGS:
-        raise WeightsError(f"{path}: a weights file ends in .safetensors or .npz, found {path.suffix or 'no ending'!r}.")
+        found = repr(path.suffix) if path.suffix else "no ending"
+        raise WeightsError(f"{path}: a weights file ends in .safetensors or .npz, found {found}.")
 
 
 @dataclass(frozen=True)

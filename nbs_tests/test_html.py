@@ -55,3 +55,12 @@ def test_numbers_are_set_to_the_right_and_bars_keep_proportions():
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (4_290_000_000, "4.29 GB"), (2e12, "2.00 TB")])
 def test_bytes_are_written_in_decimal_units(count, text):
     assert html.human_bytes(count) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 rows"), (1, "1 row"), (2000, "2,000 rows")])
+def test_counted_things_are_one_or_many(count, text):
+    assert html.counted(count, "row") == text
+
+
+def test_caption_over_a_narrow_table_stays_on_one_line_unless_it_is_long():
+    assert "white-space:nowrap" in html.facts("5 tokens through 3 blocks", []) and "nowrap" not in html.facts("long " * 20, [])

@@ -26,7 +26,7 @@ LAYERS = [
     ["insight"],
     ["panels"],
     ["experiments"],
-    ["tiny", "model_file", "command_line", "full", "generate", "convert", "demo", "sweep"],
+    ["tiny", "model_file", "command_line", "full", "generate", "convert", "demo", "sweep", "__main__"],
 ]
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
 SHOWS = ("plots", "charts", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends

@@ -92,6 +92,12 @@ def test_many_events_are_counted_and_not_written_over_each_other():
     assert not ax.texts and "39 events" in lines(ax)
 
 
+def test_memory_of_a_tiny_model_is_drawn_in_megabytes():
+    ax = ft.plot_memory([step(1, peak_memory=21 * 10**6, active_memory=10**6, cache_memory=33 * 10**6)])
+    assert lines(ax)["peak within the step"] == ([1], [21.0]) and lines(ax)["after it, with MLX's cache"][1] == [34.0]
+    assert ax.get_ylabel() == "memory (MB)"
+
+
 def test_memory_is_drawn_in_gigabytes_from_zero():
     ax = ft.plot_memory([step(1), step(2, peak_memory=4 * 10**9)])
     drawn = lines(ax)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.special_tokens import check_special_tokens, special_ids
-from fulltune_nb.html import PALETTE, esc, facts, table
+from fulltune_nb.html import PALETTE, counted, esc, facts, table
 
 TOKENS_SHOWN = 400
 """Tokens of an example shown in full; of a longer one the first and the last of them."""
@@ -42,7 +42,7 @@ class Lens:
 
     def __repr__(self) -> str:
         more = " ..." if len(self.examples) > 3 else ""
-        return f"Lens({len(self.examples)} examples: {', '.join(e.source for e in self.examples[:3])}{more})"
+        return f"Lens({counted(len(self.examples), 'example')}: {', '.join(e.source for e in self.examples[:3])}{more})"
 
     def _repr_html_(self) -> str:
         return f"<div>{_LEGEND}{''.join(self._html(e) for e in self.examples)}</div>"

@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
     Raises:
         DataError: there is no such folder, or none of the three files in it.
     """
-    names = _folder_names(folder)
+    names = folder_names(folder)
     files = {split: [f"{split}{ending}" for ending in ENDINGS if f"{split}{ending}" in names] for split in SPLITS}
     found = [split for split in SPLITS if files[split]]
     if not found:
@@ -108,7 +108,7 @@ def _read_split(split: str, path: Path) -> RawSplit:
     return read_table(split, path)
 
 
-def _folder_names(folder: Path) -> list[str]:
+def folder_names(folder: Path) -> list[str]:
     """The names in a folder.
 
     Raises:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.html import facts
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class DataSettings:
     """Key of the text in rows of the `text` format."""
     chat_feature: str = "messages"
     """Key of the list of messages in rows of the `chat` format."""
+
+    def _repr_html_(self) -> str:
+        return facts("How rows become examples", [(f.name, getattr(self, f.name)) for f in fields(self)])
 
     def __post_init__(self):
         if not isinstance(self.mask_prompt, bool):

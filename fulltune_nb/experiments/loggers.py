@@ -45,6 +45,9 @@ class _Logger:
             ) from error
         self._begun = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'open' if self._begun else 'not open'})"
+
     def _begin(self, trainer: Any) -> None:
         if not self._begun:
             self._begun = True
@@ -106,10 +109,6 @@ class _Tracker(_Logger):
         name = self._settings["name"] or (run_dir.name if run_dir else None)
         self._run = self._library.init(**{**self._settings, "name": name, "config": config})
 
-    def write(self, numbers: dict[str, float], step: int) -> None:
-        """One call of `log`. The step is among the values too: an evaluation comes after its step, and services take steps once."""
-        self._run.log({**numbers, "step": step})
-
     def close(self) -> None:
         """Ends the service's run."""
         if self._begun:
@@ -122,11 +121,25 @@ class Wandb(_Tracker):
 
     package = extra = "wandb"
 
+    def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
+        """Begins the run, and has its curves drawn over the optimizer's step."""
+        super().open(config, run_dir)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """One call of `log`. The step is among the values: an evaluation comes after its step, and wandb's own steps only grow."""
+        self._run.log({**numbers, "step": step})
+
 
 class Trackio(_Tracker):
     """Sends a run to trackio, which keeps it on this machine unless told otherwise."""
 
     package = extra = "trackio"
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """One call of `log`."""
+        self._run.log(numbers, step=step)
 
 
 class Tensorboard(_Logger):

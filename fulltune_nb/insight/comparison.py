@@ -14,7 +14,7 @@ import yaml
 
 from fulltune_nb.errors import CheckpointError, ConfigError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
+from fulltune_nb.html import NO_MATH, counted, cut, esc, human_bytes, table
 from fulltune_nb.training.history import History
 from fulltune_nb.training.run_directory import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics
 from fulltune_nb.training.trainer import Trainer
@@ -100,13 +100,14 @@ class Comparison:
         return draw_runs([(run.name, run.history) for run in self.runs], ax, training=True)
 
     def __repr__(self) -> str:
-        return f"Comparison({len(self.runs)} runs, {len(self.differences)} settings differ)"
+        return f"Comparison({counted(len(self.runs), 'run')}, {len(self.differences)} settings differ)"
 
     def _repr_html_(self) -> str:
         names = [run.name for run in self.runs]
         results = self.results
         shown = [name for name in results if not name.startswith("result.")]
-        own = [name for name in results if name.startswith("result.")]
+        told = [results[name] for name in shown]
+        own = [name for name in results if name.startswith("result.") and results[name] not in told]
         shown += own[:_RESULTS]
         rows = [(name.replace("_", " "), *(_readable(name, value) for value in results[name])) for name in shown]
         more = f"<div>… and {len(own) - _RESULTS} more entries of result.json, in .results</div>" if len(own) > _RESULTS else ""

@@ -15,7 +15,7 @@ from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, cut, table
+from fulltune_nb.html import NO_MATH, counted, cut, table
 from fulltune_nb.insight.attaching import Attachable
 from fulltune_nb.insight.examples import as_examples
 from fulltune_nb.insight.survival import block_of, norm
@@ -184,7 +184,7 @@ class Forgetting(Attachable):
 
     def __repr__(self) -> str:
         last = f", perplexity {self.snapshots[0].perplexity:.3f} → {self.snapshots[-1].perplexity:.3f}" if self.snapshots else ""
-        return f"Forgetting({len(self.snapshots)} snapshots, {len(self.prompts)} prompts{last})"
+        return f"Forgetting({counted(len(self.snapshots), 'snapshot')}, {counted(len(self.prompts), 'prompt')}{last})"
 
     def _repr_html_(self) -> str:
         if not self.snapshots:

@@ -12,7 +12,7 @@ from fulltune_nb.data.encoding import Example
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, cut, table
+from fulltune_nb.html import NO_MATH, counted, cut, table
 from fulltune_nb.insight.attaching import Attachable
 from fulltune_nb.insight.regex import full_match
 from fulltune_nb.language_model import LanguageModel
@@ -205,11 +205,14 @@ class GenerationScore(Attachable):
         return curves([(name, [r.step for r in self.reports], [r.score for r in self.reports])], "optimizer step", name, ax=ax)
 
     def __repr__(self) -> str:
-        return f"GenerationScore({len(self.reports)} reports{f', the last {self.reports[-1].score:.4f}' if self.reports else ''})"
+        last = f", the last {self.reports[-1].score:.4f}" if self.reports else ""
+        return f"GenerationScore({counted(len(self.reports), 'report')}{last})"
 
     def _repr_html_(self) -> str:
         rows = [(report.step, f"{report.score:.4f}", len(report.wrong), f"{report.seconds:.1f}") for report in self.reports]
-        last = self.reports[-1]._repr_html_() if self.reports else ""
+        if not self.reports:
+            return "<div>No answers yet: they are asked for whenever validation is due (steps_per_eval), and at the end.</div>"
+        last = self.reports[-1]._repr_html_()
         return f'<div class="{NO_MATH}">{table(("step", "score", "below 1", "seconds"), rows, "Answers while training")}{last}</div>'
 
 

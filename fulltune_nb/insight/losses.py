@@ -13,6 +13,7 @@ from fulltune_nb.data.lens import token_texts
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
+from fulltune_nb.html import counted
 from fulltune_nb.insight.examples import as_examples, check_same_tokens
 from fulltune_nb.insight.token_statistics import TokenStatistics, token_statistics
 from fulltune_nb.language_model import LanguageModel
@@ -128,7 +129,8 @@ class TokenLosses:
 
     def __repr__(self) -> str:
         against = f", {self.difference:+.4f} against the base" if self.compared else ""
-        return f"TokenLosses({len(self.rows)} examples, {self.tokens:,} trained tokens, mean loss {self.loss:.4f}{against})"
+        size = f"{counted(len(self.rows), 'example')}, {counted(self.tokens, 'trained token')}"
+        return f"TokenLosses({size}, mean loss {self.loss:.4f}{against})"
 
     def _repr_html_(self) -> str:
         from fulltune_nb.insight.losses_view import token_losses_html
@@ -229,7 +231,7 @@ class TopLosses:
 
     def __repr__(self) -> str:
         worst = f", the worst {self.scores[0]:.4f}" if len(self.scores) else ""
-        return f"TopLosses({len(self.order):,} rows by {self._by}{worst}, {self.pages:,} pages)"
+        return f"TopLosses({counted(len(self.order), 'row')} by {self._by}{worst}, {counted(self.pages, 'page')})"
 
     def _repr_html_(self) -> str:
         from fulltune_nb.insight.losses_view import top_losses_html

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fulltune_nb.errors import ModelError
+from fulltune_nb.html import facts
 from fulltune_nb.models.kernels import ACTIVATIONS
 from fulltune_nb.models.rope import RopeConfig, read_rope
 
@@ -168,6 +169,10 @@ class ModelConfig:
     def sliding_window(self) -> int | None:
         """The smallest window of any layer, in tokens; None where every layer sees everything."""
         return min((window for window in self.windows if window is not None), default=None)
+
+    def _repr_html_(self) -> str:
+        rows = [(f.name, ", ".join(sorted(v)) if isinstance(v := getattr(self, f.name), frozenset) else v) for f in fields(self) if f.repr]
+        return facts("What the decoder is built from", rows)
 
 
 def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:

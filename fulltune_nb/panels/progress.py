@@ -16,7 +16,7 @@ from collections import deque
 from typing import Any
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import esc, facts, table
+from fulltune_nb.html import SHOWN_IN_MB, esc, facts, human_bytes, table
 
 VARIABLE = "FULLTUNE_PROGRESS"
 REFRESH_SECONDS = 1.0  # a notebook's output changes no more often
@@ -58,9 +58,9 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def gigabytes(count: float) -> str:
-    """Bytes as `0.52 GB`."""
-    return f"{count / 1e9:.2f} GB"
+def memory_size(count: float) -> str:
+    """Bytes as `0.52 GB`; of a tiny model as `21.50 MB`."""
+    return f"{count / 1e9:.2f} GB" if count >= SHOWN_IN_MB else human_bytes(count)
 
 
 def _one_line(text: object) -> str:
@@ -184,7 +184,7 @@ class PlainProgress(_Progress):
             self._line(
                 trainer,
                 f"loss {self.loss:.3f}, lr {report.learning_rate:.2e}, {self.tokens_per_second:.0f} tokens/s, "
-                f"peak {gigabytes(report.peak_memory)}, {clock(self.seconds_left(report.step))} left",
+                f"peak {memory_size(report.peak_memory)}, {clock(self.seconds_left(report.step))} left",
             )
 
     def show_eval(self, trainer: Any, report: Any) -> None:
@@ -197,7 +197,7 @@ class PlainProgress(_Progress):
         self._line(trainer, event.message)
 
     def show_end(self, trainer: Any) -> None:
-        self._line(trainer, f"{self.ending(trainer)} after {clock(self.elapsed)}, peak {gigabytes(self.peak)}")
+        self._line(trainer, f"{self.ending(trainer)} after {clock(self.elapsed)}, peak {memory_size(self.peak)}")
 
 
 def _eval_text(report: Any) -> str:
@@ -304,4 +304,4 @@ class NotebookProgress(_Progress):
         yield "loss", f"{self.loss:.4f} (mean of the last {len(self._recent)} steps)"
         yield "learning rate", f"{report.learning_rate:.2e}"
         yield "speed", f"{self.tokens_per_second:,.0f} tokens/s"
-        yield "peak memory", gigabytes(self.peak)
+        yield "peak memory", memory_size(self.peak)

@@ -62,6 +62,9 @@ class WholeGraph:
         compiles = config.compile and why_not_compiled(model, config, "whole") is None
         self._compiled = CompiledGradients(model) if compiles else None
 
+    def __repr__(self) -> str:
+        return "WholeGraph()"
+
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         loss, gradients = step_gradients(self._model, batches, self._config.grad_checkpoint, self._compiled)
         mx.eval(loss, gradients)  # before the norm: in one graph with it, grad_checkpoint's peak doubles
@@ -80,6 +83,9 @@ class Layerwise:
 
     def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
         self._model, self._optimizers, self._config = model, optimizers, config
+
+    def __repr__(self) -> str:
+        return "Layerwise()"
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         scale = self._clip_scale(number, batches)

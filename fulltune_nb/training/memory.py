@@ -66,9 +66,10 @@ class MemoryPlan:
         parts = [(name, size / scale) for name, size in {**self.parts, "cache": self.cache}.items() if size]
         verdict = "fits" if self.fits else "does not fit"
         title = f"<div><b>Memory: {html.human_bytes(self.peak)} at the peak {verdict} in {html.human_bytes(self.limit)}</b></div>"
+        near = self.peak + self.cache > self.limit / 20  # a limit far above would leave nothing of the parts to see
         assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
         advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)
-        return title + html.bar(parts, self.limit / scale, unit=unit) + assumed + (f"<ul>{advice}</ul>" if advice else "")
+        return title + html.bar(parts, self.limit / scale if near else None, unit=unit) + assumed + (f"<ul>{advice}</ul>" if advice else "")
 
 
 def preflight(lm: Any, data: Any, config: TrainConfig | None = None) -> MemoryPlan:

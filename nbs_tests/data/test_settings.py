@@ -55,3 +55,8 @@ def test_disagreement_with_the_config_is_an_error_even_if_the_argument_is_the_de
 def test_config_with_none_of_the_settings_is_an_error(config):
     with pytest.raises(ConfigError, match="config"):
         resolve_settings({}, config)
+
+
+def test_settings_show_themselves_harmlessly():
+    shown = DataSettings(prompt_feature="<b>")._repr_html_()
+    assert "prompt_feature" in shown and "&lt;b&gt;" in shown and "<b>" not in shown

@@ -30,7 +30,11 @@ class Service(types.ModuleType):
     def init(self, **settings):
         self.calls.append(("init", settings))
         tell = self.calls.append
-        return types.SimpleNamespace(log=lambda values: tell(("log", values)), finish=lambda: tell(("finish", {})))
+        return types.SimpleNamespace(
+            log=lambda values, step=None: tell(("log", {"step": step, **values})),
+            finish=lambda: tell(("finish", {})),
+            define_metric=lambda name, step_metric=None: tell(("define", {name: step_metric})),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +53,13 @@ def test_a_service_gets_the_settings_once_and_every_report(name, trainer_of, mon
     service = Service(name)
     monkeypatch.setitem(sys.modules, name, service)
     logger, trainer = SERVICES[name](project="p", mode="offline"), trainer_of()
+    assert repr(logger) == f"{SERVICES[name].__name__}(not open)"
     trainer.run(1, callbacks=[logger])
     trainer.run(callbacks=[logger])  # the same log goes on
     logger.close()
-    kinds = [kind for kind, _ in service.calls]
+    defined = [values for kind, values in service.calls if kind == "define"]
+    assert defined == ([{"step": None}, {"*": "step"}] if name == "wandb" else [])  # wandb counts by itself, unless told
+    kinds = [kind for kind, _ in service.calls if kind != "define"]
     assert kinds == ["init", *["log"] * 4, "finish"]  # validation, step, step, validation
     assert service.calls[0][1]["config"]["iters"] == 2 and service.calls[0][1]["mode"] == "offline"
     steps = [values for kind, values in service.calls if kind == "log" and "train/loss" in values]

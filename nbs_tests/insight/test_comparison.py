@@ -37,6 +37,13 @@ def test_results_and_differences_are_those_of_the_runs(runs):
     plt.close("all")
 
 
+def test_what_result_json_says_again_is_shown_once(runs):
+    found = ft.compare([folder for folder, _ in runs])
+    assert found.results["result.steps"] == [4, 4]
+    shown = found._repr_html_()
+    assert "result.steps" not in shown and "result.peak" not in shown and "result.valid" in shown
+
+
 def test_trainers_can_be_compared_too(make_trainer):
     one, other = make_trainer(seed=1), make_trainer(seed=2)
     one.step()

@@ -113,6 +113,11 @@ def test_as_a_callback_it_scores_at_every_evaluation_and_says_so_in_the_history(
         GenerationScore([{"text": "a"}])
 
 
+def test_before_the_first_evaluation_it_says_when_it_will_ask():
+    score = GenerationScore([{"prompt": "a", "completion": "b"}])
+    assert repr(score) == "GenerationScore(0 reports)" and "steps_per_eval" in score._repr_html_()
+
+
 def test_scoring_does_not_change_the_run(make_trainer):
     scored, quiet = make_trainer(steps_per_eval=1, iters=3), make_trainer(steps_per_eval=1, iters=3)
     scored.run(callbacks=[GenerationScore(scored.data.test[:2], max_tokens=3, temperature=1.0)])

@@ -140,3 +140,19 @@ def test_what_cannot_be_built_is_refused_with_the_reason(raw, message):
 @pytest.mark.parametrize("raw", [small("llama", quantization_config=None), small("llama", quantization={})])
 def test_an_empty_quantization_entry_is_no_quantization(raw):
     assert read_config(raw).family == "llama"
+
+
+def test_configuration_shows_itself_as_a_table_without_the_raw_file():
+    config = read_config({**LLAMA_FOR_SHOW, "secret": "not shown"})
+    shown = config._repr_html_()
+    assert "num_kv_heads" in shown and "llama" in shown and "not shown" not in shown
+
+
+LLAMA_FOR_SHOW = {
+    "model_type": "llama",
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}

@@ -79,7 +79,7 @@ def test_names_of_another_tool_are_listed(model_folder, tmp_path):
     ("name", "content", "message"),
     [
         ("new.bin", b"x", r"ends in .safetensors or .npz, found '.bin'"),
-        ("new", b"x", "found 'no ending'"),
+        ("new", b"x", "found no ending"),
         ("new.npz", None, "No weights file at"),
         ("new.npz", b"not a zip file", "cannot be read as npz"),
         ("new.safetensors", b"not safetensors at all", "cannot be read as safetensors"),

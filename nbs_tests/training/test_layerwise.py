@@ -168,3 +168,7 @@ def test_a_run_that_does_not_fit_is_refused_unless_forced(make_lm, make_data, mo
     with pytest.raises(ft.errors.MemoryLimitError, match="force=True"):
         ft.Trainer(make_lm(), make_data())
     assert ft.Trainer(make_lm(), make_data(), force=True).step().step == 1
+
+
+def test_engines_name_themselves(make_trainer):
+    assert repr(make_trainer().engine) == "WholeGraph()" and repr(make_trainer(backward="layerwise").engine) == "Layerwise()"

@@ -142,6 +142,12 @@ def test_the_plan_shows_its_parts_against_the_limit(set_limit):
     json.dumps(plan.parts)
 
 
+def test_a_limit_far_above_the_parts_is_told_and_not_drawn(set_limit):
+    set_limit(10**6 * GB)
+    shown = preflight(make_lm(**MISTRAL_7B), make_data(), TrainConfig())._repr_html_()
+    assert "fits in 1000.00 TB" in shown and "limit" not in shown
+
+
 SHAPES = [
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, grad_checkpoint=True),

@@ -1,0 +1,70 @@
+"""Mistakes that a first-time user of the commands makes, and what is said about them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fulltune_nb import __main__ as commands
+from fulltune_nb.full import main
+from fulltune_nb.language_model import LanguageModel
+from fulltune_nb.model_file import save_model_file
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 500,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.fixture
+def base(make_tokenizer, tmp_path):
+    return LanguageModel.from_config(CONFIG, make_tokenizer()).save(tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text('{"text": "one row"}\n')
+    return folder
+
+
+def said(capsys, *argv) -> str:
+    assert main([str(word) for word in argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_data_folder_is_told_with_the_folder(base, data, capsys):
+    error = said(capsys, "--model", base, "--train", "--data", data / "train.jsonl")
+    assert "is a file" in error and f"Give the folder it is in: {str(data)!r}" in error
+
+
+def test_a_misspelt_data_folder_is_told_with_the_nearest_name(base, data, capsys):
+    assert "data." in said(capsys, "--model", base, "--train", "--data", data.with_name("dataa")).split("Near it")[1]
+
+
+def test_weights_of_another_model_are_told_with_the_model_they_belong_to(base, data, make_tokenizer, tmp_path, capsys):
+    other = LanguageModel.from_config({**CONFIG, "hidden_size": 32}, make_tokenizer()).save(tmp_path / "other")
+    from fulltune_nb.language_model import load_model
+
+    path = tmp_path / "model.npz"
+    save_model_file(path, load_model(other), "text")
+    error = said(capsys, "--model", base, "--train", "--data", data, "--model-file", path)
+    assert "does not fit" in error and f"was trained from {other}, and --model is {base}. Name another --model-file" in error
+    error = said(capsys, "--model", base, "--train", "--data", data, "--model-file", tmp_path / "weights")
+    assert "found no ending" in error
+
+
+def test_the_package_itself_names_its_commands():
+    done = subprocess.run([sys.executable, "-m", "fulltune_nb"], capture_output=True, text=True)
+    assert done.returncode == 2
+    for name in ("demo", "full", "generate", "convert", "sweep"):
+        assert f"python -m fulltune_nb.{name} " in done.stdout
+    assert done.stdout == commands.COMMANDS
