@@ -1,17 +1,21 @@
-"""Seeing where the keyboard is: what is focused in a panel has a thick outline in the text's colour, in any theme."""
+"""Rules for the look of all panels, in any theme: where the keyboard is can be seen, and so can that the kernel is gone."""
 
 from __future__ import annotations
 
 import ipywidgets as widgets
 
-_CLASS = "fulltune-focus"
+_CLASS = "fulltune-styled"
 _PLACE = f".{_CLASS}" * 4  # so often that it outweighs the rules of ipywidgets, which forbid some fields an outline
-_LOOK = "outline: 2px solid var(--jp-ui-font-color0, currentColor) !important; outline-offset: 1px"
-_RULE = f"<style>{_PLACE} :focus-visible {{{_LOOK}}}</style>"
+_FOCUS = "outline: 2px solid var(--jp-ui-font-color0, currentColor) !important; outline-offset: 1px"
+_GONE = "⚠ The kernel that this panel belonged to is gone; what stands here is what it showed last. Run the cell again."
+_RULES = f"""<style>
+{_PLACE} :focus-visible {{ {_FOCUS} }}
+{_PLACE}.jupyter-widgets-disconnected::after {{ content: "{_GONE}"; padding: 4px 0 }}
+</style>"""
 
 
-def with_visible_focus(box: widgets.Box) -> widgets.Box:
-    """The same box; a rule for what is in it has been added, which takes no room."""
+def styled(box: widgets.Box) -> widgets.Box:
+    """The same box of a whole panel; the rules have been added, which take no room."""
     box.add_class(_CLASS)
-    box.children = (*box.children, widgets.HTML(_RULE, tooltip="Shows the focus", layout=widgets.Layout(display="none")))
+    box.children = (*box.children, widgets.HTML(_RULES, tooltip="Rules for the look", layout=widgets.Layout(display="none")))
     return box
