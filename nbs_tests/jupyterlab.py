@@ -92,6 +92,7 @@ class Lab:
 
     def __init__(self, page: Any, address: str):
         self.page, self.address = page, address
+        self._runs = 0
 
     def open(self, notebook: str, kernel: bool = True) -> None:
         """Opens a notebook; with `kernel` waits for an idle one."""
@@ -114,21 +115,34 @@ class Lab:
 
     def run_all(self, seconds: float = 120) -> None:
         """Runs all cells to the end."""
-        self.command("notebook:run-all-cells")
-        self.page.wait_for_timeout(300)
+        self._wait_for_run(self._run("notebook:run-all-cells"), seconds)
         self.wait_until_idle(seconds)
 
-    def run_cell(self, number: int) -> None:
-        """Starts a cell, counted from 0, and does not wait."""
+    def run_cell(self, number: int) -> int:
+        """Starts a cell, counted from 0, and does not wait; the number of this run."""
         self.page.evaluate(
             """number => {
-                const app = window.jupyterapp;
-                app.shell.currentWidget.content.activeCellIndex = number;
-                app.shell.currentWidget.content.deselectAll();
-                app.commands.execute('notebook:run-cell');
+                window.jupyterapp.shell.currentWidget.content.activeCellIndex = number;
+                window.jupyterapp.shell.currentWidget.content.deselectAll();
             }""",
             number,
         )
+        return self._run("notebook:run-cell")
+
+    def _run(self, command: str) -> int:
+        """Starts a command that runs cells, and has the page remember its end: on a busy machine cells may begin much later."""
+        self._runs += 1
+        self.page.evaluate(
+            """([command, run]) => {
+                window.endedRuns ??= new Set();
+                window.jupyterapp.commands.execute(command).finally(() => window.endedRuns.add(run));
+            }""",
+            [command, self._runs],
+        )
+        return self._runs
+
+    def _wait_for_run(self, run: int, seconds: float) -> None:
+        self.page.wait_for_function("run => window.endedRuns.has(run)", arg=run, timeout=seconds * 1000)
 
     def set_source(self, number: int, code: str) -> None:
         """Replaces what stands in a cell."""
@@ -144,13 +158,7 @@ class Lab:
     def result(self, number: int, code: str, seconds: float = 30) -> str:
         """The text output of some code, run in a cell."""
         self.set_source(number, code)
-        self.run_cell(number)
-        self.page.wait_for_timeout(100)
-        prompt = self.page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-InputPrompt")
-        end = time.monotonic() + seconds
-        while "*" in prompt.inner_text():
-            assert time.monotonic() < end, f"{code!r} did not end"
-            self.page.wait_for_timeout(50)
+        self._wait_for_run(self.run_cell(number), seconds)
         return self.output(number).inner_text().strip()
 
     def save(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipywidgets as widgets
 
-from fulltune_nb.panels.focus import with_visible_focus
+from fulltune_nb.panels.style import styled
 
 _LABELS = {"description_width": "initial"}
 
@@ -100,7 +100,7 @@ class ChatControls:
             ],
             layout=widgets.Layout(width="100%", max_width="760px" if models == 1 else "1000px", overflow="visible"),
         )
-        with_visible_focus(self.box)
+        styled(self.box)
 
     @property
     def entered(self) -> widgets.Text | widgets.Textarea:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import ipywidgets as widgets
 
-from fulltune_nb.panels.focus import with_visible_focus
 from fulltune_nb.panels.live_plot import HEIGHT, WIDTH
 from fulltune_nb.panels.looks import scrolled
 from fulltune_nb.panels.record import PANEL_CLASS
+from fulltune_nb.panels.style import styled
 
 OWN_TABS = 2
 _LABELS = {"description_width": "initial"}
@@ -46,7 +46,7 @@ class TrainControls:
             ],
             layout=widgets.Layout(width="100%", max_width=f"{WIDTH + 20}px", overflow="visible"),
         )
-        with_visible_focus(self.box).add_class(PANEL_CLASS)
+        styled(self.box).add_class(PANEL_CLASS)
 
     def _make_buttons(self, splits: Sequence[str], can_save: bool) -> None:
         self.run = _button("Run", "Train to the end of the run", "play", "primary")

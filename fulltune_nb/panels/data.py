@@ -18,9 +18,9 @@ from fulltune_nb.data.search import Hits, search, surroundings
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.html import NO_MATH, esc
 from fulltune_nb.panels.data_checks import FILTERS, DataChecks
-from fulltune_nb.panels.focus import with_visible_focus
 from fulltune_nb.panels.length_plot import HEIGHT, WIDTH, LengthPlot, lengths_text
 from fulltune_nb.panels.showing import Showing, close_all
+from fulltune_nb.panels.style import styled
 
 _ROW_CHARACTERS = 4000  # of a row as it was read
 _SEARCH_CHARACTERS = 200  # of what is searched for, where it is repeated
@@ -191,7 +191,7 @@ class DataPanel:
         self._tabs.titles = ("Rows", "Lengths", "Checks")
         choose = widgets.HBox([self._split, self._filter, self._search], layout=row)
         layout = widgets.Layout(width="100%", max_width="900px", overflow="visible")
-        return with_visible_focus(widgets.VBox([choose, self._tabs], layout=layout))
+        return styled(widgets.VBox([choose, self._tabs], layout=layout))
 
     def _connect(self) -> None:
         self._previous.on_click(lambda _: self._act(self.previous))

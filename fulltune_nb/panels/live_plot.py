@@ -96,8 +96,8 @@ class LivePlot:
             self._background = canvas.copy_from_bbox(self._figure.bbox)
         for part in self._parts:
             part.draw_curves()
-        first, self.png = not self.png, _encode(canvas.buffer_rgba())
-        self.seconds = 0.0 if first else time.monotonic() - started  # what is only done once shall not keep the second one waiting
+        self.png = _encode(canvas.buffer_rgba())
+        self.seconds = time.monotonic() - started
         self._started = started
         return self.png
 

@@ -64,6 +64,7 @@ class TrainView:
         self._refreshed = -math.inf
         self._timer: Any = None
         self._samples_version = -1
+        self._shown_picture = b""
         self._closed = self._in_cell = False
         for report in [*trainer.history.evals, *trainer.history.events][-_LOG_KEPT:]:
             self._note_report(report)
@@ -239,9 +240,8 @@ class TrainView:
 
     def _show_picture(self) -> None:
         """Of several panels of one trainer, one draws."""
-        image = self.controls.plot
-        if self._plot.png != image.value:
-            image.value = self._plot.png
+        if self._plot.png is not self._shown_picture:  # to compare some ten thousand bytes after every step would take longer
+            self.controls.plot.value = self._shown_picture = self._plot.png
 
     def place_record(self) -> None:
         """From now on the record stands in the cell being executed."""

@@ -202,6 +202,11 @@ class RunDirectory:
             try:
                 append_line(path, json.dumps(self._unwritten[0].to_dict(), allow_nan=False))
             except OSError as error:
+                if not self.path.exists():
+                    raise CheckpointError(
+                        f"{self.path} is gone: it was deleted or moved while the run went on, and its checkpoints with it."
+                        " trainer.save() makes it anew, with a checkpoint of now; then go on."
+                    ) from error
                 raise CheckpointError(f"{path} could not be written: {error}. Checkpoints are untouched. Make room; then go on.") from error
             del self._unwritten[0]
 

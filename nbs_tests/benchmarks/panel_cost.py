@@ -2,6 +2,7 @@
 
     python nbs_tests/benchmarks/panel_cost.py                # 4 rounds of 300 steps of 50 ms, about two minutes
     python nbs_tests/benchmarks/panel_cost.py --steps 40 --rounds 1
+    python nbs_tests/benchmarks/panel_cost.py --tab Updates  # with this tab open; what measuring costs a step: insight_cost.py
 
 Steps are the trainer's own, of a tiny model, filled up with sleep to a fixed length, so that all that comes on top is seen: letting
 the event loop go, buttons' messages, numbers, pictures. Both ways take turns; the one without a panel is `trainer.steps()` in a plain
@@ -57,7 +58,7 @@ def without_panel(steps: int, step_seconds: float) -> float:
     return time.perf_counter() - started
 
 
-def with_panel(steps: int, step_seconds: float) -> tuple[float, list[float]]:
+def with_panel(steps: int, step_seconds: float, tab: str = "Log") -> tuple[float, list[float]]:
     """Seconds of a run in the background, behind a panel, and of each picture drawn meanwhile."""
     pictures: list[float] = []
     draw = LivePlot.draw
@@ -69,6 +70,7 @@ def with_panel(steps: int, step_seconds: float) -> tuple[float, list[float]]:
 
     async def run() -> float:
         panel = ft.TrainPanel(make_trainer(steps, step_seconds))
+        panel.controls.tabs.selected_index = panel.controls.tabs.titles.index(tab)
         pictures.clear()
         started = time.perf_counter()
         panel.start()
@@ -115,12 +117,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--step-seconds", type=float, default=0.05)
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--tab", default="Log", help="which tab is open")
     options = parser.parse_args()
-    without_panel(5, options.step_seconds), with_panel(5, options.step_seconds)  # what is loaded and compiled once
+    without_panel(5, options.step_seconds), with_panel(5, options.step_seconds, options.tab)  # what is loaded and compiled once
     plain, panel, pictures = [], [], []
     for _ in range(options.rounds):
         plain.append(without_panel(options.steps, options.step_seconds))
-        seconds, drawn = with_panel(options.steps, options.step_seconds)
+        seconds, drawn = with_panel(options.steps, options.step_seconds, options.tab)
         panel.append(seconds)
         pictures += drawn
     cost = statistics.median(panel) / statistics.median(plain) - 1

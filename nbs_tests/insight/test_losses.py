@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import matplotlib.pyplot as plt
 import mlx.core as mx
@@ -12,6 +11,8 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.insight import top_losses
+from fulltune_nb.insight.losses import ExampleLosses, TokenLosses
+from fulltune_nb.insight.token_statistics import TokenStatistics
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 from nbs_tests.models.parity import need_torch
 
@@ -173,14 +174,15 @@ def test_hostile_texts_are_only_text(make_lm, close_figures):
     found.plot().figure.canvas.draw()
 
 
-def test_four_thousand_tokens_are_drawn_in_two_seconds_and_stay_in_a_box(make_lm, close_figures):
-    lm = make_lm(max_position_embeddings=4096)
-    tokens = np.random.default_rng(0).integers(10, 400, 4096).astype(np.int32)
-    found = ft.token_losses(lm, ft.Example(tokens, np.arange(4096) > 100, "", "long:1", 0, {}, lm.tokenizer))
-    started = time.process_time()  # of the processor: other programs do not count
+def test_four_thousand_tokens_stay_in_a_box(make_tokenizer, close_figures):
+    random, tokenizer = np.random.default_rng(0), make_tokenizer()
+    tokens = random.integers(10, 400, 4096).astype(np.int32)
+    five = random.integers(10, 400, (4096, 5)).astype(np.int32), random.random((4096, 5), dtype=np.float32)
+    statistics = TokenStatistics(random.exponential(1.0, 4096).astype(np.float32), np.ones(4096, np.int32), *five)
+    example = ft.Example(tokens, np.arange(4096) > 100, "", "long:1", 0, {}, tokenizer)
+    found = TokenLosses([ExampleLosses(example, statistics)], tokenizer, compared=False)
     html = found._repr_html_()
-    found.plot().figure.canvas.draw()
-    assert time.process_time() - started < 2
+    found.plot().figure.canvas.draw()  # how long both take: nbs_tests/benchmarks/drawing_time.py
     assert html.count("title=") == 4096 and "max-height" in html and html.count("<rect") == 120
     assert len(html) < 2_500_000
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import matplotlib.pyplot as plt
 import mlx.core as mx
 import numpy as np
@@ -210,14 +208,13 @@ def test_views_show_every_block(make_trainer):
     plt.close("all")
 
 
-def test_thirty_two_layers_and_many_steps_are_drawn_in_two_seconds():
+def test_thirty_two_layers_and_many_steps_are_drawn_in_bounded_room():
     meter = UpdateMeter()
     names = [f"layers.{layer}.{part}" for layer in range(32) for part in "abcdefghi"]
     meter.records = [TensorUpdate(step, name, "bfloat16", 9, 9, 9, step % 9, 0.1, 0.1, 1.0) for step in range(1, 201) for name in names]
-    started = time.process_time()  # of the processor: other programs do not count
     html = meter._repr_html_()
-    meter.plot().figure.canvas.draw()
-    assert time.process_time() - started < 2 and len(html) < 500_000 and "140 earlier measurements" in html
+    meter.plot().figure.canvas.draw()  # how long it takes: nbs_tests/benchmarks/drawing_time.py
+    assert html.count("<rect") == 32 * 60 and len(html) < 500_000 and "140 earlier measurements" in html
     plt.close("all")
 
 

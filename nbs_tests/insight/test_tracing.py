@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import matplotlib.pyplot as plt
 import mlx.core as mx
 import mlx.nn as nn
@@ -156,7 +154,7 @@ def test_views_are_harmless_and_there_for_one_token_too(make_trainer, make_lm, c
     one.plot_lens().figure.canvas.draw()
 
 
-def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_two_seconds(make_lm, close_figures):
+def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_bounded_room(make_lm, close_figures):
     found = ft.trace(make_lm(), "the quick brown fox")
     layers, length, random = 33, 4096, np.random.default_rng(0)
     found.example = ft.Example(random.integers(10, 400, length), np.ones(length, bool), "x" * 9999, "long:1", 0, {})
@@ -164,11 +162,8 @@ def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_two_seconds(mak
     found.top_ids = random.integers(10, 400, (layers, length, 5))
     found.top_probabilities = random.random((layers, length, 5))
     found._maps = {1: random.random((4, length, length), dtype=np.float32)}
-    started = time.process_time()  # of the processor: other programs do not count
     html = found._repr_html_()
-    assert time.process_time() - started < 2 and len(html) < 600_000
+    assert len(html) < 600_000
     assert "4,080 tokens before these are not shown" in html and html.count("<rect") == 33 * 64
     for draw in (found.plot, found.plot_lens, lambda: found.plot_attention(1)):
-        started = time.process_time()  # of the processor: other programs do not count
-        draw().figure.canvas.draw()
-        assert time.process_time() - started < 2
+        draw().figure.canvas.draw()  # how long it takes: nbs_tests/benchmarks/drawing_time.py

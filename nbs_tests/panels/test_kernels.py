@@ -56,6 +56,20 @@ def test_step_advances_by_exactly_one(kernel, panel, way):
         assert steps(kernel) == expected
 
 
+def test_tabs_that_look_inside_compute_on_the_main_thread_between_steps(kernel, panel, way):
+    tabs, losses = kernel.value("[panel.controls.tabs.model_id, panel._view.looks._looks[1].losses.model_id]")
+    kernel.press(panel["run"])
+    kernel.enter(tabs, selected_index=2)
+    until(lambda: "updates survive rounding" in kernel.value("panel._view.looks._looks[0].page.value"))
+    kernel.enter(tabs, selected_index=3)
+    kernel.press(losses)
+    until(lambda: "losses by the weights after step" in kernel.value("panel._view.looks._looks[1].page.value"))
+    assert kernel.value("[panel.loop.running, panel.error, len(trainer.optimizers.observers)]") == [True, None, 0]
+    kernel.press(panel["pause"])
+    until(lambda: not kernel.value("panel.loop.running"))
+    kernel.run("trainer.step()")  # MLX works on the main thread as before
+
+
 def test_the_learning_rate_typed_while_paused_is_an_event(kernel, panel, way):
     kernel.enter(panel["learning_rate"], value=0.25)
     until(lambda: kernel.value("trainer.learning_rate") == 0.25)

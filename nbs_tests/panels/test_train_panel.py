@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 import weakref
 
 import mlx.core as mx
@@ -438,7 +437,7 @@ def test_memory_of_old_reports_does_not_grow_in_the_log(make_trainer, panel_of):
     assert mx.get_active_memory() > 0
 
 
-def test_twenty_thousand_reports_make_a_small_record_and_a_quick_refresh(make_trainer, panel_of):
+def test_twenty_thousand_reports_make_a_small_record_and_a_small_panel(make_trainer, panel_of):
     trainer = make_trainer()
     for step in range(1, 20_001):
         trainer.history.append(ft.StepReport(step, step / 3, 2.0, 10, 1e-3, 1.0, 0.05, 200.0, 1000, 1000, 1000))
@@ -447,9 +446,5 @@ def test_twenty_thousand_reports_make_a_small_record_and_a_quick_refresh(make_tr
             trainer.history.append(ft.Event(step, "note", "x" * 1000, 0.0))
     panel = panel_of(trainer)
     assert len(panel._repr_html_()) < 150_000
-    seconds = []
-    for _ in range(3):
-        started = time.process_time()  # of this process alone: others may be at work beside it
-        panel._view.refresh()
-        seconds.append(time.process_time() - started)
-    assert min(seconds) < 0.02
+    panel._view.refresh()  # how long it takes: nbs_tests/benchmarks/drawing_time.py
+    assert len(shown(panel)) < 150_000

@@ -2,7 +2,6 @@ import json
 import math
 import re
 import sys
-import time
 
 import pytest
 
@@ -103,11 +102,10 @@ def test_the_cell_is_shown_for_little_and_for_nan(reports):
     assert "Training history" in History(reports)._repr_html_()
 
 
-def test_the_cell_stays_small_and_quick_for_a_long_run():
+def test_the_cell_stays_small_for_a_long_run():
     history = History(step(n, 2.0 + math.sin(n)) for n in range(1, 20_001))
-    start = time.perf_counter()
     shown = history._repr_html_()
-    assert len(shown) < 15_000 and time.perf_counter() - start < 1.0
+    assert len(shown) < 15_000
     assert len(re.search(r'points="([^"]*)"', shown)[1].split()) <= 200
     assert "19,990 before" in shown
 

@@ -172,3 +172,18 @@ def test_the_source_models_folder_is_never_written_to(make_lm, make_data, tmp_pa
     with pytest.raises(ModelError, match="source model's folder"):
         trainer.snapshot(tmp_path / "base" / "snapshot")
     assert sorted(path.name for path in (tmp_path / "base").iterdir()) == before
+
+
+def test_a_directory_deleted_under_a_run_is_made_anew_by_save(make_trainer, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run")
+    trainer.step()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"run is gone: it was deleted or moved .* trainer\.save\(\) makes it anew"):
+        trainer.step()
+    trainer.save()
+    trainer.run()
+    losses, data = [report.loss for report in trainer.history.steps], trainer.data
+    del trainer
+    gc.collect()
+    again = ft.Trainer.resume(tmp_path / "run", data=data)
+    assert again.done and len(losses) == again.step_count
