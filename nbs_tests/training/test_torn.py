@@ -127,3 +127,28 @@ def test_in_a_search_for_a_learning_rate_too_an_error_is_that_error_and_all_is_a
     with pytest.raises(MemoryError, match="no more"):
         ft.find_lr(trainer, steps=12)
     assert equal(arrays_of(trainer), before) and trainer.lm.torn is None and trainer.optimizers.step == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"grad_checkpoint": True}, {"backward": "layerwise"}], ids=str)
+@pytest.mark.parametrize("error", [MemoryError("no more"), KeyboardInterrupt()], ids=repr)
+def test_a_forward_pass_that_is_broken_off_changes_nothing(make_trainer, monkeypatch, settings, error):
+    straight, trainer = make_trainer(**settings), make_trainer(**settings)
+    for one in (straight, trainer):
+        one.step()
+    before, mlp, calls = arrays_of(trainer), type(trainer.lm.model.layers[0].mlp), []
+    compute = mlp.__call__
+
+    def fails(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return compute(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(mlp, "__call__", fails)
+        trainer.step()
+    assert trainer.lm.torn is None and trainer.step_count == 1 and equal(arrays_of(trainer), before)
+    trainer.lm.generate("a", max_tokens=2)
+    trainer.run()
+    straight.run()
+    assert [report.loss for report in trainer.history.steps] == [report.loss for report in straight.history.steps]
