@@ -97,7 +97,7 @@ class Layerwise:
         if self._config.max_grad_norm is None:
             return 1.0
         backward = LayerwiseBackward(self._model, batches)
-        norm = math.sqrt(sum(_sum_of_squares(piece) for piece in backward.pieces()))
+        norm = math.sqrt(sum(map(_sum_of_squares, backward.pieces())))  # a loop's variable would hold a piece while the next is computed
         check_finite(number, backward.loss, norm, batches)
         return clip_scale(norm, self._config.max_grad_norm)
 
@@ -113,6 +113,7 @@ class Layerwise:
                     " max_grad_norm: then all gradients are looked at before the first update."
                 )
             self._optimizers.update_tensors(self._model, piece.gradients, rows=piece.rows)
+            del piece  # before the next one is computed
         self._optimizers.end_step()
         return math.sqrt(squares)
 

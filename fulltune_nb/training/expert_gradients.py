@@ -70,6 +70,7 @@ def expert_gradients(block: Block, name: str, work: Sequence[ExpertWork], to_inp
             sums = {f"{name}.mlp.experts.{e}.{path}": mx.zeros(array.shape) for path, array in trained}
         if sums:
             yield sums
+        del sums  # before the next expert's, or attention's, are computed
     rest: Arrays = {}
     for one, done in zip(work, routed, strict=True):
         _through_attention(block, name, one, done if below else None, rest, to_input)

@@ -148,11 +148,10 @@ class LayerwiseBackward:
         embedding = name == "embed_tokens.weight"
         head = not embedding or self._model.config.tie_word_embeddings
         for rows in self._ranges:
-            parts = [self._head_gradients(rows)["weight"]] if head else []
-            parts += [self._embedding_gradient(rows)] if embedding else []
-            gradient = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            gradient = self._head_gradients(rows)["weight"] if head else 0.0
+            if embedding:  # no name for the summands: the sum is written over one of them
+                gradient = self._embedding_gradient(rows) + gradient
             mx.eval(gradient)
-            del parts
             yield GradientPiece({name: gradient}, rows if len(self._ranges) > 1 else None)
             del gradient
 
@@ -174,6 +173,8 @@ class LayerwiseBackward:
             ids = stream.ids if config.padding_id is None else np.where(stream.ids == config.padding_id, -1, stream.ids)
             gradient = vocabulary.embedding_gradient(ids, stream.cotangent.reshape(ids.size, -1) * scale, rows)
             total = gradient if total is None else total + gradient
+            del gradient
+            mx.eval(total)  # one stream's at a time
         return total
 
 

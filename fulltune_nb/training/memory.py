@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,9 @@ from fulltune_nb.errors import DataError, MemoryLimitError
 from fulltune_nb.training.allocator import cache_limit
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.machine import MemoryReading, machine_limit, read_memory
-from fulltune_nb.training.memory_model import BYTES, Workload, count, moments
+from fulltune_nb.training.memory_model import Workload, count, moments
 from fulltune_nb.training.memory_model_layerwise import layerwise_moments
-from fulltune_nb.training.optimizers import predict_state_bytes, update_bytes
+from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes
 from fulltune_nb.training.rounding import stored_dtype
 from fulltune_nb.training.selection import trained_names
 from fulltune_nb.training.step_batches import row_widths
@@ -44,7 +45,8 @@ class MemoryPlan:
     cache: int
     """Bytes of freed arrays that MLX may keep besides."""
     moment: str
-    """When: "loss", "last block", "first block" (of the backward pass) or "update"; layerwise: "loss", "block" or "vocabulary"."""
+    """When: "forward", "loss", "last block", "first block" (of the backward pass) or "update"; layerwise: "loss", "block" or
+    "vocabulary"."""
     workload: str
     """What was assumed, in words."""
     advice: tuple[str, ...] = field(default=())
@@ -126,12 +128,9 @@ def _plan_of(backward: str, lm: Any, data: Any, config: TrainConfig) -> MemoryPl
         "weights": stored.size * sum(count(shape) for shape in work.parameters.values()),
         "optimizer state": predict_state_bytes(trained, config),
     }
-    update = update_bytes(trained, config, stored)
-    if backward == "layerwise":
-        found = layerwise_moments(work, update)
-    else:
-        found = moments(work)
-        found["update"] = {"gradients": BYTES * sum(count(s) for s in trained.values()), "update": update}
+    always["random bits"] = random_bits_bytes(trained, config, stored)
+    find = layerwise_moments if backward == "layerwise" else moments
+    found = find(work, update_bytes(trained, config, stored))
     moment = max(found, key=lambda name: sum(found[name].values()))
     parts = {**always, **found[moment]}
     rows, tokens = work.rows, work.tokens
@@ -141,27 +140,34 @@ def _plan_of(backward: str, lm: Any, data: Any, config: TrainConfig) -> MemoryPl
 
 
 def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
-    rows, tokens, share = config.batch_size, config.max_seq_length - 1, 1.0
+    rows, tokens = config.batch_size, config.max_seq_length - 1
+    targets = rows * tokens
     if data is not None:
         split = data.train
         lengths = split.lengths[split.trainable]
         widths = np.maximum(row_widths(lengths, config), 1)
         tokens, rows = int(widths.max()), min(rows, len(widths))
-        share = min(split.trained_tokens / max(int((lengths - 1).sum()), 1), 1.0)
-        # Rows differ: the largest batch can have more targets than the average. Twice as many is rarely passed.
-        share = min(2.0 * share, 1.0)
+        targets = min(rows * tokens, _most_targets(split, rows, config))
     return Workload(
         parameters={name: array.shape for name, array in tree_flatten(lm.model.parameters())},
         trained=frozenset(trained_names(lm.model, config.train_only, config.freeze)),
         model=lm.config,
         rows=rows,
         tokens=tokens,
-        trained_share=share,
+        targets=targets,
         micro_batches=config.grad_accumulation_steps,
         checkpoint=config.grad_checkpoint,
         on_cpu=mx.default_device().type == mx.DeviceType.cpu,
         half=stored_dtype(config.weights, lm.dtype) != mx.float32,
     )
+
+
+def _most_targets(split: Any, rows: int, config: TrainConfig) -> int:
+    """Trained positions of a micro-batch: those of the rows that have most; with packing, a row's part that is trained on."""
+    if not config.packing:
+        return max(1, int(np.sort(split.trained_lengths[split.trainable])[-rows:].sum()))
+    share = split.trained_tokens / max(int((split.lengths[split.trainable] - 1).sum()), 1)
+    return math.ceil(min(share, 1.0) * rows * (config.max_seq_length - 1))
 
 
 def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:

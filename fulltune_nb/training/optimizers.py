@@ -15,7 +15,7 @@ from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.factored import TensorUpdate
 from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, rules_of, slots_of
-from fulltune_nb.training.optimizer_memory import predict_state_bytes, update_bytes
+from fulltune_nb.training.optimizer_memory import predict_state_bytes, random_bits_bytes, update_bytes
 from fulltune_nb.training.optimizer_state import check_state_arrays, shape_of_rows
 from fulltune_nb.training.optimizer_view import optimizers_html
 from fulltune_nb.training.pieces import Piece, Place, batches, cut, first_row, piece_size, put, take
@@ -23,7 +23,7 @@ from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
 from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver
 from fulltune_nb.training.update_rules import Shape, State
 
-__all__ = ["Group", "Optimizers", "predict_state_bytes", "update_bytes"]
+__all__ = ["Group", "Optimizers", "predict_state_bytes", "random_bits_bytes", "update_bytes"]
 
 
 class Optimizers:
