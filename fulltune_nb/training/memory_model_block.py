@@ -123,7 +123,7 @@ PLAIN = Counts(
     traced_scores=4, traced_heads=8, traced_hidden=12, traced_width=11, traced_again=0.37,
     logits=3.2, logits_checkpoint=3.2, logits_ahead=5, head_ahead=2.5,
 )  # fmt: skip
-"""The plain operations that other devices get; run on the CPU, too, as no GPU was at hand."""
+"""The plain operations that other devices get. No GPU was at hand, and of the counts only some were tried with these on the CPU."""
 
 
 @dataclass(frozen=True)
