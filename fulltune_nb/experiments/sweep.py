@@ -114,7 +114,7 @@ def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], job
             run.remember()
         return run
 
-    with TemporaryDirectory(prefix="fulltune_nb-sweep-") as temporary, ThreadPoolExecutor(jobs) as pool:
+    with TemporaryDirectory(prefix="fulltune_nb-sweep-", ignore_cleanup_errors=True) as temporary, ThreadPoolExecutor(jobs) as pool:
         futures: set[Future] = set()
         try:
             _start(pool, one, waiting, jobs, futures)
