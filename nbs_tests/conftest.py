@@ -2,8 +2,11 @@
 
 import fulltune_nb  # noqa: F401, I001  first of all: it gives MLX its BLAS, which is too late once a test has imported mlx
 import os
+import signal
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, would ignore it
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
