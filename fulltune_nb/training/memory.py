@@ -109,6 +109,14 @@ def choose_backward(lm: Any, data: Any, config: TrainConfig, force: bool = False
     )
 
 
+def memory_is_short(lm: Any, data: Any, config: TrainConfig) -> bool:
+    """Whether a layerwise run should give freed memory back to the system at once, which takes time: with memory="lean", or with
+    "auto" where the whole graph would not fit."""
+    if config.memory != "auto":
+        return config.memory == "lean"
+    return not _plan_of("whole", lm, data, config).fits
+
+
 def _plan(lm: Any, data: Any, config: TrainConfig) -> MemoryPlan:
     """The plan of the config's own way, or where that is open, of the fast one if it fits and the lean one if not."""
     backward = config.backward

@@ -27,7 +27,7 @@ from fulltune_nb.training.evaluate import evaluate_split
 from fulltune_nb.training.history import EvalReport, History, StepReport
 from fulltune_nb.training.interrupts import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.journal import Journal
-from fulltune_nb.training.memory import choose_backward
+from fulltune_nb.training.memory import choose_backward, memory_is_short
 from fulltune_nb.training.model_card import ModelCard
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.patience import Patience
@@ -129,7 +129,7 @@ class Trainer(Branching):
         self.backward = backward or choose_backward(lm, data, config, force)
         if config.compile and (reason := why_not_compiled(lm.model, config, self.backward)):
             self._event("compile", reason)
-        cap_cache(lean=self.backward == "layerwise")
+        cap_cache(lean=self.backward == "layerwise" and memory_is_short(lm, data, config))
         self._optimizers = Optimizers(lm.model, config, lambda name: to_hf(name, lm.config.family))
         self._engine = ENGINES[self.backward](lm.model, self._optimizers, config)
 

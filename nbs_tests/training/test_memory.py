@@ -227,3 +227,15 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert list(machine._cgroup_limits(tmp_path / "missing", tmp_path / "sys")) == []
     monkeypatch.setattr(machine, "_cgroup_limits", lambda: [123])
     assert machine_limit() == 123
+
+
+@pytest.mark.parametrize(
+    ("memory", "limit", "short"), [("lean", 10**12, True), ("fast", 1, False), ("auto", 10**12, False), ("auto", 10**6, True)]
+)
+def test_a_layerwise_run_gives_memory_back_where_it_is_short(make_lm, make_data, monkeypatch, memory, limit, short):
+    given = []
+    monkeypatch.setattr("fulltune_nb.training.memory.machine_limit", lambda: limit)
+    monkeypatch.setattr("fulltune_nb.training.trainer.cap_cache", lambda lean: given.append(lean))
+    config = ft.TrainConfig(memory=memory, backward="layerwise")
+    ft.Trainer(make_lm(), make_data(config=config), config, force=True)
+    assert given == [short]
