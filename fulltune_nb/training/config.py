@@ -54,7 +54,7 @@ class TrainConfig:
     warmup: int = 0
     """Steps with a rising learning rate before the schedule begins."""
     memory: str = "auto"
-    """"fast": the whole model's gradients at once; "lean": a layer's at a time, about a third slower, for a fraction of the memory;
+    """"fast": the whole model's gradients at once; "lean": a layer's at a time, up to twice as slow, for a fraction of the memory;
     "auto": fast where `preflight` says that it fits, else lean."""
     backward: str = "auto"
     """The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says."""

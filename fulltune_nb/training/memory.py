@@ -221,7 +221,7 @@ def _changes(lm: Any, data: Any, config: TrainConfig) -> Iterator[tuple[str, Tra
     if _plan(lm, data, config).backward == "whole":
         if not config.grad_checkpoint:
             yield "Set grad_checkpoint=True (about a third more time)", config.replace(grad_checkpoint=True)
-        yield "Set memory='lean' (gradients layer by layer, about a third more time)", config.replace(memory="lean", backward="auto")
+        yield "Set memory='lean' (gradients layer by layer, up to twice the time)", config.replace(memory="lean", backward="auto")
     if stored_dtype(config.weights, lm.dtype) == mx.float32:
         yield "Set weights='bfloat16' (rounded stochastically)", config.replace(weights="bfloat16", rounding="stochastic")
     if config.optimizer in ("adamw", "lion"):
