@@ -34,7 +34,10 @@ _LEGEND = (
 
 
 class Lens:
-    """Examples token by token, as `DataSet.show` returns them; `_repr_html_` draws them, hovering over a token gives its id."""
+    """Examples token by token, as `DataSet.show` returns them; `_repr_html_` draws them, hovering over a token gives its id.
+
+    `print` writes them as text, with `[[` and `]]` around what is trained on.
+    """
 
     def __init__(self, examples: Sequence[Example], tokenizer):
         self.examples = list(examples)
@@ -44,6 +47,9 @@ class Lens:
         more = " ..." if len(self.examples) > 3 else ""
         return f"Lens({counted(len(self.examples), 'example')}: {', '.join(e.source for e in self.examples[:3])}{more})"
 
+    def __str__(self) -> str:
+        return "\n\n".join(_as_text(example, self.tokenizer) for example in self.examples)
+
     def _repr_html_(self) -> str:
         return f"<div>{_LEGEND}{''.join(self._html(e) for e in self.examples)}</div>"
 
@@ -52,6 +58,15 @@ class Lens:
         counts = f", {check.bos[0]} BOS, {check.eos[0]} EOS"
         warnings = "".join(f"<div>⚠ {esc(problem)}</div>" for problem in check.of(0))
         return _head(example, counts) + warnings + _tokens_html(example, self.tokenizer)
+
+
+def _as_text(example: Example, tokenizer) -> str:
+    size = f"{example.source}: {len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on"
+    cut = f", {example.cut:,} cut off" if example.cut else ""
+    borders = np.flatnonzero(np.diff(example.loss_mask)) + 1  # where what is trained on begins or ends
+    runs = zip(np.split(example.tokens, borders), np.split(example.loss_mask, borders), strict=True)
+    texts = [(tokenizer.decode(ids.tolist()), mask[0]) for ids, mask in runs if len(ids)]
+    return f"{size}{cut}\n" + "".join(f"[[{text}]]" if trained else text for text, trained in texts)
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:

@@ -38,6 +38,16 @@ def data(tokenizer):
     return load_data({"train": PAIRS, "test": PAIRS[:1]}, tokenizer, mask_prompt=True, max_seq_length=64)
 
 
+def test_lens_as_text_puts_brackets_around_what_is_trained_on(data, tokenizer):
+    first, second = str(data.show(2)).split("\n\n")
+    example = data.train[0]
+    assert first.splitlines()[0] == f"train:1: {len(example.tokens)} tokens, {example.loss_mask.sum()} trained on"
+    inside = first.split("[[")[1].split("]]")[0]
+    assert inside == tokenizer.decode(example.tokens[example.loss_mask].tolist()) and "It is 0." in inside
+    assert first.split("\n", 1)[1].replace("[[", "").replace("]]", "") == tokenizer.decode(example.tokens.tolist())
+    assert second.startswith("train:2: ")
+
+
 def test_lens_shows_each_token_once_as_trained_masked_or_special(data, tokenizer):
     boxes = Page(data.show(2)._repr_html_()).boxes
     examples = data.train[:2]
