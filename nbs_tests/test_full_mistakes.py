@@ -11,20 +11,12 @@ from fulltune_nb import __main__ as commands
 from fulltune_nb.full import main
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.model_file import save_model_file
-
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 500,
-    "hidden_size": 16,
-    "intermediate_size": 20,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+from nbs_tests.training.conftest import TINY_LLAMA
 
 
 @pytest.fixture
 def base(make_tokenizer, tmp_path):
-    return LanguageModel.from_config(CONFIG, make_tokenizer()).save(tmp_path / "base")
+    return LanguageModel.from_config(TINY_LLAMA, make_tokenizer()).save(tmp_path / "base")
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def test_a_misspelt_data_folder_is_told_with_the_nearest_name(base, data, capsys
 
 
 def test_weights_of_another_model_are_told_with_the_model_they_belong_to(base, data, make_tokenizer, tmp_path, capsys):
-    other = LanguageModel.from_config({**CONFIG, "hidden_size": 32}, make_tokenizer()).save(tmp_path / "other")
+    other = LanguageModel.from_config({**TINY_LLAMA, "hidden_size": 16}, make_tokenizer()).save(tmp_path / "other")
     from fulltune_nb.language_model import load_model
 
     path = tmp_path / "model.npz"
