@@ -6,6 +6,7 @@ Letters: n reports, m points drawn, k points of an envelope.
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from fulltune_nb.training.history import History, StepReport
 MOST_POINTS = 400
 """Stretches of a curve: the wider of the plots has as many pixels."""
 _FIELDS = ("step", "loss", "peak_memory", "active_memory", "cache_memory")
+_numbers_of = attrgetter(*_FIELDS)
 
 
 class Columns:
@@ -38,10 +40,12 @@ class Columns:
         """Takes in what has come since."""
         if len(history) < self.taken:  # another history, or one that was cut
             self._forget()
-        for report in history[self.taken :]:
+        new = history[self.taken :]
+        self._add([_numbers_of(report) for report in new if isinstance(report, StepReport)])
+        for report in new:
             if isinstance(report, StepReport):
-                self._add(report)
-            elif report.kind_of_report == "eval":
+                continue
+            if report.kind_of_report == "eval":
                 steps, losses = self.evals.setdefault(report.split, ([], []))
                 steps.append(report.step)
                 losses.append(report.loss if math.isfinite(report.loss) else math.nan)
@@ -49,12 +53,14 @@ class Columns:
                 self.events.append(report.step)
         self.taken = len(history)
 
-    def _add(self, report: StepReport) -> None:
-        if self._count == self._numbers.shape[1]:
+    def _add(self, rows: list[tuple[float, ...]]) -> None:
+        count = self._count + len(rows)
+        while count > self._numbers.shape[1]:
             self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)], axis=1)
-        values = [getattr(report, name) for name in _FIELDS]
-        self._numbers[:, self._count] = [value if math.isfinite(value) else math.nan for value in values]
-        self._count += 1
+        if rows:
+            values = np.array(rows, np.float64).T
+            self._numbers[:, self._count : count] = np.where(np.isfinite(values), values, np.nan)
+        self._count = count
 
     @property
     def last_step(self) -> float:

@@ -57,7 +57,9 @@ class TrainView:
         self.error: BaseException | None = None
         self.shown: dict[str, Any] = {}
         self._loop, self._trainer, self._samples = loop, trainer, samples
-        self._plot = _plots.setdefault(loop, LivePlot(machine_limit()))
+        if loop not in _plots:
+            _plots[loop] = LivePlot(machine_limit())
+        self._plot = _plots[loop]
         self._pace = Pace(trainer.config.steps_per_report, trainer.history.steps[-trainer.config.steps_per_report :])
         self._record = Record()
         self._log: deque[tuple[str, str, str]] = deque(maxlen=_LOG_KEPT)

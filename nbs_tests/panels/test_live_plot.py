@@ -6,11 +6,14 @@ import dataclasses
 import io
 import math
 
+import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 
 from fulltune_nb.panels import live_plot as module
 from fulltune_nb.panels.curves import MOST_POINTS, envelope, thinned
+from fulltune_nb.panels.lettering import Lettering
 from fulltune_nb.panels.live_plot import HEIGHT, WIDTH, LivePlot
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 
@@ -84,8 +87,8 @@ def test_the_limit_is_a_line_when_near_and_a_note_when_far():
     (near, far) = LivePlot(limit=100_000_000), LivePlot(limit=10**12)
     near.draw(history(3))
     far.draw(history(3))
-    assert near._parts[1]._at_limit.get_visible() and not near._parts[1]._note.get_text()
-    assert not far._parts[1]._at_limit.get_visible() and "1000.0 GB" in far._parts[1]._note.get_text()
+    assert near._parts[1]._at_limit.get_visible() and not near._parts[1]._note
+    assert not far._parts[1]._at_limit.get_visible() and "1000.0 GB" in far._parts[1]._note
 
 
 def test_a_shorter_history_is_another_one():
@@ -163,14 +166,14 @@ def test_while_axes_stay_neither_they_nor_their_texts_are_drawn_again(n, monkeyp
     made, plot = history(n), LivePlot(limit=10**9)
     plot.draw(made)
     later = [dataclasses.replace(made.steps[-1], step=step) for step in range(n + 1, n + 4)]
-    texts, draw = [], module.Text.draw
-    monkeypatch.setattr(module.Text, "draw", lambda text, renderer: (texts.append(text), draw(text, renderer))[1])
+    pasted = []
+    monkeypatch.setattr(module, "paste", lambda *arguments, **more: pasted.append(arguments))
     for report in later:
         made.append(report)
         plot.draw(made)
-    assert not texts  # most of the time goes into these; how long a picture takes: nbs_tests/benchmarks/panel_cost.py
+    assert not pasted
     points = [len(line.get_xdata()) for part in plot._parts for line in part._curves]
-    assert max(points) <= 3 * module.MOST_POINTS
+    assert max(points) <= 3 * module.MOST_POINTS  # how long a picture takes: nbs_tests/benchmarks/panel_cost.py
     assert len(plot.png) < 150_000
 
 
@@ -186,15 +189,53 @@ def test_a_picture_with_its_background_kept_is_the_one_drawn_anew():
     np.testing.assert_array_equal(kept, pixels(plot.draw(made)))
 
 
-def test_legends_name_what_is_drawn_within_the_picture():
+def test_no_text_is_laid_out_after_the_first_step_however_the_numbers_change(monkeypatch):
     plot, made = LivePlot(limit=10**8), history(30)
     made += [EvalReport(split, 30, 0.5, 1.6, 10, 0.1) for split in ("test", "train")]
-    made += [StepReport(31, 1.0, math.nan, 1, 1e-3, 1.0, 0.1, 10.0, 9 * 10**7, 10**7, 10**6)]
     plot.draw(made)
-    for part in plot._parts:
-        boxes = [text.get_window_extent() for line, (_, text) in part._legend.items() if line.get_visible()]
-        assert len(boxes) >= 4
-        for box in boxes:
-            inside = part._boxes["legend"]
-            assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    laid_out, drawn = [], Lettering._drawn
+    monkeypatch.setattr(Lettering, "_drawn", lambda letters, text: (laid_out.append(text), drawn(letters, text))[1])
+    for step, loss, peak in ((31, math.nan, 9 * 10**7), (123_456, 1e-7, 9 * 10**7), (3_000_000, -250.0, 9 * 10**9)):
+        made.append(StepReport(step, 1.0, loss, 1, 1e-3, 1.0, 0.1, 10.0, peak, 10**7, 10**6))
+        plot.draw(made)
+    assert not laid_out
+
+
+def test_texts_stand_within_the_picture_and_not_on_each_other(monkeypatch):
+    pasted, paste = [], module.paste
+    monkeypatch.setattr(module, "paste", lambda *given, **more: (pasted.append((*given[1:], more.get("align"))), paste(*given, **more)))
+    plot, made = LivePlot(limit=10**8), history(30)
+    made += [EvalReport(split, 30, 0.5, 1.6, 10, 0.1) for split in ("test", "train")]
+    made += [StepReport(90_000, 1.0, math.nan, 1, 1e-3, 1.0, 0.1, 10.0, 9 * 10**7, 10**7, 10**6)]
+    plot.draw(made)
+    boxes = [box_of(*given) for given in pasted]
+    assert len(boxes) >= 2 * (4 + 6)  # legends and axes
+    for left, bottom, right, top in boxes:
+        assert -1 <= left and right <= WIDTH + 1 and -1 <= bottom and top <= HEIGHT + 1
+    for i, (left, bottom, right, top) in enumerate(boxes):
+        for other in boxes[:i]:
+            assert right <= other[0] or other[2] <= left or top <= other[1] or other[3] <= bottom
+
+
+def box_of(stamp: np.ndarray, x: float, y: float, align: tuple[float, float] | None) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top of a text, without the empty rows above and below its letters."""
+    across, up = align or (0.0, 0.5)
+    height, width = stamp.shape[:2]
+    left, bottom = x - across * width, y - up * height
+    inked = np.flatnonzero((stamp[..., :3] < 255).any(axis=(1, 2)))
+    return left, bottom + height - 1 - inked[-1], left + width, bottom + height - inked[0]
+
+
+def test_small_memory_is_shown_in_mb():
+    plot = LivePlot()
+    plot.draw(history(5))
+    memory = plot._parts[1]
+    assert memory.label == "memory (MB)" and memory._peak.get_ydata()[-1] == 52.0
+    plot.draw(history(5) + [StepReport(6, 1.0, 1.0, 1, 1e-3, 1.0, 0.1, 10.0, 2 * 10**9, 10**9, 0)])
+    assert memory.label == "memory (GB)" and memory._peak.get_ydata()[-1] == 2.0
+
+
+def test_a_user_s_matplotlib_style_does_not_change_the_picture():
+    plain = LivePlot().draw(history(30))
+    with matplotlib.style.context("dark_background"):
+        assert LivePlot().draw(history(30)) == plain
