@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.models import cpu_math
 from fulltune_nb.models.families import ModelConfig
@@ -238,7 +239,7 @@ class Decoder(nn.Module):
         rotation, masks = self.context(ids.shape[1], cache, segments)
         for i, block in enumerate(self.layers):
             if checkpoint:
-                x = _checkpointed(block)(block.trainable_parameters(), x, rotation, masks[i])
+                x = _checkpointed(block, x, rotation, masks[i])
             else:
                 x = block(x, rotation, masks[i], cache[i] if cache else None)
         return self.norm(x)
@@ -301,14 +302,30 @@ def within_segments(mask: mx.array | None, segments: mx.array | None) -> mx.arra
     return (segments[:, None, :, None] == segments[:, None, None, :]) & mask
 
 
-def _checkpointed(block: Block):
-    """The block as a function of its parameters whose insides are computed again in the backward pass.
+def _checkpointed(block: Block, x: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
+    """The block's output, its insides computed again in the backward pass, once the gradient of that output is there.
+
+    `mx.checkpoint` only waits for the block's output: as MLX is given the whole graph at once, it then computes blocks again before
+    their turn, and what they hold stands beside the loss.
 
     The block itself is not changed: nothing is patched, so making it twice does nothing twice.
     """
+    own = tree_flatten(block.trainable_parameters())
 
-    def forward(parameters: dict, x: mx.array, rotation: Rotation, mask: mx.array | None) -> mx.array:
-        block.update(parameters)
-        return block(x, rotation, mask)
+    def forward(x: mx.array, *values: mx.array) -> mx.array:
+        block.update(tree_unflatten([(name, value) for (name, _), value in zip(own, values, strict=True)]))
+        try:
+            return block(x, rotation, mask)
+        finally:
+            block.update(tree_unflatten(own))  # what was put in belongs to the graph, and would keep it
 
-    return mx.checkpoint(forward)
+    if "experts" in block.mlp:  # they read the routing while they are computed, and would have all gradients so far computed there
+        return mx.checkpoint(forward)(x, *(value for _, value in own))
+    checkpointed = mx.custom_function(forward)
+
+    @checkpointed.vjp
+    def again(inputs: tuple[mx.array, ...], gradient: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+        waiting = mx.depends(list(inputs), [gradient])
+        return tuple(mx.vjp(forward, waiting, [gradient])[1])
+
+    return checkpointed(x, *(value for _, value in own))

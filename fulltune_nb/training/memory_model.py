@@ -9,12 +9,12 @@ largest; each holds the weights and the optimizer state besides:
 - *first block*: all gradients, what one block keeps, and what its backward pass makes;
 - *update*: all gradients, and their squares for the norm or the update's temporaries, whichever is more.
 
-With `grad_checkpoint` a block keeps its input only, and the backward pass of one block computes it again, while some of the block
-before is still there. What a block holds is in `memory_model_block`.
+With `grad_checkpoint` a block keeps its input only, and the backward pass of one block computes it again. What a block holds is in
+`memory_model_block`.
 
 Errors on the CPU (MLX 0.32.4): `nbs_tests/benchmarks/predicted_peaks.py`, table in docs/benchmarks.md. The random small models that the
-counts were fitted to: 3% in the mean without `grad_checkpoint` (92% of them within 10%), 8% with it (73% within 10%, the largest 48%),
-5% with experts. With it MLX may compute a block again before its gradient arrives, and how much then stands beside the loss varies.
+counts were fitted to: 3% in the mean without `grad_checkpoint` (92% of them within 10%), 5% with experts. With `grad_checkpoint`, which
+has no counts of its own: 4% in the mean of 52 drawn ones, 49 of them within 10%, the largest 14%.
 On other devices, tried with their operations on the CPU: 13% in the mean, the largest 49%, mostly too high.
 
 Dimension letters as there. Sizes here are numbers of float32 elements until `BYTES`.
@@ -109,7 +109,6 @@ def moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
     head = min(work.model.vocab_size * work.model.hidden_size, gradients)
     copies = work.half * work.weights(trained=False)
     kept = hidden if work.checkpoint else block.kept
-    still = work.checkpoint * block.counts.overlap_kept * block.kept
     ends = 2 * hidden  # the last block's output, before and after the norm
     above = max(depth - 1, 0)
     backward = _backward(work, copies)
@@ -118,7 +117,7 @@ def moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
     sums = gradients if work.micro_batches > 1 else 0  # of the micro-batches before
     found = {
         "forward": {"gradients": sums, "activations": above * kept + block.forward(copies)},
-        "loss": {"gradients": sums, "activations": depth * kept + still + ends, "logits": logits(work)},
+        "loss": {"gradients": sums, "activations": depth * kept + ends, "logits": logits(work)},
         "last block": {"gradients": sums + head, "activations": above * kept + ends + backward},
         "first block": {"gradients": sums + gradients, "activations": first - gradients},
     }
@@ -131,18 +130,16 @@ def moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
 
 def _backward(work: Workload, copies: float) -> float:
     """A block's backward pass, its weights' gradients included; with `grad_checkpoint` its forward pass before it."""
-    block, counts = work.block, work.block.counts
+    block = work.block
     own, feed_forward = work.weights(), work.weights("mlp")
     half = work.half * work.weights("attention", trained=False)
     back = block.backward_feed_forward() + feed_forward + 0.3 * work.half * work.weights("mlp", trained=False)
     attention, end = block.backward_attention() + feed_forward + half, block.at_end() + own + half
     if not work.checkpoint:
         return max(back, attention, end)
-    before = work.depth > 1  # a block of which something is still there
-    overlap = before * counts.overlap_hidden * block.hidden
-    softmax = block.at_softmax() + before * counts.overlap_scores * block.scores
-    activation = block.at_activation(copies) + before * counts.overlap_width * block.width
-    return max(softmax + overlap, activation + overlap, back + overlap, attention + overlap, end + before * own)
+    shares = 0 if work.model.block == "parallel" else block.counts.kept_scores * block.scores  # kept while the softmax goes on
+    again = max(block.at_softmax() + shares, block.at_activation(copies)) + 2 * block.hidden
+    return max(again, back, attention, end)
 
 
 def _traced(work: Workload, copies: float) -> float:
@@ -162,10 +159,8 @@ def logits(work: Workload) -> float:
     rows, head = chunk_size(vocab), vocab * work.model.hidden_size
     first = min(rows, work.targets)
     second = min(rows, work.targets - first)
-    arrays = counts.logits_checkpoint if work.checkpoint else counts.logits
-    chunk = max(arrays * first, arrays * second + counts.logits_ahead * first) * vocab
-    copy = work.half and not work.checkpoint  # in float32
-    heads = 1 + (counts.head_ahead if second else 0) + copy
+    chunk = max(counts.logits * first, counts.logits * second + counts.logits_ahead * first) * vocab
+    heads = 1 + (counts.head_ahead if second else 0) + work.half  # a copy in float32
     return chunk + heads * head + 2 * work.targets * work.model.hidden_size
 
 

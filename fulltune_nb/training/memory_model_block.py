@@ -77,14 +77,6 @@ class Counts:
     """(M, Q) and (M, K) made by it."""
     end_hidden: float
     """(M, D) at the end of the block's backward pass."""
-    overlap_scores: float
-    """With `grad_checkpoint`, (B, H, T, T) still there from the block before."""
-    overlap_width: float
-    """(M, I) still there."""
-    overlap_hidden: float
-    """(M, D) still there."""
-    overlap_kept: float
-    """At the loss, of what the last block would keep without `grad_checkpoint`: the share still there."""
     traced_scores: float
     """With experts, over the whole graph: (B, H, T, T) of every block. The counts of rows that each expert gets are read during
     the forward pass, and what MLX has computed by then inside `mx.grad` it neither lets go nor writes over."""
@@ -98,8 +90,6 @@ class Counts:
     """With `grad_checkpoint` attention leaves as much behind once more, and the experts of all blocks but one this share."""
     logits: float
     """(n, V): arrays of the size of a chunk of logits."""
-    logits_checkpoint: float
-    """The same with `grad_checkpoint`, where the head's gradient comes a little later."""
     logits_ahead: float
     """Of these, begun before the chunk before is done."""
     head_ahead: float
@@ -110,18 +100,18 @@ CPU = Counts(
     kept_gated=4, kept_plain=3, kept_gelu=0, kept_scores=1, kept_queries=2, kept_keys=2, kept_norm=3,
     softmax=12, softmax_heads=4.3, softmax_hidden=3.9, parallel_scores=1.4, parallel_width=3.4,
     gated=17.4, plain=9, gelu=0.9, activation_hidden=10.7, backward_width=3, backward_hidden=12.3, backward_scores=3,
-    backward_heads=4, end_hidden=25, overlap_scores=2.8, overlap_width=3.8, overlap_hidden=6.2, overlap_kept=0.6,
+    backward_heads=4, end_hidden=25,
     traced_scores=24, traced_heads=8, traced_hidden=8, traced_width=24, traced_again=0.37,
-    logits=13.2, logits_checkpoint=12.4, logits_ahead=4.9, head_ahead=1,
+    logits=13.2, logits_ahead=4.9, head_ahead=1,
 )  # fmt: skip
 """Exponentials made of many operations."""
 PLAIN = Counts(
     kept_gated=4.9, kept_plain=0.3, kept_gelu=4.7, kept_scores=1.1, kept_queries=3.6, kept_keys=1.4, kept_norm=3,
     softmax=1.4, softmax_heads=4, softmax_hidden=6, parallel_scores=0, parallel_width=0,
     gated=8, plain=8, gelu=0, activation_hidden=12, backward_width=8, backward_hidden=12, backward_scores=1.4,
-    backward_heads=12.5, end_hidden=12, overlap_scores=0, overlap_width=0, overlap_hidden=0, overlap_kept=0,
+    backward_heads=12.5, end_hidden=12,
     traced_scores=4, traced_heads=8, traced_hidden=12, traced_width=11, traced_again=0.37,
-    logits=3.2, logits_checkpoint=3.2, logits_ahead=5, head_ahead=2.5,
+    logits=3.2, logits_ahead=5, head_ahead=2.5,
 )  # fmt: skip
 """The plain operations that other devices get. No GPU was at hand, and of the counts only some were tried with these on the CPU."""
 

@@ -155,6 +155,7 @@ SHAPES = [
     dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, model_type="mixtral", num_local_experts=2, num_experts_per_tok=1),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, grad_checkpoint=True),
+    dict(hidden_size=128, intermediate_size=448, num_hidden_layers=4, length=512, batch_size=2, grad_checkpoint=True),
     dict(hidden_size=128, intermediate_size=1024, num_hidden_layers=6, vocab_size=8192, length=200),
     dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, length=500, batch_size=2),
     dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=3, length=40, grad_accumulation_steps=2),
@@ -180,7 +181,7 @@ def test_the_prediction_is_near_the_measured_peak(tokenizer, shape):
     plan = preflight(lm, data, config)
     trainer = ft.Trainer(lm, data, config)
     measured = [report.peak_memory for report in trainer.steps()][-1] - outside
-    assert plan.peak == pytest.approx(measured, rel=0.15 if config.grad_checkpoint else 0.1)
+    assert plan.peak == pytest.approx(measured, rel=0.1)
     assert plan.peak == sum(plan.parts.values())
 
 
