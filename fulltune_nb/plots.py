@@ -92,7 +92,7 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
             ax.plot(x, peak / scale, color=_VERMILLION, marker="o", label="peak within the step", **sparse)
             ax.plot(x, (active + cache) / scale, color=_GREY, marker="^", linestyle=":", label="after it, with MLX's cache", **sparse)
             ax.plot(x, active / scale, color=_BLUE, marker="s", linestyle="--", label="after it, in use", **sparse)
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend above the curves
         _draw_events(ax, events, steps)
         return _finish(ax, f"memory ({unit})", empty=not steps)
 

@@ -156,9 +156,9 @@ def load_data(
     """Read rows, find their format, and make tokens and loss masks of them.
 
     Args:
-        source: a folder with `train.jsonl`, `valid.jsonl`, `test.jsonl` (any of them; `.csv` and `.parquet` with the extra
-            `datasets`), a data set of the hub as `"hf:org/name"` (same extra), or the rows themselves as
-            `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts.
+        source: a folder with `train.jsonl`, `valid.jsonl`, `test.jsonl` (any of them; `.csv` too, and `.parquet` with the
+            extra `datasets`), a data set of the hub as `"hf:org/name"` (same extra; `"hf:folder"` for one in the hub's layout), or
+            the rows themselves as `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts.
         tokenizer: `lm.tokenizer`, or any tokenizer of `transformers`. One without a chat template gets ChatML set on it when
             the rows need one; `.notes` says so.
         mask_prompt: train on assistant turns and completions only. Default False.

@@ -1,8 +1,8 @@
-"""Rows from the hub, from CSV and from Parquet, read by the optional package `datasets`.
+"""Rows from the hub and from Parquet, read by the optional package `datasets`.
 
     load_data("hf:org/name", ...)         a data set of the hub; "hf:org/name:config" where it has several
     load_data("org/name", ...)            the same, where there is no such folder here
-    load_data("folder", ...)              with train.csv or train.parquet in it
+    load_data("folder", ...)              with train.parquet in it
 """
 
 from __future__ import annotations
@@ -108,18 +108,17 @@ def raw_split(name: str, label: str, rows: Any) -> RawSplit:
     return split
 
 
-def read_table(name: str, path: Path) -> RawSplit:
-    """The rows of one CSV or Parquet file. The first line of a CSV file names its columns; an empty field counts as absent.
+def read_parquet(name: str, path: Path) -> RawSplit:
+    """The rows of one Parquet file.
 
     Raises:
         MissingDependencyError: `datasets` is not installed.
     """
     datasets = _library(f"{path.name}")
-    make = datasets.Dataset.from_csv if path.suffix == ".csv" else datasets.Dataset.from_parquet
     with tempfile.TemporaryDirectory(prefix="fulltune_nb-") as cache, _quietly(datasets):
         try:
-            rows = list(make(str(path), keep_in_memory=True, cache_dir=cache))
-        except Exception as error:  # pandas, pyarrow and datasets raise many kinds here
+            rows = list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True, cache_dir=cache))
+        except Exception as error:  # pyarrow and datasets raise many kinds here
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             split = RawSplit(name, path.name)
             split.problems.append(f"{path.name}: cannot be read: {reason}")

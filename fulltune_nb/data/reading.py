@@ -103,9 +103,13 @@ def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
 def _read_split(split: str, path: Path) -> RawSplit:
     if path.suffix == ".jsonl":
         return read_file(split, path)
-    from fulltune_nb.data.hub import read_table
+    if path.suffix == ".csv":
+        from fulltune_nb.data.csv_files import read_csv
 
-    return read_table(split, path)
+        return read_csv(split, path)
+    from fulltune_nb.data.hub import read_parquet
+
+    return read_parquet(split, path)
 
 
 def folder_names(folder: Path) -> list[str]:
@@ -148,6 +152,8 @@ def _no_splits(folder: Path, names: list[str]) -> str:
     hint = f" Rename (one JSON object per line): {', '.join(renames[:3])}." if renames else ""
     hint += f" Unpack {', '.join(packed[:3])}." if packed else ""
     hint += f" Is one of these folders meant: {_listing([str(folder / name) for name in inner], 5)}?" if inner else ""
+    if "dataset_dict.json" in names or ("README.md" in names and "data" in names):
+        hint += f" If it is a data set in the hub's own layout, give it as 'hf:{folder}'."
     return f"No data in {str(folder)!r}: expected {_FOLDER_LAYOUT}, found {_listing(names)}.{hint}"
 
 

@@ -2,6 +2,9 @@
 
 `metrics.jsonl` in the run's folder always has everything; these are for those who watch several runs in one place. Each package
 is optional and imported when the logger is made, so that a missing one is told before the training.
+
+A callback hears of one `run`. What happens between two of them, such as another learning rate, a single `step()` or an evaluation, is heard
+by a logger that is attached: `Tensorboard("logs").attach(trainer)`; it is then not passed to `run` as well.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, MissingDependencyError
+from fulltune_nb.insight.attaching import Attachable
 
 __all__ = ["Tensorboard", "Trackio", "Wandb", "numbers_of"]
 
@@ -25,7 +29,7 @@ def numbers_of(report: Any) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
 
 
-class _Logger:
+class _Logger(Attachable):
     """What all have in common: one point a report, at its step; an event as a text.
 
     A run that is paused and goes on, or several calls of `run`, write into the same log; `close()` ends it.

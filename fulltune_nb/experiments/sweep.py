@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -101,8 +102,7 @@ def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], job
 
     def one(run: Run) -> Run:
         started = time.monotonic()
-        # MLX writes what it compiles into the temporary folder without a lock: runs side by side must not share one.
-        own = Path(temporary, threading.current_thread().name) if jobs > 1 else None
+        own = Path(temporary, threading.current_thread().name) if temporary else None
         process = run.begin(notebook, sha256, known, own)
         while process.poll() is None:
             if stopping.wait(0.05):
@@ -114,7 +114,7 @@ def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], job
             run.remember()
         return run
 
-    with TemporaryDirectory(prefix="fulltune_nb-sweep-", ignore_cleanup_errors=True) as temporary, ThreadPoolExecutor(jobs) as pool:
+    with _temporary_folder(jobs) as temporary, ThreadPoolExecutor(jobs) as pool:
         futures: set[Future] = set()
         try:
             _start(pool, one, waiting, jobs, futures)
@@ -130,6 +130,11 @@ def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], job
             stopping.set()
     for run in runs:
         run.status = "not started" if run.status == "waiting" else run.status
+
+
+def _temporary_folder(jobs: int) -> AbstractContextManager[str | None]:
+    """For runs side by side: MLX writes what it compiles into the temporary folder without a lock, so that they must not share one."""
+    return TemporaryDirectory(prefix="fulltune_nb-sweep-", ignore_cleanup_errors=True) if jobs > 1 else nullcontext()
 
 
 def _start(pool: ThreadPoolExecutor, one: Any, waiting: Iterator[Run], jobs: int, futures: set[Future]) -> None:

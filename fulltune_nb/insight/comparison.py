@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -117,18 +118,21 @@ class Comparison:
         return f'<div class="{NO_MATH}">{table(("", *names), rows, "Results")}{more}{settings}{notes}</div>'
 
 
-def compare(runs: Sequence[str | os.PathLike | Trainer]) -> Comparison:
+def compare(runs: Sequence[str | os.PathLike | Trainer] | Mapping[str, str | os.PathLike | Trainer]) -> Comparison:
     """Runs side by side, from their folders; nothing of a model is loaded.
 
     Read are `metrics.jsonl`, `config.yaml` and, where it is there, `result.json`.
 
     Args:
-        runs: the `run_dir` of each, or trainers.
+        runs: the `run_dir` of each, or trainers; as a list, or under names of your own.
 
     Raises:
-        ConfigError: not a list of at least one.
+        ConfigError: not a list of at least one, or names with one each.
         CheckpointError: a folder that holds no run.
     """
+    if isinstance(runs, Mapping) and runs:
+        found = compare(list(runs.values())).runs
+        return Comparison([dataclasses.replace(run, name=str(name)) for name, run in zip(runs, found, strict=True)])
     if isinstance(runs, (str, os.PathLike)) or not isinstance(runs, Sequence) or not runs:
         raise ConfigError(f'compare: expected a list of run folders, such as ["runs/a", "runs/b"], got {runs!r:.80}.')
     paths = [None if isinstance(run, Trainer) else Path(run).expanduser() for run in runs]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.errors import TrainingError
+from fulltune_nb.errors import ConfigError, TrainingError
 from fulltune_nb.html import esc
 from fulltune_nb.panels.interrupts import hear, interruptible
 from fulltune_nb.panels.loop import loop_of
@@ -220,6 +220,9 @@ class TrainPanel:
         self._view.shown["learning_rate"] = None  # whatever comes of it, the field shall show what holds
         if self.loop.running:
             raise TrainingError("The learning rate can be changed while the run is paused. Press Pause first.")
+        if not rate > 0:  # what is too large to be a number does not arrive as it was typed, so the value is not repeated
+            now = f"{self.trainer.learning_rate:.6g}"
+            raise ConfigError(f"The learning rate must be a finite number larger than 0, such as 1e-4; it stays at {now}.")
         self.trainer.set_learning_rate(rate)
 
     # -- how it looks ----------------------------------------------------------------------------------------------------

@@ -76,6 +76,16 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold: no text, no True or False, not infinite, not NaN."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1e308
+        return False
+
+
 def _range(low: float | None, high: float | None) -> str:
     if low is None:
         return "" if high is None else f" of at most {high}"
@@ -87,7 +97,7 @@ def whole(low: int | None = None, high: int | None = None, also: tuple[int, ...]
     phrase = f"a whole number{_range(low, high)}" + "".join(f" or {a}" for a in also)
 
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value != int(value):
+        if not is_finite(value) or value != int(value):
             raise Refused(phrase)
         value = int(value)
         if value not in also and ((low is not None and value < low) or (high is not None and value > high)):
@@ -99,11 +109,11 @@ def whole(low: int | None = None, high: int | None = None, also: tuple[int, ...]
 
 def number(low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None) -> Check:
     """A finite number within [low, high], larger than `above` and smaller than `below`."""
-    phrase = f"a number{_range(low, high)}" + (f" larger than {above}" if above is not None else "")
+    phrase = f"a finite number{_range(low, high)}" + (f" larger than {above}" if above is not None else "")
     phrase += f"{' and' if above is not None or low is not None else ''} smaller than {below}" if below is not None else ""
 
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not is_finite(value):
             raise Refused(phrase)
         value = float(value)
         outside = (low is not None and value < low) or (high is not None and value > high)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.training import checks
-from fulltune_nb.training.checks import Refused, SettingError, nearest
+from fulltune_nb.training.checks import Refused, SettingError, is_finite, nearest, show
 
 if TYPE_CHECKING:
     from fulltune_nb.training.config import TrainConfig
@@ -175,11 +175,12 @@ class LearningRate:
         """Makes this the rate of step `step`; the schedule goes on from there, scaled alike.
 
         Raises:
-            ConfigError: not a positive number, or the schedule has come to zero, which nothing can scale.
+            ConfigError: not a finite positive number, or the schedule has come to zero, which nothing can scale.
         """
-        if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < math.inf:
-            raise ConfigError(f"learning_rate must be a positive number, found {learning_rate!r}.")
+        if not is_finite(learning_rate) or learning_rate <= 0:
+            raise ConfigError(f"learning_rate: expected a finite number larger than 0, got {show(learning_rate)}.")
         scheduled = self._schedule(step)
-        if scheduled <= 0:
+        factor = learning_rate / scheduled if scheduled > 0 else math.inf
+        if not is_finite(factor):
             raise ConfigError(f"the schedule's rate at step {step} is {scheduled}: it cannot be scaled to {learning_rate}.")
-        self.factor = learning_rate / scheduled
+        self.factor = factor

@@ -1,4 +1,4 @@
-"""Rows from the hub, CSV and Parquet."""
+"""Rows from the hub and from Parquet."""
 
 from __future__ import annotations
 
@@ -42,6 +42,27 @@ def test_a_plain_name_is_the_hubs_only_where_no_folder_is_meant(tmp_path, monkey
     assert not any(map(hub_id, ("mine/data", "data", "./org/name", "/a/b")))
 
 
+@pytest.mark.parametrize("names", [("README.md", "data/train-00000.parquet"), ("dataset_dict.json", "train/data.arrow")])
+def test_a_folder_in_the_hubs_layout_is_told_how_to_be_given(names, tmp_path, tokenizer):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ft.DataError, match=f"give it as 'hf:{tmp_path}'"):
+        ft.load_data(tmp_path, tokenizer)
+
+
+@INSTALLED_IN_CI
+def test_a_folder_in_the_hubs_layout_is_read_with_its_keys(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "downloaded" / "data").mkdir(parents=True)
+    for split in ("train", "validation"):
+        datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "downloaded" / "data" / f"{split}-00000-of-00001.parquet"))
+    data = ft.load_data(f"hf:{tmp_path / 'downloaded'}", tokenizer, prompt_feature="q", completion_feature="a")
+    assert [example.row["a"] for example in data.valid] == ["Paris", "d"] and data.valid[0].source == "validation:1"
+
+
 def test_what_cannot_be_loaded_is_told_with_what_to_do(monkeypatch, tokenizer):
     def offline(name, config):
         raise ConnectionError("no network <b>")
@@ -61,22 +82,21 @@ def test_splits_that_are_not_clear_are_refused(splits, message):
 
 @pytest.mark.parametrize("source", ["hf:org/name", "table"])
 def test_a_missing_package_is_told_with_the_command_that_installs_it(source, monkeypatch, tokenizer, tmp_path):
-    (tmp_path / "train.csv").write_text("q,a\n1,2\n")
+    (tmp_path / "train.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ft.errors.MissingDependencyError, match=r"pip install 'fulltune_nb\[datasets\]'"):
         ft.load_data(tmp_path if source == "table" else source, tokenizer)
 
 
 @INSTALLED_IN_CI
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_tables_are_read_like_json_lines(ending, tmp_path, tokenizer, capfd):
+def test_parquet_is_read_like_json_lines(tmp_path, tokenizer, capfd):
     import datasets
 
-    getattr(datasets.Dataset.from_list(ROWS), f"to_{ending}")(str(tmp_path / f"train.{ending}"))
+    datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "train.parquet"))
     capfd.readouterr()
     data = ft.load_data(tmp_path, tokenizer, prompt_feature="q", completion_feature="a")
     same = ft.load_data({"train": ROWS}, tokenizer, prompt_feature="q", completion_feature="a")
-    assert data.fingerprint == same.fingerprint and data.train[1].source == f"train.{ending}:2"
+    assert data.fingerprint == same.fingerprint and data.train[1].source == "train.parquet:2"
     assert capfd.readouterr() == ("", "")
 
 

@@ -68,6 +68,25 @@ def test_a_service_gets_the_settings_once_and_every_report(name, trainer_of, mon
     assert sum("valid/perplexity" in values for kind, values in service.calls) == 2
 
 
+def test_an_attached_logger_hears_of_what_happens_between_two_runs(trainer_of, monkeypatch):
+    service = Service("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    trainer = trainer_of()
+    heard = []
+    logger = Trackio().attach(trainer)
+    monkeypatch.setattr(logger, "note", lambda text, step: heard.append((step, text.split(":")[0])))
+    trainer.run(1)
+    trainer.set_learning_rate(3e-5)
+    trainer.evaluate("test")
+    trainer.step()
+    logger.detach()
+    trainer.set_learning_rate(2e-5)
+    assert heard == [(1, "learning_rate")]
+    logged = [values for kind, values in service.calls if kind == "log"]
+    assert [values["step"] for values in logged if "train/loss" in values] == [1, 2]
+    assert sum("test/loss" in values for values in logged) == 1
+
+
 @pytest.mark.parametrize("make, package", [(Wandb, "wandb"), (Trackio, "trackio"), (Tensorboard, "tensorboard")])
 def test_a_missing_package_is_told_with_the_command_that_installs_it(make, package, monkeypatch):
     for name in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_runs_side_by_side_have_temporary_folders_of_their_own(tmp_path):
     sweep = ft.sweep(notebook_of(tmp_path / "n.ipynb", code), {"x": [1, 2]}, tmp_path / "out", jobs=2)
     folders = {path.read_text() for path in (tmp_path / "out").glob("*/*/folder")}
     assert len(sweep.done) == 2 and len(folders) == 2 and not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.ci
+def test_runs_one_after_the_other_use_the_temporary_folder_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    code = "import pathlib, tempfile\npathlib.Path(run_dir).with_name('folder').write_text(tempfile.gettempdir())"
+    sweep = ft.sweep(notebook_of(tmp_path / "n.ipynb", code), {"x": [1]}, tmp_path / "out")
+    assert len(sweep.done) == 1 and [p.read_text() for p in (tmp_path / "out").glob("*/*/folder")] == [str(tmp_path / "tmp")]
+    assert not list((tmp_path / "tmp").glob("fulltune_nb-sweep-*"))
 
 
 @pytest.mark.ci

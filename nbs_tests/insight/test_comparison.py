@@ -52,6 +52,14 @@ def test_trainers_can_be_compared_too(make_trainer):
     assert "Comparison(2 runs" in repr(found) and "trainer 1" in found._repr_html_()
 
 
+def test_runs_can_be_given_under_names_of_ones_own(runs, make_trainer):
+    (a, _), _ = runs
+    found = ft.compare({"from a folder": a, "in memory": make_trainer(iters=2)})
+    assert [run.name for run in found.runs] == ["from a folder", "in memory"] and len(found.runs[0].history.steps) == 4
+    with pytest.raises(ft.ConfigError, match="expected a list of run folders"):
+        ft.compare({})
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
     (a, _), _ = runs
     twin = tmp_path / "other" / "a"

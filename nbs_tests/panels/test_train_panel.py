@@ -235,9 +235,10 @@ def test_the_learning_rate_field_changes_it_as_an_event(make_trainer, panel_of):
     panel.controls.learning_rate.value = 5e-4
     assert panel.trainer.learning_rate == 5e-4
     assert [event.kind for event in panel.trainer.history.events] == ["learning_rate"]
-    panel.controls.learning_rate.value = -1.0
-    assert "positive" in panel.controls.error.value
-    assert panel.controls.learning_rate.value == 5e-4 == panel.trainer.learning_rate
+    for wrong in (-1.0, float("inf"), float("nan")):
+        panel.controls.learning_rate.value = wrong
+        assert "finite number larger than 0" in panel.controls.error.value
+        assert panel.controls.learning_rate.value == 5e-4 == panel.trainer.learning_rate
 
 
 def test_the_learning_rate_field_follows_the_schedule_without_events(make_trainer, panel_of):

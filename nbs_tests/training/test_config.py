@@ -48,6 +48,7 @@ def test_a_config_cannot_be_changed_in_place():
         dict(learning_rate=-1e-5),
         dict(learning_rate=float("nan")),
         dict(learning_rate=float("inf")),
+        dict(learning_rate=10**400),
         dict(learning_rate=False),
         dict(optimizer="AdamW"),
         dict(optimizer=None),

@@ -195,9 +195,13 @@ def test_set_learning_rate_is_the_next_steps_rate_and_an_event(make_trainer):
     assert trainer.step().learning_rate < 3e-5  # the schedule goes on
     event = trainer.history.events[-1]
     assert event.kind == "learning_rate" and "3e-05" in event.message
-    for bad in (0, -1.0, math.nan, math.inf, "1e-5", True):
-        with pytest.raises(ConfigError):
+    before = trainer.learning_rate
+    for bad in (0, -1.0, math.nan, math.inf, 10**400, "1e-5", True):
+        with pytest.raises(ConfigError, match=f"expected a finite number larger than 0, got .*{str(bad)[:4]}"):
             trainer.set_learning_rate(bad)
+    with pytest.raises(ConfigError, match="cannot be scaled to 1e\\+308"):  # the factor would be infinite
+        trainer.set_learning_rate(1e308)
+    assert trainer.learning_rate == before
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_rows(make_trainer):
