@@ -1,4 +1,4 @@
-"""Loss and gradients of the whole graph, compiled: the same numbers with fewer passes over memory.
+"""Loss and gradients of the whole graph, compiled: the same numbers with fewer passes over memory. (Layer by layer: `block_passes`.)
 
 Element-wise operations that follow each other become one. On the CPU, MLX has each such group compiled by g++ when it first meets
 it, some 35 of them in half a minute, and keeps them in the temporary folder, where later processes find them. Each shape of batch
@@ -28,9 +28,7 @@ def why_not_compiled(model: Decoder, config: TrainConfig, backward: str) -> str 
         config: the run's.
         backward: "whole" or "layerwise".
     """
-    if backward != "whole":
-        return "compile=True has no effect: gradients are computed layer by layer, and only the whole graph is compiled"
-    if config.grad_checkpoint:
+    if config.grad_checkpoint and backward == "whole":
         return "compile=True has no effect: compiled, what grad_checkpoint computes again would be found to be there already, and kept"
     if model.config.num_experts:
         return "compile=True has no effect: how many tokens an expert gets is known only when the batch is there"

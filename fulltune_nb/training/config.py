@@ -59,8 +59,8 @@ class TrainConfig:
     backward: str = "auto"
     """The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says."""
     compile: bool = False
-    """Compile the whole-graph step: on the CPU about a tenth faster for small models, the same numbers. Once a machine it takes half
-    a minute. Has no effect, and an event says so, with `grad_checkpoint`, a layerwise backward pass or experts."""
+    """Compile the passes through the model: on the CPU about a tenth faster for small models, the same numbers. Once a machine it
+    takes half a minute. Has no effect, and an event says so, with experts, nor with `grad_checkpoint` over the whole graph."""
     weights: str = "auto"
     """dtype of the weights while they are trained: "bfloat16", "float32", or "auto", which is the checkpoint's own (float32 for
     float16). The optimizer's moments and the arithmetic of an update are float32 either way."""

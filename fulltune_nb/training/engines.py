@@ -21,6 +21,7 @@ from fulltune_nb.data.batching import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
+from fulltune_nb.training.block_passes import BlockPasses
 from fulltune_nb.training.compiled import CompiledGradients, why_not_compiled
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.finite import check_finite
@@ -83,20 +84,22 @@ class Layerwise:
 
     def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
         self._model, self._optimizers, self._config = model, optimizers, config
+        compiles = config.compile and why_not_compiled(model, config, "layerwise") is None
+        self._passes = [BlockPasses(block, compiles) for block in model.layers]
 
     def __repr__(self) -> str:
         return "Layerwise()"
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         scale = self._clip_scale(number, batches)
-        backward = LayerwiseBackward(self._model, batches)
+        backward = LayerwiseBackward(self._model, batches, self._passes)
         check_finite(number, backward.loss, backward.last_gradient_norm, batches)
         return StepResult(backward.loss, self._update(number, backward, learning_rate, scale))
 
     def _clip_scale(self, number: int, batches: Sequence[Batch]) -> float:
         if self._config.max_grad_norm is None:
             return 1.0
-        backward = LayerwiseBackward(self._model, batches)
+        backward = LayerwiseBackward(self._model, batches, self._passes)
         norm = math.sqrt(sum(map(_sum_of_squares, backward.pieces())))  # a loop's variable would hold a piece while the next is computed
         check_finite(number, backward.loss, norm, batches)
         return clip_scale(norm, self._config.max_grad_norm)

@@ -23,8 +23,9 @@ from fulltune_nb.data.batching import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training import vocabulary
+from fulltune_nb.training.block_passes import BlockPasses, Context
 from fulltune_nb.training.expert_gradients import ExpertWork, expert_gradients
-from fulltune_nb.training.piecewise import Arrays, vjp
+from fulltune_nb.training.piecewise import Arrays, add, vjp
 from fulltune_nb.training.selection import lowest_trained_block
 from fulltune_nb.training.vocabulary import HeadInput
 
@@ -58,7 +59,7 @@ class _Stream:
     cotangent: mx.array | None = None
     """Gradient with respect to the output of the block that is next (B, T, D)."""
 
-    def block_context(self, index: int) -> tuple[Any, mx.array | None]:
+    def block_context(self, index: int) -> Context:
         """The rotation table and the block's mask."""
         return self.context[0], self.context[1][index]
 
@@ -74,18 +75,19 @@ class LayerwiseBackward:
     Args:
         model: its trainable parameters get gradients.
         batches: the micro-batches; each is weighted by its trained tokens.
+        passes: of each block; None: not compiled.
 
     Attributes:
         loss: mean over all trained tokens of the step.
         last_gradient_norm: norm of the gradient with respect to the last block's output; known before the first piece.
     """
 
-    def __init__(self, model: Decoder, batches: Sequence[Batch]):
-        self._model = model
+    def __init__(self, model: Decoder, batches: Sequence[Batch], passes: Sequence[BlockPasses] | None = None):
+        self._model, self._passes = model, passes or [BlockPasses(block) for block in model.layers]
         self._trained = {name for name, _ in tree_flatten(model.trainable_parameters())}  # names only: who holds an array keeps its memory
         self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
         tokens = sum(batch.num_tokens for batch in batches)
-        self._streams = [_forward(model, batch, tokens) for batch in batches]
+        self._streams = [_forward(model, self._passes, batch, tokens) for batch in batches]
         inputs = [stream.head for stream in self._streams]
         self.loss, gradients = vocabulary.head_loss(model.head_weights(), inputs)
         self._norm_gradients = self._through_final_norm(gradients)
@@ -129,17 +131,22 @@ class LayerwiseBackward:
         return sums
 
     def _block_pieces(self, index: int, to_input: bool) -> Iterator[GradientPiece]:
-        block, name = self._model.layers[index], f"layers.{index}"
+        passes, name = self._passes[index], f"layers.{index}"
         if self._model.config.num_experts:
             work = [ExpertWork(stream.inputs.pop(), stream.cotangent, *stream.block_context(index)) for stream in self._streams]
-            yield from (GradientPiece(found) for found in expert_gradients(block, name, work, to_input))
+            yield from (GradientPiece(found) for found in expert_gradients(passes.block, name, work, to_input))
             for stream, done in zip(self._streams, work, strict=True):
                 stream.cotangent = done.cotangent
             return
         sums: Arrays = {}
         for stream in self._streams:
             x, context = stream.inputs.pop(), stream.block_context(index)
-            (stream.cotangent,) = vjp({name: block}, lambda x, c=context: block(x, *c), [x], stream.cotangent, sums, to_input)
+            stream.cotangent, gradients = passes.backward(x, stream.cotangent, context)
+            if not to_input:
+                stream.cotangent = None  # it would keep what it is computed from
+            add(sums, {f"{name}.{path}": gradient for path, gradient in gradients.items()})
+            del x, gradients
+            mx.eval(sums, stream.cotangent)
         if sums:
             yield GradientPiece(sums)
 
@@ -178,16 +185,16 @@ class LayerwiseBackward:
         return total
 
 
-def _forward(model: Decoder, batch: Batch, step_tokens: int) -> _Stream:
+def _forward(model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int) -> _Stream:
     dtype = compute_dtype(model.embed_tokens.weight.dtype)
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
     rotation, masks = model.context(ids.shape[1], segments=segments)
     x, inputs = model.embed(ids, dtype), []
-    for block, mask in zip(model.layers, masks, strict=True):
+    for block, mask in zip(passes, masks, strict=True):
         mx.eval(x)
         inputs.append(x)
-        x = block(x, rotation, mask)
+        x = block.forward(x, (rotation, mask))
     inputs.append(x)
     positions = mx.array(batch.target_positions)
     hidden = model.norm(x).reshape(-1, x.shape[-1])[positions]  # (B, T, D) -> (N, D)

@@ -29,6 +29,26 @@ def vjp(
         sums: module path of a parameter -> gradients so far.
         to_inputs: whether gradients with respect to the inputs are needed; where not, they are None.
     """
+    found, of_parameters = gradients(modules, function, inputs, cotangent)
+    found = found if to_inputs else [None] * len(inputs)
+    add(sums, of_parameters)
+    mx.eval(sums, found)
+    return found
+
+
+def add(sums: Arrays, gradients: Arrays) -> None:
+    """Adds gradients to those so far; lazy."""
+    for name, gradient in gradients.items():
+        sums[name] = sums[name] + gradient if name in sums else gradient
+
+
+def gradients(
+    modules: Mapping[str, nn.Module], function: Callable[..., mx.array], inputs: Sequence[mx.array], cotangent: mx.array
+) -> tuple[list[mx.array], Arrays]:
+    """Gradients with respect to the inputs, and to the modules' trainable parameters by module path; lazy.
+
+    Arguments as for `vjp`; a module of path "" gives its parameters by their names in it.
+    """
     flat = {path: tree_flatten(module.trainable_parameters()) for path, module in modules.items()}
     names = [(path, name) for path, own in flat.items() for name, _ in own]
     arrays = [array for own in flat.values() for _, array in own]
@@ -40,16 +60,12 @@ def vjp(
         return function(*values[: len(inputs)])
 
     try:
-        _, gradients = mx.vjp(of_parameters, [*inputs, *arrays], [cotangent])
+        _, found = mx.vjp(of_parameters, [*inputs, *arrays], [cotangent])
     finally:
         for path, module in modules.items():
             _put(module, flat[path])
-    found = gradients[: len(inputs)] if to_inputs else [None] * len(inputs)
-    for (path, name), gradient in zip(names, gradients[len(inputs) :], strict=True):
-        key = f"{path}.{name}"
-        sums[key] = sums[key] + gradient if key in sums else gradient
-    mx.eval(sums, found)
-    return found
+    paths = [f"{path}.{name}" if path else name for path, name in names]
+    return found[: len(inputs)], dict(zip(paths, found[len(inputs) :], strict=True))
 
 
 def _put(module: nn.Module, arrays: list[tuple[str, mx.array]]) -> None:

@@ -2,7 +2,7 @@
 
 Neither the logits of all tokens nor a gradient of the size of the vocabulary ever exists. The loss needs a first pass over the
 ranges for the logarithm of the softmax's sum, the hidden states' gradient a second; the weights' gradients, asked for when the
-blocks are done, a third. Where the logits are small they are kept from the first to the last.
+blocks are done, a third. Where there are few logits, their exponentials are kept for the second, and what these become for the third.
 
 Dimension letters: N trained positions, D hidden_size, V vocab_size, v rows of a range, n positions of a chunk.
 """
@@ -20,7 +20,10 @@ from fulltune_nb.training.loss import Head, chunks
 RANGE_ELEMENTS = 2**24
 """Weights of a range of rows: 64 MiB in float32."""
 KEPT_ELEMENTS = 2**24
-"""Logits that are kept between the passes, at most."""
+"""Logits of which something is kept between the passes, at most."""
+Chunk = tuple[int, int]
+"""The first row and the first position of a chunk of logits."""
+
 
 @dataclass
 class HeadInput:
@@ -34,8 +37,10 @@ class HeadInput:
     """(N,) float32: 1 / trained tokens of the step; 0 for padding."""
     log_sums: mx.array | None = None
     """(N,) float32: log(sum(exp(logits)))."""
-    kept: dict[tuple[int, int], mx.array] = field(default_factory=dict)
-    """Logit gradients by the first row and position of their chunk."""
+    exponentials: dict[Chunk, tuple[mx.array, mx.array]] = field(default_factory=dict)
+    """From the first pass to the second: exp(logits - c) (n, v), and c (n,), the largest logit of a position by then."""
+    kept: dict[Chunk, mx.array] = field(default_factory=dict)
+    """From the second pass to the third: the logits' gradients (n, v)."""
 
 
 def ranges(vocab_size: int, hidden_size: int) -> list[slice]:
@@ -51,9 +56,9 @@ def head_loss(head: Head, inputs: list[HeadInput]) -> tuple[float, list[mx.array
     """
     total, gradients = 0.0, []
     for one in inputs:
-        total += _first_pass(head, one)
-        gradient = mx.zeros_like(one.hidden)
         keep = one.hidden.shape[0] * head["weight"].shape[0] <= KEPT_ELEMENTS
+        total += _first_pass(head, one, keep)
+        gradient = mx.zeros_like(one.hidden)
         for rows in ranges(*head["weight"].shape):
             weight = head["weight"][rows].astype(one.hidden.dtype)
             for part in _chunks(one, rows):
@@ -90,8 +95,11 @@ def embedding_gradient(ids: np.ndarray, cotangent: mx.array, rows: slice) -> mx.
     return zeros.at[mx.array(ids[here] - rows.start)].add(cotangent[mx.array(here)]) if here.size else zeros
 
 
-def _first_pass(head: Head, one: HeadInput) -> float:
-    """Fills in `log_sums` and returns the loss. The sum of exponentials is carried along with the largest logit so far."""
+def _first_pass(head: Head, one: HeadInput, keep: bool) -> float:
+    """Fills in `log_sums`, and `exponentials` where they are to be kept; returns the loss.
+
+    The sum of exponentials is carried along with the largest logit so far.
+    """
     size = one.hidden.shape[0]
     largest, total, at_target = mx.full((size,), -mx.inf), mx.zeros((size,)), mx.zeros((size,))
     for rows in ranges(*head["weight"].shape):
@@ -99,12 +107,16 @@ def _first_pass(head: Head, one: HeadInput) -> float:
         for part in _chunks(one, rows):
             logits = _logits(head, weight, one, rows, part)
             new = mx.maximum(largest[part], logits.max(axis=1))
-            total[part] = total[part] * mx.exp(largest[part] - new) + fast_exp(logits - new[:, None]).sum(axis=1)
+            exponentials = fast_exp(logits - new[:, None])
+            total[part] = total[part] * mx.exp(largest[part] - new) + exponentials.sum(axis=1)
             largest[part] = new
+            if keep:
+                one.exponentials[rows.start, part.start] = exponentials, new
             position, target = _targets(one, rows, part)
             if position.size:
                 at_target[part.start + position] = logits[position, target]
-            mx.eval(largest, total, at_target)
+            mx.eval(largest, total, at_target, one.exponentials)
+            del logits, exponentials  # before the next chunk's are computed
     one.log_sums = largest + mx.log(total)
     loss = ((one.log_sums - at_target) * one.weights).sum()
     mx.eval(loss, one.log_sums)
@@ -113,11 +125,15 @@ def _first_pass(head: Head, one: HeadInput) -> float:
 
 def _logit_gradients(head: Head, weight: mx.array, one: HeadInput, rows: slice, part: slice) -> mx.array:
     """weight * (softmax - one_hot(target)) for a chunk (n, v)."""
-    probabilities = fast_exp(_logits(head, weight, one, rows, part) - one.log_sums[part, None])
-    gradients = probabilities * one.weights[part, None]
+    weights, log_sums = one.weights[part], one.log_sums[part]
+    if kept := one.exponentials.pop((rows.start, part.start), None):
+        exponentials, subtracted = kept
+        gradients = exponentials * (weights * mx.exp(subtracted - log_sums))[:, None]
+    else:
+        gradients = fast_exp(_logits(head, weight, one, rows, part) - log_sums[:, None]) * weights[:, None]
     position, target = _targets(one, rows, part)
     if position.size:
-        gradients = gradients.at[position, target].subtract(one.weights[part][position])
+        gradients = gradients.at[position, target].subtract(weights[position])
     return gradients.astype(one.hidden.dtype)
 
 

@@ -14,6 +14,7 @@ from fulltune_nb.models.families import read_config
 from fulltune_nb.training import layerwise, vocabulary
 from fulltune_nb.training import loss as loss_module
 from fulltune_nb.training.backward import step_gradients
+from fulltune_nb.training.block_passes import BlockPasses
 from fulltune_nb.training.expert_gradients import expert_gradients
 from fulltune_nb.training.layerwise import LayerwiseBackward
 from nbs_tests.models.model_cases import CASES
@@ -149,14 +150,15 @@ def test_bfloat16_weights_train_layer_by_layer_as_over_the_whole_graph(make_lm, 
 
 
 def test_a_gradient_that_is_nan_in_a_lower_block_tears_the_step(make_trainer, monkeypatch):
-    trainer, vjp = make_trainer(backward="layerwise"), layerwise.vjp
+    trainer, backward = make_trainer(backward="layerwise"), BlockPasses.backward
 
-    def with_nan(modules, function, inputs, cotangent, sums, to_inputs=True):
-        found = vjp(modules, function, inputs, cotangent, sums, to_inputs)
-        sums.update({name: array * mx.nan for name, array in sums.items() if name.startswith("layers.0.")})
-        return found
+    def with_nan(passes, *inputs):
+        cotangent, gradients = backward(passes, *inputs)
+        if passes.block is trainer.lm.model.layers[0]:
+            gradients = {name: array * mx.nan for name, array in gradients.items()}
+        return cotangent, gradients
 
-    monkeypatch.setattr(layerwise, "vjp", with_nan)
+    monkeypatch.setattr(BlockPasses, "backward", with_nan)
     with pytest.raises(TornStepError, match=r"layers\.0.* is NaN or inf") as raised:
         trainer.step()
     assert isinstance(raised.value.__cause__, ft.errors.NonFiniteError)
