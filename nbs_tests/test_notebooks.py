@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -55,6 +56,29 @@ def test_no_cell_swallows_an_exit(path):
     assert not any("exit(" in cell.source for cell in code_cells(read(path)))  # papermill takes it for success
 
 
+TEACHING = [path for path in NOTEBOOKS if path != QUICKSTART]
+
+
+def solutions_of(notebook) -> list[str]:
+    """The code of the hidden solutions, in their order."""
+    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    hidden = re.findall(r"<summary>Solution</summary>(.*?)</details>", text, re.DOTALL)
+    return [code for solution in hidden for code in re.findall(r"```python\n(.*?)```", solution, re.DOTALL)]
+
+
+@pytest.mark.parametrize("path", TEACHING, ids=lambda path: path.name)
+def test_a_notebook_that_teaches_says_what_for_and_has_exercises_with_hidden_solutions(path):
+    cells = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+    assert re.search(r"After (it|this notebook) you can\n\n- ", cells[0])
+    exercises = next(source for source in cells if "## Exercises" in source)
+    assert exercises.count("\n**") == exercises.count("<details><summary>Solution</summary>") == exercises.count("</details>") >= 3
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_its_model_is_a_parameter(path):
+    assert parameters_of(path)["model"] == ""
+
+
 def test_the_quickstart_trains_with_the_settings_that_the_tiny_model_is_known_to_learn_with():
     parameters = parameters_of(QUICKSTART)
     known = dict(tiny.FINE_TUNING)
@@ -98,12 +122,15 @@ SMALL = {"iters": 4, "rows": 60, "questions": 6, "max_tokens": 8, "batch_size": 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != QUICKSTART], ids=lambda path: path.name)
-def test_every_other_notebook_runs_with_few_steps_and_rows(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", TEACHING, ids=lambda path: path.name)
+def test_every_other_notebook_runs_with_few_steps_and_rows_and_so_do_its_solutions(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    solved = read(path)
+    solved.cells += [nbformat.v4.new_code_cell(code) for code in solutions_of(solved)]
+    nbformat.write(solved, tmp_path / path.name)
     places = {"out": str(tmp_path / "out"), "result": str(tmp_path / "result.json")}
     given = {name: value for name, value in {**SMALL, **places}.items() if name in parameters_of(path)}
-    demo.execute(path, tmp_path / "executed.ipynb", given)
+    demo.execute(tmp_path / path.name, tmp_path / "executed.ipynb", given)
     cells = code_cells(read(tmp_path / "executed.ipynb"))
     assert any(cell.outputs for cell in cells)
     assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
