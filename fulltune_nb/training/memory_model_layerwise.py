@@ -88,9 +88,9 @@ class _Head:
         )
 
     def at_loss(self) -> float:
-        """Both passes: in the second, the chunks before are kept, if any are."""
+        """The first pass; of the chunks before, exponentials are kept, if anything is."""
         before = (int(self.chunks) - 1) * self.chunk if self.kept else 0
-        return max(_FIRST[self.on_cpu] * self.chunk, _AGAIN[self.on_cpu] * self.chunk + before) + self.copy
+        return _FIRST[self.on_cpu] * self.chunk + before + self.copy
 
     def again(self) -> float:
         """Logits computed once more for the weights' gradient."""
