@@ -59,6 +59,7 @@ CONTENDERS = (
     Contender(OURS, "ours.py"),
     Contender(f"{OURS}, compiled", "ours.py", variables={"BENCHMARK_COMPILE": "1"}),
     Contender(f"{OURS}, layerwise", "ours.py", variables={"BENCHMARK_BACKWARD": "layerwise"}),
+    Contender(f"{OURS}, layerwise, compiled", "ours.py", variables={"BENCHMARK_BACKWARD": "layerwise", "BENCHMARK_COMPILE": "1"}),
     Contender("mlx-lm 0.32.2 full, as installed", "mlx_lm_full.py", "mlx-lm", slow=True),
     Contender(
         "mlx-lm 0.32.2 full, our BLAS preloaded", "mlx_lm_full.py", "mlx-lm",
