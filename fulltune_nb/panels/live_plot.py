@@ -173,8 +173,8 @@ class _Part:
         if last > right or (last < right / 3 and right > 10):
             self.axes.set_xlim(0, max(10.0, last * 1.3))
             self.stale.add("axes")
-        span = (high - low) or abs(high) or 1.0
-        if low < bottom or high > top or span < (top - bottom) / 3:
+        span, edge = (high - low) or abs(high) or 1.0, 0.03 * (top - bottom)  # a marker is drawn whole
+        if (low and low < bottom + edge) or low < bottom or high > top - edge or span < (top - bottom) / 3:
             self.axes.set_ylim(low - 0.15 * span if low else 0.0, high + 0.15 * span)
             self.stale.add("axes")
 

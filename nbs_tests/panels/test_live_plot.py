@@ -83,6 +83,18 @@ def test_every_curve_is_within_the_axes_after_jumps():
                 assert left <= np.nanmin(x) and np.nanmax(x) <= right and bottom <= np.nanmin(y) and np.nanmax(y) <= top
 
 
+@pytest.mark.parametrize("loss", [2.86, 3.0, 4.0, 4.14])
+def test_no_marker_is_cut_at_the_edge_of_the_axes(loss):
+    plot, made = LivePlot(), History([StepReport(step, 1.0, 3.0 + step % 2, 1, 1e-3, 1.0, 0.1, 10.0) for step in range(1, 9)])
+    plot.draw(made)
+    made.append(EvalReport("valid", 8, loss, math.exp(loss), 100, 0.1))
+    plot.draw(made)
+    axes = plot._parts[0].axes
+    left, bottom, right, top = axes.bbox.extents
+    x, y = axes.transData.transform((8, loss))
+    assert left <= x <= right and bottom + 4 <= y <= top - 4  # pixels
+
+
 def test_the_limit_is_a_line_when_near_and_a_note_when_far():
     (near, far) = LivePlot(limit=100_000_000), LivePlot(limit=10**12)
     near.draw(history(3))
