@@ -128,6 +128,7 @@ def test_run_pause_step_and_cells_meanwhile(trained):
     wait_for_text(lab, "running")
     first = int(lab.result(CODE, "print(trainer.step_count)"))
     weight = lab.result(CODE, "print(float(np.array(trainer.lm.model.norm.weight).sum()), trainer.history)")
+    lab.page.wait_for_timeout(1000)
     later = int(lab.result(CODE, "print(trainer.step_count)"))
     assert later > first and "steps" in weight
     button(lab, "Pause").click()
