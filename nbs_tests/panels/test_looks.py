@@ -321,8 +321,8 @@ def test_a_callback_that_cannot_be_shown_says_so(make_trainer, panel_of):  # noq
 async def test_another_tab_leaves_an_error_in_place(make_trainer, panel_of):  # noqa: F811
     panel = panel_of(make_trainer())
     panel.controls.learning_rate.value = -1.0
-    await until(lambda: "positive" in panel.controls.error.value)
+    await until(lambda: "larger than 0" in panel.controls.error.value)
     for number in (UPDATES, BATCH, LOG):
         show(panel, number)
         await asyncio.sleep(0.01)
-    assert "positive" in panel.controls.error.value
+    assert "larger than 0" in panel.controls.error.value
