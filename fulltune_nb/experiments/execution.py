@@ -14,6 +14,10 @@ from typing import Any
 
 from fulltune_nb.errors import ConfigError, TrainingError
 
+_STARTS = 3
+"""Attempts to start a kernel. No cell has run by the time one fails."""
+_NOT_STARTED = "Kernel died before replying to kernel_info"
+
 
 class NotebookError(TrainingError):
     """A cell of the notebook raised, or was never reached.
@@ -46,6 +50,20 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
         raise ConfigError(f"{notebook} is no file; expected a notebook.")
     with _own_jupyter():
         try:
+            _execute(notebook, executed, parameters)
+        except papermill.PapermillExecutionError as error:
+            raise NotebookError(f"{error}\nThe notebook up to there: {executed}", f"{error.ename}: {error.evalue}") from error
+        except DeadKernelError as error:
+            reason = "the kernel died; most often the machine was out of memory (ft.preflight tells beforehand)"
+            raise NotebookError(f"{notebook}: {reason}. The notebook up to there: {executed}", reason) from error
+    _check_every_cell_ran(executed)
+
+
+def _execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
+    import papermill
+
+    for attempt in range(1, _STARTS + 1):
+        try:
             papermill.execute_notebook(
                 str(notebook),
                 str(executed),
@@ -56,12 +74,14 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
                 stderr_file=sys.stderr,
                 coalesce_streams=True,  # of many lines one output
             )
-        except papermill.PapermillExecutionError as error:
-            raise NotebookError(f"{error}\nThe notebook up to there: {executed}", f"{error.ename}: {error.evalue}") from error
-        except DeadKernelError as error:
-            reason = "the kernel died; most often the machine was out of memory (ft.preflight tells beforehand)"
-            raise NotebookError(f"{notebook}: {reason}. The notebook up to there: {executed}", reason) from error
-    _check_every_cell_ran(executed)
+            return
+        except RuntimeError as error:
+            # Kernels choose free ports before they open them: of two that start at once, one may find its port taken, and ends.
+            if _NOT_STARTED not in str(error):
+                raise
+            if attempt == _STARTS:
+                reason = f"no kernel could be started, in {_STARTS} attempts: {error}"
+                raise NotebookError(f"{notebook}: {reason}", reason) from error
 
 
 def _check_every_cell_ran(executed: Path) -> None:

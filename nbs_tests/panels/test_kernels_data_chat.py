@@ -66,9 +66,9 @@ def test_what_is_typed_is_answered_and_streamed(kernel, chat, way):
     [[state, text]] = answers(kernel)
     assert state == "done" and text and kernel.value("len(seen)") > 2
     assert kernel.value("panel.controls.line.value") == ""
+    kernel.run("seen.clear()")
     kernel.press(chat["regenerate"])
-    until(lambda: kernel.value("not panel.busy"))
-    time.sleep(0.2)
+    until(lambda: kernel.value("len(seen) > 2 and not panel.busy"))
     assert answers(kernel) == [["done", text]]  # temperature 0
     kernel.press(chat["clear"])
     until(lambda: kernel.value("len(panel.conversation.turns)") == 0)
