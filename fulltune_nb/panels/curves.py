@@ -42,9 +42,7 @@ class Columns:
             self._forget()
         new = history[self.taken :]
         self._add([_numbers_of(report) for report in new if isinstance(report, StepReport)])
-        for report in new:
-            if isinstance(report, StepReport):
-                continue
+        for report in (report for report in new if not isinstance(report, StepReport)):
             if report.kind_of_report == "eval":
                 steps, losses = self.evals.setdefault(report.split, ([], []))
                 steps.append(report.step)
