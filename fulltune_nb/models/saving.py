@@ -71,6 +71,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, mx.array], metadata: Ma
             for array in tensors.values():
                 writer.write(_bytes_of(array))
             file.flush()
+            os.fsync(file.fileno())  # already here, as the checksum is still being computed
         finally:
             writer.close()
     return writer.hexdigest()

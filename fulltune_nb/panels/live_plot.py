@@ -7,9 +7,12 @@ the least and the greatest loss of some hundred stretches, so that no spike is l
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,13 +76,14 @@ class LivePlot:
     def draw(self, history: History) -> bytes:
         """A picture of all that is in the history, now, as PNG."""
         started = time.monotonic()
-        self._columns.take(history)
-        for part in self._parts:
-            part.update(self._columns)
-        self._draw_background()
-        for part in self._parts:
-            part.draw_curves()
-        self.png = _encode(self._pixels)
+        with _collector_waits():
+            self._columns.take(history)
+            for part in self._parts:
+                part.update(self._columns)
+            self._draw_background()
+            for part in self._parts:
+                part.draw_curves()
+            self.png = _encode(self._pixels)
         self.seconds = time.monotonic() - started
         self._started = started
         return self.png
@@ -94,6 +98,18 @@ class LivePlot:
             for part in self._parts:
                 part.draw_background(self._pixels)
             self._background = self._pixels.copy()
+
+
+@contextmanager
+def _collector_waits() -> Iterator[None]:
+    """Python's garbage collector looks at everything in the kernel now and then, for some 100 ms: not in the middle of a picture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _encode(pixels: np.ndarray) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import math
 
@@ -171,6 +172,42 @@ def test_drawing_waits_a_second_and_never_takes_more_than_two_percent_of_the_tim
     plot.draw(History())
     assert plot.seconds_to_wait() == pytest.approx(0.2 / 0.02 - 0.2)
     assert plot.seconds_to_wait(training=False) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_no_garbage_is_collected_in_the_middle_of_a_picture_and_the_collector_is_left_as_it_was(is_on, monkeypatch):
+    plot, reports, collected, counts = LivePlot(), history(30), [], []
+    take, encode, thresholds = plot._columns.take, module._encode, gc.get_threshold()
+
+    def collecting(phase, info):
+        if phase == "start":
+            collected.append(phase)
+
+    def counted(function):
+        def first(argument):
+            counts.append(len(collected))
+            return function(argument)
+
+        return first
+
+    gc.callbacks.append(collecting)
+    try:
+        gc.enable() if is_on else gc.disable()
+        gc.set_threshold(1)  # at nearly every new object
+        monkeypatch.setattr(plot._columns, "take", counted(take))
+        monkeypatch.setattr(module, "_encode", counted(encode))
+        plot.draw(reports)
+        assert gc.isenabled() == is_on
+        monkeypatch.setattr(module, "_encode", lambda pixels: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            plot.draw(reports)
+        assert gc.isenabled() == is_on
+    finally:
+        gc.callbacks.remove(collecting)
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    assert counts[1] == counts[0]
+    assert not is_on or collected  # they would have been, otherwise
 
 
 @pytest.mark.parametrize("n", [30, 20_000])
