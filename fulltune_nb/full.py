@@ -167,6 +167,7 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
         again = "For a fresh start, remove it or name another --model-file."
         print(f"Training goes on from the weights in {path}. {again}" if options.train else f"Weights: {path}")
         lm = load_with_model_file(options.model, path, options.dtype)
+        show_other_mask(path, settings.config.mask_prompt)
     print(f"Model: {lm!r}")
     stored = lm.config.raw.get("dtype") or lm.config.raw.get("torch_dtype")
     if stored == "float16" and options.dtype is None and options.train:
@@ -174,6 +175,17 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
     data = load_data(options.data, lm.tokenizer, config=settings.config)
     show_data(data)
     return lm, data
+
+
+def show_other_mask(path: Path, mask_prompt: bool) -> None:
+    """Says so where the weights were trained on other tokens than those that count now: the losses then differ by nature."""
+    from fulltune_nb.model_file import read_metadata
+
+    before = read_metadata(path).get("mask_prompt")
+    if before == "true" and not mask_prompt:
+        print(f"{path} was trained on the answers only, and here the prompts count too: --mask-prompt leaves them out.")
+    elif before == "false" and mask_prompt:
+        print(f"{path} was trained on the prompts too, and here only the answers count: --no-mask-prompt counts both.")
 
 
 def show_data(data: DataSet) -> None:
@@ -242,7 +254,7 @@ def save_weights(trainer: Trainer, path: Path) -> None:
     """The weights as they are now into the model file."""
     from fulltune_nb.model_file import save_model_file
 
-    save_model_file(path, trainer.lm, trainer.data.train.format)
+    save_model_file(path, trainer.lm, trainer.data.train.format, trainer.config.mask_prompt)
 
 
 def train(settings: Settings) -> Trainer:

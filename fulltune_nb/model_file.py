@@ -5,6 +5,7 @@ A `.safetensors` file carries these texts itself; beside `model.npz` stands `mod
     base_model    the folder (absolute) or hub id whose config.json and tokenizer belong to the weights
     dtype         of the weights, such as "float32"
     data_format   of the rows trained on: "chat", "completions" or "text"
+    mask_prompt   "true" where the loss was on the answers only, else "false"
     fulltune_nb   the version that wrote it
 """
 
@@ -32,8 +33,14 @@ def metadata_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = None) -> None:
+def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = None, mask_prompt: bool | None = None) -> None:
     """Writes all weights under their Hugging Face names, and where they come from.
+
+    Args:
+        path: the file; its ending says which kind.
+        lm: the model.
+        data_format: of the rows trained on.
+        mask_prompt: whether the loss was on the answers only.
 
     Raises:
         WeightsError: another ending, a weights file of the source model, or the file cannot be written.
@@ -45,6 +52,8 @@ def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = Non
         metadata["base_model"] = os.path.abspath(folder) if folder.exists() else lm.source
     if data_format is not None:
         metadata["data_format"] = data_format
+    if mask_prompt is not None:
+        metadata["mask_prompt"] = str(mask_prompt).lower()
     write_tensors(path, hf_tensors(lm.model), metadata)
     write_metadata(path, metadata)
 

@@ -193,6 +193,7 @@ def test_training_writes_the_model_file_and_a_model_folder(trained, base, data):
     assert equal(weights(folder / "model.npz"), weights(folder / "model_hf" / "model.safetensors"))
     metadata = read_metadata(folder / "model.npz")
     assert (metadata["base_model"], metadata["data_format"], metadata["dtype"]) == (str(base), "text", "float32")
+    assert metadata["mask_prompt"] == "false"
     assert sorted(path.name for path in folder.iterdir()) == ["model.npz", "model.npz.json", "model_hf"]
     assert "model.npz" in output and "model_hf" in output
 

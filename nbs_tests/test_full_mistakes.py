@@ -9,7 +9,7 @@ import pytest
 
 from fulltune_nb import __main__ as commands
 from fulltune_nb.full import main
-from fulltune_nb.language_model import LanguageModel
+from fulltune_nb.language_model import LanguageModel, load_model
 from fulltune_nb.model_file import save_model_file
 from nbs_tests.training.conftest import TINY_LLAMA
 
@@ -44,14 +44,23 @@ def test_a_misspelt_data_folder_is_told_with_the_nearest_name(base, data, capsys
 
 def test_weights_of_another_model_are_told_with_the_model_they_belong_to(base, data, make_tokenizer, tmp_path, capsys):
     other = LanguageModel.from_config({**TINY_LLAMA, "hidden_size": 16}, make_tokenizer()).save(tmp_path / "other")
-    from fulltune_nb.language_model import load_model
-
     path = tmp_path / "model.npz"
     save_model_file(path, load_model(other), "text")
     error = said(capsys, "--model", base, "--train", "--data", data, "--model-file", path)
     assert "does not fit" in error and f"was trained from {other}, and --model is {base}. Name another --model-file" in error
     error = said(capsys, "--model", base, "--train", "--data", data, "--model-file", tmp_path / "weights")
     assert "found no ending" in error
+
+
+@pytest.mark.parametrize(("before", "now", "flag"), [(True, False, "--mask-prompt"), (False, True, "--no-mask-prompt"), (True, True, None)])
+def test_weights_tested_on_other_tokens_than_they_were_trained_on_are_told_with_the_flag(before, now, flag, base, data, tmp_path, capsys):
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text('{"prompt": "one", "completion": "row"}\n')
+    path, words = tmp_path / "model.npz", ["--model", base, "--data", data, "--mask-prompt" if now else "--no-mask-prompt"]
+    save_model_file(path, load_model(base), "completions", before)
+    assert main([str(word) for word in (*words, "--test", "--model-file", path)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "was trained on" in line]
+    assert told == [] if flag is None else len(told) == 1 and f" {flag} " in told[0]
 
 
 def test_the_package_itself_names_its_commands():
