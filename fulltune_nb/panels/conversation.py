@@ -122,7 +122,7 @@ class Conversation:
 def _bubble(name: str, answer: Answer, colour: str) -> str:
     state = _STATES[answer.state]
     head = f"<b>{esc(name)}</b>" + (f" <i>({state})</i>" if state else "")
-    empty = "" if answer.open or answer.text or answer.problem else "<i>(an empty answer)</i>"
+    empty = "" if answer.open or answer.text or answer.problem else " <i>(an empty answer)</i>"
     text = f'<pre dir="auto" style="{_PRE}">{esc(answer.text, CHARACTERS_SHOWN)}</pre>' if answer.text else ""
     problem = ""
     if answer.problem:
