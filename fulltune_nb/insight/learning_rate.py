@@ -15,6 +15,7 @@ from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, facts
 from fulltune_nb.insight.survival import UpdateMeter, survival
 from fulltune_nb.training.rehearsal import Step, rehearsal
+from fulltune_nb.training.schedule import final_share
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _BELOW_THE_MINIMUM = 10.0
 """The rate with the lowest loss is already at the edge: losses of later steps would not stand it. A tenth of it is the usual advice."""
+_WHERE_IT_DECAYS = 3.0
+"""The same where the schedule lets the rate decay to 0: its peak may be higher, and has to be, as it is reached for a short time only."""
 _SAMPLE = 2**12  # elements of a tensor that surviving updates are counted in
 _SURVIVES = 0.5
 _VALLEY = 0.1  # of the fall
@@ -38,11 +41,27 @@ class LearningRateSearch:
         survival: (n,) float64, share of updates that survive rounding at each rate; all NaN where the weights are float32.
         lowest_loss_rate: where the smoothed loss is lowest, which is the middle (on the logarithmic scale) of the rates at which it is
             within a tenth of its whole fall from the bottom; None where it never fell.
-        suggestion: a tenth of that: the rate to train with.
+        below: what that is divided by: 10 where the schedule keeps its rate, 3 where it lets it decay to 0, in between for others.
+        suggestion: the quotient: the rate to train with (the peak of the schedule).
         stochastic: whether the run rounds stochastically, so that updates too small for the dtype are kept on average.
     """
 
-    def __init__(self, rates: Sequence[float], losses: Sequence[float], survivals: Sequence[float], dtype: str, stochastic: bool):
+    def __init__(
+        self,
+        rates: Sequence[float],
+        losses: Sequence[float],
+        survivals: Sequence[float],
+        dtype: str,
+        stochastic: bool,
+        final_share: float = 1.0,
+    ):
+        """
+        Args:
+            rates, losses, survivals: of each step.
+            dtype: of the weights.
+            stochastic: as the attribute.
+            final_share: what the schedule's last rate is of its highest one.
+        """
         from fulltune_nb.plots import moving_mean
 
         self.rates, self.losses = np.array(rates, np.float64), np.array(losses, np.float64)
@@ -51,7 +70,8 @@ class LearningRateSearch:
         self.smoothed = moving_mean(finite, max(3, len(finite) // 12) // 2 * 2 + 1)
         lowest = int(np.nanargmin(self.smoothed)) if np.isfinite(self.smoothed).any() else 0
         self.lowest_loss_rate = self._middle_of_the_valley(lowest) if lowest >= _FEWEST else None
-        self.suggestion = None if self.lowest_loss_rate is None else self.lowest_loss_rate / _BELOW_THE_MINIMUM
+        self.below = _WHERE_IT_DECAYS * (_BELOW_THE_MINIMUM / _WHERE_IT_DECAYS) ** final_share
+        self.suggestion = None if self.lowest_loss_rate is None else self.lowest_loss_rate / self.below
         self._at_the_end = lowest >= len(self.rates) - 2
 
     def _middle_of_the_valley(self, lowest: int) -> float:
@@ -122,7 +142,8 @@ class LearningRateSearch:
     def _repr_html_(self) -> str:
         show = [("suggestion", "none" if self.suggestion is None else f"{self.suggestion:.3g}")]
         if self.lowest_loss_rate is not None:
-            show.append(("lowest loss at", f"{self.lowest_loss_rate:.3g}"))
+            why = "the schedule keeps its rate" if self.below == _BELOW_THE_MINIMUM else "the schedule lets the rate decay"
+            show.append(("lowest loss at", f"{self.lowest_loss_rate:.3g}, {self.below:.2g} times the suggestion, as {why}"))
         show.append(("tried", f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}, a step each; all taken back"))
         show += [("note", note) for note in self.notes]
         return f'<div class="{NO_MATH}">{facts("Learning-rate range test", show)}</div>'
@@ -159,7 +180,8 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
             if _ran_away(losses):
                 break
     stochastic = getattr(trainer.config, "rounding", None) == "stochastic"
-    return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic)
+    stays = final_share(trainer.config, trainer.total_steps)
+    return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic, stays)
 
 
 def _sweep(step: Step, rates: Sequence[float], meter: UpdateMeter | None) -> Iterator[tuple[float, float, float]]:

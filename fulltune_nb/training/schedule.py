@@ -45,6 +45,14 @@ def peak_learning_rate(config: TrainConfig) -> float:
     return config.learning_rate
 
 
+def final_share(config: TrainConfig, total_steps: int) -> float:
+    """What the rate of the last step is of the highest one: 1 where it stays, near 0 where it decays. From 0 to 1."""
+    schedule = make_schedule(config, total_steps)
+    last = max(total_steps - 1, 0)
+    highest = max(schedule(step) for step in (*range(0, last, max(1, last // 100)), last))
+    return schedule(last) / highest if highest else 1.0
+
+
 def _spanning(shape: str, peak: float, warmup: int, total_steps: int) -> Schedule:
     def schedule(step: int) -> float:
         if step < warmup:

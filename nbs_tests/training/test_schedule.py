@@ -4,7 +4,7 @@ import pytest
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.schedule import make_schedule, peak_learning_rate
+from fulltune_nb.training.schedule import final_share, make_schedule, peak_learning_rate
 
 
 def rates(total=20, **settings):
@@ -121,3 +121,20 @@ def test_two_warmups_that_disagree_are_refused():
     with pytest.raises(ConfigError, match="disagree"):
         TrainConfig(lr_schedule=form, warmup=4)
     assert TrainConfig(lr_schedule=form, warmup=3).warmup == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, 1.0),
+        ({"warmup": 30}, 1.0),  # still rising at the end: its last rate is its highest
+        ({"lr_schedule": "linear"}, 1 / 20),
+        ({"lr_schedule": "linear", "warmup": 10}, 1 / 10),
+        ({"lr_schedule": {"name": "linear_schedule", "arguments": [0.0, 1e-3, 10]}}, 1.0),
+        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 10, 2e-4]}}, 0.2),
+        ({"lr_schedule": {"name": "constant", "arguments": [0.0]}}, 1.0),
+    ],
+)
+def test_what_is_left_of_the_highest_rate_at_the_end(settings, share):
+    assert final_share(TrainConfig(**settings), 20) == pytest.approx(share)
+    assert final_share(TrainConfig(**settings), 0) in (0.0, 1.0)
