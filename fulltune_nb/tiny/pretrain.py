@@ -78,6 +78,7 @@ SETTINGS = ft.TrainConfig(
 
 
 def main() -> None:
+    """Pretrains and saves the base; prints its size first and, as JSON, its test loss at the end."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny base model on generated text. Takes about a quarter of an hour.")
     parser.add_argument("out", type=Path, help="new or empty folder for the model")
     parser.add_argument("--iters", type=int, default=SETTINGS.iters)

@@ -177,7 +177,7 @@ def test_drawing_waits_a_second_and_never_takes_more_than_two_percent_of_the_tim
 @pytest.mark.parametrize("is_on", [True, False])
 def test_no_garbage_is_collected_in_the_middle_of_a_picture_and_the_collector_is_left_as_it_was(is_on, monkeypatch):
     plot, reports, collected, counts = LivePlot(), history(30), [], []
-    take, encode, thresholds = plot._columns.take, module._encode, gc.get_threshold()
+    thresholds = gc.get_threshold()
 
     def collecting(phase, info):
         if phase == "start":
@@ -194,8 +194,8 @@ def test_no_garbage_is_collected_in_the_middle_of_a_picture_and_the_collector_is
     try:
         gc.enable() if is_on else gc.disable()
         gc.set_threshold(1)  # at nearly every new object
-        monkeypatch.setattr(plot._columns, "take", counted(take))
-        monkeypatch.setattr(module, "_encode", counted(encode))
+        monkeypatch.setattr(plot._columns, "take", counted(plot._columns.take))
+        monkeypatch.setattr(module, "_encode", counted(module._encode))
         plot.draw(reports)
         assert gc.isenabled() == is_on
         monkeypatch.setattr(module, "_encode", lambda pixels: 1 / 0)
