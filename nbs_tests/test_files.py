@@ -6,7 +6,18 @@ import threading
 import pytest
 
 from fulltune_nb import files
-from fulltune_nb.files import ChecksumWriter, append_line, check_space, is_within, put_in_place, remove_folder, sha256_of, tidy
+from fulltune_nb.files import (
+    append_line,
+    begin_checksum,
+    check_space,
+    is_within,
+    put_in_place,
+    remove_folder,
+    sha256_of,
+    tidy,
+    wait_for_removals,
+    write_parts,
+)
 
 
 def folder(path, content):
@@ -76,6 +87,33 @@ def test_a_folder_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # killed before it began
     remove_folder(folder(tmp_path / "place", "old"))
     assert not (tmp_path / "place").exists()
+    monkeypatch.undo()
+    assert len(tidy(tmp_path, "place")) == 1 and os.listdir(tmp_path) == []  # not brought back: some of its files may be gone
+
+
+def replace(place):
+    put_in_place(folder(place.with_name("new"), "new"), place)
+
+
+THEN = {
+    "tidying": lambda place: tidy(place, "place"),
+    "asking for space": lambda place: check_space(place, 1, "a file"),
+    "waiting": lambda place: wait_for_removals(),
+}
+
+
+@pytest.mark.parametrize("remove", [remove_folder, replace])
+@pytest.mark.parametrize("then", THEN.values(), ids=THEN)
+def test_a_large_folder_is_removed_beside_what_comes_next(remove, then, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_REMOVED_AT_ONCE", 0)
+    may_go_on, rmtree = threading.Event(), files.shutil.rmtree
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *arguments: may_go_on.wait() and rmtree(*arguments))
+    remove(folder(tmp_path / "place", "old"))
+    left = [name for name in os.listdir(tmp_path) if name != "place"]
+    assert len(left) == 1 and left[0].startswith(".place-")
+    threading.Timer(0.2, may_go_on.set).start()
+    then(tmp_path)
+    assert [name for name in os.listdir(tmp_path) if name != "place"] == []
 
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -94,12 +132,12 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_the_checksum_is_that_of_what_was_written(tmp_path):
     before = threading.active_count()
-    with (tmp_path / "file").open("wb") as file:
-        writer = ChecksumWriter(file)
-        writer.write(b"")
-        writer.write(os.urandom(3 * files._SLICE + 5))
-        writer.write(b"end")
-    assert writer.hexdigest() == sha256_of(tmp_path / "file")
+    parts = [b"begin", memoryview(os.urandom(3 * files._SLICE + 5)), b"", b"end"]
+    (tmp_path / "file").write_bytes(b"longer" * files._SLICE)
+    checksum = begin_checksum(parts)
+    write_parts(tmp_path / "file", parts)
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+    assert checksum() == checksum() == sha256_of(tmp_path / "file")
     assert threading.active_count() == before
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import ModelError, WeightsError
-from fulltune_nb.files import ChecksumWriter, atomic_path, flush_to_disk, is_within, write_text
+from fulltune_nb.files import Checksum, atomic_path, begin_checksum, flush_to_disk, is_within, write_parts, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import FAMILIES, ModelConfig
 from fulltune_nb.models.loading import INDEX_FILE
@@ -39,13 +39,10 @@ def hf_tensors(model: Decoder) -> dict[str, mx.array]:
     return {to_hf(name, model.config.family): array for name, array in tree_flatten(model.parameters())}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> str | None:
+def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
     """Tensors into a `.safetensors` or `.npz` file, atomically.
 
     bfloat16 stands in an npz as `mx.savez` writes it, which `mx.load` reads back; numpy alone does not know it.
-
-    Returns:
-        SHA-256 (hex) of a safetensors file, computed while it is written; None for an npz.
 
     Raises:
         WeightsError: another ending, or the file cannot be written.
@@ -55,26 +52,21 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
         with atomic_path(path) as temporary:
             if path.suffix == ".npz":
                 mx.savez(str(temporary), **tensors)
-                return None
-            return _write_safetensors(temporary, tensors, {"format": "mlx", **(metadata or {})})
+            else:
+                write_parts(temporary, _safetensors(tensors, metadata))
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path} could not be written: {error}. Check free space and permissions.") from error
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> str:
-    """In place, and its SHA-256. Not by `mx.save_safetensors`, so that the checksum needs no second look at the file."""
+def begin_checksum_of(tensors: Mapping[str, mx.array]) -> Checksum:
+    """The SHA-256 of the safetensors file that `write_tensors` makes of these tensors, computed in a thread from now on."""
+    return begin_checksum(_safetensors(tensors))
+
+
+def _safetensors(tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+    """What a safetensors file consists of. `mx.save_safetensors` would leave no way to a checksum but reading the file again."""
     mx.eval(list(tensors.values()))
-    with path.open("wb") as file:
-        writer = ChecksumWriter(file)
-        try:
-            writer.write(_header(tensors, metadata))
-            for array in tensors.values():
-                writer.write(_bytes_of(array))
-            file.flush()
-            os.fsync(file.fileno())  # already here, as the checksum is still being computed
-        finally:
-            writer.close()
-    return writer.hexdigest()
+    return [_header(tensors, {"format": "mlx", **(metadata or {})}), *map(_bytes_of, tensors.values())]
 
 
 def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
@@ -116,7 +108,7 @@ def save_folder(
     save_tokenizer: Callable[[str], Any] | None,
     generation_config: dict | None = None,
     texts: Mapping[str, str] | None = None,
-) -> dict[str, str]:
+) -> dict[str, Checksum]:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
     `config.json` is the source's own, with the tying of the embeddings and the dtype written out.
@@ -129,7 +121,7 @@ def save_folder(
         texts: further files, by name.
 
     Returns:
-        File name -> SHA-256 (hex) of the files with weights.
+        File name -> SHA-256 of the files with weights, each of which may still be being computed.
 
     Raises:
         ModelError: the folder is not empty or cannot be made.
@@ -198,20 +190,25 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, str]:
+def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, Checksum]:
     """The weights' files, and the SHA-256 of each."""
     shards = _split(tensors)
     if len(shards) == 1:
-        return {"model.safetensors": write_tensors(folder / "model.safetensors", shards[0])}
+        return {"model.safetensors": _write_shard(folder / "model.safetensors", shards[0])}
     weight_map, checksums = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        checksums[name] = write_tensors(folder / name, shard)
+        checksums[name] = _write_shard(folder / name, shard)
         weight_map.update(dict.fromkeys(shard, name))
     total = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     return checksums
+
+
+def _write_shard(path: Path, tensors: Mapping[str, mx.array]) -> Checksum:
+    write_tensors(path, tensors)
+    return begin_checksum_of(tensors)
 
 
 def _split(tensors: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:

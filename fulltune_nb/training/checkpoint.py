@@ -19,9 +19,9 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.errors import CheckpointError, FulltuneError
-from fulltune_nb.files import check_space, flush_to_disk, put_in_place, remove_folder, sha256_of, write_text
+from fulltune_nb.files import Checksum, check_space, flush_to_disk, put_in_place, remove_folder, sha256_of, write_text
 from fulltune_nb.models.loading import read_tensors
-from fulltune_nb.models.saving import write_tensors
+from fulltune_nb.models.saving import begin_checksum_of, write_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
@@ -39,7 +39,7 @@ def checkpoint_name(step: int) -> str:
 
 def write_checkpoint(
     folder: Path,
-    save_model: Callable[[Path], Mapping[str, str]],
+    save_model: Callable[[Path], Mapping[str, Checksum]],
     model_bytes: int,
     optimizer_arrays: Mapping[str, mx.array],
     state: Mapping[str, Any],
@@ -48,8 +48,8 @@ def write_checkpoint(
 
     Args:
         folder: where it will stand.
-        save_model: writes a model folder into the empty folder it is given and returns checksums (file name -> sha256) of what it
-            has them for.
+        save_model: writes a model folder into the empty folder it is given and returns the checksums (by file name) of what
+            it has them for.
         model_bytes: size of the weights.
         optimizer_arrays: the optimizer's state, of any dtypes.
         state: everything else, as JSON values.
@@ -62,11 +62,13 @@ def write_checkpoint(
         needed = model_bytes + sum(array.nbytes for array in optimizer_arrays.values()) + _SMALL_FILES
         check_space(folder.parent, needed, "a checkpoint")
         partial.mkdir(parents=True)
-        checksums = dict(save_model(partial))
+        # The largest file's checksum takes longest, so it is begun before anything is written.
+        of_optimizer = {OPTIMIZER_FILE: begin_checksum_of(optimizer_arrays)} if optimizer_arrays else {}
+        checksums = {**save_model(partial), **of_optimizer}
         if optimizer_arrays:
-            checksums[OPTIMIZER_FILE] = write_tensors(partial / OPTIMIZER_FILE, optimizer_arrays)
+            write_tensors(partial / OPTIMIZER_FILE, optimizer_arrays)
         write_text(partial / STATE_FILE, json.dumps(state, allow_nan=False))
-        manifest = {path.name: checksums.get(path.name) or sha256_of(path) for path in sorted(partial.iterdir())}
+        manifest = {path.name: _sha256(path, checksums.get(path.name)) for path in sorted(partial.iterdir())}
         write_text(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
         flush_to_disk(partial)
         put_in_place(partial, folder)
@@ -78,6 +80,10 @@ def write_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _sha256(path: Path, known: Checksum | None) -> str:
+    return sha256_of(path) if known is None else known()
 
 
 def step_of(folder: Path) -> int:

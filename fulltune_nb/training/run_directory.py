@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import CheckpointError, ConfigError, ModelError
-from fulltune_nb.files import append_line, flush_to_disk, tidy, write_text
+from fulltune_nb.files import Checksum, append_line, flush_to_disk, tidy, wait_for_removals, write_text
 from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.saving import check_not_source, save_folder
 from fulltune_nb.tokenizer_files import save_tokenizer
@@ -147,6 +147,7 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets go of the folder."""
+        wait_for_removals()  # whoever opens it next would find folders half removed
         self._lock.release()
 
     @property
@@ -238,7 +239,7 @@ def save_model(folder: Path, lm: LanguageModel, optimizer_arrays: Mapping[str, m
     """A checkpoint of a language model; see `write_checkpoint`."""
     size = sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
 
-    def save(place: Path) -> dict[str, str]:
+    def save(place: Path) -> dict[str, Checksum]:
         return save_folder(place, lm.model, partial(save_tokenizer, lm.tokenizer), lm.generation_config)
 
     return write_checkpoint(folder, save, size, optimizer_arrays, state)
