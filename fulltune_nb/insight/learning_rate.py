@@ -21,10 +21,9 @@ from fulltune_nb.training.trainer import Trainer
 if TYPE_CHECKING:
     from fulltune_nb.charts import Axes
 
-_BELOW_THE_MINIMUM = 10.0
-"""The rate with the lowest loss is already at the edge: losses of later steps would not stand it. A tenth of it is the usual advice."""
-_WHERE_IT_DECAYS = 3.0
-"""The same where the schedule lets the rate decay to 0: its peak may be higher, and has to be, as it is reached for a short time only."""
+_BELOW_THE_MINIMUM = 7.0
+"""The rate with the lowest loss is already at the edge: losses of later steps would not stand it. A tenth of it is the usual advice; on the
+package's tiny model the best rate for 200 steps was a seventh of it with 2, 4 and 16 rows, in the mean over seeds (`docs/log.md`)."""
 _SAMPLE = 2**12  # elements of a tensor that surviving updates are counted in
 _SURVIVES = 0.5
 _VALLEY = 0.1  # of the fall
@@ -41,7 +40,8 @@ class LearningRateSearch:
         survival: (n,) float64, share of updates that survive rounding at each rate; all NaN where the weights are float32.
         lowest_loss_rate: where the smoothed loss is lowest, which is the middle (on the logarithmic scale) of the rates at which it is
             within a tenth of its whole fall from the bottom; None where it never fell.
-        below: what that is divided by: 10 where the schedule keeps its rate, 3 where it lets it decay to 0, in between for others.
+        below: what that is divided by: 7 where the schedule keeps its rate, 3.5 where it lets it decay to 0 (as the mean of its rates is
+            half its highest then), in between for others.
         suggestion: the quotient: the rate to train with (the peak of the schedule).
         stochastic: whether the run rounds stochastically, so that updates too small for the dtype are kept on average.
     """
@@ -70,7 +70,7 @@ class LearningRateSearch:
         self.smoothed = moving_mean(finite, max(3, len(finite) // 12) // 2 * 2 + 1)
         lowest = int(np.nanargmin(self.smoothed)) if np.isfinite(self.smoothed).any() else 0
         self.lowest_loss_rate = self._middle_of_the_valley(lowest) if lowest >= _FEWEST else None
-        self.below = _WHERE_IT_DECAYS * (_BELOW_THE_MINIMUM / _WHERE_IT_DECAYS) ** final_share
+        self.below = _BELOW_THE_MINIMUM * (1.0 + final_share) / 2.0
         self.suggestion = None if self.lowest_loss_rate is None else self.lowest_loss_rate / self.below
         self._at_the_end = lowest >= len(self.rates) - 2
 
