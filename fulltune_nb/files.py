@@ -15,7 +15,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SLICE = 2**23  # bytes handed to the system at a time
@@ -108,7 +108,8 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 def _begin_flushing(descriptor: int, place: int, size: int) -> None:
     """Has the disk begin with what was just written, so that it works beside the writing of the rest; waits for nothing."""
     if hasattr(os, "posix_fadvise"):  # Linux begins to write out what it is told will not be read; macOS does without
-        os.posix_fadvise(descriptor, place, size, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # it is a hint
+            os.posix_fadvise(descriptor, place, size, os.POSIX_FADV_DONTNEED)
 
 
 Checksum = Callable[[], str]
