@@ -108,6 +108,7 @@ def save_folder(
     save_tokenizer: Callable[[str], Any] | None,
     generation_config: dict | None = None,
     texts: Mapping[str, str] | None = None,
+    with_checksums: bool = False,
 ) -> dict[str, Checksum]:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
@@ -119,9 +120,10 @@ def save_folder(
         save_tokenizer: writes the tokenizer's files into the folder of that path, or None.
         generation_config: written where given.
         texts: further files, by name.
+        with_checksums: whether they are computed; that holds the weights' memory until it is done.
 
     Returns:
-        File name -> SHA-256 of the files with weights, each of which may still be being computed.
+        File name -> SHA-256 of the files with weights, each of which may still be being computed; empty without checksums.
 
     Raises:
         ModelError: the folder is not empty or cannot be made.
@@ -132,11 +134,12 @@ def save_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = hf_tensors(model)
-        checksums = _write_shards(folder, tensors)
+        written = _write_shards(folder, tensors)
+        checksums = {name: begin_checksum_of(shard) for name, shard in written.items()} if with_checksums else {}
         if save_tokenizer is not None:
             save_tokenizer(str(folder))
             for path in folder.iterdir():
-                if path.is_file() and path.name not in checksums:
+                if path.is_file() and path.name not in written:
                     flush_to_disk(path)
         if generation_config is not None:
             write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
@@ -190,25 +193,22 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, Checksum]:
-    """The weights' files, and the SHA-256 of each."""
+def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, Mapping[str, mx.array]]:
+    """The weights' files. Returns what stands in each."""
     shards = _split(tensors)
     if len(shards) == 1:
-        return {"model.safetensors": _write_shard(folder / "model.safetensors", shards[0])}
-    weight_map, checksums = {}, {}
+        write_tensors(folder / "model.safetensors", shards[0])
+        return {"model.safetensors": shards[0]}
+    weight_map, written = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        checksums[name] = _write_shard(folder / name, shard)
+        write_tensors(folder / name, shard)
+        written[name] = shard
         weight_map.update(dict.fromkeys(shard, name))
     total = sum(array.nbytes for array in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    return checksums
-
-
-def _write_shard(path: Path, tensors: Mapping[str, mx.array]) -> Checksum:
-    write_tensors(path, tensors)
-    return begin_checksum_of(tensors)
+    return written
 
 
 def _split(tensors: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:

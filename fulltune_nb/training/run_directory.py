@@ -240,6 +240,6 @@ def save_model(folder: Path, lm: LanguageModel, optimizer_arrays: Mapping[str, m
     size = sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
 
     def save(place: Path) -> dict[str, Checksum]:
-        return save_folder(place, lm.model, partial(save_tokenizer, lm.tokenizer), lm.generation_config)
+        return save_folder(place, lm.model, partial(save_tokenizer, lm.tokenizer), lm.generation_config, with_checksums=True)
 
     return write_checkpoint(folder, save, size, optimizer_arrays, state)
