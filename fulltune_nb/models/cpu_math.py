@@ -89,12 +89,15 @@ def exp_and_sum(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The parts of a softmax over the last axis, without gradients of their own.
 
     Args:
-        x: (..., V), float32 on the CPU; -inf counts as absent.
+        x: (..., V), float32; -inf counts as absent.
 
     Returns:
         exp(x - maximum) (..., V), its sum (..., 1), and the maximum (..., 1).
     """
     maximum = x.max(axis=-1, keepdims=True)
+    if not applies(x):
+        exponentials = mx.exp(x - maximum)
+        return exponentials, exponentials.sum(axis=-1, keepdims=True), maximum
     exponentials = _exp(x - maximum)
     return exponentials, _row_sums(exponentials), maximum
 

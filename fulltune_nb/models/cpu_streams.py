@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 
 import mlx.core as mx
 
-MOST_STREAMS = 4
+MOST_CORES = 4
 """Element-wise work is bound by memory soon: more cores than this gain little."""
 
 _of_thread = threading.local()  # a stream can be used only in the thread that made it
@@ -25,12 +25,14 @@ def cpu_streams() -> list[mx.Stream]:
     if mx.default_device().type != mx.DeviceType.cpu:
         return [default]
     if not hasattr(_of_thread, "more"):
-        _of_thread.more = [mx.new_stream(mx.cpu) for _ in range(min(_cores(), MOST_STREAMS) - 1)]
+        _of_thread.more = [mx.new_stream(mx.cpu) for _ in range(worker_cores() - 1)]
     return [default, *_of_thread.more]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def worker_cores() -> int:
+    """How many cores element-wise work is dealt out to."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, MOST_CORES)
 
 
 class Dealer:

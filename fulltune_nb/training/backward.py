@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training.loss import cross_entropy
+from fulltune_nb.training.native import Kernels
 
 Gradients = dict[str, Any]
 """A tree of arrays, shaped as `model.trainable_parameters()`."""
@@ -50,10 +52,15 @@ def batch_arrays(batch: Batch, step_tokens: int) -> dict[str, mx.array]:
 
 def share_of_loss(model: Decoder, arrays: dict[str, mx.array], checkpoint: bool = False) -> mx.array:
     """A micro-batch's share of the step's mean loss: scalar, float32."""
+    hidden = trained_hidden_states(model, arrays, checkpoint)
+    return cross_entropy(hidden, model.head_weights(), arrays["targets"], arrays["weights"])
+
+
+def trained_hidden_states(model: Decoder, arrays: dict[str, mx.array], checkpoint: bool = False) -> mx.array:
+    """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
     dtype = compute_dtype(model.embed_tokens.weight.dtype)
     hidden = model.hidden_states(arrays["inputs"], checkpoint=checkpoint, segments=arrays.get("segments"), dtype=dtype)  # (B, T, D)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]  # -> (N, D): only positions with a trained target
-    return cross_entropy(hidden, model.head_weights(), arrays["targets"], arrays["weights"])
+    return hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
 
 
 LossAndGradients = Callable[[Decoder, Batch, int], tuple[mx.array, Gradients]]
@@ -81,18 +88,21 @@ def step_gradients(
     return total, gradients
 
 
-def global_norm(gradients: Gradients) -> mx.array:
-    """Square root of the sum of all squared elements (scalar, float32)."""
+def global_norm(gradients: Gradients, kernels: Kernels | None = None) -> float:
+    """Square root of the sum of all squared elements, by kernels of our own or by MLX."""
+    arrays = [array.astype(mx.float32) for _, array in tree_flatten(gradients)]
+    if kernels is not None:
+        return math.sqrt(kernels.sum_of_squares(arrays))
     dealer, parts = Dealer(), []
-    for _, array in tree_flatten(gradients):
+    for array in arrays:
         with dealer.stream_for(array.size):
             parts.append(_sum_of_squares(array))
-    return mx.sqrt(sum(parts))
+    return mx.sqrt(sum(parts)).item()
 
 
 def _sum_of_squares(array: mx.array) -> mx.array:
     # Row sums by a product with ones: MLX's own sum takes twice the time on the CPU.
-    squares = mx.square(array.astype(mx.float32)).reshape(-1, array.shape[-1])
+    squares = mx.square(array).reshape(-1, array.shape[-1])
     return (squares @ mx.ones((array.shape[-1], 1))).sum()
 
 

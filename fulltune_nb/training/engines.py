@@ -20,13 +20,14 @@ import mlx.core as mx
 from fulltune_nb.data.batching import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.training.backward import clip_scale, global_norm, step_gradients
+from fulltune_nb.training.backward import LossAndGradients, clip_scale, global_norm, step_gradients
 from fulltune_nb.training.block_passes import BlockPasses
 from fulltune_nb.training.compiled import CompiledGradients, why_not_compiled
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.finite import check_finite
 from fulltune_nb.training.layerwise import GradientPiece, LayerwiseBackward
 from fulltune_nb.training.optimizers import Optimizers
+from fulltune_nb.training.staged import StagedGradients
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,19 @@ class WholeGraph:
     def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
         self._model, self._optimizers, self._config = model, optimizers, config
         compiles = config.compile and why_not_compiled(model, config, "whole") is None
-        self._compiled = CompiledGradients(model) if compiles else None
+        self._gradients: LossAndGradients | None = None  # MLX's own
+        if optimizers.kernels and not model.config.num_experts:
+            self._gradients = StagedGradients(model, optimizers.kernels, config.grad_checkpoint, compiles)
+        elif compiles:
+            self._gradients = CompiledGradients(model)
 
     def __repr__(self) -> str:
         return "WholeGraph()"
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        loss, gradients = step_gradients(self._model, batches, self._config.grad_checkpoint, self._compiled)
+        loss, gradients = step_gradients(self._model, batches, self._config.grad_checkpoint, self._gradients)
         mx.eval(loss, gradients)  # before the norm: in one graph with it, grad_checkpoint's peak doubles
-        result = StepResult(loss.item(), global_norm(gradients).item())
+        result = StepResult(loss.item(), global_norm(gradients, self._optimizers.kernels))
         check_finite(number, result.loss, result.grad_norm, batches)
         scale = clip_scale(result.grad_norm, self._config.max_grad_norm)
         self._optimizers.update(self._model, gradients, learning_rate, scale)
@@ -92,15 +97,16 @@ class Layerwise:
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         scale = self._clip_scale(number, batches)
-        backward = LayerwiseBackward(self._model, batches, self._passes)
+        backward = LayerwiseBackward(self._model, batches, self._passes, self._optimizers.kernels)
         check_finite(number, backward.loss, backward.last_gradient_norm, batches)
         return StepResult(backward.loss, self._update(number, backward, learning_rate, scale))
 
     def _clip_scale(self, number: int, batches: Sequence[Batch]) -> float:
         if self._config.max_grad_norm is None:
             return 1.0
-        backward = LayerwiseBackward(self._model, batches, self._passes)
-        norm = math.sqrt(sum(map(_sum_of_squares, backward.pieces())))  # a loop's variable would hold a piece while the next is computed
+        backward = LayerwiseBackward(self._model, batches, self._passes, self._optimizers.kernels)
+        # A loop's variable would hold a piece while the next is computed.
+        norm = math.sqrt(sum(map(self._sum_of_squares, backward.pieces())))
         check_finite(number, backward.loss, norm, batches)
         return clip_scale(norm, self._config.max_grad_norm)
 
@@ -109,7 +115,7 @@ class Layerwise:
         squares = 0.0
         self._optimizers.begin_step(learning_rate, scale)
         for piece in backward.pieces(before_rows=self._observe):
-            squares += _sum_of_squares(piece)
+            squares += self._sum_of_squares(piece)
             if not math.isfinite(squares):
                 raise NonFiniteError(
                     f"step {number}: a gradient of {', '.join(piece.gradients)} is NaN or inf. Lower the learning rate, or set"
@@ -126,9 +132,8 @@ class Layerwise:
             for piece in rows():
                 self._optimizers.observe(self._model, piece.gradients, piece.rows)
 
-
-def _sum_of_squares(piece: GradientPiece) -> float:
-    return global_norm(piece.gradients).item() ** 2
+    def _sum_of_squares(self, piece: GradientPiece) -> float:
+        return global_norm(piece.gradients, self._optimizers.kernels) ** 2
 
 
 ENGINES: dict[str, type[Engine]] = {"whole": WholeGraph, "layerwise": Layerwise}

@@ -25,6 +25,7 @@ from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.block_passes import BlockPasses, Context
 from fulltune_nb.training.expert_gradients import ExpertWork, expert_gradients
+from fulltune_nb.training.native import Kernels
 from fulltune_nb.training.piecewise import Arrays, add, vjp
 from fulltune_nb.training.selection import lowest_trained_block
 from fulltune_nb.training.vocabulary import HeadInput
@@ -76,20 +77,23 @@ class LayerwiseBackward:
         model: its trainable parameters get gradients.
         batches: the micro-batches; each is weighted by its trained tokens.
         passes: of each block; None: not compiled.
+        kernels: for the loss; None: MLX computes it.
 
     Attributes:
         loss: mean over all trained tokens of the step.
         last_gradient_norm: norm of the gradient with respect to the last block's output; known before the first piece.
     """
 
-    def __init__(self, model: Decoder, batches: Sequence[Batch], passes: Sequence[BlockPasses] | None = None):
+    def __init__(
+        self, model: Decoder, batches: Sequence[Batch], passes: Sequence[BlockPasses] | None = None, kernels: Kernels | None = None
+    ):
         self._model, self._passes = model, passes or [BlockPasses(block) for block in model.layers]
         self._trained = {name for name, _ in tree_flatten(model.trainable_parameters())}  # names only: who holds an array keeps its memory
         self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
         tokens = sum(batch.num_tokens for batch in batches)
         self._streams = [_forward(model, self._passes, batch, tokens) for batch in batches]
         inputs = [stream.head for stream in self._streams]
-        self.loss, gradients = vocabulary.head_loss(model.head_weights(), inputs)
+        self.loss, gradients = vocabulary.head_loss(model.head_weights(), inputs, kernels)
         self._norm_gradients = self._through_final_norm(gradients)
         squares = sum(mx.square(stream.cotangent.astype(mx.float32)).sum() for stream in self._streams)
         self.last_gradient_norm = mx.sqrt(squares).item()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from fulltune_nb.models.cpu_math import softmax_statistics
+from fulltune_nb.models.cpu_math import exp_and_sum
 
 CHUNK_ELEMENTS = 2**22
 """Logits of a chunk: 16 MiB in float32. About 20 such arrays exist at the peak, as MLX works on some operations ahead."""
@@ -47,51 +47,52 @@ def cross_entropy_only(hidden: mx.array, head: Head, targets: mx.array, weights:
     total = mx.array(0.0)
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
     for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
-        losses, _ = _token_losses(mx.depends([hidden[rows]], [total])[0], head, targets[rows])
+        *_, losses = _token_losses(mx.depends([hidden[rows]], [total])[0], head, targets[rows])
         total = total + (losses * weights[rows]).sum()
     return total
 
 
 def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
     """Loss, then the gradients of `hidden` and of each array of `head`, in their order."""
-    total = mx.array(0.0)
+    loss = mx.array(0.0)
     hidden_gradients = []
     head_gradients: dict[str, mx.array] = {}
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
     for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
-        part = mx.depends([hidden[rows]], [total, *hidden_gradients[-1:], *head_gradients.values()])[0]
-        losses, probabilities = _token_losses(part, head, targets[rows])
-        total = total + (losses * weights[rows]).sum()
-        # d loss / d logits = weight * (softmax - one_hot(target))
-        logit_gradients = probabilities * weights[rows, None]
-        at_target = mx.take_along_axis(logit_gradients, targets[rows, None], axis=1) - weights[rows, None]
-        logit_gradients = mx.put_along_axis(logit_gradients, targets[rows, None], at_target, axis=1).astype(hidden.dtype)
-        hidden_gradients.append(logit_gradients @ head["weight"])
-        more = {"weight": logit_gradients.T @ part}
+        part = mx.depends([hidden[rows]], [loss, *hidden_gradients[-1:], *head_gradients.values()])[0]
+        exponentials, total_of_row, losses = _token_losses(part, head, targets[rows])
+        loss = loss + (losses * weights[rows]).sum()
+        # d loss / d logits = weight (softmax - one_hot(target)) = share (exponentials - one_hot(target) total). The share is multiplied
+        # into what has D columns, not V.
+        share = weights[rows, None] / total_of_row
+        at_target = mx.take_along_axis(exponentials, targets[rows, None], axis=1) - total_of_row
+        unscaled = mx.put_along_axis(exponentials, targets[rows, None], at_target, axis=1).astype(hidden.dtype)
+        hidden_gradients.append((unscaled @ head["weight"]) * share.astype(hidden.dtype))
+        more = {"weight": unscaled.T @ (part * share.astype(hidden.dtype))}
         if "bias" in head:
-            more["bias"] = logit_gradients.sum(axis=0)
+            more["bias"] = (unscaled * share).sum(axis=0)
         head_gradients = {name: head_gradients[name] + more[name] for name in more} if head_gradients else more
-    return total, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
+    return loss, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
 
 
-def _token_losses(hidden: mx.array, head: Head, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """-log p(target) (n,) and p (n, V) of a chunk, in float32."""
+def _token_losses(hidden: mx.array, head: Head, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Of a chunk, in float32: exp(logits - maximum) (n, V), its sum (n, 1), and -log p(target) (n,)."""
     logits = hidden @ head["weight"].T
     if "bias" in head:
         logits = logits + head["bias"]
     logits = logits.astype(mx.float32)
-    log_sum, probabilities = softmax_statistics(logits)
-    at_target = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return log_sum - at_target, probabilities
+    exponentials, total, maximum = exp_and_sum(logits)
+    at_target = mx.take_along_axis(logits, targets[:, None], axis=1)
+    return exponentials, total, (maximum + mx.log(total) - at_target)[:, 0]
 
 
-def chunk_size(width: int) -> int:
-    """Positions of a chunk, when each has `width` logits."""
-    return max(32, CHUNK_ELEMENTS // width)
+def chunk_size(width: int, elements: int | None = None) -> int:
+    """Positions of a chunk of `elements` logits (`CHUNK_ELEMENTS`), when each has `width` of them."""
+    return max(32, (elements or CHUNK_ELEMENTS) // width)
 
 
-def chunks(length: int, width: int) -> list[slice]:
-    """`length` positions with `width` logits each, in chunks of about `CHUNK_ELEMENTS` logits."""
-    size = chunk_size(width)
+def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:
+    """`length` positions with `width` logits each, in chunks of `chunk_size` positions."""
+    size = chunk_size(width, elements)
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]

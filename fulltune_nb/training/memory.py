@@ -22,6 +22,7 @@ from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.machine import MemoryReading, machine_limit, read_memory
 from fulltune_nb.training.memory_model import Workload, count, moments
 from fulltune_nb.training.memory_model_layerwise import layerwise_moments
+from fulltune_nb.training.native import kernels_for
 from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes
 from fulltune_nb.training.rounding import stored_dtype
 from fulltune_nb.training.selection import trained_names
@@ -156,9 +157,11 @@ def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
         widths = np.maximum(row_widths(lengths, config), 1)
         tokens, rows = int(widths.max()), min(rows, len(widths))
         targets = min(rows * tokens, _most_targets(split, rows, config))
+    parameters = {name: array.shape for name, array in tree_flatten(lm.model.parameters())}
+    trained = frozenset(trained_names(lm.model, config.train_only, config.freeze))
     return Workload(
-        parameters={name: array.shape for name, array in tree_flatten(lm.model.parameters())},
-        trained=frozenset(trained_names(lm.model, config.train_only, config.freeze)),
+        parameters=parameters,
+        trained=trained,
         model=lm.config,
         rows=rows,
         tokens=tokens,
@@ -167,6 +170,7 @@ def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
         checkpoint=config.grad_checkpoint,
         on_cpu=mx.default_device().type == mx.DeviceType.cpu,
         half=stored_dtype(config.weights, lm.dtype) != mx.float32,
+        native=kernels_for(sum(count(parameters[name]) for name in trained)) is not None,
     )
 
 

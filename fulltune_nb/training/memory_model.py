@@ -27,10 +27,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fulltune_nb.models.families import ModelConfig
+from fulltune_nb.training import staged
 from fulltune_nb.training.loss import chunk_size
 from fulltune_nb.training.memory_model_block import BlockSizes
 from fulltune_nb.training.selection import lowest_trained_block
 
+_LATE = 5
+"""Block inputs that are freed late when blocks are computed again."""
 BYTES = 4  # activations and gradients are float32 on the CPU
 Shape = tuple[int, ...]
 
@@ -57,6 +60,8 @@ class Workload:
     on_cpu: bool
     half: bool = False
     """Weights stored in 16 bits."""
+    native: bool = False
+    """Loss, norm and AdamW are computed by kernels of our own (`native`)."""
 
     @cached_property
     def block(self) -> BlockSizes:
@@ -114,6 +119,9 @@ def moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
     backward = _backward(work, copies)
     tied = work.model.tie_word_embeddings and "embed_tokens.weight" in work.trained
     first = gradients + max(backward - work.weights(), tied * head)
+    if work.native and not work.model.num_experts:  # the head's gradient is there from the loss to the end, beside the embedding's own
+        late = _LATE * hidden if work.checkpoint and work.model.block != "parallel" else 0
+        first = gradients + tied * head + backward - work.weights() + late
     sums = gradients if work.micro_batches > 1 else 0  # of the micro-batches before
     found = {
         "forward": {"gradients": sums, "activations": above * kept + block.forward(copies)},
@@ -124,7 +132,8 @@ def moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
     if work.model.num_experts:
         found["forward"]["activations"] = _traced(work, copies)
     sized = {moment: {part: int(BYTES * size) for part, size in parts.items()} for moment, parts in found.items()}
-    sized["update"] = {"gradients": BYTES * gradients, "update": max(update, BYTES * squares(work))}
+    norm = 0 if work.native else BYTES * squares(work)
+    sized["update"] = {"gradients": BYTES * gradients, "update": max(update, norm)}
     return sized
 
 
@@ -156,7 +165,11 @@ def _traced(work: Workload, copies: float) -> float:
 def logits(work: Workload) -> float:
     """Elements at the loss: a chunk of logits and what is computed from it, and the head's gradient being summed up."""
     counts, vocab = work.block.counts, work.model.vocab_size
-    rows, head = chunk_size(vocab), vocab * work.model.hidden_size
+    head = vocab * work.model.hidden_size
+    if work.native and not work.model.num_experts:
+        rows = min(chunk_size(vocab, staged.CHUNK_ELEMENTS), work.targets)
+        return rows * vocab + (1 + (rows < work.targets) + work.half) * head + 2 * work.targets * work.model.hidden_size
+    rows = chunk_size(vocab)
     first = min(rows, work.targets)
     second = min(rows, work.targets - first)
     chunk = max(counts.logits * first, counts.logits * second + counts.logits_ahead * first) * vocab

@@ -44,7 +44,7 @@ def layerwise_moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
     }
     for moment, parts in after.items():
         parts = {part: int(BYTES * size) for part, size in parts.items()}
-        parts["update"] = max(update, parts["gradients"])  # squares, for the norm
+        parts["update"] = max(update, 0 if work.native else parts["gradients"])  # squares, for the norm
         if sum(parts.values()) > sum(sized[moment].values()):
             sized[moment] = parts
     return sized
@@ -68,6 +68,8 @@ class _Head:
     tied: bool
     """Head and embedding, both trained."""
     micro_batches: int
+    native: bool
+    """Logits become their gradients in place."""
 
     @classmethod
     def of(cls, work: Workload) -> _Head:
@@ -85,11 +87,14 @@ class _Head:
             work.on_cpu,
             model.tie_word_embeddings and "embed_tokens.weight" in work.trained,
             work.micro_batches,
+            work.native and kept <= vocabulary.KEPT_ELEMENTS and rows == model.vocab_size,
         )
 
     def at_loss(self) -> float:
         """The first pass; of the chunks before, exponentials are kept, if anything is."""
         before = (int(self.chunks) - 1) * self.chunk if self.kept else 0
+        if self.native:
+            return self.kept + self.copy
         return _FIRST[self.on_cpu] * self.chunk + before + self.copy
 
     def again(self) -> float:

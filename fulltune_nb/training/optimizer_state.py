@@ -31,6 +31,20 @@ def check_state_arrays(slots: Mapping[str, Mapping[str, Slot]], arrays: Mapping[
         )
 
 
+def check_gradients(gradients: Mapping[str, mx.array], expected: Mapping[str, Shape | None]) -> None:
+    """Nothing where each gradient has the expected shape.
+
+    Raises:
+        TrainingError: one has another, or there is no parameter of its name.
+    """
+    for name, gradient in gradients.items():
+        if gradient.shape != expected[name]:
+            raise TrainingError(
+                f"gradient of {name}: expected the shape {expected[name] or 'of a parameter trainable at the start'}, got "
+                f"{gradient.shape}. Make a new trainer after freezing or changing a model."
+            )
+
+
 def shape_of_rows(name: str, shape: Shape, rows: slice, optimizer: str, by_rows: bool) -> Shape:
     """What the gradient of some places on a tensor's first axis must look like.
 

@@ -14,13 +14,15 @@ from fulltune_nb.errors import TrainingError
 from fulltune_nb.models.cpu_streams import Dealer
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.factored import TensorUpdate
+from fulltune_nb.training.native import kernels_for
+from fulltune_nb.training.native_update import native_scalars, update_natively
 from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, rules_of, slots_of
 from fulltune_nb.training.optimizer_memory import predict_state_bytes, random_bits_bytes, update_bytes
-from fulltune_nb.training.optimizer_state import check_state_arrays, shape_of_rows
+from fulltune_nb.training.optimizer_state import check_gradients, check_state_arrays, shape_of_rows
 from fulltune_nb.training.optimizer_view import optimizers_html
-from fulltune_nb.training.pieces import Piece, Place, batches, cut, first_row, piece_size, put, take
+from fulltune_nb.training.pieces import Piece, Place, batches, cut, first_row, matrix_rows, piece_size, put, take
 from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
-from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver
+from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver, tell_after
 from fulltune_nb.training.update_rules import Shape, State
 
 __all__ = ["Group", "Optimizers", "predict_state_bytes", "random_bits_bytes", "update_bytes"]
@@ -75,6 +77,8 @@ class Optimizers:
         self._seed = config.seed if config.rounding == "stochastic" else None
         self._groups = {name: group_of(name, shape, config, hf_name) for name, shape in shapes.items()}
         self._rules = rules_of(config)
+        self.kernels = kernels_for(sum(array.size for array in parameters.values()))
+        """Take the place of MLX where there are some for a tensor's rule."""
         self._slots = slots_of(shapes, self._groups, self._rules)
         self._state: dict[str, State] = {
             name: {slot: mx.zeros(s.shape, dtype=s.dtype) for slot, s in own.items()} for name, own in self._slots.items()
@@ -150,7 +154,7 @@ class Optimizers:
         flat = self._checked(gradients, rows)
         for name, gradient in flat.items():
             if self.passes(name):
-                start, stop = self._matrix_rows(name, rows)
+                start, stop = matrix_rows(self._shapes[name], rows)
                 self._observe(model, name, gradient, slice(start, stop), start)
 
     def end_step(self) -> None:
@@ -171,12 +175,6 @@ class Optimizers:
         self._check_gradients(flat, rows)
         return flat
 
-    def _matrix_rows(self, name: str, rows: slice | None) -> tuple[int, int]:
-        """First and last (excluded) row of the matrix that a tensor is seen as, from places on its first axis."""
-        shape = self._shapes[name]
-        per_place = math.prod(shape[1:-1])
-        return (rows.start * per_place, rows.stop * per_place) if rows else (0, math.prod(shape[:-1]))
-
     def _pieces_of(self, name: str, start: int, stop: int) -> Iterator[slice]:
         """Rows in pieces; those of a rule that sees matrices as wholes lie within one matrix each."""
         shape = self._shapes[name]
@@ -186,7 +184,7 @@ class Optimizers:
 
     def _observe_what_is_whole(self, model: nn.Module, name: str, gradient: mx.array, rows: slice | None) -> None:
         """All passes over matrices of which the whole gradient is here and nothing was observed yet."""
-        (start, stop), own = self._matrix_rows(name, rows), self._shapes[name][-2]
+        (start, stop), own = matrix_rows(self._shapes[name], rows), self._shapes[name][-2]
         for matrix in (slice(row, row + own) for row in range(start, stop, own)):
             update = self._tensor_update(name)
             if matrix.stop <= stop and matrix.start % own == 0:
@@ -214,7 +212,10 @@ class Optimizers:
     def _cut(self, name: str, model: nn.Module, rows: slice | None) -> Iterator[Piece]:
         """A tensor as it is where that needs little or no memory, else pieces of it."""
         shape, dtype = self._shapes[name], Place(model, name).array.dtype
-        size = math.prod(shape)
+        size, (start, stop) = math.prod(shape), matrix_rows(shape, rows)
+        if self._native_scalars(model, name):
+            yield Piece(name, (stop - start) * shape[-1], rows and slice(start, stop), start, in_place=True, native=True)
+            return
         rule = self._rules[self._groups[name].optimizer]
         own = {dtype, *(slot.dtype for slot in self._slots[name].values())}
         in_place = own == {mx.float32} and rule.in_place(self._groups[name].weight_decay)
@@ -222,14 +223,24 @@ class Optimizers:
         if rows is None and whole and not self.passes(name):
             yield Piece(name, size, in_place=in_place)
             return
-        start, stop = self._matrix_rows(name, rows)
         for part in self._pieces_of(name, start, stop):
             yield Piece(name, (part.stop - part.start) * shape[-1], part, before=start)
 
     def _update_batch(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
-        dealer, new, parts = Dealer(), [], []
         for piece in pieces if self.observers else ():
             self._tell_before(model, piece, gradients[piece.name])
+        if native := [(piece, self._native_scalars(model, piece.name)) for piece in pieces if piece.native]:
+            self._changed = True
+            update_natively(self.kernels, model, self._state, native, gradients)
+        self._update_by_mlx(model, [piece for piece in pieces if not piece.native], gradients)
+        tell_after(self.observers, model, pieces)
+
+    def _native_scalars(self, model: nn.Module, name: str) -> tuple[float, ...] | None:
+        group = self._groups[name]
+        return native_scalars(self.kernels, self._rules[group.optimizer], self._scalars[group], Place(model, name).array.dtype)
+
+    def _update_by_mlx(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
+        dealer, new, parts = Dealer(), [], []
         for piece in pieces:
             with dealer.stream_for(piece.size):
                 if piece.rows is None:
@@ -242,8 +253,6 @@ class Optimizers:
         for piece, (p, state) in zip(cut_ones, parts, strict=True):
             self._put_rows(Place(model, piece.name), piece, p, state)
         mx.eval([(Place(model, piece.name).array, self._state[piece.name]) for piece in cut_ones])
-        for piece in pieces if self.observers else ():
-            self._tell_after(model, piece)
 
     def _update_whole(self, place: Place, piece: Piece, gradient: mx.array) -> mx.array:
         # Place and state are taken by the new arrays before anything is evaluated: only their graph then holds the old ones, so
@@ -281,12 +290,6 @@ class Optimizers:
         update = PendingUpdate(piece.name, self.step, first_row(piece), self._shapes[piece.name], *inputs, *own)
         for observer in self.observers:
             observer.before(update)
-
-    def _tell_after(self, model: nn.Module, piece: Piece) -> None:
-        array = Place(model, piece.name).array
-        new = array if piece.rows is None else take(array, array.ndim, piece.rows)
-        for observer in self.observers:
-            observer.after(piece.name, first_row(piece), new)
 
     def _put_rows(self, place: Place, piece: Piece, p: mx.array, state: State) -> None:
         rank, own, self._changed = len(self._shapes[piece.name]), self._state[piece.name], True
@@ -328,16 +331,12 @@ class Optimizers:
         return found
 
     def _check_gradients(self, flat: Mapping[str, mx.array], rows: slice | None) -> None:
-        for name, gradient in flat.items():
-            expected = self._shapes.get(name)
-            if expected and rows is not None:
-                by_rows = self._rules[self._groups[name].optimizer].by_rows or self.passes(name)
-                expected = shape_of_rows(name, expected, rows, self._groups[name].optimizer, by_rows)
-            if gradient.shape != expected:
-                raise TrainingError(
-                    f"gradient of {name}: expected the shape {expected or 'of a parameter trainable at the start'}, got "
-                    f"{gradient.shape}. Make a new trainer after freezing or changing a model."
-                )
+        expected = {name: self._shapes.get(name) for name in flat}
+        for name, shape in expected.items() if rows is not None else ():
+            if shape is not None:
+                optimizer = self._groups[name].optimizer
+                expected[name] = shape_of_rows(name, shape, rows, optimizer, bool(self._rules[optimizer].by_rows or self.passes(name)))
+        check_gradients(flat, expected)
 
     def __repr__(self) -> str:
         return f"Optimizers({len(self._groups)} tensors in {len(set(self._groups.values()))} groups, step {self.step})"

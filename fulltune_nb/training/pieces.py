@@ -32,6 +32,14 @@ class Piece:
     """Row of the tensor that is the first one of the gradient at hand."""
     in_place: bool = False
     """It needs no memory of its own."""
+    native: bool = False
+    """It is updated by kernels of our own."""
+
+
+def matrix_rows(shape: Shape, places: slice | None) -> tuple[int, int]:
+    """First and last (excluded) row of the matrix that a tensor is seen as, from places on its first axis; None: all."""
+    per_place = math.prod(shape[1:-1])
+    return (places.start * per_place, places.stop * per_place) if places else (0, math.prod(shape[:-1]))
 
 
 def first_row(piece: Piece) -> int:

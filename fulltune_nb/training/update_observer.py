@@ -7,11 +7,14 @@ lets go of the arrays. A tensor may come in pieces, each some rows of the matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
+
+from fulltune_nb.training.pieces import Piece, Place, first_row, take
 
 
 class UpdateObserver(Protocol):
@@ -57,3 +60,12 @@ class PendingUpdate:
             state = {name: array[rows] for name, array in self.state.items()}
             return weight, self.rule.change(weight, self.gradient[rows], state, self.scalars)
         return weight, self.result()[rows].astype(mx.float32) - weight
+
+
+def tell_after(observers: Sequence[UpdateObserver], model: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Tell observers of pieces that have been updated."""
+    for piece in pieces if observers else ():
+        array = Place(model, piece.name).array
+        new = array if piece.rows is None else take(array, array.ndim, piece.rows)
+        for observer in observers:
+            observer.after(piece.name, first_row(piece), new)

@@ -139,17 +139,10 @@ class Adam:
         decay_now = weight_decay if self.decoupled else 0.0
         l2 = None if self.decoupled or not weight_decay else (_scalar(weight_decay), _scalar(gradient_scale))
         scale = 1.0 if l2 else gradient_scale  # the decayed gradient is scaled already
-        return {
-            "l2": l2,
-            "m": (_scalar(b1), _scalar((1.0 - b1) * scale)),
-            "v": (_scalar(b2), _scalar(1.0 - b2), _scalar(scale)),
-            "p": (
-                _scalar(1.0 - learning_rate * decay_now),
-                _scalar(learning_rate / correction1),
-                _scalar(1.0 / math.sqrt(correction2)),
-                _scalar(self.eps),
-            ),
-        }
+        m, v = (b1, (1.0 - b1) * scale), (b2, 1.0 - b2, scale)
+        p = (1.0 - learning_rate * decay_now, learning_rate / correction1, 1.0 / math.sqrt(correction2), self.eps)
+        lazily = {name: tuple(map(_scalar, values)) for name, values in (("m", m), ("v", v), ("p", p))}
+        return {"l2": l2, **lazily, "native": None if l2 else (*m, *v, *p)}
 
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
         if scalars["l2"]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fulltune_nb.models.cpu_math import fast_exp
 from fulltune_nb.training.loss import Head, chunks
+from fulltune_nb.training.native import Kernels
 
 RANGE_ELEMENTS = 2**24
 """Weights of a range of rows: 64 MiB in float32."""
@@ -49,14 +50,19 @@ def ranges(vocab_size: int, hidden_size: int) -> list[slice]:
     return [slice(begin, min(begin + size, vocab_size)) for begin in range(0, vocab_size, size)]
 
 
-def head_loss(head: Head, inputs: list[HeadInput]) -> tuple[float, list[mx.array]]:
+def head_loss(head: Head, inputs: list[HeadInput], kernels: Kernels | None = None) -> tuple[float, list[mx.array]]:
     """The weighted sum of -log p(target) of all inputs, and each one's gradient with respect to `hidden` (N, D); evaluated.
 
-    Fills in `log_sums` and `kept` for `head_gradients`.
+    Fills in `log_sums` and `kept` for `head_gradients`. With kernels, one pass is enough where it is kept for one range.
     """
     total, gradients = 0.0, []
     for one in inputs:
         keep = one.hidden.shape[0] * head["weight"].shape[0] <= KEPT_ELEMENTS
+        if kernels is not None and keep and len(ranges(*head["weight"].shape)) == 1:
+            loss, gradient = _only_pass(head, one, kernels)
+            total += loss
+            gradients.append(gradient)
+            continue
         total += _first_pass(head, one, keep)
         gradient = mx.zeros_like(one.hidden)
         for rows in ranges(*head["weight"].shape):
@@ -93,6 +99,21 @@ def embedding_gradient(ids: np.ndarray, cotangent: mx.array, rows: slice) -> mx.
     here = np.flatnonzero((ids >= rows.start) & (ids < rows.stop))
     zeros = mx.zeros((rows.stop - rows.start, cotangent.shape[-1]), dtype=cotangent.dtype)
     return zeros.at[mx.array(ids[here] - rows.start)].add(cotangent[mx.array(here)]) if here.size else zeros
+
+
+def _only_pass(head: Head, one: HeadInput, kernels: Kernels) -> tuple[float, mx.array]:
+    """Fills in `kept`; returns the loss and the hidden states' gradient."""
+    rows = slice(0, head["weight"].shape[0])
+    weight, weights = head["weight"].astype(one.hidden.dtype), np.asarray(one.weights)
+    loss, gradient = 0.0, mx.zeros_like(one.hidden)
+    for part in _chunks(one, rows):
+        logits = _logits(head, weight, one, rows, part)
+        mx.eval(logits)
+        loss += kernels.cross_entropy(logits, one.targets[part], weights[part])
+        one.kept[rows.start, part.start] = logits  # by now their gradients
+        gradient[part] = logits @ weight
+        mx.eval(gradient)
+    return loss, gradient
 
 
 def _first_pass(head: Head, one: HeadInput, keep: bool) -> float:

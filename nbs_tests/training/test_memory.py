@@ -11,7 +11,7 @@ import fulltune_nb as ft
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
-from fulltune_nb.training import machine, memory
+from fulltune_nb.training import machine, memory, native
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.machine import machine_limit, read_memory
 from fulltune_nb.training.memory import preflight
@@ -41,7 +41,8 @@ def set_limit(monkeypatch):
     return lambda size: monkeypatch.setattr(memory, "machine_limit", lambda: size)
 
 
-def test_a_seven_billion_model_is_planned_without_allocating_anything(set_limit):
+def test_a_seven_billion_model_is_planned_without_allocating_anything(set_limit, monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, "off")
     set_limit(128 * GB)
     before = mx.get_active_memory()
     plan = preflight(make_lm(**MISTRAL_7B), make_data(512), TrainConfig(batch_size=1, grad_checkpoint=True))
