@@ -43,8 +43,9 @@ _ADAM_SCALARS = 9
 
 def kernels_for(num_elements: int) -> Kernels | None:
     """The kernels for a model with so many trained elements; None where MLX does the work."""
-    on_linux_cpu = sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu
-    if not on_linux_cpu or num_elements < SMALLEST_MODEL or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "none"):
+    # With a GPU there, arrays may lie where only MLX can write.
+    on_cpu = sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu and not mx.is_available(mx.gpu)
+    if not on_cpu or num_elements < SMALLEST_MODEL or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "none"):
         return None
     return _compiled()
 
