@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class SystemInfo:
         cores: logical processors that this process may run on.
         memory_total: bytes of main memory (on Apple silicon the GPU shares it).
         blas: what computes float32 matrix products on the CPU.
+        compiler: path of the g++ that kernels for the CPU are compiled with; None: there is none.
         matmul_gflops: measured 10^9 floating point operations a second of a float32 product on the default device; None
             when not measured.
     """
@@ -38,6 +40,7 @@ class SystemInfo:
     cores: int
     memory_total: int
     blas: BlasInfo
+    compiler: str | None
     matmul_gflops: float | None = None
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -53,6 +56,7 @@ class SystemInfo:
             ("cores", str(self.cores)),
             ("memory", human_bytes(self.memory_total)),
             ("BLAS", blas),
+            ("C++ compiler", self.compiler or "none"),
             ("float32 matmul", speed),
         ]
 
@@ -84,6 +88,7 @@ def system_info(measure: bool = False) -> SystemInfo:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_total=psutil.virtual_memory().total,
         blas=ensure_fast_blas(),
+        compiler=shutil.which("g++"),
         matmul_gflops=matmul_gflops() if measure else None,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import mlx.core as mx
 
 from fulltune_nb.blas import ensure_fast_blas
@@ -12,6 +14,7 @@ def test_it_names_versions_device_memory_and_blas():
     info = system_info()
     assert info.mlx == mx.__version__ and info.blas == ensure_fast_blas()
     assert info.memory_total > 2**28 and info.cores >= 1 and info.matmul_gflops is None
+    assert info.compiler == shutil.which("g++")
     assert "\n" not in repr(info) and info.transformers in repr(info)
 
 
