@@ -1,8 +1,8 @@
-"""Kernels of our own for the optimizer's element-wise work on a Linux CPU: `native.cpp`, compiled where it runs.
+"""Kernels of our own for element-wise work outside of MLX's graph, on a Linux CPU: `native.cpp`, compiled where it runs.
 
-MLX runs a CPU stream's operations on one core and compiles them for any processor, with a square root that takes one element at a
-time. The same arithmetic in one pass, vectorised and on all cores, takes AdamW a quarter of the time, and the gradients' norm an eighth
-(`docs/decisions/0020`). Like `mx.compile` this needs g++; without it MLX does everything.
+MLX runs a CPU stream's operations on one core and compiles them for any processor. The same arithmetic in one pass, vectorised and
+on all cores, takes AdamW less than half the time, and the gradients' norm a third (`docs/decisions/0020`). Like `mx.compile` this
+needs g++; without it MLX does everything.
 
 Kernels write into the memory of MLX arrays. `sole` makes that safe: what somebody else still holds is copied first.
 """
@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +30,7 @@ VARIABLE = "FULLTUNE_KERNELS"
 """Environment variable; "off" leaves everything to MLX."""
 
 SMALLEST_MODEL = 2**20
-"""Trained elements from which on a run is worth compiling for (half a second)."""
+"""Trained elements from which on a run is worth compiling for (a quarter of a second)."""
 
 CHUNK, SMALL_CHUNK = 2**19, 2**16
 """Elements that a core is given at a time, and of rows of logits, which take it longer. Sums are made by chunk, so that they do not
@@ -50,6 +51,21 @@ def kernels_for(num_elements: int) -> Kernels | None:
     return _compiled()
 
 
+class AdamUpdate(NamedTuple):
+    """Some elements of a parameter, to be updated by `Kernels.adam`. Arrays are evaluated, float32 and contiguous."""
+
+    p: mx.array
+    """The parameter; like the moments, held by nobody else (`sole`)."""
+    g: mx.array
+    """Its gradient, or that of some rows."""
+    m: mx.array
+    v: mx.array
+    first: int
+    """Where the gradient's first element stands in the others."""
+    scalars: tuple[float, ...]
+    """`update_rules.Adam.begin`."""
+
+
 class Kernels:
     """The functions of `native.cpp`, on all cores.
 
@@ -64,20 +80,14 @@ class Kernels:
         self._sum_of_squares.argtypes, self._sum_of_squares.restype = [pointer, size], ctypes.c_double
         self._cross_entropy.argtypes, self._cross_entropy.restype = [pointer, size, size, pointer, pointer, pointer], None
 
-    def adam(self, updates: Sequence[tuple[mx.array, mx.array, mx.array, mx.array, int, tuple[float, ...]]]) -> None:
-        """Adam's update, in place.
-
-        Args:
-            updates: parameter, gradient, first and second moment, the gradient's first element's place in the others, and the scalars
-                (`update_rules.Adam.begin`). All arrays are evaluated, float32 and contiguous; but for the gradient nobody else
-                holds them (`sole`).
-        """
+    def adam(self, updates: Sequence[AdamUpdate]) -> None:
+        """Adam's update of parameters and moments, in place."""
         tasks = []
         for p, g, m, v, first, scalars in updates:
-            g_start, *starts = _address(g), *(_address(array) + 4 * first for array in (p, m, v))
+            starts = [_address(array) + 4 * offset for array, offset in ((p, first), (g, 0), (m, first), (v, first))]
             for begin, count in _chunks(g.size):
-                p_at, m_at, v_at = (start + 4 * begin for start in starts)
-                tasks.append((count, lambda args=(p_at, g_start + 4 * begin, m_at, v_at, count, *scalars): self._adam(*args)))
+                arguments = (*(start + 4 * begin for start in starts), count, *scalars)
+                tasks.append((count, lambda arguments=arguments: self._adam(*arguments)))
         _on_all_cores(tasks)
 
     def sum_of_squares(self, arrays: Sequence[mx.array]) -> float:

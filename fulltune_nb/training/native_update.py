@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from fulltune_nb.training.native import Kernels, sole
+from fulltune_nb.training.native import AdamUpdate, Kernels, sole
 from fulltune_nb.training.pieces import Piece, Place, first_row
 from fulltune_nb.training.update_rules import Adam, State
 
@@ -44,5 +44,5 @@ def update_natively(
     for piece, scalars in pieces:
         p, moments = Place(model, piece.name).array, state[piece.name]
         first = first_row(piece) * p.shape[-1]
-        updates.append((p, gradients[piece.name], moments["m"], moments["v"], first, scalars))
+        updates.append(AdamUpdate(p, gradients[piece.name], moments["m"], moments["v"], first, scalars))
     kernels.adam(updates)
