@@ -13,15 +13,39 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from fulltune_nb.data.batching import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.backward import Gradients, batch_arrays, share_of_loss
 from fulltune_nb.training.config import TrainConfig
 
+PAYS_FROM = 3e13
+"""Operations of a run, 6 a weight and token, from which on half a minute of compiling pays: some five minutes on two cores."""
+
+
+def choose_compile(model: Decoder, config: TrainConfig, backward: str, tokens: float) -> tuple[bool, str | None]:
+    """Whether a run is compiled, and what the user should hear about it.
+
+    Args:
+        model: the run's.
+        config: the run's; `compile=None` means on a CPU, where the run is long enough.
+        backward: "whole" or "layerwise".
+        tokens: of the whole run.
+    """
+    if config.compile is False:
+        return False, None
+    reason = why_not_compiled(model, config, backward)
+    if config.compile:
+        return reason is None, reason
+    weights = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    if reason or mx.default_device().type != mx.DeviceType.cpu or 6 * weights * tokens < PAYS_FROM:
+        return False, None
+    return True, "a long run, so it is compiled: once a machine, the first steps take half a minute more (compile=False leaves that out)"
+
 
 def why_not_compiled(model: Decoder, config: TrainConfig, backward: str) -> str | None:
-    """Why a run with `config.compile` is computed without compiling all the same; None: it is compiled.
+    """Why a run cannot be compiled; None: it can.
 
     Args:
         model: the run's.

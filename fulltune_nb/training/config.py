@@ -58,9 +58,10 @@ class TrainConfig:
     "auto": fast where `preflight` says that it fits, else lean."""
     backward: str = "auto"
     """The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says."""
-    compile: bool = False
-    """Compile the passes through the model: on the CPU about a tenth faster for small models, the same numbers. Once a machine it
-    takes half a minute. Has no effect, and an event says so, with experts, nor with `grad_checkpoint` over the whole graph."""
+    compile: bool | None = None
+    """Compile the passes through the model: on the CPU a tenth to a fifth faster for small models, the same numbers. Once a machine it
+    takes half a minute; None: on a CPU, for runs of some five minutes and more. Not possible with experts, nor with `grad_checkpoint`
+    over the whole graph; True then has no effect, and an event says so."""
     weights: str = "auto"
     """dtype of the weights while they are trained: "bfloat16", "float32", or "auto", which is the checkpoint's own (float32 for
     float16). The optimizer's moments and the arithmetic of an update are float32 either way."""
@@ -251,7 +252,7 @@ _CHECKS: dict[str, checks.Check] = {
     "warmup": checks.whole(0),
     "memory": checks.choice("auto", "fast", "lean"),
     "backward": checks.choice("auto", "whole", "layerwise"),
-    "compile": checks.flag,
+    "compile": checks.optional(checks.flag),
     "weights": checks.choice("auto", "bfloat16", "float32"),
     "rounding": checks.choice("stochastic", "nearest"),
     "grad_accumulation_steps": checks.whole(1),

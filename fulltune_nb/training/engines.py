@@ -22,7 +22,7 @@ from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.backward import LossAndGradients, clip_scale, global_norm, step_gradients
 from fulltune_nb.training.block_passes import BlockPasses
-from fulltune_nb.training.compiled import CompiledGradients, why_not_compiled
+from fulltune_nb.training.compiled import CompiledGradients
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.finite import check_finite
 from fulltune_nb.training.layerwise import GradientPiece, LayerwiseBackward
@@ -59,9 +59,8 @@ class Engine(Protocol):
 class WholeGraph:
     """Automatic differentiation over the whole model, then the update."""
 
-    def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
+    def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig, compiles: bool):
         self._model, self._optimizers, self._config = model, optimizers, config
-        compiles = config.compile and why_not_compiled(model, config, "whole") is None
         self._gradients: LossAndGradients | None = None  # MLX's own
         if optimizers.kernels and not model.config.num_experts:
             self._gradients = StagedGradients(model, optimizers.kernels, config.grad_checkpoint, compiles)
@@ -87,9 +86,8 @@ class Layerwise:
     With `max_grad_norm` everything is computed twice: the gradient's norm has to be known before the first update.
     """
 
-    def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig):
+    def __init__(self, model: Decoder, optimizers: Optimizers, config: TrainConfig, compiles: bool):
         self._model, self._optimizers, self._config = model, optimizers, config
-        compiles = config.compile and why_not_compiled(model, config, "layerwise") is None
         self._passes = [BlockPasses(block, compiles) for block in model.layers]
 
     def __repr__(self) -> str:

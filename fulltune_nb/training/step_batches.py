@@ -32,6 +32,12 @@ class StepBatches:
         return self._order.steps_per_epoch
 
     @property
+    def tokens_per_step(self) -> float:
+        """Input positions of a step in the mean, without padding."""
+        lengths = self._split.lengths[self._split.trainable]
+        return float(np.minimum(lengths, self._config.max_seq_length).sum() / self.steps_per_epoch)
+
+    @property
     def packing_note(self) -> str:
         """What packing makes of the rows, in a sentence."""
         rows, packed, config = len(self._split.trainable), self._order.rows_per_epoch, self._config

@@ -20,7 +20,7 @@ from fulltune_nb.language_model import LanguageModel
 from fulltune_nb.models.names import to_hf
 from fulltune_nb.training.allocator import cap_cache
 from fulltune_nb.training.callbacks import default_callbacks
-from fulltune_nb.training.compiled import why_not_compiled
+from fulltune_nb.training.compiled import choose_compile
 from fulltune_nb.training.config import TrainConfig, check_agreement
 from fulltune_nb.training.engines import ENGINES, Engine
 from fulltune_nb.training.evaluate import evaluate_split
@@ -127,11 +127,12 @@ class Trainer(Branching):
         self._store_weights()
         select_trainable(lm.model, config.train_only, config.freeze)
         self.backward = backward or choose_backward(lm, data, config, force)
-        if config.compile and (reason := why_not_compiled(lm.model, config, self.backward)):
-            self._event("compile", reason)
+        compiles, note = choose_compile(lm.model, config, self.backward, self.total_steps * self._batches.tokens_per_step)
+        if note:
+            self._event("compile", note)
         cap_cache(lean=self.backward == "layerwise" and memory_is_short(lm, data, config))
         self._optimizers = Optimizers(lm.model, config, lambda name: to_hf(name, lm.config.family))
-        self._engine = ENGINES[self.backward](lm.model, self._optimizers, config)
+        self._engine = ENGINES[self.backward](lm.model, self._optimizers, config, compiles)
 
     def _store_weights(self) -> None:
         """Gives the weights the dtype that `config.weights` asks for."""

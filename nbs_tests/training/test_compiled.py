@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -109,3 +111,26 @@ def test_without_a_compiler_the_event_says_what_to_install(make_trainer, monkeyp
     monkeypatch.setattr(compiled.mx, "default_device", lambda: mx.Device(mx.cpu))
     (event,) = [event for event in make_trainer(compile=True).history.events if event.kind == "compile"]
     assert "apt-get install g++" in event.message
+
+
+def event_of(trainer) -> list[str]:
+    return [event.message for event in trainer.history.events if event.kind == "compile"]
+
+
+def test_left_to_the_trainer_long_runs_are_compiled_and_short_ones_not(make_trainer, monkeypatch):
+    assert event_of(make_trainer(iters=1000)) == []
+    monkeypatch.setattr(compiled, "PAYS_FROM", 1e9)
+    if mx.default_device().type == mx.DeviceType.cpu and shutil.which("g++"):
+        (message,) = event_of(make_trainer(iters=1000))
+        assert "compile=False" in message
+    assert event_of(make_trainer(iters=1)) == []
+    assert event_of(make_trainer(iters=1000, compile=False)) == []
+    assert event_of(make_trainer(iters=1000, grad_checkpoint=True)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backward", ["whole", "layerwise"])
+def test_a_run_that_the_trainer_compiles_is_the_one_that_the_user_has_compiled(make_trainer, monkeypatch, backward):
+    monkeypatch.setattr(compiled, "PAYS_FROM", 0)
+    own, theirs = make_trainer(iters=3, backward=backward), make_trainer(iters=3, backward=backward, compile=True)
+    assert [report.loss for report in own.steps()] == [report.loss for report in theirs.steps()]
