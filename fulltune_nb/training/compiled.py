@@ -19,6 +19,7 @@ from fulltune_nb.data.batching import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.backward import Gradients, batch_arrays, share_of_loss
 from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.native import kernels_for
 
 PAYS_FROM = 3e13
 """Operations of a run, 6 a weight and token, from which on half a minute of compiling pays: some five minutes on two cores."""
@@ -29,7 +30,7 @@ def choose_compile(model: Decoder, config: TrainConfig, backward: str, tokens: f
 
     Args:
         model: the run's.
-        config: the run's; `compile=None` means on a CPU, where the run is long enough.
+        config: the run's; `compile=None` means on a CPU where our own kernels could be compiled, if the run is long enough.
         backward: "whole" or "layerwise".
         tokens: of the whole run.
     """
@@ -39,7 +40,7 @@ def choose_compile(model: Decoder, config: TrainConfig, backward: str, tokens: f
     if config.compile:
         return reason is None, reason
     weights = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    if reason or mx.default_device().type != mx.DeviceType.cpu or 6 * weights * tokens < PAYS_FROM:
+    if reason or kernels_for(weights) is None or 6 * weights * tokens < PAYS_FROM:
         return False, None
     return True, "a long run, so it is compiled: once a machine, the first steps take half a minute more (compile=False leaves that out)"
 

@@ -60,7 +60,7 @@ class TrainConfig:
     """The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says."""
     compile: bool | None = None
     """Compile the passes through the model: on the CPU a tenth to a fifth faster for small models, the same numbers. Once a machine it
-    takes half a minute; None: on a CPU, for runs of some five minutes and more. Not possible with experts, nor with `grad_checkpoint`
+    takes half a minute; None: on a Linux CPU, for runs of some five minutes and more. Not possible with experts, nor with `grad_checkpoint`
     over the whole graph; True then has no effect, and an event says so."""
     weights: str = "auto"
     """dtype of the weights while they are trained: "bfloat16", "float32", or "auto", which is the checkpoint's own (float32 for
