@@ -35,6 +35,19 @@ def worker_cores() -> int:
     return min(available, MOST_CORES)
 
 
+class LeastLoaded:
+    """Which of several workers gets the next piece of work: the one that has got the least so far."""
+
+    def __init__(self, workers: int) -> None:
+        self._dealt = [0] * workers
+
+    def next(self, size: int) -> int:
+        """The worker's number. `size`: how much work the piece is, in any unit."""
+        least = self._dealt.index(min(self._dealt))
+        self._dealt[least] += size
+        return least
+
+
 class Dealer:
     """Deals work out: each piece goes to the stream that has got the least so far.
 
@@ -47,10 +60,8 @@ class Dealer:
 
     def __init__(self) -> None:
         self._streams = cpu_streams()
-        self._dealt = [0] * len(self._streams)
+        self._workers = LeastLoaded(len(self._streams))
 
     def stream_for(self, size: int) -> AbstractContextManager:
         """A context whose operations go to the chosen stream. `size`: how much work the piece is, in any unit."""
-        least = self._dealt.index(min(self._dealt))
-        self._dealt[least] += size
-        return mx.stream(self._streams[least])
+        return mx.stream(self._streams[self._workers.next(size)])

@@ -65,26 +65,31 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
         loss = loss + (losses * weights[rows]).sum()
         # d loss / d logits = weight (softmax - one_hot(target)) = share (exponentials - one_hot(target) total). The share is multiplied
         # into what has D columns, not V.
-        share = weights[rows, None] / total_of_row
+        share = (weights[rows, None] / total_of_row).astype(hidden.dtype)
         at_target = mx.take_along_axis(exponentials, targets[rows, None], axis=1) - total_of_row
         unscaled = mx.put_along_axis(exponentials, targets[rows, None], at_target, axis=1).astype(hidden.dtype)
-        hidden_gradients.append((unscaled @ head["weight"]) * share.astype(hidden.dtype))
-        more = {"weight": unscaled.T @ (part * share.astype(hidden.dtype))}
+        hidden_gradients.append((unscaled @ head["weight"]) * share)
+        more = {"weight": unscaled.T @ (part * share)}
         if "bias" in head:
-            more["bias"] = (unscaled * share).sum(axis=0)
+            more["bias"] = (unscaled.T @ share)[:, 0]
         head_gradients = {name: head_gradients[name] + more[name] for name in more} if head_gradients else more
     return loss, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
 
 
 def _token_losses(hidden: mx.array, head: Head, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Of a chunk, in float32: exp(logits - maximum) (n, V), its sum (n, 1), and -log p(target) (n,)."""
-    logits = hidden @ head["weight"].T
-    if "bias" in head:
-        logits = logits + head["bias"]
-    logits = logits.astype(mx.float32)
+    logits = chunk_logits(hidden, head)
     exponentials, total, maximum = exp_and_sum(logits)
     at_target = mx.take_along_axis(logits, targets[:, None], axis=1)
     return exponentials, total, (maximum + mx.log(total) - at_target)[:, 0]
+
+
+def chunk_logits(hidden: mx.array, head: Head) -> mx.array:
+    """(n, D) -> (n, V) float32."""
+    logits = hidden @ head["weight"].T
+    if "bias" in head:
+        logits = logits + head["bias"]
+    return logits.astype(mx.float32)
 
 
 def chunk_size(width: int, elements: int | None = None) -> int:

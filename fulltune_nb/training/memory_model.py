@@ -32,9 +32,9 @@ from fulltune_nb.training.loss import chunk_size
 from fulltune_nb.training.memory_model_block import BlockSizes
 from fulltune_nb.training.selection import lowest_trained_block
 
-_LATE = 5
-"""Block inputs that are freed late when blocks are computed again."""
 BYTES = 4  # activations and gradients are float32 on the CPU
+_LATE = 5
+"""Block inputs that are freed late when blocks are computed again, in stages."""
 Shape = tuple[int, ...]
 
 
@@ -62,6 +62,11 @@ class Workload:
     """Weights stored in 16 bits."""
     native: bool = False
     """Loss, norm and AdamW are computed by kernels of our own (`native`)."""
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether the whole graph is computed by `staged`."""
+        return self.native and not self.model.num_experts
 
     @cached_property
     def block(self) -> BlockSizes:
@@ -118,10 +123,11 @@ def moments(work: Workload, update: int) -> dict[str, dict[str, int]]:
     above = max(depth - 1, 0)
     backward = _backward(work, copies)
     tied = work.model.tie_word_embeddings and "embed_tokens.weight" in work.trained
-    first = gradients + max(backward - work.weights(), tied * head)
-    if work.native and not work.model.num_experts:  # the head's gradient is there from the loss to the end, beside the embedding's own
+    if work.in_stages:  # the head's gradient is there from the loss to the end, beside the embedding's own
         late = _LATE * hidden if work.checkpoint and work.model.block != "parallel" else 0
         first = gradients + tied * head + backward - work.weights() + late
+    else:
+        first = gradients + max(backward - work.weights(), tied * head)
     sums = gradients if work.micro_batches > 1 else 0  # of the micro-batches before
     found = {
         "forward": {"gradients": sums, "activations": above * kept + block.forward(copies)},
@@ -166,7 +172,7 @@ def logits(work: Workload) -> float:
     """Elements at the loss: a chunk of logits and what is computed from it, and the head's gradient being summed up."""
     counts, vocab = work.block.counts, work.model.vocab_size
     head = vocab * work.model.hidden_size
-    if work.native and not work.model.num_experts:
+    if work.in_stages:
         rows = min(chunk_size(vocab, staged.CHUNK_ELEMENTS), work.targets)
         return rows * vocab + (1 + (rows < work.targets) + work.half) * head + 2 * work.targets * work.model.hidden_size
     rows = chunk_size(vocab)

@@ -17,14 +17,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.models.cpu_streams import worker_cores
+from fulltune_nb.models.cpu_streams import LeastLoaded, worker_cores
 
 VARIABLE = "FULLTUNE_KERNELS"
 """Environment variable; "off" leaves everything to MLX."""
@@ -87,7 +87,7 @@ class Kernels:
             starts = [_address(array) + 4 * offset for array, offset in ((p, first), (g, 0), (m, first), (v, first))]
             for begin, count in _chunks(g.size):
                 arguments = (*(start + 4 * begin for start in starts), count, *scalars)
-                tasks.append((count, lambda arguments=arguments: self._adam(*arguments)))
+                tasks.append((count, partial(self._adam, *arguments)))
         _on_all_cores(tasks)
 
     def sum_of_squares(self, arrays: Sequence[mx.array]) -> float:
@@ -100,7 +100,7 @@ class Kernels:
         def sum_part(i: int) -> None:
             sums[i] = self._sum_of_squares(*parts[i])
 
-        _on_all_cores([(count, lambda i=i: sum_part(i)) for i, (_, count) in enumerate(parts)])
+        _on_all_cores([(count, partial(sum_part, i)) for i, (_, count) in enumerate(parts)])
         return sum(sums)
 
     def cross_entropy(self, logits: mx.array, targets: np.ndarray, weights: np.ndarray) -> float:
@@ -124,7 +124,7 @@ class Kernels:
             count = min(step, rows - first)
             others = (array.ctypes.data + 4 * first for array in (targets, weights, losses))
             arguments = (start + 4 * first * width, count, width, *others)
-            tasks.append((count, lambda arguments=arguments: self._cross_entropy(*arguments)))
+            tasks.append((count, partial(self._cross_entropy, *arguments)))
         _on_all_cores(tasks)
         return float(losses.sum(dtype=np.float64))
 
@@ -158,11 +158,9 @@ def _chunks(size: int) -> list[tuple[int, int]]:
 def _on_all_cores(tasks: Sequence[tuple[int, Callable[[], None]]]) -> None:
     """Runs (size, task) pairs, each on the core that has got the least so far; C functions let go of Python's lock."""
     shares: list[list[Callable[[], None]]] = [[] for _ in range(worker_cores())]
-    dealt = [0] * len(shares)
+    workers = LeastLoaded(len(shares))
     for size, task in tasks:
-        least = dealt.index(min(dealt))
-        dealt[least] += size
-        shares[least].append(task)
+        shares[workers.next(size)].append(task)
     others = [threading.Thread(target=_run_all, args=(share,)) for share in shares[1:] if share]
     for thread in others:
         thread.start()

@@ -22,7 +22,7 @@ def update_natively(
     kernels: Kernels,
     model: nn.Module,
     state: dict[str, State],
-    pieces: Sequence[tuple[Piece, tuple[float, ...]]],
+    pieces: Sequence[Piece],
     gradients: Mapping[str, mx.array],
 ) -> None:
     """Update pieces of parameters and their moments; what somebody else holds of these is left as it is.
@@ -31,18 +31,18 @@ def update_natively(
         kernels: ours.
         model: holds the parameters.
         state: module path -> slot -> array.
-        pieces: what is updated, with its `native_scalars`.
+        pieces: what is updated; `native` are its `native_scalars`.
         gradients: module path -> that of the piece's tensor or rows.
     """
-    gradients = {piece.name: mx.contiguous(gradients[piece.name].astype(mx.float32)) for piece, _ in pieces}
+    gradients = {piece.name: mx.contiguous(gradients[piece.name].astype(mx.float32)) for piece in pieces}
     for name in gradients:
         place = Place(model, name)
         # Place and state are taken by the new arrays before anything is evaluated: nothing but their graph then holds the old ones.
         place.array, state[name] = sole(place.array), {slot: sole(state[name].pop(slot)) for slot in ("m", "v")}
     mx.eval(gradients, [(Place(model, name).array, state[name]) for name in gradients])
     updates = []
-    for piece, scalars in pieces:
+    for piece in pieces:
         p, moments = Place(model, piece.name).array, state[piece.name]
         first = first_row(piece) * p.shape[-1]
-        updates.append(AdamUpdate(p, gradients[piece.name], moments["m"], moments["v"], first, scalars))
+        updates.append(AdamUpdate(p, gradients[piece.name], moments["m"], moments["v"], first, piece.native))
     kernels.adam(updates)

@@ -213,12 +213,13 @@ class Optimizers:
         """A tensor as it is where that needs little or no memory, else pieces of it."""
         shape, dtype = self._shapes[name], Place(model, name).array.dtype
         size, (start, stop) = math.prod(shape), matrix_rows(shape, rows)
-        if self._native_scalars(model, name):
-            yield Piece(name, (stop - start) * shape[-1], rows and slice(start, stop), start, in_place=True, native=True)
+        group = self._groups[name]
+        rule = self._rules[group.optimizer]
+        if scalars := native_scalars(self.kernels, rule, self._scalars[group], dtype):
+            yield Piece(name, (stop - start) * shape[-1], rows and slice(start, stop), start, in_place=True, native=scalars)
             return
-        rule = self._rules[self._groups[name].optimizer]
         own = {dtype, *(slot.dtype for slot in self._slots[name].values())}
-        in_place = own == {mx.float32} and rule.in_place(self._groups[name].weight_decay)
+        in_place = own == {mx.float32} and rule.in_place(group.weight_decay)
         whole = in_place or not rule.by_rows or len(shape) < 2 or size <= piece_size()
         if rows is None and whole and not self.passes(name):
             yield Piece(name, size, in_place=in_place)
@@ -229,15 +230,11 @@ class Optimizers:
     def _update_batch(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
         for piece in pieces if self.observers else ():
             self._tell_before(model, piece, gradients[piece.name])
-        if native := [(piece, self._native_scalars(model, piece.name)) for piece in pieces if piece.native]:
+        if native := [piece for piece in pieces if piece.native]:
             self._changed = True
             update_natively(self.kernels, model, self._state, native, gradients)
         self._update_by_mlx(model, [piece for piece in pieces if not piece.native], gradients)
         tell_after(self.observers, model, pieces)
-
-    def _native_scalars(self, model: nn.Module, name: str) -> tuple[float, ...] | None:
-        group = self._groups[name]
-        return native_scalars(self.kernels, self._rules[group.optimizer], self._scalars[group], Place(model, name).array.dtype)
 
     def _update_by_mlx(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
         dealer, new, parts = Dealer(), [], []

@@ -32,8 +32,8 @@ class Piece:
     """Row of the tensor that is the first one of the gradient at hand."""
     in_place: bool = False
     """It needs no memory of its own."""
-    native: bool = False
-    """It is updated by kernels of our own."""
+    native: tuple[float, ...] | None = None
+    """What kernels of our own need to know of the step; None: MLX updates it."""
 
 
 def matrix_rows(shape: Shape, places: slice | None) -> tuple[int, int]:

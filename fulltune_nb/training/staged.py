@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from fulltune_nb.data.batching import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.backward import Gradients, batch_arrays, trained_hidden_states
-from fulltune_nb.training.loss import Head, chunks
+from fulltune_nb.training.loss import Head, chunk_logits, chunks
 from fulltune_nb.training.native import Kernels
 
 CHUNK_ELEMENTS = 2**23
@@ -58,9 +58,8 @@ class StagedGradients:
             model.update(parameters)  # tracing leaves stand-ins in the model
         mx.eval(hidden)
         trained = dict(tree_flatten(model.trainable_parameters()))
-        loss, hidden_gradient, of_head = self._head(model, hidden, batch.targets, batch.weights / step_tokens, trained)
+        loss, of_head = self._head(model, hidden, batch.targets, batch.weights / step_tokens, trained, np.asarray(awaited))
         del hidden
-        np.asarray(awaited)[:] = hidden_gradient
         mx.eval(gradients)
         for name, gradient in of_head.items():  # a tied one has both
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
@@ -69,18 +68,17 @@ class StagedGradients:
         return mx.array(loss), tree_unflatten(list(gradients.items()))
 
     def _head(
-        self, model: Decoder, hidden: mx.array, targets: np.ndarray, weights: np.ndarray, trained: Flat
-    ) -> tuple[float, np.ndarray, Flat]:
-        """The loss, the gradient of `hidden` (N, D), and those of the head's trained arrays by module path; evaluated."""
+        self, model: Decoder, hidden: mx.array, targets: np.ndarray, weights: np.ndarray, trained: Flat, hidden_gradient: np.ndarray
+    ) -> tuple[float, Flat]:
+        """The loss, and the gradients of the head's trained arrays by module path; that of `hidden` (N, D) is written into
+        `hidden_gradient`. Evaluated."""
         head: Head = {name: array.astype(mx.float32) for name, array in model.head_weights().items()}
         tied = "embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
         paths = {path: name for name, path in (("weight", tied), ("bias", "lm_head.bias")) if name in head and path in trained}
-        loss, hidden_gradient, found = 0.0, np.empty(hidden.shape, np.float32), {}
+        loss, found = 0.0, {}
         for rows in chunks(len(targets), model.config.vocab_size, CHUNK_ELEMENTS):
             part = hidden[rows]
-            logits = part @ head["weight"].T  # (n, D) -> (n, V)
-            if "bias" in head:
-                logits = logits + head["bias"]
+            logits = chunk_logits(part, head)
             mx.eval(logits)
             loss += self._kernels.cross_entropy(logits, targets[rows], weights[rows])
             back = logits @ head["weight"]
@@ -90,7 +88,7 @@ class StagedGradients:
                 del more
             mx.eval(back, found)
             hidden_gradient[rows] = np.asarray(back)
-        return loss, hidden_gradient, found
+        return loss, found
 
 
 def _hidden_states_and_gradients(

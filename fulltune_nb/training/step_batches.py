@@ -33,7 +33,7 @@ class StepBatches:
 
     @property
     def tokens_per_step(self) -> float:
-        """Input positions of a step in the mean, without padding."""
+        """Tokens of a step's rows in the mean, without padding."""
         lengths = self._split.lengths[self._split.trainable]
         return float(np.minimum(lengths, self._config.max_seq_length).sum() / self.steps_per_epoch)
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.models.cpu_math import fast_exp
-from fulltune_nb.training.loss import Head, chunks
+from fulltune_nb.training.loss import Head, chunk_logits, chunks
 from fulltune_nb.training.native import Kernels
 
 RANGE_ELEMENTS = 2**24
@@ -160,10 +160,8 @@ def _logit_gradients(head: Head, weight: mx.array, one: HeadInput, rows: slice, 
 
 def _logits(head: Head, weight: mx.array, one: HeadInput, rows: slice, part: slice) -> mx.array:
     """(n, v) float32. `weight`: the range's rows in the dtype of the hidden states."""
-    logits = one.hidden[part] @ weight.T
-    if "bias" in head:
-        logits = logits + head["bias"][rows]
-    return logits.astype(mx.float32)
+    bias = {"bias": head["bias"][rows]} if "bias" in head else {}
+    return chunk_logits(one.hidden[part], {"weight": weight, **bias})
 
 
 def _targets(one: HeadInput, rows: slice, part: slice) -> tuple[mx.array, mx.array]:

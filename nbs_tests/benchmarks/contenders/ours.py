@@ -15,7 +15,7 @@ def main() -> None:
     args = arguments()
     config = ft.TrainConfig(
         batch_size=args.batch_size, learning_rate=args.learning_rate, max_seq_length=args.max_length,
-        backward=os.environ.get("BENCHMARK_BACKWARD", "whole"), compile={"0": False}.get(os.environ.get("BENCHMARK_COMPILE")),
+        backward=os.environ.get("BENCHMARK_BACKWARD", "whole"), compile=False if os.environ.get("BENCHMARK_COMPILE") == "0" else None,
     )  # fmt: skip  # a run of the default length, of which these are the first steps
     lm = ft.load_model(args.model)
     data = ft.load_data(args.data, lm.tokenizer, config=config)
