@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.blas import ensure_fast_blas
+from fulltune_nb.cpu.blas import ensure_fast_blas
 
 ensure_fast_blas()  # before anything imports mlx.core: afterwards is too late
 
@@ -36,13 +36,13 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
-    from fulltune_nb.data.encoding import Example
-    from fulltune_nb.insight.comparison import compare
+    from fulltune_nb.data.encode import Example
+    from fulltune_nb.insight.compare import compare
     from fulltune_nb.insight.generation_score import evaluate_generation
     from fulltune_nb.insight.learning_rate import find_lr
     from fulltune_nb.insight.losses import token_losses
-    from fulltune_nb.insight.tracing import inspect, trace
-    from fulltune_nb.language_model import LanguageModel, load_model
+    from fulltune_nb.insight.trace import inspect, trace
+    from fulltune_nb.models.language_model import LanguageModel, load_model
     from fulltune_nb.panels.chat import ChatPanel
     from fulltune_nb.panels.data import DataPanel
     from fulltune_nb.panels.train import TrainPanel
@@ -90,24 +90,24 @@ _HOMES = {
     "DataPanel": "panels.data",
     "EvalReport": "training.history",
     "Event": "training.history",
-    "Example": "data.encoding",
+    "Example": "data.encode",
     "History": "training.history",
-    "LanguageModel": "language_model",
+    "LanguageModel": "models.language_model",
     "StepReport": "training.history",
     "TrainConfig": "training.config",
     "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
-    "compare": "insight.comparison",
+    "compare": "insight.compare",
     "evaluate_generation": "insight.generation_score",
     "find_lr": "insight.learning_rate",
-    "inspect": "insight.tracing",
+    "inspect": "insight.trace",
     "load_data": "data.dataset",
-    "load_model": "language_model",
+    "load_model": "models.language_model",
     "plot_loss": "plots",
     "plot_memory": "plots",
     "preflight": "training.memory",
     "token_losses": "insight.losses",
-    "trace": "insight.tracing",
+    "trace": "insight.trace",
 }
 
 

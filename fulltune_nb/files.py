@@ -17,6 +17,32 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+# -- json_objects: JSON objects of which nothing is lost in reading
+
+_KEY = 60  # characters of a key that a message shows
+
+
+class KeyTwice(ValueError):
+    """An object gives a key twice."""
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for `json.loads`: Python keeps the last of two equal keys without a word.
+
+    Raises:
+        KeyTwice: names the key.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise KeyTwice(f"the key {twice[:_KEY]!r} is given twice in one object")
+    return found
+
+
+# -- files: Files and folders that are whole or not there at all, whatever happens meanwhile
 
 _SLICE = 2**23  # bytes handed to the system at a time
 _REMOVED_AT_ONCE = 2**26  # bytes of a folder that are gone so fast that no thread is worth it

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fulltune_nb import settings as checks
 from fulltune_nb.command_line import Parser, add_fields, field_names, run, start, termination_exits
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.html import human_bytes
-from fulltune_nb.training import checks
-from fulltune_nb.training.checks import SettingError
+from fulltune_nb.settings import SettingError
 from fulltune_nb.training.config import TrainConfig, read_yaml
 
 if TYPE_CHECKING:
     from fulltune_nb.data.dataset import DataSet
-    from fulltune_nb.language_model import LanguageModel
+    from fulltune_nb.models.language_model import LanguageModel
     from fulltune_nb.training.trainer import Trainer
 
 EPILOG = """\
@@ -117,8 +117,7 @@ def check_paths(settings: Settings) -> None:
     Raises:
         ConfigError, DataError, WeightsError: nothing to do, or something that is needed is not there.
     """
-    from fulltune_nb.data.hub import hub_id
-    from fulltune_nb.data.reading import ENDINGS, folder_names
+    from fulltune_nb.data.read import ENDINGS, folder_names, hub_id
     from fulltune_nb.tensor_files import check_ending
 
     options = settings.options
@@ -148,7 +147,7 @@ def check_paths(settings: Settings) -> None:
 
 
 def _holds_run(run_dir: str) -> bool:
-    from fulltune_nb.training.run_directory import holds_run
+    from fulltune_nb.training.run import holds_run
 
     return holds_run(Path(run_dir).expanduser())
 
@@ -156,7 +155,7 @@ def _holds_run(run_dir: str) -> bool:
 def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
     """Model and data, with a line for each thing worth knowing."""
     from fulltune_nb.data.dataset import load_data
-    from fulltune_nb.model_file import load_with_model_file
+    from fulltune_nb.models.model_file import load_with_model_file
 
     options, path = settings.options, settings.model_file
     if not path.is_file():
@@ -179,7 +178,7 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
 
 def show_other_mask(path: Path, mask_prompt: bool) -> None:
     """Says so where the weights were trained on other tokens than those that count now: the losses then differ by nature."""
-    from fulltune_nb.model_file import read_metadata
+    from fulltune_nb.models.model_file import read_metadata
 
     before = read_metadata(path).get("mask_prompt")
     if before == "true" and not mask_prompt:
@@ -201,8 +200,8 @@ def check_places(settings: Settings, lm: LanguageModel) -> None:
     Raises:
         ModelError, WeightsError: it would.
     """
-    from fulltune_nb.model_file import check_model_file
-    from fulltune_nb.models.saving import check_not_source
+    from fulltune_nb.models.folder import check_not_source
+    from fulltune_nb.models.model_file import check_model_file
 
     check_model_file(settings.model_file, lm)
     if settings.options.export:
@@ -252,14 +251,14 @@ class SaveModelFile:
 
 def save_weights(trainer: Trainer, path: Path) -> None:
     """The weights as they are now into the model file."""
-    from fulltune_nb.model_file import save_model_file
+    from fulltune_nb.models.model_file import save_model_file
 
     save_model_file(path, trainer.lm, trainer.data.train.format, trainer.config.mask_prompt)
 
 
 def train(settings: Settings) -> Trainer:
     """Trains to the end or to an interrupt, and writes the model file and, at the end, the model folder."""
-    from fulltune_nb.model_file import export_folder
+    from fulltune_nb.models.model_file import export_folder
 
     trainer, path = make_trainer(settings), settings.model_file
     try:
@@ -308,8 +307,8 @@ def work(flags: Mapping[str, Any]) -> int:
     if trainer is not None:
         print(test_line(trainer.evaluate("test", batches).loss))
         return 0
-    from fulltune_nb.training.allocator import cap_cache
-    from fulltune_nb.training.evaluate import evaluate_loss
+    from fulltune_nb.cpu.allocator import cap_cache
+    from fulltune_nb.training.loss import evaluate_loss
 
     cap_cache()
     lm, data = load(settings)

@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 
-from fulltune_nb.blas import BlasInfo, ensure_fast_blas
+from fulltune_nb.cpu.blas import BlasInfo, ensure_fast_blas
 from fulltune_nb.html import facts, human_bytes
 
 MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied

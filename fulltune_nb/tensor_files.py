@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fulltune_nb.errors import WeightsError
-from fulltune_nb.json_objects import no_key_twice
+from fulltune_nb.files import no_key_twice
 
 _NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<V2", "C64": "<c8", "BOOL": "|b1",

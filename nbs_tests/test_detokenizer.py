@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fulltune_nb.detokenizer import ByteDetokenizer, StopStrings, WindowDetokenizer, decode_text, make_detokenizer, special_ids
+from fulltune_nb.models.detokenizer import ByteDetokenizer, StopStrings, WindowDetokenizer, decode_text, make_detokenizer, special_ids
 
 TEXTS = [
     "plain words, with punctuation .",

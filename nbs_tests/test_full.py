@@ -19,10 +19,10 @@ from fulltune_nb.data.dataset import load_data
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.full import Options, build_parser, main, read_settings
 from fulltune_nb.full import test_line as line_of_test
-from fulltune_nb.language_model import LanguageModel, load_model
-from fulltune_nb.model_file import EXPORT_NOTE, export_folder, read_metadata
+from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.models.model_file import EXPORT_NOTE, export_folder, read_metadata
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.evaluate import evaluate_loss
+from fulltune_nb.training.loss import evaluate_loss
 from fulltune_nb.training.trainer import Trainer
 
 CONFIG = {

@@ -9,8 +9,8 @@ import pytest
 
 from fulltune_nb import __main__ as commands
 from fulltune_nb.full import main
-from fulltune_nb.language_model import LanguageModel, load_model
-from fulltune_nb.model_file import save_model_file
+from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.models.model_file import save_model_file
 from nbs_tests.training.conftest import TINY_LLAMA
 
 

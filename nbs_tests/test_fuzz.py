@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fulltune_nb as ft
-from fulltune_nb.data.formats import row_problem
-from fulltune_nb.data.reading import read_file
+from fulltune_nb.data.read import read_file
+from fulltune_nb.data.rows import row_problem
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, WeightsError
 from fulltune_nb.models.families import FAMILIES
-from fulltune_nb.models.loading import _config_of, read_tensors, weight_files
-from fulltune_nb.training.checkpoint import read_state
+from fulltune_nb.models.folder import _config_of, read_tensors, weight_files
+from fulltune_nb.training.run import read_state
 from nbs_tests.models.parity import RAW
 
 HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -12,8 +12,8 @@ import pytest
 
 from fulltune_nb.chat_template import CHATML
 from fulltune_nb.generate import main
-from fulltune_nb.language_model import LanguageModel, load_model
-from fulltune_nb.model_file import EXPORT_NOTE, load_with_model_file, read_metadata, save_model_file, trained_format
+from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.models.model_file import EXPORT_NOTE, load_with_model_file, read_metadata, save_model_file, trained_format
 
 CONFIG = {
     "model_type": "llama",

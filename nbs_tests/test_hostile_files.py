@@ -22,9 +22,9 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, FulltuneError, GenerationError, ModelError, WeightsError
-from fulltune_nb.models.loading import load_decoder, read_json, read_tensors, weight_files
+from fulltune_nb.models.folder import load_decoder, read_json, read_tensors, weight_files
+from fulltune_nb.settings import read_yaml
 from fulltune_nb.tensor_files import open_npz, open_safetensors
-from fulltune_nb.training.yaml_files import read_yaml
 from nbs_tests.models.conftest import model_folder  # noqa: F401  a fixture
 from nbs_tests.models.parity import RAW
 from nbs_tests.training.conftest import make_data, make_lm, make_trainer  # noqa: F401  fixtures
@@ -390,7 +390,7 @@ def test_a_chat_template_that_reaches_out_is_refused(case, make_tokenizer, tmp_p
     with pytest.raises(DataError) as error:
         ft.load_data(rows, tokenizer)
     assert error.value.problems[0].startswith("train:1: ") and "template" in str(error.value)
-    from fulltune_nb.prompts import chat_ids
+    from fulltune_nb.chat_template import chat_ids
 
     with pytest.raises(GenerationError, match="chat template refused"):
         chat_ids(tokenizer, rows["train"][0]["messages"], None, 500)

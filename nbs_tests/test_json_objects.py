@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fulltune_nb.json_objects import KeyTwice, no_key_twice
+from fulltune_nb.files import KeyTwice, no_key_twice
 
 
 def read(text: str):

@@ -6,9 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fulltune_nb.chat_template import CHATML
+from fulltune_nb.chat_template import CHATML, answer_end, chat_ids, prompt_ids
 from fulltune_nb.errors import GenerationError
-from fulltune_nb.prompts import answer_end, chat_ids, prompt_ids
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 

@@ -11,9 +11,9 @@ import time
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb import render_limits
+from fulltune_nb import chat_template as render_limits
+from fulltune_nb.chat_template import chat_ids
 from fulltune_nb.errors import DataError, GenerationError
-from fulltune_nb.prompts import chat_ids
 
 WASTEFUL = {
     "loops within loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",

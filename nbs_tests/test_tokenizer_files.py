@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb import tiny, tokenizer_files
+from fulltune_nb import tiny
 from fulltune_nb.errors import ModelError
-from fulltune_nb.tokenizer_files import load_tokenizer, save_tokenizer
+from fulltune_nb.models import tokenizer as tokenizer_files
+from fulltune_nb.models.tokenizer import load_tokenizer, save_tokenizer
 
 
 @pytest.fixture

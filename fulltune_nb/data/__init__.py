@@ -1,9 +1,8 @@
 """From files or lists of rows to batches: formats, tokens, loss masks, order of batches."""
 
-from fulltune_nb.data.batching import Batch, BatchOrder, collate, evaluation_batches, evaluation_shapes
+from fulltune_nb.data.batches import Batch, BatchOrder, PackedOrder, collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split, load_data
-from fulltune_nb.data.encoding import Example
-from fulltune_nb.data.packing import PackedOrder
+from fulltune_nb.data.encode import Example
 from fulltune_nb.data.settings import DataSettings
 
 __all__ = [

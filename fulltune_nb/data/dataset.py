@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from fulltune_nb.chat_template import ensure_chat_template
-from fulltune_nb.data.bad_rows import bad_rows_error, feature_hint, names_of
-from fulltune_nb.data.encoding import Example, encode_rows
-from fulltune_nb.data.formats import detect_format, expected_keys, row_problem
-from fulltune_nb.data.hub import PREFIX, hub_id, read_hub
-from fulltune_nb.data.reading import SPLITS, RawSplit, read_folder, read_memory
+from fulltune_nb.data.encode import Example, encode_rows
+from fulltune_nb.data.read import PREFIX, SPLITS, RawSplit, hub_id, read_folder, read_hub, read_memory
+from fulltune_nb.data.rows import bad_rows_error, detect_format, expected_keys, feature_hint, names_of, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
 from fulltune_nb.errors import ConfigError, DataError
 
@@ -80,7 +78,7 @@ class Split(Sequence[Example]):
         return f"Split({self.name}: {len(self):,} {self.format} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained)"
 
     def _repr_html_(self) -> str:
-        from fulltune_nb.data.lens import split_html
+        from fulltune_nb.data.look import split_html
 
         return split_html(self)
 
@@ -123,7 +121,7 @@ class DataSet:
             ConfigError: `n` is no whole number of at least 1.
             DataError: there is no such split.
         """
-        from fulltune_nb.data.lens import Lens
+        from fulltune_nb.data.look import Lens
 
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ConfigError(f"show: expected a whole number of examples, at least 1, got {n!r}.")
@@ -136,7 +134,7 @@ class DataSet:
         return f"DataSet({parts}, {sum(s.tokens for s in self.splits.values()):,} tokens)"
 
     def _repr_html_(self) -> str:
-        from fulltune_nb.data.lens import dataset_html
+        from fulltune_nb.data.look import dataset_html
 
         return dataset_html(self)
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.models.saving import write_text
+from fulltune_nb.models.folder import write_text
+from fulltune_nb.training.card import versions
 from fulltune_nb.training.history import EvalReport
-from fulltune_nb.training.model_card import versions
 from fulltune_nb.training.trainer import Trainer
 
 FILE = "result.json"

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune_nb.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fulltune_nb.experiments.outcome import Sweep
-    from fulltune_nb.experiments.runs import Run
+    from fulltune_nb.experiments.runs import Run, Sweep
 
 _REDRAW_SECONDS = 1.0
 
@@ -49,8 +48,7 @@ def sweep(
     Raises:
         ConfigError: the notebook, the parameters (an unknown name, say) or `jobs` cannot be used; nothing was run then.
     """
-    from fulltune_nb.experiments.outcome import Sweep
-    from fulltune_nb.experiments.watching import watcher
+    from fulltune_nb.experiments.runs import Sweep, watcher
 
     path = _find(Path(notebook).expanduser())
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
@@ -79,7 +77,7 @@ def _find(notebook: Path) -> Path:
 
 def _plan(notebook: Path, grid: Any, out_dir: Path) -> tuple[list[Run], list[str]]:
     """The runs with what is known of them from before, and the notebook's parameters."""
-    from fulltune_nb.experiments.points import check_names, folder_name, label, parameter_names, points_of, varied
+    from fulltune_nb.experiments.parameters import check_names, folder_name, label, parameter_names, points_of, varied
     from fulltune_nb.experiments.runs import Run
 
     points = points_of(grid)

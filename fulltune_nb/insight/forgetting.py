@@ -11,19 +11,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fulltune_nb.data.encoding import Example
+from fulltune_nb.data.encode import Example
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
 from fulltune_nb.insight.attaching import Attachable
-from fulltune_nb.insight.examples import as_examples
-from fulltune_nb.insight.survival import block_of, norm
-from fulltune_nb.insight.token_statistics import token_statistics
-from fulltune_nb.language_model import LanguageModel
+from fulltune_nb.insight.losses import as_examples, token_statistics
+from fulltune_nb.insight.updates import block_of, norm
+from fulltune_nb.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
-    from fulltune_nb.charts import Axes
+    from fulltune_nb.plots import Axes
 
 _PIECE = 512  # tokens of the general text that are read at a time
 _COLUMNS = 5  # of answers side by side
@@ -169,7 +168,7 @@ class Forgetting(Attachable):
         Args:
             ax: where to draw; a new figure where left out.
         """
-        from fulltune_nb.charts import curves
+        from fulltune_nb.plots import curves
 
         values = [snapshot.perplexity for snapshot in self.snapshots]
         base = [values[0]] * len(values) if values else []
@@ -177,7 +176,7 @@ class Forgetting(Attachable):
 
     def plot_drift(self, ax: Axes | None = None) -> Axes:
         """How far each block's weights have moved, by step."""
-        from fulltune_nb.charts import heat_map
+        from fulltune_nb.plots import heat_map
 
         blocks, values = self.drift_by_block()
         return heat_map(values, blocks, self.steps, ("block", "optimizer step", "change / weight"), ax=ax)

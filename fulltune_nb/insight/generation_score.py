@@ -8,17 +8,42 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.data.encoding import Example
+import regex
+
+from fulltune_nb.data.encode import Example
 from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
 from fulltune_nb.insight.attaching import Attachable
-from fulltune_nb.insight.regex import full_match
-from fulltune_nb.language_model import LanguageModel
+from fulltune_nb.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
-    from fulltune_nb.charts import Axes
+        from fulltune_nb.plots import Axes
+
+# -- regex: Patterns from data, matched within a time: a pattern can be written, by mistake or on purpose, that 
+
+SECONDS = 1.0
+_LONGEST = 4000
+"""Characters of a pattern: reading one takes time too, which nothing bounds."""
+
+
+def full_match(pattern: str, text: str, seconds: float = SECONDS) -> tuple[float, str]:
+    """1.0 where the pattern matches the whole text, blanks at its ends aside, else 0.0; and why it could not be tried, or "".
+
+    Patterns are those of Python's `re` (of the `regex` package, which takes these); `.` matches line breaks too.
+    """
+    if len(pattern) > _LONGEST:
+        return 0.0, f"the pattern has {len(pattern):,} characters, more than the {_LONGEST:,} that are tried"
+    try:
+        return float(regex.fullmatch(pattern, text.strip(), flags=regex.DOTALL, timeout=seconds) is not None), ""
+    except TimeoutError:
+        return 0.0, f"the pattern took longer than {seconds:g} s"
+    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+        return 0.0, f"the pattern cannot be used: {error}"
+
+
+# -- generation_score: Scoring what a model writes: answers to the rows of a split, each judged by a metric, with the wrong
 
 Metric = str | Callable[..., Any]
 _SHOWN = 20
@@ -77,7 +102,7 @@ class GenerationReport:
         Args:
             ax: where to draw; a new figure where left out.
         """
-        from fulltune_nb.charts import curves
+        from fulltune_nb.plots import curves
 
         scores = sorted((answer.score for answer in self.answers), reverse=True)
         title = f"mean {self.score:.3f} of {len(scores):,} answers"
@@ -199,7 +224,7 @@ class GenerationScore(Attachable):
         Args:
             ax: where to draw; a new figure where left out.
         """
-        from fulltune_nb.charts import curves
+        from fulltune_nb.plots import curves
 
         name = self.metric if isinstance(self.metric, str) else _name(self.metric)
         return curves([(name, [r.step for r in self.reports], [r.score for r in self.reports])], "optimizer step", name, ax=ax)

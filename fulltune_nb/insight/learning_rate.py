@@ -13,13 +13,13 @@ from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, NonFiniteError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, facts
-from fulltune_nb.insight.survival import UpdateMeter, survival
+from fulltune_nb.insight.updates import UpdateMeter, survival
 from fulltune_nb.training.rehearsal import Step, rehearsal
 from fulltune_nb.training.schedule import final_share
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from fulltune_nb.charts import Axes
+    from fulltune_nb.plots import Axes
 
 _BELOW_THE_MINIMUM = 7.0
 """The rate with the lowest loss is already at the edge: losses of later steps would not stand it. A tenth of it is the usual advice; on the
@@ -124,7 +124,7 @@ class LearningRateSearch:
         Args:
             ax: where to draw; a new figure where left out.
         """
-        from fulltune_nb.charts import curves, mark
+        from fulltune_nb.plots import curves, mark
 
         series = [("loss", self.rates, self.losses), ("moving mean", self.rates, self.smoothed)]
         ax = curves(series, "learning rate", "loss (nats per token)", "Learning-rate range test", log_x=True, ax=ax)

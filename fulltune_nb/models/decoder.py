@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fulltune_nb.models import cpu_math
+from fulltune_nb.cpu import fast_math as cpu_math
 from fulltune_nb.models.families import ModelConfig
 from fulltune_nb.models.kernels import activation, attend, gated_activation, lookup
 from fulltune_nb.models.kv_cache import KVCache

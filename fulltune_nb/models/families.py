@@ -18,6 +18,8 @@ from fulltune_nb.html import facts
 from fulltune_nb.models.kernels import ACTIVATIONS
 from fulltune_nb.models.rope import RopeConfig, read_rope
 
+# -- families: The supported families, as data, and the reading of `config.json` into a `ModelConfig`
+
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 ATTENTION_PROJECTIONS = (*ATTENTION_INPUTS, "o_proj")
 GATED_MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -295,3 +297,21 @@ def _windows(family: Family, values: Mapping[str, Any], num_layers: int, where: 
             raise ModelError(f"{where}: layer_types has {len(layer_types)} entries, but num_hidden_layers is {num_layers}.")
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     return tuple(window if layer >= values["max_window_layers"] else None for layer in range(num_layers))
+
+
+# -- names: Tensor names: ours (the module tree of `decoder.py`) and Hugging Face's
+
+def to_hf(name: str, family: str) -> str:
+    """Our parameter name as the family's Hugging Face checkpoints write it.
+
+    Renames act on whole dotted segments: `layers.0.attention.o_proj.weight` of Phi becomes
+    `model.layers.0.self_attn.dense.weight`.
+    """
+    renames = {**COMMON_NAMES, **FAMILIES[family].names}
+    renamed = ".".join(renames.get(segment, segment) for segment in name.split("."))
+    return renamed if renamed.startswith("lm_head.") else f"model.{renamed}"
+
+
+def hf_names(names: list[str], family: str) -> dict[str, str]:
+    """Hugging Face's name -> our name, for the given parameters of a model."""
+    return {to_hf(name, family): name for name in names}

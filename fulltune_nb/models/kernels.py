@@ -10,8 +10,8 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from fulltune_nb.cpu import fast_math as cpu_math
 from fulltune_nb.errors import ModelError
-from fulltune_nb.models import cpu_math
 
 ACTIVATIONS = {
     "silu": cpu_math.silu,

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+from fulltune_nb.errors import FulltuneError, GenerationError
 from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
+from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.panels.loop import Background, Hold, let_go
+
+# -- conversation: A conversation with one model or two: what was asked and answered, and how it looks
 
 TURNS_SHOWN = 50
 """Turns on the page; earlier ones are counted."""
@@ -135,3 +144,202 @@ def _cell_text(answer: Answer) -> str:
     problem = f"⚠ {cut(answer.problem, _RECORD_CHARACTERS)}" if answer.problem else ""
     parts = [cut(answer.text, _RECORD_CHARACTERS), problem, f"({state})" if state else ""]
     return "\n".join(part for part in parts if part)
+
+
+# -- answering: Answers written piece by piece behind the cells of a notebook, or in plain Python while one waits
+
+UNEXPECTED = "Something unexpected. `await panel.wait()` raises it with its traceback; Regenerate tries again."
+
+
+class Answering:
+    """Has models answer the turns of a conversation, one turn after the other, all models side by side.
+
+    Attributes:
+        models: language models, one for each name of the conversation.
+        conversation: what was said.
+        error: the last error of an answer, or None.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[LanguageModel],
+        conversation: Conversation,
+        settings: Callable[[], tuple[str, dict[str, Any]]],
+        changed: Callable[[bool], None],
+    ):
+        """
+        Args:
+            models: whom to ask.
+            conversation: where turns are added.
+            settings: gives the system prompt and the settings of `stream_chat`, when an answer begins.
+            changed: called after every piece with False, and with True when a turn begins or ends.
+        """
+        self.models = tuple(models)
+        self.conversation = conversation
+        self.error: BaseException | None = None
+        self._settings, self._changed = settings, changed
+        self._thread = threading.get_ident()
+        self._turn: Turn | None = None
+        self._stopping = False
+        self._background = Background(self.stop)
+
+    # -- threads and event loops ----------------------------------------------------------------------------------
+
+    def post(self, action: Callable[[], Any]) -> None:
+        """Has `action` called on the thread that made this object: at once there, soon from any other."""
+        if threading.get_ident() == self._thread:
+            action()
+        else:
+            self._background.post(action)
+
+    def later(self, seconds: float, action: Callable[[], Any]) -> None:
+        """Has `action` called after some time; at once where no event loop runs. On the own thread only."""
+        self._background.capture()
+        if self._background.later(seconds, action) is None:
+            action()
+
+    # -- what can be done, on the own thread -----------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being answered or waits for it."""
+        return self._background.busy
+
+    def ask(self, prompt: str) -> Turn:
+        """Adds a turn and sees that it is answered: in the background, or at once where no event loop runs."""
+        turn = Turn(prompt, [Answer() for _ in self.models])
+        self.conversation.turns.append(turn)
+        self._begin()
+        return turn
+
+    def again(self) -> Turn:
+        """Has the last turn answered anew.
+
+        Raises:
+            GenerationError: there is none, or it is being answered.
+        """
+        turns = self.conversation.turns
+        if not turns:
+            raise GenerationError("Nothing was asked yet, so there is nothing to answer again. Send a prompt first.")
+        if self.busy:
+            raise GenerationError("An answer is being written. Stop it, or wait for its end.")
+        turns[-1].answers, turns[-1].note = [Answer() for _ in self.models], ""
+        self._begin()
+        return turns[-1]
+
+    def stop(self) -> None:
+        """Ends the answer that is being written, which keeps its text, and leaves unanswered what waits."""
+        self._stopping = True
+        for turn in self.conversation.turns:
+            for answer in turn.answers:
+                if answer.state == "waiting":
+                    answer.state = "stopped"
+
+    def clear(self) -> None:
+        """Stops, and forgets the conversation."""
+        self.stop()
+        self.conversation.turns.clear()
+        self.error = None
+
+    async def wait(self) -> None:
+        """Returns when everything is answered or stopped. An interrupt meanwhile stops the answer; so does cancelling the wait.
+
+        Raises:
+            Exception: the last answer's own error.
+        """
+        await self._background.wait(self.stop)
+        if self.error is not None:
+            raise self.error
+
+    # -- answering -------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self.error = None
+        self._background.capture()
+        if not self._background.in_event_loop:
+            asyncio.run(self._work())
+        elif not self.busy:
+            self._background.start(self._work(), "fulltune_nb chat")
+        self._changed(True)
+
+    async def _work(self) -> None:
+        try:
+            while turn := next((turn for turn in self.conversation.turns if turn.open), None):
+                self._stopping, self._turn = False, turn
+                await self._answer(turn)
+                self._changed(True)
+        except asyncio.CancelledError:  # the event loop is closing
+            raise
+        except BaseException as error:  # a task's exceptions are shown nowhere: kept for `wait` and for the panel
+            self.error = error
+        finally:
+            self._turn = None
+            self._background.leave()
+            self._background.later(0, lambda: self._changed(True))  # when the task is done
+
+    async def _answer(self, turn: Turn) -> None:
+        hold = Hold(model.model for model in self.models)
+        try:
+            self._background.watch()
+            if hold.running:
+                turn.note = "The model is being trained: this is answered at the end of the step under way."
+                self._changed(True)
+            await hold.ready(lambda: self._stopping)
+            turn.note = _training_note(hold)
+            if not self._stopping:
+                await self._write(turn)
+        except KeyboardInterrupt:  # where the watch could not be set, as in a plain script
+            if not self._background.in_event_loop:
+                raise
+        finally:
+            hold.release()
+            for answer in turn.answers:
+                if answer.open:
+                    answer.state = "stopped"
+
+    async def _write(self, turn: Turn) -> None:
+        system, settings = self._settings()
+        streams: dict[int, Iterator[str]] = {}
+        for which, answer in enumerate(turn.answers):
+            messages = self.conversation.messages(which, turn, system)
+            answer.state = "writing"
+            with self._telling(answer, system):
+                streams[which] = self.models[which].stream_chat(messages, **settings)
+        self._changed(True)
+        await let_go()
+        try:
+            while streams and not self._stopping:
+                for which in list(streams):
+                    answer = turn.answers[which]
+                    with self._telling(answer, system):
+                        piece = next(streams[which], None)
+                        if piece is None:
+                            answer.state = "done"
+                        else:
+                            answer.text += piece
+                    if not answer.open:
+                        del streams[which]
+                self._changed(False)
+                self._background.watch()  # a kernel exchanges the handler whenever a cell begins or ends
+                await let_go()
+        finally:
+            for stream in streams.values():
+                stream.close()
+
+    @contextmanager
+    def _telling(self, answer: Answer, system: str) -> Iterator[None]:
+        """Within the block, an error is written into the answer and kept; another model's answer goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.error, answer.state = error, "failed"
+            if isinstance(error, FulltuneError):
+                refused = system.strip() and "chat template" in str(error)
+                answer.problem = f"{error}" + (" If it takes no system prompt, leave that empty." if refused else "")
+            else:
+                answer.problem = f"{type(error).__name__}: {error}. {UNEXPECTED}"
+
+
+def _training_note(hold: Hold) -> str:
+    steps = " and ".join(f"{loop.trainer.step_count:,}" for loop in hold.running)
+    return f"Answered with the weights of step {steps}; training waited for the answer." if steps else ""

@@ -2,25 +2,223 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.data.encoding import Example
-from fulltune_nb.data.lens import Lens
-from fulltune_nb.data.search import Hits, search, surroundings
+from fulltune_nb.data.dataset import DataSet, Split
+from fulltune_nb.data.encode import Example
+from fulltune_nb.data.look import (
+    ADVICE,
+    Duplicates,
+    Hits,
+    Lens,
+    SpecialTokenCheck,
+    check_special_tokens,
+    counts_table,
+    find_duplicates,
+    search,
+    surroundings,
+)
 from fulltune_nb.errors import ConfigError, DataError
-from fulltune_nb.html import NO_MATH, esc
-from fulltune_nb.panels.data_checks import FILTERS, DataChecks
-from fulltune_nb.panels.length_plot import HEIGHT, WIDTH, LengthPlot, lengths_text
-from fulltune_nb.panels.showing import Showing, close_all
-from fulltune_nb.panels.style import styled
+from fulltune_nb.html import NO_MATH, PALETTE, esc, facts, table
+from fulltune_nb.panels.panel import Showing, close_all, styled
+
+# -- length_plot: The lengths of a split's rows as a picture, with the cut at `max_seq_length`
+
+WIDTH, HEIGHT = 640, 260  # pixels
+_BINS = 40
+_WIDE = 30  # a longest row so many times the median gets a logarithmic axis
+_BLUE, _VERMILLION, _INK = PALETTE[0], PALETTE[5], "#222222"
+
+
+def whole_lengths(split: Split) -> np.ndarray:
+    """(rows,) int64, tokens of each row before anything was cut."""
+    return split.lengths + np.array([example.cut for example in split.examples], dtype=np.int64)
+
+
+class LengthPlot:
+    """Draws histograms on one figure, which is cleared and used again. May be called from any thread."""
+
+    def __init__(self) -> None:
+        self._figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
+        FigureCanvasAgg(self._figure)
+        self._lock = threading.Lock()
+
+    def draw(self, split: Split, max_seq_length: int) -> bytes:
+        """The histogram of a split as PNG. What was cut off is hatched."""
+        with self._lock:
+            self._figure.clear()
+            axes = self._figure.add_axes((0.105, 0.2, 0.845, 0.64))  # room for the last label
+            self._fill(axes, split, max_seq_length)
+            file = io.BytesIO()
+            self._figure.savefig(file, format="png", dpi=100)
+            return file.getvalue()
+
+    def _fill(self, axes, split: Split, limit: int) -> None:
+        lengths = whole_lengths(split)
+        longest = int(lengths.max(initial=1))
+        wide = longest > _WIDE * max(float(np.median(lengths)) if len(lengths) else 1.0, 1.0)
+        edges = _edges(max(int(lengths.min(initial=longest)), 1), longest, wide)
+        counts, _ = np.histogram(lengths, edges)
+        cut_counts, _ = np.histogram(lengths[lengths > limit], edges)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_BLUE, edgecolor="white", linewidth=0.5, label="rows")
+        if split.truncated:
+            look = {"color": "white", "edgecolor": _VERMILLION, "hatch": "////", "linewidth": 0.8}
+            label = f"rows cut ({split.truncated:,})"
+            axes.bar(edges[:-1], cut_counts, np.diff(edges), align="edge", label=label, **look)
+            axes.axvline(limit + 0.5, color=_VERMILLION, linestyle="--", linewidth=1.8, label=f"max_seq_length = {limit:,}")
+        if wide:
+            axes.set_xscale("log")
+        self._style(axes, split, wide)
+
+    def _style(self, axes, split: Split, wide: bool) -> None:
+        # Every setting by hand: matplotlib's global ones belong to the notebook, and to other threads.
+        axes.set_facecolor("white")
+        axes.set_xlabel("tokens in a row" + (" (logarithmic)" if wide else ""), color=_INK, fontsize=9)
+        axes.set_ylabel("rows", color=_INK, fontsize=9)
+        axes.tick_params(colors=_INK, labelsize=8.5, which="both")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        whole = FuncFormatter(lambda value, _: f"{value:,.0f}")
+        if not wide:
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_formatter(whole)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter(whole)
+        if split.truncated:
+            legend = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 3, "frameon": False, "fontsize": 8.5}
+            axes.legend(labelcolor=_INK, **legend)
+
+
+def _edges(least: int, longest: int, wide: bool) -> np.ndarray:
+    """Ascending borders of the bars; within them every length once."""
+    if wide:
+        return np.unique(np.geomspace(least, longest + 1, _BINS + 1).round())
+    step = -(-(longest + 1 - least) // _BINS)
+    return np.arange(least, longest + 1 + step, step) - 0.5  # lengths are whole numbers: each in the middle of its own
+
+
+def lengths_text(split: Split) -> str:
+    """The same in a sentence or two, for those who cannot see the picture."""
+    lengths = whole_lengths(split)
+    if not len(lengths):
+        return f"{split.name} has no rows."
+    text = f"{split.name}: rows of {lengths.min():,} to {lengths.max():,} tokens, half of them up to {int(np.median(lengths)):,}."
+    if not split.truncated:
+        return f"{text} None is cut."
+    lost = 100 * split.tokens_cut / int(lengths.sum())
+    are, tokens = "is" if split.truncated == 1 else "are", "token" if split.tokens_cut == 1 else "tokens"
+    return f"{text} {split.truncated:,} of {len(split):,} rows {are} cut: {split.tokens_cut:,} {tokens} lost, {lost:.1f} % of all."
+
+
+# -- data_checks: What a look over a whole data set brings to light, in HTML: counts, begin and end tokens, rows in se
+
+_LISTED = 8  # rows named of each finding
+
+FILTERS = ("all", "cut off", "not trained on", "BOS or EOS warning", "also in another split")
+"""Which rows of a split there are to choose from."""
+
+
+class DataChecks:
+    """The findings about a data set; each is worked out when it is first asked for."""
+
+    def __init__(self, data: DataSet):
+        self._data = data
+
+    @cached_property
+    def duplicates(self) -> Duplicates:
+        """Rows that become the same text."""
+        return find_duplicates(self._data.splits)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, SpecialTokenCheck]:
+        """BOS and EOS of each split."""
+        return {name: check_special_tokens(split.examples, self._data.tokenizer) for name, split in self._data.splits.items()}
+
+    def rows(self, split: str, which: str) -> np.ndarray:
+        """Ascending indices of the rows that one of `FILTERS` leaves."""
+        examples = self._data.splits[split]
+        if which == "cut off":
+            return np.flatnonzero([example.cut > 0 for example in examples])
+        if which == "not trained on":
+            return examples.untrainable
+        if which == "BOS or EOS warning":
+            return self.special_tokens[split].rows
+        if which == "also in another split":
+            return np.array(self.duplicates.rows(split), dtype=np.int64)
+        return np.arange(len(examples))
+
+    def twins(self, split: str, row: int) -> list[str]:
+        """Where else a row stands: its first occurrence in each other split."""
+        found = []
+        for (name, other), pairs in self.duplicates.across.items():
+            if name == split:
+                found += [self._data.splits[other][there].source for here, there in pairs if here == row]
+        return found
+
+    def to_html(self) -> str:
+        """All findings, with what to do."""
+        data = self._data
+        notes = "".join(f"<li>{esc(note)}</li>" for note in data.notes)
+        parts = [
+            counts_table(list(data.splits.values())),
+            f'<div class="{NO_MATH}"><b>Notes</b><ul style="margin:2px 0">{notes}</ul></div>' if notes else "",
+            self._special_html(),
+            self._duplicates_html(),
+            facts("Settings", [("source", data.source or "rows in memory"), *((k, str(v)) for k, v in vars(data.settings).items())]),
+        ]
+        spaced = (f'<div style="margin-bottom:12px">{part}</div>' for part in parts if part)
+        return f'<div style="line-height:1.5">{"".join(spaced)}</div>'
+
+    def _special_html(self) -> str:
+        rows = []
+        for name, check in self.special_tokens.items():
+            for problem, found in check.problems.items():
+                where = _listed([self._data.splits[name][row].source for row in found[:_LISTED]], len(found))
+                rows.append((name, f"{len(found):,} of {len(check.bos):,}", f"⚠ {problem}", where, ADVICE[problem]))
+        counts = "; ".join(f"{name} {c.bos.sum():,} BOS, {c.eos.sum():,} EOS" for name, c in self.special_tokens.items())
+        if not rows:
+            return f"<b>Begin and end tokens</b><div>✓ nothing doubled, nothing missing ({esc(counts)})</div>"
+        return table(("split", "rows", "warning", "which", "what to do"), rows, "Begin and end tokens") + f"<div>{esc(counts)}</div>"
+
+    def _duplicates_html(self) -> str:
+        rows, splits = [], self._data.splits
+        for (name, other), pairs in self.duplicates.across.items():
+            if pairs and list(splits).index(name) < list(splits).index(other):
+                pairs_named = [f"{splits[name][a].source} = {splits[other][b].source}" for a, b in pairs[:_LISTED]]
+                back = len(self.duplicates.across[other, name])
+                rows.append((f"{name} in {other}", f"⚠ {_rows(len(pairs))}, {back:,} there", _listed(pairs_named, len(pairs))))
+        for name, count in self.duplicates.within.items():
+            if count:
+                rows.append((f"{name} in itself", f"{_rows(count)} stood there before", ""))
+        if not rows:
+            return "<b>Duplicates</b><div>✓ no row stands in the data twice</div>"
+        advice = "Held-out rows that are trained on say little about what was learned: take them out of one of the two."
+        shown = any("⚠" in row[1] for row in rows)
+        return table(("rows", "how many", "which"), rows, "Duplicates") + (f"<div>{advice}</div>" if shown else "")
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def _listed(names: Sequence[str], count: int) -> str:
+    names = [name if len(name) <= 80 else f"{name[:77]}…" for name in names]
+    return ", ".join(names) + (f" and {count - len(names):,} more" if count > len(names) else "")
+
+
+# -- data: The data panel: browse and search the examples of a data set, token by token, and see what is wrong 
 
 _ROW_CHARACTERS = 4000  # of a row as it was read
 _SEARCH_CHARACTERS = 200  # of what is searched for, where it is repeated

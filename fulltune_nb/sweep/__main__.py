@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fulltune_nb import settings as checks
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.experiments.sweep import sweep
-from fulltune_nb.training import checks
-from fulltune_nb.training.checks import nearest
-from fulltune_nb.training.yaml_files import read_yaml
+from fulltune_nb.settings import nearest, read_yaml
 
 KEYS = ("notebook", "out_dir", "jobs", "stop_on_failure", "fixed", "grid", "runs")
 EPILOG = """\
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_page(result: Any) -> Path:
     """The table and the plot as one HTML file in the sweep's folder."""
-    from fulltune_nb.models.saving import write_text
+    from fulltune_nb.models.folder import write_text
 
     path = result.out_dir / "sweep.html"
     head = '<!doctype html><meta charset="utf-8"><title>Sweep</title><body style="font-family:sans-serif">'

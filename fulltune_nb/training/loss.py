@@ -8,11 +8,22 @@ Dimension letters: N trained positions, D hidden_size, V vocab_size.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 
 import mlx.core as mx
 
-from fulltune_nb.models.cpu_math import exp_and_sum
+from fulltune_nb.cpu.fast_math import exp_and_sum
+from fulltune_nb.data.batches import collate, evaluation_batches, evaluation_shapes
+from fulltune_nb.data.dataset import DataSet, Split
+from fulltune_nb.data.read import SPLITS
+from fulltune_nb.errors import DataError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.kernels import compute_dtype
+from fulltune_nb.training.history import EvalReport
+
+# -- loss: Cross-entropy of a language model's head, in chunks, so that logits of all tokens never exist at onc
 
 CHUNK_ELEMENTS = 2**22
 """Logits of a chunk: 16 MiB in float32. About 20 such arrays exist at the peak, as MLX works on some operations ahead."""
@@ -101,3 +112,40 @@ def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:
     """`length` positions with `width` logits each, in chunks of `chunk_size` positions."""
     size = chunk_size(width, elements)
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
+
+
+# -- evaluate: Loss over a split: every trained token counts the same, whatever batch it stood in
+
+def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: int | None = None) -> tuple[float, int]:
+    """Mean -log p over the split's trained tokens, in nats, and how many they are.
+
+    Args:
+        model: the decoder.
+        split: the examples.
+        batch_size: rows at a time; changes memory and time, not the result.
+        max_batches: at most so many batches; None for the whole split.
+    """
+    total, tokens = 0.0, 0
+    batches = evaluation_batches(split, batch_size, max_batches)
+    for rows, shape in zip(batches, evaluation_shapes(split, batches), strict=True):
+        batch = collate(split, rows, shape)
+        hidden = model.hidden_states(mx.array(batch.inputs), dtype=compute_dtype(model.embed_tokens.weight.dtype))  # (B, T, D)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
+        loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights))
+        total += loss.item()
+        tokens += batch.num_tokens
+    return total / tokens, tokens
+
+
+def evaluate_split(model: Decoder, data: DataSet, split: str, step: int, batch_size: int, max_batches: int | None) -> EvalReport:
+    """Loss and perplexity over a split of the data, as a report; see `evaluate_loss`.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if split not in SPLITS or getattr(data, split) is None:
+        raise DataError(f"No split {split!r} in this data; there are {', '.join(data.splits)}.")
+    started = time.perf_counter()
+    loss, tokens = evaluate_loss(model, getattr(data, split), batch_size, max_batches)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return EvalReport(split, step, loss, perplexity, tokens, time.perf_counter() - started)

@@ -3,30 +3,347 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers
 from mlx.utils import tree_flatten
 
-from fulltune_nb.errors import TrainingError
-from fulltune_nb.models.cpu_streams import Dealer
-from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.factored import TensorUpdate
-from fulltune_nb.training.native import kernels_for
-from fulltune_nb.training.native_update import native_scalars, update_natively
-from fulltune_nb.training.optimizer_groups import Group, HfName, check_patterns, family_name, group_of, rules_of, slots_of
-from fulltune_nb.training.optimizer_memory import predict_state_bytes, random_bits_bytes, update_bytes
-from fulltune_nb.training.optimizer_state import check_gradients, check_state_arrays, shape_of_rows
-from fulltune_nb.training.optimizer_view import optimizers_html
-from fulltune_nb.training.pieces import Piece, Place, batches, cut, first_row, matrix_rows, piece_size, put, take
+from fulltune_nb import html
+from fulltune_nb.cpu.kernels import AdamUpdate, Kernels, kernels_for, sole
+from fulltune_nb.cpu.streams import Dealer, cpu_streams
+from fulltune_nb.errors import CheckpointError, TrainingError
+from fulltune_nb.models.families import to_hf
+from fulltune_nb.settings import SettingError, nearest
+from fulltune_nb.training.adafactor import Adafactor, TensorUpdate
+from fulltune_nb.training.config import TrainConfig, optimizer_settings
 from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key
-from fulltune_nb.training.update_observer import PendingUpdate, UpdateObserver, tell_after
-from fulltune_nb.training.update_rules import Shape, State
+from fulltune_nb.training.rules import (
+    SGD,
+    Adam,
+    EightBit,
+    Lion,
+    MlxRule,
+    Piece,
+    Place,
+    Shape,
+    Slot,
+    State,
+    UpdateRule,
+    batches,
+    cut,
+    first_row,
+    matrix_rows,
+    piece_size,
+    put,
+    take,
+)
 
-__all__ = ["Group", "Optimizers", "predict_state_bytes", "random_bits_bytes", "update_bytes"]
+# -- update_observer: Watching what an optimizer step does to each tensor, without keeping the old weights
 
+class UpdateObserver(Protocol):
+    """Is told of each tensor, or piece of one, before and after its update."""
+
+    def before(self, update: PendingUpdate) -> None:
+        """The update is about to be made. Nothing of it may be held on to that has not been evaluated."""
+
+    def after(self, name: str, first_row: int, new: mx.array) -> None:
+        """The same tensor or piece as it is now, evaluated."""
+
+
+@dataclass(frozen=True, eq=False)
+class PendingUpdate:
+    """One tensor or piece, and what is about to be done to it."""
+
+    name: str
+    """Module path of the tensor."""
+    step: int
+    """Of the optimizer, from 1."""
+    first_row: int
+    """Where the piece begins in the matrix of all rows; 0 for a tensor as it is."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    weight: mx.array
+    gradient: mx.array
+    """Before clipping."""
+    state: dict[str, mx.array]
+    rule: Any
+    scalars: Any
+    result: Callable[[], mx.array]
+    """The weight after the step, float32 and not rounded; lazy, and computed apart from the step's own."""
+
+    def change(self, every: int = 1) -> tuple[mx.array, mx.array]:
+        """The weight and the update before any rounding, both float32, of each `every`-th row; lazy.
+
+        Rules with a `change` method (AdamW, Adam, SGD, Lion) compute just these rows, as the update itself. For the others all rows
+        of the piece are computed, and the update is a difference of float32 numbers: where it is too small for those, it counts as none.
+        """
+        rows = slice(None, None, every)
+        weight = self.weight[rows].astype(mx.float32)
+        if hasattr(self.rule, "change"):
+            state = {name: array[rows] for name, array in self.state.items()}
+            return weight, self.rule.change(weight, self.gradient[rows], state, self.scalars)
+        return weight, self.result()[rows].astype(mx.float32) - weight
+
+
+def tell_after(observers: Sequence[UpdateObserver], model: nn.Module, pieces: Sequence[Piece]) -> None:
+    """Tell observers of pieces that have been updated."""
+    for piece in pieces if observers else ():
+        array = Place(model, piece.name).array
+        new = array if piece.rows is None else take(array, array.ndim, piece.rows)
+        for observer in observers:
+            observer.after(piece.name, first_row(piece), new)
+
+
+# -- optimizer_groups: Which rule, learning-rate factor and weight decay each tensor has, by its name and shape; and the ru
+
+HfName = Callable[[str], str]
+Rule = UpdateRule | Adafactor
+
+
+@dataclass(frozen=True)
+class Group:
+    """What tensors that are treated alike have in common."""
+
+    optimizer: str
+    """Name of the rule; with Muon, "adamw" for what Muon does not take."""
+    factor: float
+    """Factor on the learning rate."""
+    weight_decay: float
+    """0 for norms and biases."""
+
+
+def group_of(name: str, shape: Shape, config: TrainConfig, hf_name: HfName) -> Group:
+    """The group of one tensor.
+
+    Args:
+        name: module path.
+        shape: of the tensor; those of fewer than two dimensions are norms and biases.
+        config: `optimizer`, `weight_decay` and `lr_factors` count.
+        hf_name: module path -> the name that patterns are matched against, besides the path.
+    """
+    optimizer = config.optimizer
+    if optimizer == "muon" and not is_hidden_matrix(name, shape):
+        optimizer = "adamw"
+    names = (hf_name(name), name)
+    matching = (factor for pattern, factor in config.lr_factors.items() if any(fnmatchcase(n, pattern) for n in names))
+    return Group(optimizer, next(matching, 1.0), config.weight_decay if len(shape) >= 2 else 0.0)
+
+
+def is_hidden_matrix(name: str, shape: Shape) -> bool:
+    """Whether a parameter is a matrix (or a stack of them) inside the blocks: what Muon is for."""
+    return len(shape) >= 2 and not any(part in ("embed_tokens", "lm_head") for part in name.split("."))
+
+
+def family_name(model: nn.Module) -> HfName:
+    """Module path -> the Hugging Face name in the model's family; the path itself where there is no family."""
+    family = getattr(getattr(model, "config", None), "family", None)
+    return (lambda name: name) if family is None else (lambda name: to_hf(name, family))
+
+
+def check_patterns(config: TrainConfig, shapes: Mapping[str, Shape], hf_name: HfName) -> None:
+    """Refuse patterns in `lr_factors` that no parameter matches.
+
+    Raises:
+        SettingError: with the nearest names.
+    """
+    names = [hf_name(name) for name in shapes]
+    for pattern in config.lr_factors:
+        if not any(fnmatchcase(name, pattern) for name in (*names, *shapes)):
+            raise SettingError(f"lr_factors: the pattern {pattern!r} matches no parameter. {_some(pattern, names)}", "lr_factors")
+
+
+def _some(pattern: str, names: list[str]) -> str:
+    hint = nearest(pattern.strip("*"), names)
+    return hint if hint.startswith("Did") else f"Names look like {', '.join(names[:3])}."
+
+
+def make_rule(name: str, settings: Mapping[str, Any]) -> Rule:
+    """The rule of an optimizer, from all of its settings (`optimizer_settings`)."""
+    if name.endswith("8bit"):
+        return EightBit(make_rule(name.removesuffix("8bit"), settings))
+    if name in ("adamw", "adam"):
+        return Adam(settings, decoupled=name == "adamw")
+    if name == "muon":
+        own = {key: settings[key] for key in ("momentum", "nesterov", "ns_steps")}
+        return MlxRule(mlx.optimizers.Muon(learning_rate=0.0, **own), per_matrix=True)
+    return {"sgd": SGD, "lion": Lion, "adafactor": Adafactor}[name](settings)
+
+
+def rules_of(config: TrainConfig) -> dict[str, Rule]:
+    """The rules a config needs, by name."""
+    settings = optimizer_settings(config.optimizer, config.optimizer_config)
+    names = {config.optimizer, "adamw"} if config.optimizer == "muon" else {config.optimizer}
+    return {name: make_rule(name, settings) for name in names}
+
+
+def slots_of(shapes: Mapping[str, Shape], groups: Mapping[str, Group], rules: Mapping[str, Rule]) -> dict[str, dict[str, Slot]]:
+    """What is kept for each tensor."""
+    return {name: rules[groups[name].optimizer].slots(shape) for name, shape in shapes.items()}
+
+
+# -- optimizer_memory: What an optimizer's state and its update take, from shapes alone
+
+def predict_state_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
+    """Bytes the optimizer state will take, from module paths and shapes of the trained parameters alone."""
+    groups = {name: group_of(name, shape, config, lambda path: path) for name, shape in shapes.items()}
+    return sum(slot.nbytes for own in slots_of(shapes, groups, rules_of(config)).values() for slot in own.values())
+
+
+def random_bits_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dtype) -> int:
+    """Bytes of the table that stochastic rounding keeps from its first use on; arguments as for `update_bytes`."""
+    if dtype == mx.float32 or config.rounding == "nearest":
+        return 0
+    largest = max((_piece(shape, config) for shape in shapes.values()), default=1)
+    return 4 << max(largest - 1, 1).bit_length()  # a power of two
+
+
+def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dtype = mx.float32) -> int:
+    """Bytes that an update needs besides parameters, gradients and state, at most.
+
+    None for float32 parameters and state. Else the new parameters of all pieces that are worked on at a time, in their own dtype,
+    and some float32 arrays for a piece on each stream.
+
+    Args:
+        shapes: module path -> shape, of the parameters that are updated at a time.
+        config: `optimizer` and its settings count.
+        dtype: of the parameters.
+    """
+    size = sum(math.prod(shape) for shape in shapes.values())
+    together = min(size, piece_size() * len(cpu_streams()))
+    if config.optimizer == "muon":
+        largest = max((math.prod(shape) for name, shape in shapes.items() if is_hidden_matrix(name, shape)), default=0)
+        return 8 * min(size, max(largest, together))
+    own = {dtype, *(slot.dtype for rule in rules_of(config).values() for shape in shapes.values() for slot in rule.slots(shape).values())}
+    if own == {mx.float32} and all(rule.in_place(config.weight_decay) for rule in rules_of(config).values()):
+        return 0
+    streams = len(cpu_streams())
+    in_work = sum(sorted((size for shape in shapes.values() for size in _pieces(shape, config, streams)), reverse=True)[:streams])
+    return _RESULT_BYTES * together + _BYTES_AN_ELEMENT[config.optimizer][dtype != mx.float32] * min(in_work, together)
+
+
+_RESULT_BYTES = 2
+_BYTES_AN_ELEMENT = {
+    "adamw": (16, 16), "adam": (20, 20), "sgd": (12, 12), "lion": (8, 8), "adafactor": (3, 9), "adamw8bit": (20, 18), "lion8bit": (12, 12),
+}  # fmt: skip
+"""Of a piece, for float32 and for bfloat16 parameters: arrays on the way to the new parameters and state, as measured."""
+
+
+def _piece(shape: Shape, config: TrainConfig) -> int:
+    """Elements of the tensor's largest piece."""
+    return math.prod(shape) if config.optimizer == "muon" and len(shape) >= 2 else min(math.prod(shape), piece_size())
+
+
+def _pieces(shape: Shape, config: TrainConfig, most: int) -> list[int]:
+    """Elements of the tensor's pieces, so many of them at most."""
+    size, piece = math.prod(shape), _piece(shape, config)
+    return [min(piece, size - begin) for begin in range(0, size, piece)][:most]
+
+
+# -- optimizer_state: Whether arrays are what an optimizer needs: its state from a file, and gradients of some rows
+
+def check_state_arrays(slots: Mapping[str, Mapping[str, Slot]], arrays: Mapping[str, mx.array]) -> None:
+    """Nothing where the arrays are `"step"` and those of the slots, module path -> name -> slot.
+
+    Raises:
+        CheckpointError: arrays are missing, unexpected, or of another shape or dtype.
+    """
+    expected = {f"{name}.{slot}": (s.shape, s.dtype) for name, own in slots.items() for slot, s in own.items()}
+    expected["step"] = ((), mx.uint32)
+    problems = [f"missing {name}" for name in expected.keys() - arrays.keys()]
+    problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys()]
+    for name, (shape, dtype) in expected.items():
+        if name in arrays and (arrays[name].shape != shape or arrays[name].dtype != dtype):
+            problems.append(f"{name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise CheckpointError(
+            f"the optimizer state does not fit this model and config: {shown}. Resume with the model, optimizer and frozen "
+            "parameters that the checkpoint was written with."
+        )
+
+
+def check_gradients(gradients: Mapping[str, mx.array], expected: Mapping[str, Shape | None]) -> None:
+    """Nothing where each gradient has the expected shape.
+
+    Raises:
+        TrainingError: one has another, or there is no parameter of its name.
+    """
+    for name, gradient in gradients.items():
+        if gradient.shape != expected[name]:
+            raise TrainingError(
+                f"gradient of {name}: expected the shape {expected[name] or 'of a parameter trainable at the start'}, got "
+                f"{gradient.shape}. Make a new trainer after freezing or changing a model."
+            )
+
+
+def shape_of_rows(name: str, shape: Shape, rows: slice, optimizer: str, by_rows: bool) -> Shape:
+    """What the gradient of some places on a tensor's first axis must look like.
+
+    Raises:
+        TrainingError: no such places, or a rule that needs the tensor whole.
+    """
+    if len(shape) < 2 or not by_rows:
+        raise TrainingError(f"rows of {name} {shape}: {optimizer} updates this tensor as a whole. Give its whole gradient.")
+    if rows.step not in (None, 1) or rows.start is None or rows.stop is None or not 0 <= rows.start < rows.stop <= shape[0]:
+        raise TrainingError(f"rows of {name} {shape}: expected slice(start, stop) within 0 and {shape[0]}, got {rows}.")
+    return (rows.stop - rows.start, *shape[1:])
+
+
+# -- native_update: An optimizer's update by kernels of our own, in the memory of a model's parameters and of the optimi
+
+def native_scalars(kernels: Kernels | None, rule: Any, scalars: Any, dtype: mx.Dtype) -> tuple[float, ...] | None:
+    """What a kernel needs to know of a step for parameters of a dtype; None where MLX updates them."""
+    return scalars["native"] if kernels is not None and isinstance(rule, Adam) and dtype == mx.float32 else None
+
+
+def update_natively(
+    kernels: Kernels,
+    model: nn.Module,
+    state: dict[str, State],
+    pieces: Sequence[Piece],
+    gradients: Mapping[str, mx.array],
+) -> None:
+    """Update pieces of parameters and their moments; what somebody else holds of these is left as it is.
+
+    Args:
+        kernels: ours.
+        model: holds the parameters.
+        state: module path -> slot -> array.
+        pieces: what is updated; `native` are its `native_scalars`.
+        gradients: module path -> that of the piece's tensor or rows.
+    """
+    gradients = {piece.name: mx.contiguous(gradients[piece.name].astype(mx.float32)) for piece in pieces}
+    for name in gradients:
+        place = Place(model, name)
+        # Place and state are taken by the new arrays before anything is evaluated: nothing but their graph then holds the old ones.
+        place.array, state[name] = sole(place.array), {slot: sole(state[name].pop(slot)) for slot in ("m", "v")}
+    mx.eval(gradients, [(Place(model, name).array, state[name]) for name in gradients])
+    updates = []
+    for piece in pieces:
+        p, moments = Place(model, piece.name).array, state[piece.name]
+        first = first_row(piece) * p.shape[-1]
+        updates.append(AdamUpdate(p, gradients[piece.name], moments["m"], moments["v"], first, piece.native))
+    kernels.adam(updates)
+
+
+# -- optimizer_view: What an optimizer shows in a cell
+
+def optimizers_html(optimizers: Optimizers, shapes: Mapping[str, Shape]) -> str:
+    """Its groups, as a table. `shapes`: of the parameters."""
+    rows = [
+        (group.optimizer, f"{group.factor:g}", f"{group.weight_decay:g}", len(names), f"{sum(math.prod(shapes[name]) for name in names):,}")
+        for group, names in optimizers.groups().items()
+    ]
+    state = f"Optimizer after {optimizers.step:,} steps; its state takes {html.human_bytes(optimizers.state_bytes)}"
+    return html.table(("rule", "learning-rate factor", "weight decay", "tensors", "parameters"), rows, caption=state)
+
+
+# -- optimizers: The optimizer of a run: which rule, learning-rate factor and weight decay each tensor has, and the s
 
 class Optimizers:
     """Updates a model's trainable parameters, each by the rule of its group, and holds the optimizer state.

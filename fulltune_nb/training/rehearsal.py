@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fulltune_nb.training.engines import StepResult
-from fulltune_nb.training.resuming import random_state, set_random_state
+from fulltune_nb.training.engine import StepResult
+from fulltune_nb.training.state import random_state, set_random_state
 from fulltune_nb.training.step_batches import StepBatches
 from fulltune_nb.training.trainer import Trainer
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fulltune_nb import settings as checks
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.training import checks
-from fulltune_nb.training.checks import Refused, SettingError, is_finite, nearest, show
+from fulltune_nb.settings import Refused, SettingError, is_finite, nearest, show
 
 if TYPE_CHECKING:
     from fulltune_nb.training.config import TrainConfig

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fulltune_nb.data.batching import Batch, BatchOrder, Row, collate
+from fulltune_nb.data.batches import Batch, BatchOrder, PackedOrder, Row, best_fit, collate
 from fulltune_nb.data.dataset import Split
-from fulltune_nb.data.encoding import Example
-from fulltune_nb.data.packing import PackedOrder, best_fit
+from fulltune_nb.data.encode import Example
 from fulltune_nb.data.settings import whole
 from fulltune_nb.training.config import TrainConfig
 

@@ -5,43 +5,247 @@ Randomness is a function of the seed and the position (epoch, step): nothing has
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from fulltune_nb.cpu.allocator import cap_cache
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.data.encoding import Example
-from fulltune_nb.errors import DataError, TrainingError
-from fulltune_nb.language_model import LanguageModel
-from fulltune_nb.models.names import to_hf
-from fulltune_nb.training.allocator import cap_cache
+from fulltune_nb.data.encode import Example
+from fulltune_nb.errors import CheckpointError, DataError, TrainingError
+from fulltune_nb.html import facts
+from fulltune_nb.models.families import to_hf
+from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.training.callbacks import default_callbacks
-from fulltune_nb.training.compiled import choose_compile
+from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig, check_agreement
-from fulltune_nb.training.engines import ENGINES, Engine
-from fulltune_nb.training.evaluate import evaluate_split
-from fulltune_nb.training.history import EvalReport, History, StepReport
-from fulltune_nb.training.interrupts import StoppedAtOnce, interrupts_deferred, termination_pauses
-from fulltune_nb.training.journal import Journal
+from fulltune_nb.training.engine import ENGINES, Engine, choose_compile
+from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.memory import choose_backward, memory_is_short
-from fulltune_nb.training.model_card import ModelCard
 from fulltune_nb.training.optimizers import Optimizers
-from fulltune_nb.training.patience import Patience
-from fulltune_nb.training.resuming import resume_run, state_of
+from fulltune_nb.training.parameters import select_trainable
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
-from fulltune_nb.training.run_directory import RunDirectory
+from fulltune_nb.training.run import RESULT_FILE, RunDirectory
 from fulltune_nb.training.schedule import LearningRate, make_schedule
-from fulltune_nb.training.selection import select_trainable
-from fulltune_nb.training.snapshots import Branching
+from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
+from fulltune_nb.training.state import Branching, Patience, check_whole, resume_run, state_of, step_failed, versions
 from fulltune_nb.training.step_batches import StepBatches
-from fulltune_nb.training.torn import check_whole, step_failed
-from fulltune_nb.training.trainer_view import trainer_html
-from fulltune_nb.training.upkeep import Upkeep
 
+# -- journal: Where reports and events go: the history, the run directory's metrics, and the callbacks of the mome
+
+_METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
+
+
+class Journal:
+    """Keeps the history of one trainer and tells others of each entry.
+
+    Attributes:
+        history: every report and event, oldest first.
+        directory: where metrics are written too, or None.
+        listeners: callbacks that are told of every entry for as long as they stand here, within `calling` and outside.
+    """
+
+    def __init__(self, trainer: Any):
+        self.history = History()
+        self.directory: RunDirectory | None = None
+        self.listeners: list[Any] = []
+        self._trainer = trainer
+        self._callbacks: tuple[Any, ...] = ()
+        self._failing = False
+
+    def attach(self, directory: RunDirectory) -> None:
+        """Writes into a directory from now on, and what there is already first."""
+        self.directory = directory
+        for entry in self.history:
+            directory.append(entry)
+        for note in directory.notes:
+            self.event(0, "run_dir", note)
+
+    @contextmanager
+    def calling(self, callbacks: Sequence[Any]) -> Iterator[None]:
+        """Within the block, these callbacks are told of everything."""
+        before, self._callbacks = self._callbacks, tuple(callbacks)
+        try:
+            yield
+        finally:
+            self._callbacks = before
+
+    def record(self, report: StepReport | EvalReport | Event) -> None:
+        """Adds an entry and tells of it."""
+        self.history.append(report)
+        if self.directory:
+            self._write(report)
+        self.tell(_METHODS[type(report)], report)
+
+    def _write(self, report: StepReport | EvalReport | Event) -> None:
+        """Into the directory; where `on_save_error` is "continue", one event tells that it cannot be."""
+        try:
+            self.directory.append(report)
+            self._failing = False
+        except CheckpointError as error:
+            if self._trainer.config.on_save_error == "stop" or not self.directory.is_ours:
+                raise
+            if not self._failing:
+                self._failing = True
+                self.event(self._trainer.step_count, "save_failed", str(error))
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Adds an event of now."""
+        self.record(Event(step, kind, message, time.time()))
+
+    def tell(self, method: str, *subject: Any) -> None:
+        """Calls `method(trainer, *subject)` on every callback and listener that has it."""
+        for callback in (*self._callbacks, *self.listeners):
+            if (function := getattr(callback, method, None)) is not None:
+                function(self._trainer, *subject)
+
+
+# -- result: What came out of a run, as JSON values: `result.json` of its directory, for those who compare many r
+
+def result_of(trainer: Trainer) -> dict[str, Any]:
+    """Losses in nats, times in seconds, memory in bytes. What there was none of is null."""
+    steps, evals = trainer.history.steps, trainer.history.evals
+    valid = [report for report in evals if report.split == "valid"]
+    finite = [report for report in valid if math.isfinite(report.loss)]
+    tests = [report for report in evals if report.split == "test"]
+    return {
+        "steps": trainer.step_count,
+        "total_steps": trainer.total_steps,
+        "stopped_early": trainer.stopped_early,
+        "epochs": steps[-1].epoch if steps else 0.0,
+        "tokens": sum(report.tokens for report in steps),
+        "seconds_in_steps": sum(report.seconds for report in steps),
+        "peak_memory": max((report.peak_memory for report in steps), default=None),
+        "train_loss_last": _finite(steps[-1].loss) if steps else None,
+        "valid_last": _eval(valid[-1]) if valid else None,
+        "valid_best": _eval(min(finite, key=lambda report: report.loss)) if finite else None,
+        "test": _eval(tests[-1]) if tests else None,
+        "config": trainer.config.to_dict(),
+        "model_source": trainer.lm.source,
+        "num_parameters": trainer.lm.num_parameters,
+        "data": {"source": trainer.data.source, "fingerprint": trainer.data.fingerprint},
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def write_result(trainer: Trainer) -> None:
+    """Writes `result.json`, or anew, where the run is done and has a directory.
+
+    Raises:
+        CheckpointError: it cannot be written, and `on_save_error` is "stop".
+    """
+    if trainer._directory is None or not trainer.done:
+        return
+    try:
+        trainer._directory.write_text(RESULT_FILE, json.dumps(result_of(trainer), indent=1, allow_nan=False) + "\n")
+    except CheckpointError as error:
+        if trainer.config.on_save_error == "stop":
+            raise
+        trainer.journal.event(trainer.step_count, "save_failed", str(error))
+
+
+def _eval(report: EvalReport) -> dict[str, Any]:
+    return {"step": report.step, "loss": _finite(report.loss), "perplexity": _finite(report.perplexity), "tokens": report.tokens}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# -- upkeep: What is due between two steps of a run: validation, the best weights, checkpoints, the result; and w
+
+class Upkeep:
+    """Does what is due after the steps of one trainer, each thing once.
+
+    Attributes:
+        saved_step: the step whose checkpoint was written last by this trainer, or that it was resumed from; -1 for none.
+        result_step: the step at which `result.json` was written; -1 for none.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self.forget()
+
+    def forget(self) -> None:
+        """After going back to an earlier state: what was written is not of this line."""
+        self.saved_step = self.result_step = -1
+
+    def do(self) -> None:
+        """Validation, checkpoint and result, if they are due at this step and not done yet."""
+        trainer = self._trainer
+        at_end = trainer.step_count == trainer.total_steps
+        if at_end or trainer.step_count % trainer.config.steps_per_eval == 0:
+            self._evaluate_valid()
+        if trainer.step_count and (trainer.done or trainer.step_count % trainer.config.save_every == 0):
+            with interrupts_deferred():
+                self.save_unless_saved()
+        if trainer.done and self.result_step != trainer.step_count:
+            write_result(trainer)
+            self.result_step = trainer.step_count
+
+    def evaluated(self) -> None:
+        """An evaluation after the end, such as a test, belongs into the result."""
+        if self.result_step == self._trainer.step_count:
+            write_result(self._trainer)
+
+    def save_unless_saved(self) -> None:
+        """A checkpoint of this step, where there is a directory and none was written."""
+        if self._trainer.run_dir and self.saved_step != self._trainer.step_count:
+            self._trying(self._trainer.save)
+
+    def _evaluate_valid(self) -> None:
+        """The validation that is due, once a step; keeps the best weights and counts towards `patience`."""
+        trainer, patience = self._trainer, self._trainer.patience
+        if trainer.data.valid is None or trainer.config.val_batches == 0 or patience.last_step == trainer.step_count:
+            return
+        loss = trainer.evaluate("valid", None if trainer.config.val_batches < 0 else trainer.config.val_batches).loss
+        with interrupts_deferred():
+            if patience.improved(trainer.step_count, loss):
+                if trainer.run_dir and trainer.step_count:
+                    self._trying(lambda: trainer.journal.directory.save_best(trainer.lm))
+            elif trainer.stopped_early:
+                message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
+                trainer.journal.event(trainer.step_count, "early_stop", message)
+
+    def _trying(self, save: Callable[[], Any]) -> None:
+        trainer = self._trainer
+        try:
+            save()
+        except CheckpointError as error:
+            if trainer.config.on_save_error == "stop" or not trainer.journal.directory.is_ours:
+                raise
+            trainer.journal.event(trainer.step_count, "save_failed", str(error))
+
+
+# -- trainer_view: What a trainer shows in a cell
+
+def trainer_html(trainer: Trainer) -> str:
+    """Where it stands, as a table."""
+    last = trainer.history.steps[-1].loss if trainer.history.steps else None
+    per_epoch = trainer.steps_per_epoch
+    return facts(
+        "Trainer",
+        [
+            ("step", f"{trainer.step_count:,} of {trainer.total_steps:,}"),
+            ("epoch", f"{trainer.step_count / per_epoch:.2f} ({per_epoch:,} steps each)"),
+            ("last loss", "none yet" if last is None else f"{last:.4f}"),
+            ("next learning rate", f"{trainer.learning_rate:.3g}"),
+            ("optimizer", trainer.config.optimizer),
+            ("run_dir", trainer.run_dir or "none: nothing is written"),
+        ],
+    )
+
+
+# -- trainer: The trainer: one optimizer step at a time, whole after each, resumable from any checkpoint
 
 class Trainer(Branching):
     """Trains every weight of a model, one whole step at a time.

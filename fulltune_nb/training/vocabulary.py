@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.models.cpu_math import fast_exp
+from fulltune_nb.cpu.fast_math import fast_exp
+from fulltune_nb.cpu.kernels import Kernels
 from fulltune_nb.training.loss import Head, chunk_logits, chunks
-from fulltune_nb.training.native import Kernels
 
 RANGE_ELEMENTS = 2**24
 """Weights of a range of rows: 64 MiB in float32."""

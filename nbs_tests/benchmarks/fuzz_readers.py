@@ -16,11 +16,11 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["fulltune_nb", "yaml", "zipfile"]):  # by themselves: public names load later, and uncounted
-    from fulltune_nb.data.formats import row_problem
-    from fulltune_nb.data.reading import read_file
+    from fulltune_nb.data.read import read_file
+    from fulltune_nb.data.rows import row_problem
     from fulltune_nb.data.settings import DataSettings
     from fulltune_nb.errors import FulltuneError
-    from fulltune_nb.models.loading import read_tensors
+    from fulltune_nb.models.folder import read_tensors
     from fulltune_nb.tensor_files import open_npz, open_safetensors
     from fulltune_nb.training.config import TrainConfig
 

@@ -63,8 +63,8 @@ def by_panel(folder: Path, run_dir: Path) -> None:
 def by_command(folder: Path, run_dir: Path) -> None:
     """`python -m fulltune_nb.full`."""
     from fulltune_nb.full import main
-    from fulltune_nb.training.journal import Journal
-    from fulltune_nb.training.run_directory import holds_run
+    from fulltune_nb.training.run import holds_run
+    from fulltune_nb.training.trainer import Journal
 
     record = Journal.record
     Journal.record = lambda journal, report: (record(journal, report), (folder / READY).touch())

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fulltune_nb as ft  # before mlx: it gives it its BLAS
-from fulltune_nb.language_model import LanguageModel, load_model, load_tokenizer
+from fulltune_nb.models.language_model import LanguageModel, load_model, load_tokenizer
 from fulltune_nb.training.trainer import Trainer
 
 STEPS = 12
@@ -54,7 +54,7 @@ def prepare(folder: Path) -> None:
 
 def begin(folder: Path, run_dir: Path | None) -> Trainer:
     """A new trainer, or the one of the run that is there."""
-    from fulltune_nb.training.run_directory import holds_run
+    from fulltune_nb.training.run import holds_run
 
     if run_dir is not None and holds_run(run_dir):
         return Trainer.resume(run_dir)
@@ -65,7 +65,7 @@ def begin(folder: Path, run_dir: Path | None) -> Trainer:
 
 def digest(trainer: Trainer) -> str:
     """Checksum of weights and optimizer state."""
-    from fulltune_nb.models.saving import _bytes_of, hf_tensors
+    from fulltune_nb.models.folder import _bytes_of, hf_tensors
 
     sha = hashlib.sha256()
     for name, array in sorted({**hf_tensors(trainer.lm.model), **trainer._optimizers.state_arrays()}.items()):

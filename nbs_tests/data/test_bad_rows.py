@@ -2,7 +2,7 @@
 
 import pytest
 
-from fulltune_nb.data.bad_rows import OTHER_KEYS, bad_rows_error, feature_hint
+from fulltune_nb.data.rows import OTHER_KEYS, bad_rows_error, feature_hint
 from fulltune_nb.data.settings import FEATURES, DataSettings
 
 

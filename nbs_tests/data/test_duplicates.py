@@ -1,7 +1,7 @@
 """Rows that occur more than once."""
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data.duplicates import find_duplicates
+from fulltune_nb.data.look import find_duplicates
 
 A, B, C, D = ({"prompt": f"What is {letter}?", "completion": f"It is {letter}."} for letter in "abcd")
 

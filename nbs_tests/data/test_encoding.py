@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulltune_nb.data.encoding import encode_rows
+from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.settings import DataSettings
 from nbs_tests.data import chat_templates as templates
 
@@ -221,7 +221,7 @@ def test_half_a_surrogate_pair_is_an_error_of_the_row(tokenizer, row, format):
 
 
 def test_rows_of_more_than_one_chunk_keep_their_order_and_masks(make_tokenizer, monkeypatch):
-    monkeypatch.setattr("fulltune_nb.data.encoding.CHUNK_ROWS", 3)
+    monkeypatch.setattr("fulltune_nb.data.encode.CHUNK_ROWS", 3)
     tokenizer = make_tokenizer(templates.GEMMA)
     rows = [{"messages": [{"role": "user", "content": f"Number {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(10)]
     rows[4] = {"messages": [SYSTEM]}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fulltune_nb.data.formats import detect_format, messages_of, row_format, row_problem
+from fulltune_nb.data.rows import detect_format, messages_of, row_format, row_problem
 from fulltune_nb.data.settings import DataSettings
 
 DEFAULT = DataSettings()

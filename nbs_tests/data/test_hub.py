@@ -10,7 +10,7 @@ import types
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.data.hub import hub_id, splits_of
+from fulltune_nb.data.read import hub_id, splits_of
 
 INSTALLED_IN_CI = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None and not os.environ.get("CI"), reason="datasets is not installed; it is in CI"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulltune_nb.data import BatchOrder, PackedOrder, collate
-from fulltune_nb.data.packing import best_fit
+from fulltune_nb.data.batches import best_fit
 from fulltune_nb.errors import ConfigError
 from nbs_tests.data.test_batching import make_split
 

@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from fulltune_nb.data import reading
-from fulltune_nb.data.reading import read_file, read_folder, read_memory
+from fulltune_nb.data import read as reading
+from fulltune_nb.data.read import read_file, read_folder, read_memory
 from fulltune_nb.errors import DataError
 
 

@@ -1,7 +1,7 @@
 """Finding rows by their texts."""
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data.search import search, surroundings
+from fulltune_nb.data.look import search, surroundings
 
 
 def make_split(tokenizer, texts):

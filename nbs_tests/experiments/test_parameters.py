@@ -8,8 +8,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.experiments.execution import find_notebook
-from fulltune_nb.experiments.parameters import OWN, given_names, read_experiment
-from fulltune_nb.experiments.points import parameter_names
+from fulltune_nb.experiments.parameters import OWN, given_names, parameter_names, read_experiment
 
 FIELDS = [field.name for field in dataclasses.fields(ft.TrainConfig)]
 

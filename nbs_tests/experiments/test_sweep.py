@@ -16,9 +16,8 @@ import nbformat
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.experiments import points
-from fulltune_nb.experiments.outcome import Sweep
-from fulltune_nb.experiments.runs import Run
+from fulltune_nb.experiments import parameters as points
+from fulltune_nb.experiments.runs import Run, Sweep
 
 WORK = """
 import json, os, pathlib
@@ -232,7 +231,7 @@ def test_mistakes_in_the_file_are_named_and_end_with_code_2(tmp_path, capsys, te
 
 
 def test_in_a_notebook_a_table_changes_in_place(tmp_path, monkeypatch):
-    from fulltune_nb.experiments import watching
+    from fulltune_nb.experiments import runs as watching
 
     shown = []
 

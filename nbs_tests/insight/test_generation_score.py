@@ -9,7 +9,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.insight import GenerationScore
-from fulltune_nb.insight.regex import full_match
+from fulltune_nb.insight.generation_score import full_match
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 
 

@@ -11,8 +11,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.insight import top_losses
-from fulltune_nb.insight.losses import ExampleLosses, TokenLosses
-from fulltune_nb.insight.token_statistics import TokenStatistics
+from fulltune_nb.insight.losses import ExampleLosses, TokenLosses, TokenStatistics
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 from nbs_tests.models.parity import need_torch
 
@@ -188,7 +187,7 @@ def test_four_thousand_tokens_stay_in_a_box(make_tokenizer, close_figures):
 
 
 def test_what_is_not_shown_is_counted(make_lm, monkeypatch):
-    monkeypatch.setattr("fulltune_nb.insight.losses_view.TOKENS_SHOWN", 5)
+    monkeypatch.setattr("fulltune_nb.insight.losses.TOKENS_SHOWN", 5)
     html = ft.token_losses(make_lm(), ["the quick brown fox jumps over the lazy dog", "rows", "city"])._repr_html_()
     assert "tokens not shown" in html and "2 more examples not shown" in html
 

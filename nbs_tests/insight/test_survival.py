@@ -10,9 +10,8 @@ from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
 from fulltune_nb.insight import UpdateMeter
-from fulltune_nb.insight.survival import TensorUpdate
-from fulltune_nb.training.optimizers import Optimizers
-from fulltune_nb.training.update_observer import PendingUpdate
+from fulltune_nb.insight.updates import TensorUpdate
+from fulltune_nb.training.optimizers import Optimizers, PendingUpdate
 
 OPTIMIZERS = {
     "adamw": {"weight_decay": 0.1}, "adam": {"weight_decay": 0.1}, "sgd": {"optimizer_config": {"momentum": 0.9, "nesterov": True}},
@@ -221,7 +220,7 @@ def test_thirty_two_layers_and_many_steps_are_drawn_in_bounded_room():
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
 def test_layer_by_layer_and_in_pieces_it_reads_the_same_as_over_the_whole_graph(make_trainer, monkeypatch, optimizer):
     monkeypatch.setattr("fulltune_nb.training.optimizers.piece_size", lambda: 700)
-    monkeypatch.setattr("fulltune_nb.training.pieces.piece_size", lambda: 700)
+    monkeypatch.setattr("fulltune_nb.training.rules.piece_size", lambda: 700)
     found = {}
     for backward in ("whole", "layerwise"):
         trainer = make_trainer(optimizer=optimizer, backward=backward, weights="bfloat16", rounding="nearest", learning_rate=1e-4)

@@ -10,8 +10,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
-from fulltune_nb.insight import tracing
-from fulltune_nb.models.loading import load_decoder
+from fulltune_nb.insight import trace as tracing
+from fulltune_nb.models.folder import load_decoder
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 from nbs_tests.models.model_cases import CASES, VOCAB, random_ids
 from nbs_tests.models.parity import assert_gradients_close, need_torch, write_folder

@@ -16,10 +16,9 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
+from fulltune_nb.models.families import read_config, to_hf
+from fulltune_nb.models.folder import hf_tensors
 from fulltune_nb.models.kv_cache import make_cache
-from fulltune_nb.models.names import to_hf
-from fulltune_nb.models.saving import hf_tensors
 from nbs_tests.models.model_cases import SMALL
 
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3

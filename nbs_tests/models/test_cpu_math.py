@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from fulltune_nb.models import cpu_math
+from fulltune_nb.cpu import fast_math as cpu_math
 
 INF, NAN = np.inf, np.nan
 

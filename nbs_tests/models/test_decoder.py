@@ -17,8 +17,7 @@ from safetensors.numpy import load_file
 
 from fulltune_nb.models.decoder import Decoder, Norm, causal_mask
 from fulltune_nb.models.families import read_config
-from fulltune_nb.models.loading import load_decoder
-from fulltune_nb.models.saving import save_folder
+from fulltune_nb.models.folder import load_decoder, save_folder
 from nbs_tests.models.model_cases import CASES, FAMILIES, FIXTURES, IDS_SHAPE, NEW_TOKENS, PROMPT_LENGTH, SMALL, random_case, random_ids
 from nbs_tests.models.parity import (
     LOGITS_TOLERANCE,
@@ -163,7 +162,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16(family):
 
 
 def decoder_of(raw, tensors, dtype=mx.float32) -> Decoder:
-    from fulltune_nb.models.loading import assign_tensors
+    from fulltune_nb.models.folder import assign_tensors
 
     decoder = Decoder(read_config(raw))
     assign_tensors(decoder, {name: mx.array(array) for name, array in tensors.items()}, "the test", dtype)

@@ -11,8 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import ModelError, WeightsError
-from fulltune_nb.models.loading import INDEX_FILE, load_decoder, read_tensors, resolve_model_path, weight_files
-from fulltune_nb.models.saving import hf_tensors
+from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, read_tensors, resolve_model_path, weight_files
 from nbs_tests.models.model_cases import random_ids
 from nbs_tests.models.parity import (
     EMBEDDING,

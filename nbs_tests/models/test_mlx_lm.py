@@ -13,7 +13,7 @@ import pytest
 
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
-from fulltune_nb.models.saving import save_folder
+from fulltune_nb.models.folder import save_folder
 from nbs_tests.models.model_cases import LLAMA3, SMALL, random_ids
 from nbs_tests.models.parity import need, relative_error
 

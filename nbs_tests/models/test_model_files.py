@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fulltune_nb.errors import WeightsError
-from fulltune_nb.models.loading import assign_tensors, load_decoder, load_model_file
+from fulltune_nb.models.folder import assign_tensors, load_decoder, load_model_file
 from nbs_tests.models.model_cases import random_ids
 from nbs_tests.models.parity import EMBEDDING, HEAD, QUERY, RAW, TIED, dtypes, tensors_of
 

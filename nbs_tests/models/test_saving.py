@@ -14,11 +14,10 @@ from safetensors import safe_open
 
 from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.files import atomic_path, write_text
-from fulltune_nb.models import saving
+from fulltune_nb.models import folder as saving
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
-from fulltune_nb.models.loading import INDEX_FILE, load_decoder
-from fulltune_nb.models.saving import hf_tensors, save_folder, write_tensors
+from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, save_folder, write_tensors
 from nbs_tests.models.model_cases import CASES, LLAMA3, SMALL, random_ids
 from nbs_tests.models.parity import RAW, need_torch, relative_error, tensors_of
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from fulltune_nb.panels import interrupts
+from fulltune_nb.panels import loop as interrupts
 from nbs_tests.panels.kernels import SETUP, Kernel, pythons, version_of
 from nbs_tests.training.conftest import make_data, make_lm, make_trainer  # noqa: F401
 

@@ -11,11 +11,10 @@ import pytest
 from ipywidgets.widgets.widget import _instances
 from PIL import Image
 
-from fulltune_nb.data import load_data, search
+from fulltune_nb.data import load_data
+from fulltune_nb.data import look as search
 from fulltune_nb.errors import ConfigError, DataError
-from fulltune_nb.panels.data import DataPanel
-from fulltune_nb.panels.data_checks import FILTERS
-from fulltune_nb.panels.length_plot import HEIGHT, WIDTH, LengthPlot, lengths_text, whole_lengths
+from fulltune_nb.panels.data import FILTERS, HEIGHT, WIDTH, DataPanel, LengthPlot, lengths_text, whole_lengths
 from nbs_tests.data.test_lens import ATTACK, Page
 
 PAIRS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(6)]

@@ -12,10 +12,11 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.insight import Forgetting, GenerationScore, UpdateMeter
-from fulltune_nb.panels import batch_tab, callbacks_tab, looks, updates_tab
-from fulltune_nb.panels.batch_tab import BatchTab, spikes
-from fulltune_nb.panels.callbacks_tab import CallbacksTab
-from fulltune_nb.panels.updates_tab import UpdatesTab
+from fulltune_nb.panels import tabs as batch_tab
+from fulltune_nb.panels import tabs as callbacks_tab
+from fulltune_nb.panels import tabs as looks
+from fulltune_nb.panels import tabs as updates_tab
+from fulltune_nb.panels.tabs import BatchTab, CallbacksTab, UpdatesTab, spikes
 from nbs_tests.panels.test_train_panel import HOSTILE, in_loop, panel_of, settled, until  # noqa: F401  a fixture among them
 
 LOG, SAMPLES, UPDATES, BATCH, CALLBACKS = range(5)

@@ -14,7 +14,8 @@ import weakref
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.panels import background, interrupts
+from fulltune_nb.panels import loop as background
+from fulltune_nb.panels import loop as interrupts
 from fulltune_nb.panels.loop import loop_of, running_loop
 
 

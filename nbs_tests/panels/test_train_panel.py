@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.panels import live_plot, train_view
-from fulltune_nb.panels.controls import TrainControls
-from fulltune_nb.panels.train import TrainPanel
+from fulltune_nb.panels import live_plot
+from fulltune_nb.panels import train as train_view
+from fulltune_nb.panels.train import TrainControls, TrainPanel
 
 HOSTILE = "<img src=x onerror=alert(1)></pre><script>alert(2)</script>$$x$$\x1b[31m\u202e"
 

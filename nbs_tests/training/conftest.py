@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.data.batching import Batch
-from fulltune_nb.training import native
+from fulltune_nb.cpu import kernels as native
+from fulltune_nb.data.batches import Batch
 
 TINY_LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -10,7 +10,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError
-from fulltune_nb.training import checkpoint as checkpoint_module
+from fulltune_nb.training import run as checkpoint_module
 from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_trainer import weights_of
 

@@ -8,12 +8,12 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import fulltune_nb as ft
+from fulltune_nb.cpu import kernels as native
 from fulltune_nb.models.decoder import Decoder, causal_mask
 from fulltune_nb.models.families import read_config
-from fulltune_nb.training import compiled, native
-from fulltune_nb.training.backward import loss_and_gradients
-from fulltune_nb.training.block_passes import BlockPasses
-from fulltune_nb.training.compiled import CompiledGradients
+from fulltune_nb.training import engine as compiled
+from fulltune_nb.training.engine import CompiledGradients, loss_and_gradients
+from fulltune_nb.training.layerwise import BlockPasses
 from nbs_tests.models.model_cases import CASES
 from nbs_tests.training.conftest import random_batch
 

@@ -2,9 +2,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fulltune_nb.training.eight_bit import ROOT_CODE, SIGNED_CODE, EightBit, block_size
-from fulltune_nb.training.optimizer_groups import make_rule
-from fulltune_nb.training.optimizer_settings import optimizer_settings
+from fulltune_nb.training.config import optimizer_settings
+from fulltune_nb.training.optimizers import make_rule
+from fulltune_nb.training.rules import ROOT_CODE, SIGNED_CODE, EightBit, block_size
 
 
 def numbers(seed=0, rows=32, columns=512):

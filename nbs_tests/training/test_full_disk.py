@@ -15,8 +15,8 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, FulltuneError, ModelError
-from fulltune_nb.model_file import export_folder, save_model_file
-from fulltune_nb.training.checkpoint import list_checkpoints, read_state
+from fulltune_nb.models.model_file import export_folder, save_model_file
+from fulltune_nb.training.run import list_checkpoints, read_state
 from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_resuming import MASKED
 

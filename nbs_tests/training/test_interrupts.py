@@ -11,8 +11,8 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import TrainingError
-from fulltune_nb.training.checkpoint import list_checkpoints, read_state
-from fulltune_nb.training.interrupts import StoppedAtOnce, Termination, interrupts_deferred
+from fulltune_nb.training.run import list_checkpoints, read_state
+from fulltune_nb.training.signals import StoppedAtOnce, Termination, interrupts_deferred
 from nbs_tests.training.test_resuming import MASKED
 from nbs_tests.training.test_trainer import weights_of
 

@@ -13,10 +13,8 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
 from fulltune_nb.training import layerwise, vocabulary
 from fulltune_nb.training import loss as loss_module
-from fulltune_nb.training.backward import step_gradients
-from fulltune_nb.training.block_passes import BlockPasses
-from fulltune_nb.training.expert_gradients import expert_gradients
-from fulltune_nb.training.layerwise import LayerwiseBackward
+from fulltune_nb.training.engine import step_gradients
+from fulltune_nb.training.layerwise import BlockPasses, LayerwiseBackward, expert_gradients
 from nbs_tests.models.model_cases import CASES
 from nbs_tests.training.conftest import TINY_LLAMA, random_batch
 

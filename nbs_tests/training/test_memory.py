@@ -8,13 +8,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
+from fulltune_nb.cpu import kernels as native
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
-from fulltune_nb.training import machine, memory, native
+from fulltune_nb.training import memory
+from fulltune_nb.training import memory as machine
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.machine import machine_limit, read_memory
-from fulltune_nb.training.memory import preflight
+from fulltune_nb.training.memory import machine_limit, preflight, read_memory
 
 MISTRAL_7B = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -8,7 +8,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb import tiny
-from fulltune_nb.training.model_card import CURVE, ModelCard, md
+from fulltune_nb.training.card import CURVE, ModelCard, md
 
 
 @pytest.fixture(scope="module")

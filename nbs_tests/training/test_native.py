@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
-from fulltune_nb.training import native
+from fulltune_nb.cpu import kernels as native
 from fulltune_nb.training.optimizers import Optimizers
-from fulltune_nb.training.update_rules import Adam
+from fulltune_nb.training.rules import Adam
 
 SIZES = (1, 31, 2**12 + 5, 2**19 + 77, 2**21)
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-8}

@@ -294,7 +294,7 @@ def test_an_update_needs_no_memory_of_its_own(name):
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_the_others_need_memory_for_a_part_of_the_model_only(name, monkeypatch):
-    monkeypatch.setattr("fulltune_nb.training.pieces.piece_size", lambda: 1)
+    monkeypatch.setattr("fulltune_nb.training.rules.piece_size", lambda: 1)
     model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(40)])
     mx.eval(model.parameters())
     optimizers = Optimizers(model, TrainConfig(optimizer=name, optimizer_config={"ns_steps": 1} if name == "muon" else {}))

@@ -14,7 +14,7 @@ from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.decoder import Decoder, causal_mask, within_segments
 from fulltune_nb.models.families import read_config
 from fulltune_nb.training import memory
-from fulltune_nb.training.backward import step_gradients
+from fulltune_nb.training.engine import step_gradients
 from fulltune_nb.training.layerwise import LayerwiseBackward
 from fulltune_nb.training.step_batches import StepBatches
 from nbs_tests.models.model_cases import CASES, FAMILIES, SMALL

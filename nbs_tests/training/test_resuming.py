@@ -10,9 +10,9 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError
-from fulltune_nb.models.saving import hf_tensors
-from fulltune_nb.training.checkpoint import read_optimizer, read_state
-from fulltune_nb.training.optimizer_settings import OPTIMIZERS
+from fulltune_nb.models.folder import hf_tensors
+from fulltune_nb.training.config import OPTIMIZERS
+from fulltune_nb.training.run import read_optimizer, read_state
 from nbs_tests.training.conftest import make_rows
 
 STEPS = 30

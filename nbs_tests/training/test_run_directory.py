@@ -11,13 +11,12 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ModelError
-from fulltune_nb.training.run_directory import read_metrics
-from fulltune_nb.training.run_lock import LOCK_FILE, RunLock
+from fulltune_nb.training.run import LOCK_FILE, RunLock, read_metrics
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fulltune_nb.training.run_lock import RunLock
+from fulltune_nb.training.run import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -6,7 +6,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ConfigError, TrainingError
-from fulltune_nb.training.checkpoint import list_checkpoints
+from fulltune_nb.training.run import list_checkpoints
 from nbs_tests.training.test_resuming import MASKED, same_arrays, untimed
 from nbs_tests.training.test_trainer import weights_of
 

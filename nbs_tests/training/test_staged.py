@@ -9,9 +9,8 @@ from mlx.utils import tree_flatten
 
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
-from fulltune_nb.training import staged
-from fulltune_nb.training.backward import loss_and_gradients, step_gradients
-from fulltune_nb.training.staged import StagedGradients
+from fulltune_nb.training import engine as staged
+from fulltune_nb.training.engine import StagedGradients, loss_and_gradients, step_gradients
 from nbs_tests.models.model_cases import CASES
 from nbs_tests.training.conftest import random_batch
 

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 import fulltune_nb as ft
 from fulltune_nb.data import DataSet, DataSettings, collate
 from fulltune_nb.errors import ConfigError, DataError, NonFiniteError, TrainingError
-from fulltune_nb.models.saving import hf_tensors
-from fulltune_nb.training.interrupts import interrupts_deferred
+from fulltune_nb.models.folder import hf_tensors
+from fulltune_nb.training.signals import interrupts_deferred
 from nbs_tests.benchmarks.many_lengths import random_split
 from nbs_tests.training.conftest import make_rows
 

@@ -1,0 +1,202 @@
+"""Runs side by side: their curves in one plot, where their settings differ, and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fulltune_nb.errors import CheckpointError, ConfigError
+from fulltune_nb.frames import frame
+from fulltune_nb.html import NO_MATH, counted, cut, esc, human_bytes, table
+from fulltune_nb.training.history import History
+from fulltune_nb.training.run import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics
+from fulltune_nb.training.trainer import Trainer
+
+if TYPE_CHECKING:
+        from fulltune_nb.plots import Axes
+
+_RESULTS = 12  # entries of result.json that the table shows
+_SETTING = 120  # characters of a value
+
+
+@dataclass
+class Run:
+    """What a run's folder tells; what is missing there is empty, and noted."""
+
+    name: str
+    path: Path | None
+    config: dict[str, Any] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    result: dict[str, Any] = field(default_factory=dict)
+    """Of `result.json`, where there is one."""
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the table; None for what is not known."""
+        steps, evals = self.history.steps, self.history.evals
+        valid = [r for r in evals if r.split == "valid" and math.isfinite(r.loss)]
+        test = [r for r in evals if r.split == "test"]
+        seconds, tokens = sum(r.seconds for r in steps), sum(r.tokens for r in steps)
+        return {
+            "steps": steps[-1].step if steps else 0,
+            "last_loss": steps[-1].loss if steps else None,
+            "best_valid_loss": min((r.loss for r in valid), default=None),
+            "last_valid_loss": valid[-1].loss if valid else None,
+            "test_loss": test[-1].loss if test else None,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "peak_memory": max((r.peak_memory for r in steps), default=None),
+            "seconds": seconds,
+        }
+
+
+class Comparison:
+    """What `compare` returns.
+
+    Attributes:
+        runs: a `Run` for each folder, in their order.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = list(runs)
+
+    @property
+    def differences(self) -> dict[str, list[Any]]:
+        """Setting -> its value in each run, for those that are not the same in all; a run without the setting has None."""
+        names = dict.fromkeys(name for run in self.runs for name in run.config)
+        values = {name: [run.config.get(name) for run in self.runs] for name in names}
+        return {name: own for name, own in values.items() if any(value != own[0] for value in own[1:])}
+
+    @property
+    def results(self) -> dict[str, list[Any]]:
+        """Figure -> its value in each run: from the metrics, and single values of `result.json`, under `result.<name>`."""
+        found = [{**run.summary(), **{f"result.{k}": v for k, v in _flat(run.result).items()}} for run in self.runs]
+        names = dict.fromkeys(name for own in found for name in own)
+        return {name: [own.get(name) for own in found] for name in names}
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a line for each run: its results, then the settings that differ.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        columns = {"run": [run.name for run in self.runs], **self.results, **{f"config.{k}": v for k, v in self.differences.items()}}
+        return frame((dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)), list(columns))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Training losses, smoothed, and validation losses of all runs.
+
+        Args:
+            ax: where to draw; a new figure where left out.
+        """
+        from fulltune_nb.plots import draw_runs
+
+        return draw_runs([(run.name, run.history) for run in self.runs], ax, training=True)
+
+    def __repr__(self) -> str:
+        return f"Comparison({counted(len(self.runs), 'run')}, {len(self.differences)} settings differ)"
+
+    def _repr_html_(self) -> str:
+        names = [run.name for run in self.runs]
+        results = self.results
+        shown = [name for name in results if not name.startswith("result.")]
+        told = [results[name] for name in shown]
+        own = [name for name in results if name.startswith("result.") and results[name] not in told]
+        shown += own[:_RESULTS]
+        rows = [(name.replace("_", " "), *(_readable(name, value) for value in results[name])) for name in shown]
+        more = f"<div>… and {len(own) - _RESULTS} more entries of result.json, in .results</div>" if len(own) > _RESULTS else ""
+        differing = [(name, *(cut(str(value), _SETTING) for value in values)) for name, values in self.differences.items()]
+        settings = table(("setting", *names), differing, "Settings that differ") if differing else "<div>All settings are the same.</div>"
+        notes = "".join(f"<div>⚠ {esc(run.name)}: {esc(note)}</div>" for run in self.runs for note in run.notes)
+        return f'<div class="{NO_MATH}">{table(("", *names), rows, "Results")}{more}{settings}{notes}</div>'
+
+
+def compare(runs: Sequence[str | os.PathLike | Trainer] | Mapping[str, str | os.PathLike | Trainer]) -> Comparison:
+    """Runs side by side, from their folders; nothing of a model is loaded.
+
+    Read are `metrics.jsonl`, `config.yaml` and, where it is there, `result.json`.
+
+    Args:
+        runs: the `run_dir` of each, or trainers; as a list, or under names of your own.
+
+    Raises:
+        ConfigError: not a list of at least one, or names with one each.
+        CheckpointError: a folder that holds no run.
+    """
+    if isinstance(runs, Mapping) and runs:
+        found = compare(list(runs.values())).runs
+        return Comparison([dataclasses.replace(run, name=str(name)) for name, run in zip(runs, found, strict=True)])
+    if isinstance(runs, (str, os.PathLike)) or not isinstance(runs, Sequence) or not runs:
+        raise ConfigError(f'compare: expected a list of run folders, such as ["runs/a", "runs/b"], got {runs!r:.80}.')
+    paths = [None if isinstance(run, Trainer) else Path(run).expanduser() for run in runs]
+    return Comparison([
+        _of_trainer(run, number) if path is None else _read(path, _name(path, paths))
+        for number, (run, path) in enumerate(zip(runs, paths, strict=True), 1)
+    ])
+
+
+def _of_trainer(trainer: Trainer, number: int) -> Run:
+    name = trainer.run_dir.name if trainer.run_dir else f"trainer {number}"
+    return Run(name, trainer.run_dir, trainer.config.to_dict(), History(trainer.history))
+
+
+def _name(path: Path, paths: Sequence[Path | None]) -> str:
+    """The folder's name, with as much of what stands before it as tells it from the others."""
+    others = [other for other in paths if other is not None and other != path]
+    parts = path.resolve().parts
+    for count in range(1, len(parts)):
+        if all(other.resolve().parts[-count:] != parts[-count:] for other in others):
+            return "/".join(parts[-count:])
+    return str(path)
+
+
+def _read(path: Path, name: str) -> Run:
+    run = Run(name, path)
+    there = [file for file in (METRICS_FILE, CONFIG_FILE, RESULT_FILE) if (path / file).is_file()]
+    if not there:
+        what = "no such folder" if not path.is_dir() else f"the folder holds neither {METRICS_FILE} nor {CONFIG_FILE} nor {RESULT_FILE}"
+        raise CheckpointError(f"{path}: {what}. Give the run_dir of a Trainer.")
+    run.notes += [f"{file} is missing" for file in (METRICS_FILE, CONFIG_FILE) if file not in there]
+    run.history, notes = read_metrics(path)
+    run.notes += notes
+    for file, attribute, parse in ((CONFIG_FILE, "config", yaml.safe_load), (RESULT_FILE, "result", json.loads)):
+        if file in there:
+            try:
+                setattr(run, attribute, _mapping(parse((path / file).read_text(encoding="utf-8"))))
+            except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+                run.notes.append(f"{file} cannot be read: {error}")
+    return run
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected names and values, found {type(value).__name__}")
+    return {str(key): own for key, own in value.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Single values, those within others under `outer.inner`; lists and the settings, which have a table of their own, are left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {} if key == "config" else _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (str, int, float)) or value is None:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _readable(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "peak_memory":
+        return human_bytes(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return cut(str(value), _SETTING)

@@ -1,0 +1,409 @@
+"""How the update-survival meter shows itself in a cell: the last measured step by block, and a heat map of blocks x steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from fulltune_nb.data.settings import whole
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.frames import frame
+from fulltune_nb.html import NO_MATH, PALETTE, esc, table
+from fulltune_nb.training.optimizers import PendingUpdate
+from fulltune_nb.training.trainer import Trainer
+
+if TYPE_CHECKING:
+        from fulltune_nb.plots import Axes
+
+# -- survival: The update-survival meter: which share of the weights a step really changes, after rounding, and how
+
+_NORM_CHUNK = 2**22  # elements turned into float32 at a time
+_EATEN_BELOW = 0.5
+"""A share of surviving updates below this is worth a warning."""
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """What one step did to one tensor."""
+
+    step: int
+    """As in the step's report, from 1."""
+    name: str
+    """Module path."""
+    dtype: str
+    size: int
+    """Elements."""
+    looked_at: int
+    """Elements that changes were counted among."""
+    moving: int
+    """Of these, elements whose update before rounding is not zero."""
+    changed: int
+    """Of those, elements that really changed."""
+    update_ratio: float
+    """L2 norm of the update before rounding over that of the weights, over the elements looked at."""
+    gradient_norm: float
+    """L2 norm of the whole tensor's gradient, before clipping."""
+    weight_norm: float
+    """L2 norm of the whole tensor before the step."""
+
+    @property
+    def survival(self) -> float:
+        """`changed / moving`; NaN where nothing was to move."""
+        return self.changed / self.moving if self.moving else math.nan
+
+
+class UpdateMeter:
+    """Measures what updates do. Pass it to `trainer.run(callbacks=[meter])`, or `attach` it for steps, panels and notebooks.
+
+    By default every tenth step is measured, and changes are counted in rows spread evenly over each tensor, 16,384 elements or so;
+    gradient and weight norms are of the whole tensors. So nothing large is kept, and updates are still made in place. Where rounding
+    eats the updates, the run's history gets an event that says so, once.
+
+    Attributes:
+        records: a `TensorUpdate` for each measured step and tensor.
+        every: steps from one measurement to the next, beginning with the first.
+        sample: elements of a tensor that changes are counted in, at least a row; None: all.
+        keep: the latest measured steps that are kept at least, and at most twice as many; None: all.
+    """
+
+    def __init__(self, every: int = 10, sample: int | None = 2**14, keep: int | None = None):
+        """
+        Raises:
+            ConfigError: a number out of range.
+        """
+        self.every = whole("every", every, low=1)
+        self.sample = None if sample is None else whole("sample", sample, low=1)
+        self.keep = None if keep is None else whole("keep", keep, low=1)
+        self.records: list[TensorUpdate] = []
+        self._trainer: Trainer | None = None
+        self._attached_by_run = self._warned = False
+        self._seen: dict[tuple[str, int], _Piece] = {}  # of the update under way, by name and first row
+        self._fresh: list[_Piece] = []  # of the step under way
+
+    # -- attaching ------------------------------------------------------------------------------------------------
+
+    def attach(self, trainer: Trainer) -> UpdateMeter:
+        """Measures every step of this trainer from now on, whoever takes it; until `detach`."""
+        if self._trainer is not trainer:
+            self.detach()
+            self._trainer = trainer
+            trainer.optimizers.observers.append(self)
+            trainer.journal.listeners.append(self)
+        return self
+
+    def detach(self) -> None:
+        """Ends the measuring; what was measured stays."""
+        if self._trainer is not None:
+            self._trainer.optimizers.observers.remove(self)
+            self._trainer.journal.listeners.remove(self)
+        self._trainer, self._attached_by_run, self._seen, self._fresh = None, False, {}, []
+
+    def on_start(self, trainer: Trainer, target: int) -> None:
+        """As a callback of `run`: attaches itself for as long as that lasts."""
+        if self._trainer is not trainer:
+            self.attach(trainer)
+            self._attached_by_run = True
+
+    def on_end(self, trainer: Trainer) -> None:
+        """The end of the run: detaches itself if the run had attached it."""
+        if self._attached_by_run:
+            self.detach()
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def before(self, update: PendingUpdate) -> None:
+        """See `UpdateObserver`."""
+        if (update.step - 1) % self.every:
+            return
+        size = math.prod(update.shape)
+        skip = 1 if self.sample is None else min(size // self.sample, update.weight.shape[0])
+        skip = max(1, skip - 1 + skip % 2)  # odd: an even one could pick the same place in every head
+        old, moving, update_squares, sample_squares = _moving(update, skip)
+        self._seen[update.name, update.first_row] = _Piece(
+            update.name, str(update.weight.dtype).removeprefix("mlx.core."), size, old.size, update_squares, sample_squares,
+            sum_of_squares(update.gradient), sum_of_squares(update.weight), old, moving, skip,
+        )  # fmt: skip
+
+    def after(self, name: str, first_row: int, new: mx.array) -> None:
+        """See `UpdateObserver`."""
+        if (seen := self._seen.pop((name, first_row), None)) is None:
+            return
+        differs = new[:: seen.skip] != seen.old
+        seen.counts = (seen.moving.sum().item(), (differs & seen.moving).sum().item())
+        seen.old = seen.moving = None
+        self._fresh.append(seen)
+
+    def on_step(self, trainer: Trainer, report: Any) -> None:
+        """The step is whole: what was seen of it is taken down."""
+        new = self.collect(report.step)
+        if new and not self._warned and (message := rounding_warning(trainer, new)):
+            self._warned = True
+            trainer.journal.event(report.step, "rounding", message)
+
+    def collect(self, step: int) -> list[TensorUpdate]:
+        """What was seen since the last call, as of this step; for a loop of one's own, where no trainer tells that a step is whole."""
+        fresh, self._fresh = self._fresh, []
+        pieces: dict[str, list[_Piece]] = {}
+        for seen in fresh:
+            pieces.setdefault(seen.name, []).append(seen)
+        new = [_joined(step, own) for own in pieces.values()]
+        self.records += new
+        if self.keep is not None and len(self.records) > 2 * self.keep * len(new) > 0:
+            del self.records[: -self.keep * len(new)]
+        return new
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[int]:
+        """The measured steps."""
+        return list(dict.fromkeys(record.step for record in self.records))
+
+    def latest(self, steps: int = 1) -> list[TensorUpdate]:
+        """The records of the latest measured steps; found from the end, so that a long run costs no more."""
+        first, last = len(self.records), None
+        while first and (steps or self.records[first - 1].step == last):
+            first -= 1
+            steps, last = steps - (self.records[first].step != last), self.records[first].step
+        return self.records[first:]
+
+    def by_block(self, records: Iterable[TensorUpdate] | None = None) -> dict[str, dict[int, list[TensorUpdate]]]:
+        """Block (`"embed_tokens"`, `"layers.0"`, ...) -> step -> its tensors' records: of all records, or of those given."""
+        found: dict[str, dict[int, list[TensorUpdate]]] = {}
+        for record in self.records if records is None else records:
+            found.setdefault(block_of(record.name), {}).setdefault(record.step, []).append(record)
+        return {name: found[name] for name in sorted(found, key=_block_order)}
+
+    def survival(self, step: int | None = None) -> float:
+        """Share of the moving weights that changed, over all tensors: of a measured step, or of all of them. NaN where none moved."""
+        return survival(record for record in self.records if step in (None, record.step))
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a line for each measured step and tensor.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        columns = [*TensorUpdate.__dataclass_fields__, "survival"]
+        return frame(({**vars(record), "survival": record.survival} for record in self.records), columns)
+
+    def heat(self, what: str = "survival") -> tuple[list[str], list[int], np.ndarray]:
+        """Blocks, steps, and a number for each of both: (blocks, steps) float64.
+
+        Args:
+            what: `"survival"`, `"update_ratio"`, `"gradient_norm"` or `"weight_norm"`.
+
+        Raises:
+            ConfigError: another name.
+        """
+        if what not in SUMMARIES:
+            raise ConfigError(f"what: expected {', '.join(map(repr, SUMMARIES))}, got {what!r}.")
+        blocks, steps = self.by_block(), self.steps
+        values = [[SUMMARIES[what](by_step[step]) if step in by_step else math.nan for step in steps] for by_step in blocks.values()]
+        return list(blocks), steps, np.array(values, dtype=np.float64).reshape(len(blocks), len(steps))
+
+    def plot(self, ax: Axes | None = None, what: str = "survival") -> Axes:
+        """Blocks x steps as a heat map.
+
+        Args:
+            ax: where to draw; a new figure where left out.
+            what: see `heat`.
+        """
+        from fulltune_nb.plots import heat_map
+
+        blocks, steps, values = self.heat(what)
+        limits = (0.0, 1.0) if what == "survival" else (None, None)
+        if what != "survival":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.where(values > 0, np.log10(values), np.nan)
+        label = "share of updates that survive" if what == "survival" else f"log10 of {what.replace('_', ' ')}"
+        return heat_map(values, blocks, steps, ("block", "optimizer step", label), "", limits, ax)
+
+    def __repr__(self) -> str:
+        steps = self.steps
+        share = f", {self.survival(steps[-1]):.1%} of the updates survived step {steps[-1]}" if steps else ""
+        return f"UpdateMeter({len(steps)} steps measured, every {self.every}{share})"
+
+    def _repr_html_(self) -> str:
+
+        return survival_html(self)
+
+
+@dataclass
+class _Piece:
+    """What was seen of a tensor, or of some rows of it. Squares are sums of them."""
+
+    name: str
+    dtype: str
+    size: int
+    """Elements of the whole tensor."""
+    looked_at: int
+    update_squares: float
+    sample_squares: float
+    """Of the weights that were looked at."""
+    gradient_squares: float
+    weight_squares: float
+    old: mx.array | None
+    moving: mx.array | None
+    skip: int
+    counts: tuple[int, int] = (0, 0)
+    """Elements that were to move, and that did."""
+
+
+def _joined(step: int, pieces: list[_Piece]) -> TensorUpdate:
+    sample = sum(piece.sample_squares for piece in pieces)
+    return TensorUpdate(
+        step=step, name=pieces[0].name, dtype=pieces[0].dtype, size=pieces[0].size,
+        looked_at=sum(piece.looked_at for piece in pieces), moving=sum(piece.counts[0] for piece in pieces),
+        changed=sum(piece.counts[1] for piece in pieces),
+        update_ratio=math.sqrt(sum(piece.update_squares for piece in pieces) / max(sample, 1e-30)),
+        gradient_norm=math.sqrt(sum(piece.gradient_squares for piece in pieces)),
+        weight_norm=math.sqrt(sum(piece.weight_squares for piece in pieces)),
+    )  # fmt: skip
+
+
+def _moving(update: PendingUpdate, skip: int) -> tuple[mx.array, mx.array, float, float]:
+    """The rows before the update, which of their elements it moves, its squares and theirs; evaluated, so that nothing is held."""
+    weight, change = update.change(skip)
+    old = update.weight[::skip] + 0  # a copy: a view of the rows would hold the whole array
+    moving, squares = change != 0, [mx.square(change).sum(), mx.square(weight).sum()]
+    mx.eval(old, moving, squares)
+    return old, moving, squares[0].item(), squares[1].item()
+
+
+def sum_of_squares(array: mx.array) -> float:
+    """In float32, of any dtype, some millions of elements at a time."""
+    flat, total = array.reshape(-1), 0.0
+    for begin in range(0, flat.size, _NORM_CHUNK):
+        part = flat[begin : begin + _NORM_CHUNK].astype(mx.float32)
+        total += mx.inner(part, part).item()
+    return total
+
+
+def norm(array: mx.array) -> float:
+    """L2 norm; see `sum_of_squares`."""
+    return math.sqrt(sum_of_squares(array))
+
+
+def survival(records: Iterable[TensorUpdate]) -> float:
+    """Share of the moving weights that changed, each tensor counting by its size; NaN where none moved."""
+    changed = moving = 0.0
+    for record in records:
+        scale = record.size / record.looked_at if record.looked_at else 0.0
+        changed, moving = changed + scale * record.changed, moving + scale * record.moving
+    return changed / moving if moving else math.nan
+
+
+def rounding_warning(trainer: Trainer, records: Iterable[TensorUpdate]) -> str:
+    """What to say of a step whose updates rounding eats, and what to switch on; "" where all is well."""
+    rounded = [record for record in records if record.dtype != "float32"]
+    share = survival(rounded)
+    if not rounded or not share < _EATEN_BELOW or getattr(trainer.config, "rounding", None) == "stochastic":
+        return ""
+    percent = f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+    return (
+        f"only {percent} of the updates of {rounded[0].dtype} weights survive rounding at learning rate {trainer.learning_rate:.3g}: "
+        'the rest is lost. Train with TrainConfig(rounding="stochastic"), which keeps them on average, or in float32.'
+    )
+
+
+def _root_of_squares(values: Iterable[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values))
+
+
+def _update_ratio(records: list[TensorUpdate]) -> float:
+    weights = _root_of_squares(r.weight_norm for r in records)
+    return _root_of_squares(r.update_ratio * r.weight_norm for r in records) / weights if weights else math.nan
+
+
+SUMMARIES = {
+    "survival": survival,
+    "update_ratio": _update_ratio,
+    "gradient_norm": lambda records: _root_of_squares(r.gradient_norm for r in records),
+    "weight_norm": lambda records: _root_of_squares(r.weight_norm for r in records),
+}
+
+
+def block_of(name: str) -> str:
+    """`layers.3.mlp.up_proj.weight` -> `layers.3`; what stands outside the blocks by its first part."""
+    return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+
+
+def _block_order(block: str) -> tuple[int, int]:
+    if block.startswith("layers."):
+        return 1, int(block.split(".")[1])
+    return (0, 0) if block.startswith("embed") else (2, 0)
+
+
+# -- survival_view: How the update-survival meter shows itself in a cell: the last measured step by block, and a heat ma
+
+_COLUMNS = 60
+_BLOCKS = 40  # lines
+
+
+def survival_html(meter: UpdateMeter, what: str = "survival") -> str:
+    """Nothing yet, or a table of the last measured step and a picture of the latest ones; what there is no room for is counted.
+
+    Args:
+        meter: what has measured.
+        what: the picture is of; one of `SUMMARIES`.
+    """
+    if not meter.records:
+        return f'<div class="{NO_MATH}">Update survival: nothing measured yet.</div>'
+    recent = meter.latest(_COLUMNS)
+    last = recent[-1].step
+    blocks = meter.by_block(recent)
+    rows = []
+    for name, by_step in list(blocks.items())[:_BLOCKS]:
+        if last in by_step:
+            found = {what: summary(by_step[last]) for what, summary in SUMMARIES.items()}
+            numbers = (f"{found['update_ratio']:.2e}", f"{found['gradient_norm']:.3g}", f"{found['weight_norm']:.4g}")
+            rows.append((name, _percent(found["survival"]), *numbers))
+    headers = ("block", "updates that survive", "update / weight", "gradient norm", "weight norm")
+    more = f"<div>… and {len(blocks) - _BLOCKS} blocks more</div>" if len(blocks) > _BLOCKS else ""
+    share, measured = survival(record for record in recent if record.step == last), len(meter.steps)
+    caption = f"Step {last:,}: {_percent(share)} of the updates survive rounding; {measured:,} steps measured"
+    heat = _heat({name: blocks[name] for name in list(blocks)[:_BLOCKS]}, what, measured)
+    return f'<div class="{NO_MATH}">{table(headers, rows, caption)}{more}{heat}</div>'
+
+
+def _percent(share: float) -> str:
+    return "nothing moves" if math.isnan(share) else f"{share:.1%}"
+
+
+def _heat(blocks: dict[str, dict[int, list[TensorUpdate]]], what: str, measured: int, cell: tuple[int, int] = (11, 11)) -> str:
+    steps = sorted({step for by_step in blocks.values() for step in by_step})
+    values = np.array([[SUMMARIES[what](by_step.get(step, [])) for step in steps] for by_step in blocks.values()], dtype=np.float64)
+    shades, scale = _shades(values, what)
+    parts = []
+    for line, name in enumerate(blocks):
+        y = line * cell[1]
+        parts.append(f'<text x="0" y="{y + 9}" font-size="10" fill="currentColor">{esc(name, 18)}</text>')
+        for column, value in enumerate(values[line]):
+            if np.isfinite(shades[line, column]):
+                number = f"{value:.1%}" if what == "survival" else f"{value:.3g}"
+                place = f'x="{110 + column * cell[0]}" y="{y}" width="{cell[0] - 1}" height="{cell[1] - 1}"'
+                look = f'fill="{PALETTE[0]}" fill-opacity="{0.06 + 0.94 * shades[line, column]:.2f}"'
+                parts.append(f"<rect {place} {look}><title>{esc(name)}, step {steps[column]}: {number}</title></rect>")
+    name = "Updates that survive" if what == "survival" else what.replace("_", " ").capitalize().replace("Update ratio", "Update / weight")
+    label = f"{name}, by block and step {steps[0]:,} to {steps[-1]:,}: {scale}"
+    hidden = f"; {measured - len(steps):,} earlier measurements not shown" if measured > len(steps) else ""
+    width, height = 110 + len(steps) * cell[0], len(blocks) * cell[1]
+    return f'<div>{label}{hidden}</div><svg width="{width}" height="{height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _shades(values: np.ndarray, what: str) -> tuple[np.ndarray, str]:
+    """From 0 to 1, NaN for none, and what they mean: shares as they are, all else by its logarithm from the least to the greatest."""
+    if what == "survival":
+        return values, "faint is none, solid is all"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(np.isfinite(values) & (values > 0), np.log(values), np.nan)
+    if not np.isfinite(logs).any():
+        return logs, "all zero"
+    low, high = np.nanmin(logs), np.nanmax(logs)
+    return (logs - low) / max(high - low, 1e-9), f"faint is {math.exp(low):.2g}, solid is {math.exp(high):.2g}, by its logarithm"

@@ -1,0 +1,498 @@
+"""Writing weights: single files, and complete Hugging Face model folders.
+
+Files are written beside their place, flushed to the disk and renamed, so that what stands under a name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from fulltune_nb.errors import ModelError, WeightsError
+from fulltune_nb.files import Checksum, atomic_path, begin_checksum, flush_to_disk, is_within, write_parts, write_text
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import FAMILIES, ModelConfig, hf_names, read_config, to_hf
+from fulltune_nb.tensor_files import UNREADABLE, check_ending, check_weights_file
+
+# -- loading: Reading a Hugging Face model folder: `config.json` and safetensors, and model files laid on top
+
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+_MAX_JSON = 100_000_000  # bytes of a config or an index that are read
+_SHOWN = 10  # tensors named in an error message
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older checkpoints stored; recomputed here
+
+
+def resolve_model_path(model: str) -> Path:
+    """A local folder, or the local copy of a hub repository (downloaded with the hub's own progress bar).
+
+    Raises:
+        ModelError: neither a folder nor a repository that can be reached.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        if path.is_file():
+            raise ModelError(f"{path} is a file; a model folder or a hub id is needed. Pass a weights file as model_file instead.")
+        return path
+    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
+        raise ModelError(f"No model folder at {path}. Check the path, or name a hub repository like 'mistralai/Mistral-7B-v0.1'.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # model*: some repositories hold the weights a second time, as consolidated.safetensors
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"{model!r} is neither a folder here nor a valid hub id: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{model!r} is not a folder here, and it could not be had from the hub: {error}\nCheck the name and the network, log in"
+            " with `hf auth login` for gated models, or download the folder elsewhere and pass its path."
+        ) from error
+
+
+def load_decoder(folder: Path, dtype: str | None = None) -> Decoder:
+    """The model of a folder, weights evaluated in memory.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors` or its shards.
+        dtype: `"float32"` or `"bfloat16"`; None keeps the checkpoint's, except float16, which becomes float32.
+
+    Raises:
+        ModelError: no or unreadable `config.json`, an unsupported family, weights in a form that is not read.
+        WeightsError: tensors missing, unexpected or mis-shaped.
+    """
+    target = _target_dtype(dtype)
+    check_links(folder)
+    config = _config_of(folder / "config.json")
+    arrays = _read_folder(folder)
+    for setting, count in (("num_hidden_layers", config.num_layers), ("num_local_experts", config.num_experts)):
+        if count > len(arrays):  # before that many layers are made
+            raise ModelError(f"{folder / 'config.json'}: {setting} is {count:,}, but the weights have only {len(arrays):,} tensors.")
+    if _has_own_head(config, arrays):  # the weights win over config.json, as in transformers
+        config = replace(config, tie_word_embeddings=False)
+    model = Decoder(config)
+    assign_tensors(model, arrays, str(folder), target)
+    return model
+
+
+def _config_of(path: Path) -> ModelConfig:
+    raw = read_json(path)
+    try:
+        return read_config(raw, str(path))
+    except ModelError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError, RecursionError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelError(f"{path} has a setting of the wrong kind: {why}. Get the file again.") from error
+
+
+def check_links(folder: Path) -> None:
+    """A model folder's files are in it; only the hub's cache may hold them as links, to the blobs beside its snapshots.
+
+    Raises:
+        ModelError: a file of the folder is a link to somewhere else.
+    """
+    inside = Path(os.path.realpath(folder))
+    blobs = inside.parent.parent / "blobs"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        target = Path(os.path.realpath(path)) if path.is_symlink() else None
+        if target is not None and not target.is_dir() and not target.is_relative_to(inside) and not target.is_relative_to(blobs):
+            raise ModelError(f"{path} is a link out of the model folder, to {target}. Nothing was read. Put the file itself there.")
+
+
+def load_folder_weights(model: Decoder, folder: Path, dtype: mx.Dtype | None = None) -> None:
+    """Fills the model with a folder's weights.
+
+    Raises:
+        ModelError: weights in a form that is not read.
+        WeightsError: tensors missing, unexpected or mis-shaped; the model is as before.
+    """
+    check_links(folder)
+    assign_tensors(model, _read_folder(folder), str(folder), dtype)
+
+
+def _read_folder(folder: Path) -> dict[str, mx.array]:
+    arrays: dict[str, mx.array] = {}
+    for path in weight_files(folder):
+        arrays.update(read_tensors(path))
+    return arrays
+
+
+def _has_own_head(config: ModelConfig, arrays: Mapping[str, mx.array]) -> bool:
+    """Whether tensors of a model that should be tied bring a head that is not the embedding."""
+    both_there = config.tie_word_embeddings and _EMBEDDING in arrays and _HEAD in arrays
+    return both_there and not mx.array_equal(arrays[_EMBEDDING], arrays[_HEAD]).item()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: the file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is no file. A Hugging Face model folder has a JSON file there.")
+        if path.exists() and path.stat().st_size > _MAX_JSON:
+            raise ModelError(f"{path} has {path.stat().st_size:,} bytes; at most {_MAX_JSON:,} are read. It is not the file it should be.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        here = ", ".join(sorted(p.name for p in path.parent.iterdir())[:_SHOWN]) if path.parent.is_dir() else "nothing"
+        raise ModelError(f"{path} is missing. A Hugging Face model folder has it; found here: {here or 'nothing'}.") from error
+    except ModelError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {str(error)[:300]}. Get the file again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object, found a {type(content).__name__}.")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: the single file, or the shards its index names.
+
+    Raises:
+        ModelError: none there (with the reason where other formats are), or an index that names files outside the folder.
+    """
+    index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if single.exists():  # before the index, as transformers looks
+        return [single]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index} has no weight_map.")
+        names = sorted({str(name) for name in weight_map.values()})
+        if bad := [name for name in names if Path(name).name != name or "\\" in name or not name.endswith(".safetensors")]:
+            what = f"{index} names files outside its folder, or no .safetensors files"
+            raise ModelError(f"{what}: {str(bad[:_SHOWN])[:300]}. Nothing was read. Get the index again.")
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} shards of its index: {missing[:_SHOWN]}. Download them.")
+        return [folder / name for name in names]
+    if pickled := sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*")):
+        raise ModelError(
+            f"{folder} has its weights only as {', '.join(pickled[:_SHOWN])}. These are pickle files, which can run code when they are"
+            " opened, so they are not read. Get the safetensors version, or convert with transformers: from_pretrained, save_pretrained."
+        )
+    raise ModelError(
+        f"{folder} has neither model.safetensors nor {INDEX_FILE}. A hub repository that offers pytorch_model.bin alone is not read:"
+        " pickle files can run code when they are opened. Convert it with transformers: from_pretrained, save_pretrained."
+    )
+
+
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a `.safetensors` or `.npz` file, not evaluated yet.
+
+    Raises:
+        WeightsError: the file cannot be read, is damaged, or has another ending. Pickled objects in an npz are refused.
+    """
+    check_ending(path)
+    if not path.exists():
+        raise WeightsError(f"No weights file at {path}.")
+    try:
+        check_weights_file(path)  # before MLX sees it: its own reader trusts what a header says
+        arrays = mx.load(str(path))
+    except UNREADABLE as error:
+        why = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
+        if why.startswith("cannot be read as"):
+            raise
+        raise WeightsError(f"{path} cannot be read as {path.suffix[1:]}: {why} If it is cut short, copy it again.") from error
+    return dict(arrays)
+
+
+def assign_tensors(
+    model: Decoder,
+    arrays: MutableMapping[str, mx.array],
+    where: str,
+    dtype: mx.Dtype | None = None,
+    partial: bool = False,
+    keep_dtypes: bool = False,
+) -> None:
+    """Puts tensors with Hugging Face names into the model, after all names and shapes have been checked.
+
+    Args:
+        model: the decoder to fill.
+        arrays: Hugging Face name -> array; emptied on the way, so that no tensor is in memory in two dtypes for long.
+        where: file or folder, for messages.
+        dtype: what they become; None keeps float32 and bfloat16 and makes other ones (float16, float64) float32.
+        partial: a file that holds only some of the tensors is fine.
+        keep_dtypes: each becomes what the model's tensor of its name is now, whatever `dtype` says.
+
+    Raises:
+        WeightsError: tensors missing, unexpected or mis-shaped; nothing was changed.
+    """
+    ours = dict(tree_flatten(model.parameters()))
+    names = hf_names(list(ours), model.config.family)
+    given = {name: array for name, array in arrays.items() if not name.endswith(_NOT_WEIGHTS)}
+    if model.config.tie_word_embeddings and _HEAD in given:
+        if _has_own_head(model.config, given):
+            raise WeightsError(f"{where} has an lm_head.weight that differs from its embeddings, but the model's head is tied to them.")
+        given[_EMBEDDING] = given.pop(_HEAD)  # the same values; some checkpoints name only the head
+    missing = [] if partial else sorted(set(names) - set(given))
+    unexpected = sorted(set(given) - set(names))
+    mis_shaped = [
+        f"{name}: {tuple(array.shape)} instead of {tuple(ours[names[name]].shape)}"
+        for name, array in given.items()
+        if name in names and array.shape != ours[names[name]].shape
+    ]
+    if missing or unexpected or mis_shaped:
+        raise WeightsError(_tensor_problems(where, missing, unexpected, mis_shaped))
+    if not_float := [f"{name}: {array.dtype}" for name, array in given.items() if not mx.issubdtype(array.dtype, mx.floating)]:
+        raise WeightsError(f"{where}: floating-point weights are needed, found {_listed(not_float)}.")
+    arrays.clear()
+    for name in list(given):
+        array = given.pop(name)
+        own = array.dtype if array.dtype in DTYPES.values() else mx.float32
+        array = array.astype(ours[names[name]].dtype if keep_dtypes else dtype or own)
+        mx.eval(array)  # read now: the file may be replaced later, and lazy arrays cannot cross threads
+        _assign(model, names[name], array)
+
+
+def load_model_file(model: Decoder, path: Path) -> None:
+    """Lays a model file (Hugging Face names, every tensor of the model) over the weights, in their dtypes.
+
+    Raises:
+        WeightsError: unreadable, or tensors missing, unexpected or mis-shaped; the model is as before.
+    """
+    assign_tensors(model, read_tensors(path), str(path), keep_dtypes=True)
+
+
+def _assign(model: Decoder, name: str, array: mx.array) -> None:
+    *parents, last = name.split(".")
+    module: Any = model
+    for part in parents:
+        module = module[int(part)] if part.isdigit() else module[part]
+    module[last] = array
+
+
+def _target_dtype(dtype: str | None) -> mx.Dtype | None:
+    if dtype in (None, *DTYPES):
+        return DTYPES[dtype] if dtype else None
+    reason = " Updates and gradients underflow in float16; it is not trained here." if dtype == "float16" else ""
+    raise ModelError(f"dtype must be one of {', '.join(DTYPES)} or None (the checkpoint's own), found {dtype!r}.{reason}")
+
+
+def _tensor_problems(where: str, missing: list[str], unexpected: list[str], mis_shaped: list[str]) -> str:
+    lines = [f"{where} does not fit the model its config.json describes:"]
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mis_shaped)):
+        if names:
+            lines.append(f"  {len(names)} tensors {title}: {_listed(names)}")
+    return "\n".join(lines)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+# -- saving: Writing weights: single files, and complete Hugging Face model folders
+
+SHARD_BYTES = 5_000_000_000
+_CODES = {
+    mx.float64: "F64", mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.complex64: "C64", mx.bool_: "BOOL",
+    mx.int64: "I64", mx.int32: "I32", mx.int16: "I16", mx.int8: "I8",
+    mx.uint64: "U64", mx.uint32: "U32", mx.uint16: "U16", mx.uint8: "U8",
+}  # fmt: skip
+_DTYPE_NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
+
+
+def hf_tensors(model: Decoder) -> dict[str, mx.array]:
+    """The model's arrays under their Hugging Face names."""
+    return {to_hf(name, model.config.family): array for name, array in tree_flatten(model.parameters())}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors into a `.safetensors` or `.npz` file, atomically.
+
+    bfloat16 stands in an npz as `mx.savez` writes it, which `mx.load` reads back; numpy alone does not know it.
+
+    Raises:
+        WeightsError: another ending, or the file cannot be written.
+    """
+    check_ending(path)
+    try:
+        with atomic_path(path) as temporary:
+            if path.suffix == ".npz":
+                mx.savez(str(temporary), **tensors)
+            else:
+                write_parts(temporary, _safetensors(tensors, metadata))
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{path} could not be written: {error}. Check free space and permissions.") from error
+
+
+def begin_checksum_of(tensors: Mapping[str, mx.array]) -> Checksum:
+    """The SHA-256 of the safetensors file that `write_tensors` makes of these tensors, computed in a thread from now on."""
+    return begin_checksum(_safetensors(tensors))
+
+
+def _safetensors(tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+    """What a safetensors file consists of. `mx.save_safetensors` would leave no way to a checksum but reading the file again."""
+    mx.eval(list(tensors.values()))
+    return [_header(tensors, {"format": "mlx", **(metadata or {})}), *map(_bytes_of, tensors.values())]
+
+
+def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, array in tensors.items():
+        offsets = [offset, offset + array.nbytes]
+        header[name] = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(array: mx.array) -> memoryview:
+    """An array's bytes in C order; its own memory where it lies there in that order, a copy where not."""
+    known = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # numpy knows no bfloat16
+    return memoryview(np.ascontiguousarray(np.asarray(known)).reshape(-1).view(np.uint8))
+
+
+def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> None:
+    """
+    Args:
+        path: where something will be written.
+        source: the folder a model was loaded from; None, or a hub id, has nothing to be overwritten.
+        what: that it is, for the message.
+
+    Raises:
+        ModelError: the path is that folder, or lies in it.
+    """
+    folder = Path(source).expanduser() if source else None
+    if folder is not None and folder.is_dir() and is_within(Path(path).expanduser(), folder):
+        raise ModelError(f"{what} {path} is the source model's folder {source}, or lies in it. Name another place.")
+
+
+def save_folder(
+    folder: Path,
+    model: Decoder,
+    save_tokenizer: Callable[[str], Any] | None,
+    generation_config: dict | None = None,
+    texts: Mapping[str, str] | None = None,
+    with_checksums: bool = False,
+) -> dict[str, Checksum]:
+    """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
+
+    `config.json` is the source's own, with the tying of the embeddings and the dtype written out.
+
+    Args:
+        folder: new or empty.
+        model: the weights.
+        save_tokenizer: writes the tokenizer's files into the folder of that path, or None.
+        generation_config: written where given.
+        texts: further files, by name.
+        with_checksums: whether they are computed; that holds the weights' memory until it is done.
+
+    Returns:
+        File name -> SHA-256 of the files with weights, each of which may still be being computed; empty without checksums.
+
+    Raises:
+        ModelError: the folder is not empty or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} is not an empty folder. A model is saved into a new or empty one, so that nothing is overwritten.")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = hf_tensors(model)
+        written = _write_shards(folder, tensors)
+        checksums = {name: begin_checksum_of(shard) for name, shard in written.items()} if with_checksums else {}
+        if save_tokenizer is not None:
+            save_tokenizer(str(folder))
+            for path in folder.iterdir():
+                if path.is_file() and path.name not in written:
+                    flush_to_disk(path)
+        if generation_config is not None:
+            write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
+        for name, text in (texts or {}).items():
+            write_text(folder / name, text)
+        config = _exported_config(model, next(iter(tensors.values())).dtype)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        return checksums
+    except BaseException as error:  # an interrupt too leaves no half-written model that looks like one
+        _remove_contents(folder, and_itself=made)
+        if isinstance(error, OSError):
+            raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
+        raise
+
+
+def _remove_contents(folder: Path, and_itself: bool) -> None:
+    with suppress(OSError):  # the error that led here is the one to report
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if and_itself:
+            folder.rmdir()
+
+
+def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
+    config = {**model.config.raw, "tie_word_embeddings": model.config.tie_word_embeddings}
+    for key, value in _left_out(model.config).items():
+        if config.get(key) is None:
+            config[key] = value
+    written = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # the dialect of the source
+    config.update({key: _DTYPE_NAMES[dtype] for key in written})
+    return config
+
+
+def _left_out(config: ModelConfig) -> dict[str, Any]:
+    """What readers with other defaults, or of the older dialect only (mlx-lm), need to see written out."""
+    rope, family = config.rope, FAMILIES[config.family]
+    values = {"num_key_value_heads": config.num_kv_heads, "rope_theta": rope.theta}
+    if isinstance(family.norm_eps, str):
+        values[family.norm_eps] = config.norm_eps
+    if config.head_dim * config.num_heads != config.hidden_size or "head_dim" in family.defaults:
+        values["head_dim"] = config.head_dim
+    if rope.fraction != 1.0 or "partial_rotary_factor" in family.defaults:
+        values["partial_rotary_factor"] = rope.fraction
+    if rope.scaling != "default":
+        whole = {"original_max_position_embeddings": int}  # a count: readers check that it is whole
+        parameters = {key: whole.get(key, float)(value) for key, value in rope.parameters}
+        values["rope_scaling"] = {"rope_type": rope.scaling, **parameters}
+    return values
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, Mapping[str, mx.array]]:
+    """The weights' files. Returns what stands in each."""
+    shards = _split(tensors)
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0])
+        return {"model.safetensors": shards[0]}
+    weight_map, written = {}, {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard)
+        written[name] = shard
+        weight_map.update(dict.fromkeys(shard, name))
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    return written
+
+
+def _split(tensors: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
+    shards: list[dict[str, mx.array]] = [{}]
+    size = 0
+    for name, array in tensors.items():
+        if shards[-1] and size + array.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    return shards

@@ -1,0 +1,320 @@
+"""LanguageModel: a decoder with its tokenizer and configuration; load, save, generate, chat."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_template, prompt_ids
+from fulltune_nb.errors import GenerationError, TornStepError
+from fulltune_nb.html import facts, human_bytes
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import ModelConfig, read_config
+from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
+from fulltune_nb.models.generation import Ends, GenerationSettings, answer_many, stream_answer
+from fulltune_nb.models.tokenizer import load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+        from transformers import PreTrainedTokenizerBase
+
+class LanguageModel:
+    """A model, its tokenizer and its configuration.
+
+    Attributes:
+        model: the decoder, an `mlx.nn.Module`: ids (B, T) -> logits (B, T, V).
+        tokenizer: the `transformers` tokenizer.
+        source: where it was loaded from: folder or hub id; None for random weights.
+        generation_config: `generation_config.json` of the source, or None.
+        torn: why the weights cannot be used, when a training step was broken off half-way; else None.
+        card: how the weights came about, as `.files()`, texts by file name that `save` writes too; None where nothing is known.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str | None = None,
+        generation_config: dict[str, Any] | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.generation_config = generation_config
+        self.torn: str | None = None
+        self.card: Any = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> LanguageModel:
+        """A model with random weights (MLX's default initialisation), float32.
+
+        Args:
+            config: what a `config.json` holds.
+            tokenizer: its tokenizer.
+            seed: of the weights.
+        """
+        mx.random.seed(seed)
+        model = Decoder(read_config(config))
+        mx.eval(model.parameters())
+        return cls(model, tokenizer)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and mechanisms of the model."""
+        return self.model.config
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights the model has; tied ones count once."""
+        return sum(array.size for _, array in tree_flatten(self.model.parameters()))
+
+    @property
+    def dtype(self) -> str:
+        """Storage dtype of the weights, such as `"float32"`."""
+        return str(self.model.embed_tokens.weight.dtype).removeprefix("mlx.core.")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer: from `generation_config.json`, else the tokenizer's EOS."""
+        ids = (self.generation_config or {}).get("eos_token_id")
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            return ()
+        return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """The text that follows a prompt.
+
+        Args:
+            prompt: a text, which gets the special tokens its tokenizer adds (a BOS where the family has one), or token ids.
+            max_tokens: after which the answer ends in any case.
+            temperature: 0 takes the likeliest token each time, 1 draws from the model's own probabilities.
+            top_p: draw among the fewest likeliest tokens that hold this much probability.
+            top_k: draw among this many likeliest tokens; 0: all.
+            min_p: draw among tokens with at least this share of the likeliest one's probability.
+            stop: texts that end the answer and are no part of it.
+            seed: of the drawing; the global random state is neither used nor changed. None: another one each time.
+
+        Raises:
+            GenerationError: a prompt or a setting that cannot be used.
+        """
+        return "".join(self.stream(prompt, max_tokens, temperature, top_p, top_k, min_p, stop, seed))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """`generate`, as pieces of text while they come. May be left at any time.
+
+        Raises:
+            GenerationError: a prompt or a setting that cannot be used.
+        """
+        self._check_whole()
+        settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
+        tokens = prompt_ids(self.tokenizer, prompt, self.config.vocab_size)
+        return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
+        """The assistant's answer to a conversation, through the tokenizer's chat template (ChatML where it has none).
+
+        It ends where the template ends an assistant's turn, too.
+
+        Args:
+            messages: dicts such as `{"role": "user", "content": "Hello"}`; the last one is usually the user's.
+            max_tokens: this and the other settings are those of `generate`.
+            tools: what the template may offer the model, as `transformers` takes it.
+
+        Raises:
+            GenerationError: messages the template refuses, or a setting that cannot be used.
+        """
+        return "".join(self.stream_chat(messages, max_tokens, temperature, top_p, top_k, min_p, stop, seed, tools))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> Iterator[str]:
+        """`chat`, as pieces of text while they come. May be left at any time.
+
+        Raises:
+            GenerationError: messages the template refuses, or a setting that cannot be used.
+        """
+        self._check_whole()
+        settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
+        tokens = self.chat_tokens(messages, tools)
+        return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings, chat=True), continues=False)
+
+    def generate_many(self, prompts: Sequence[Prompt], batch_size: int = 32, **settings: Any) -> list[str]:
+        """`generate` for many prompts, side by side: some ten times as fast.
+
+        Greedy answers are those of `generate`, up to rounding; with a temperature, prompt `i` draws as with `seed + i`.
+
+        Args:
+            prompts: texts or token ids.
+            batch_size: how many are decoded at a time.
+            settings: those of `generate`, by name.
+
+        Raises:
+            GenerationError: a prompt or a setting that cannot be used; the message says which prompt.
+        """
+        self._check_whole()
+        if isinstance(prompts, str):
+            raise GenerationError("generate_many takes a list of prompts, found one text. Use generate, or put it into a list.")
+        tokens = _each(prompts, lambda prompt: prompt_ids(self.tokenizer, prompt, self.config.vocab_size), "prompts")
+        return self._many(tokens, batch_size, settings, chat=False)
+
+    def chat_many(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        batch_size: int = 32,
+        tools: Sequence[Sequence[Any] | None] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """`chat` for many conversations, side by side; see `generate_many`. `tools`: those of each conversation.
+
+        Raises:
+            GenerationError: messages the template refuses, or a setting that cannot be used; the message says which conversation.
+        """
+        pairs = list(zip(conversations, tools or [None] * len(conversations), strict=True))
+        tokens = _each(pairs, lambda pair: self.chat_tokens(*pair), "conversations")
+        return self._many(tokens, batch_size, settings, chat=True)
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[int]:
+        """A conversation as token ids, up to where the assistant's answer begins: what `chat` gives the model to read.
+
+        Raises:
+            GenerationError: messages the template refuses.
+        """
+        if note := ensure_chat_template(self.tokenizer):
+            warnings.warn(note, stacklevel=3)
+        return chat_ids(self.tokenizer, messages, tools, self.config.vocab_size)
+
+    def _many(self, prompts: list[list[int]], batch_size: int, settings: Mapping[str, Any], chat: bool) -> list[str]:
+        checked = GenerationSettings(**settings)
+        ends = self._ends(checked, chat)
+        return answer_many(self.model, self.tokenizer, prompts, checked, ends, continues=not chat, batch_size=max(1, batch_size))
+
+    def _check_whole(self) -> None:
+        if self.torn:
+            raise TornStepError(self.torn)
+
+    def _ends(self, settings: GenerationSettings, chat: bool = False) -> Ends:
+        ids, strings = answer_end(self.tokenizer) if chat else ((), ())
+        return Ends(frozenset((*self.stop_ids, *ids)), (*settings.stop, *strings))
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes a complete Hugging Face folder that `transformers`, `mlx-lm` and `load_model` read.
+
+        A model that was trained gets a `README.md` that says how: base, data, settings, losses, versions.
+
+        Args:
+            folder: new or empty.
+
+        Raises:
+            ModelError: the folder is not empty, lies in the folder this model was loaded from, or cannot be written.
+        """
+        self._check_whole()
+        folder = Path(folder).expanduser()
+        if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
+            check_not_source(folder, self.source, "The folder")
+        texts = self.card.files() if self.card is not None else {}
+        save_folder(folder, self.model, partial(save_tokenizer, self.tokenizer), self.generation_config, texts)
+        return folder
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.config.family}, {self.num_parameters:,} parameters, {self.dtype}, source={self.source!r})"
+
+    def _repr_html_(self) -> str:
+        config = self.config
+        size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        experts = [("experts", f"{config.num_experts}, {config.num_experts_per_token} a token")] if config.num_experts else []
+        window = [("sliding window", f"{config.sliding_window:,} tokens")] if config.sliding_window else []
+        return facts(
+            f"{config.family}, {self.num_parameters:,} parameters",
+            [
+                ("source", self.source or "random weights"),
+                ("weights", f"{human_bytes(size)} in {self.dtype}"),
+                ("layers × hidden", f"{config.num_layers} × {config.hidden_size}"),
+                ("heads (key/value)", f"{config.num_heads} ({config.num_kv_heads}) of {config.head_dim}"),
+                *experts,
+                *window,
+                ("vocabulary", f"{config.vocab_size:,}" + (", tied to the head" if config.tie_word_embeddings else "")),
+                ("chat template", "yes" if self.tokenizer.chat_template else "none"),
+            ],
+        )
+
+
+def _each(items: Sequence[Any], convert: Callable[[Any], list[int]], name: str) -> list[list[int]]:
+    """Every item converted; an error says which one it was."""
+    converted = []
+    for number, item in enumerate(items):
+        try:
+            converted.append(convert(item))
+        except GenerationError as error:
+            raise GenerationError(f"{name}[{number}]: {error}") from error
+    return converted
+
+
+def load_model(
+    path: str | os.PathLike, model_file: str | os.PathLike | None = None, dtype: str | None = None
+) -> LanguageModel:
+    """Loads a model folder or a hub repository, with a model file laid on top where given.
+
+    Args:
+        path: a Hugging Face model folder, or a hub id such as `"mistralai/Mistral-7B-v0.1"`.
+        model_file: `.safetensors` or `.npz` with Hugging Face tensor names; its weights replace the folder's.
+        dtype: `"float32"` or `"bfloat16"`; None keeps the checkpoint's (float16 becomes float32).
+
+    Raises:
+        ModelError: not found, not supported, or not readable; the message says what to do.
+        WeightsError: tensors missing, unexpected or mis-shaped.
+    """
+    folder = resolve_model_path(os.fspath(path))
+    model = load_decoder(folder, dtype)
+    if model_file is not None:
+        load_model_file(model, Path(model_file).expanduser())
+    generation_path = folder / "generation_config.json"
+    generation_config = read_json(generation_path) if generation_path.exists() else None
+    return LanguageModel(model, load_tokenizer(folder), os.fspath(path), generation_config)

@@ -1,0 +1,213 @@
+"""Model files: the weights of a fine-tuned model in one file, and what says which model they belong to.
+
+A `.safetensors` file carries these texts itself; beside `model.npz` stands `model.npz.json`.
+
+    base_model    the folder (absolute) or hub id whose config.json and tokenizer belong to the weights
+    dtype         of the weights, such as "float32"
+    data_format   of the rows trained on: "chat", "completions" or "text"
+    mask_prompt   "true" where the loss was on the answers only, else "false"
+    fulltune_nb   the version that wrote it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fulltune_nb.errors import ConfigError, ModelError, WeightsError
+from fulltune_nb.files import write_text
+from fulltune_nb.models.folder import hf_tensors, write_tensors
+from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.tensor_files import check_ending, safetensors_metadata
+
+EXPORT_NOTE = "fulltune_nb.json"
+"""File in an exported model folder that says what it was trained on, and which files were written."""
+
+
+def metadata_path(path: Path) -> Path:
+    """The small file beside an npz."""
+    return path.with_name(path.name + ".json")
+
+
+def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = None, mask_prompt: bool | None = None) -> None:
+    """Writes all weights under their Hugging Face names, and where they come from.
+
+    Args:
+        path: the file; its ending says which kind.
+        lm: the model.
+        data_format: of the rows trained on.
+        mask_prompt: whether the loss was on the answers only.
+
+    Raises:
+        WeightsError: another ending, a weights file of the source model, or the file cannot be written.
+    """
+    check_model_file(path, lm)
+    metadata = {"dtype": lm.dtype, "fulltune_nb": _own_version()}
+    if lm.source is not None:
+        folder = Path(lm.source).expanduser()
+        metadata["base_model"] = os.path.abspath(folder) if folder.exists() else lm.source
+    if data_format is not None:
+        metadata["data_format"] = data_format
+    if mask_prompt is not None:
+        metadata["mask_prompt"] = str(mask_prompt).lower()
+    write_tensors(path, hf_tensors(lm.model), metadata)
+    write_metadata(path, metadata)
+
+
+def check_model_file(path: Path, lm: LanguageModel) -> None:
+    """
+    Raises:
+        WeightsError: writing the file would replace the source model's weights, or add to them.
+    """
+    source = Path(lm.source).expanduser() if lm.source else None
+    if source is None or not source.is_dir() or path.suffix != ".safetensors":
+        return
+    if os.path.realpath(path.parent) == os.path.realpath(source) and (path.exists() or path.name.startswith("model")):
+        raise WeightsError(f"{path} would overwrite, or be taken for, the weights of the source model {lm.source}. Name another place.")
+
+
+def write_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """The texts beside an npz; a safetensors file has them in itself already.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
+    if path.suffix != ".npz":
+        return
+    try:
+        write_text(metadata_path(path), json.dumps(metadata, indent=2) + "\n")
+    except OSError as error:
+        raise WeightsError(f"{metadata_path(path)} could not be written: {error}. Check free space and permissions.") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a model file says about itself; empty where it says nothing.
+
+    Raises:
+        WeightsError: the file, or the small one beside it, is broken.
+    """
+    check_ending(path)
+    if not path.is_file():
+        raise WeightsError(f"No weights file at {path}.")
+    if path.suffix == ".safetensors":
+        return safetensors_metadata(path)
+    beside = metadata_path(path)
+    if not beside.exists():
+        return {}
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{beside} cannot be read as JSON: {error}. Remove it and name the model with --model.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{beside} must hold a JSON object. Remove it and name the model with --model.")
+    return {str(key): str(value) for key, value in content.items()}
+
+
+def load_with_model_file(model: str | None, path: Path | None, dtype: str | None = None) -> LanguageModel:
+    """A model, with the weights of a model file where one is given.
+
+    Args:
+        model: folder or hub id; None takes the one that the model file names.
+        path: the model file.
+        dtype: `"float32"` or `"bfloat16"`; None takes the model file's, else the checkpoint's own.
+
+    Raises:
+        ConfigError: no model is named anywhere, or the one that the file names is gone.
+        ModelError, WeightsError: as in `load_model`.
+    """
+    metadata = {} if path is None else read_metadata(path)
+    named = model
+    if model is None:
+        model = metadata.get("base_model")
+        if model is None:
+            what = "No model is named." if path is None else f"{path} does not say which model its weights belong to."
+            raise ConfigError(f"{what} Name a folder or a hub id with --model.")
+        if Path(model).is_absolute() and not Path(model).exists():
+            raise ConfigError(f"{path} was trained from {model}, which is not there any more. Name its place with --model.")
+    if dtype is None and metadata.get("dtype") in ("float32", "bfloat16"):
+        dtype = metadata["dtype"]
+    try:
+        return load_model(model, path, dtype)
+    except WeightsError as error:
+        base = metadata.get("base_model")
+        if named is None or base is None or os.path.realpath(base) == os.path.realpath(os.path.expanduser(named)):
+            raise
+        text = f"{error}\n{path} was trained from {base}, and --model is {named}. Name another --model-file, or the model it belongs to."
+        raise WeightsError(text) from error
+
+
+def export_folder(lm: LanguageModel, wanted: Path, note: dict[str, Any]) -> Path:
+    """Writes a complete model folder beside its place and moves it there when it is whole.
+
+    An earlier export that nobody has changed is replaced. Anything else that stands there stays, and a number is added to the
+    name: nothing is lost.
+
+    Args:
+        lm: the model.
+        wanted: the folder's place.
+        note: what to keep in `EXPORT_NOTE`, beside the list of files.
+
+    Returns:
+        The place it got.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since only within one file system a folder is moved in one go.
+        with tempfile.TemporaryDirectory(dir=wanted.parent, prefix=f".{wanted.name}-") as beside:
+            made = lm.save(Path(beside) / "new")
+            text = json.dumps({**note, "files": _sizes(made)}, indent=2) + "\n"
+            (made / EXPORT_NOTE).write_text(text, encoding="utf-8")
+            place, number = wanted, 1
+            while place.exists() and not _is_unchanged_export(place):
+                number += 1
+                place = wanted.with_name(f"{wanted.name}-{number}")
+            if place.exists():
+                place.rename(Path(beside) / "old")
+            made.rename(place)
+            return place
+    except OSError as error:
+        raise ModelError(f"{wanted} could not be written: {error}. Check free space and permissions.") from error
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != EXPORT_NOTE)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
+
+
+def _is_unchanged_export(folder: Path) -> bool:
+    """Whether a folder holds what was exported there and nothing else, or nothing at all."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        written = json.loads((folder / EXPORT_NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(written, dict) and written.get("files") == _sizes(folder)
+
+
+def trained_format(lm: LanguageModel, path: Path | None) -> str | None:
+    """Format of the rows that the weights were trained on, where the model file or the exported folder says so."""
+    if path is not None:
+        return read_metadata(path).get("data_format")
+    beside = Path(lm.source or "").expanduser() / EXPORT_NOTE
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get("data_format") if isinstance(content, dict) else None
+
+
+def _own_version() -> str:
+    try:
+        return version("fulltune_nb")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

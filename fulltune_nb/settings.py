@@ -1,0 +1,391 @@
+"""YAML settings files: read strictly, with the line of every key, and written so that they read back the same.
+
+PyYAML follows YAML 1.1, where `1e-5` is a text, `0100` is 64 and a key given twice silently counts once. Here `1e-5` and
+`1e3` are numbers, whole numbers are decimal, and a key given twice is an error. Only plain values are read: tags that would
+build Python objects are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import os
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.files import write_text
+
+# -- checks: Checks of single settings: each takes what was given, returns it in its own type, or says what is wr
+
+Check = Callable[[Any], Any]
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+_short.maxlevel = 2
+
+
+class Refused(Exception):
+    """A value is not what was expected; the text is the phrase behind "expected"."""
+
+
+class SettingError(ConfigError):
+    """A `ConfigError` that knows which setting it is about, so that a reader of files can add the line.
+
+    Attributes:
+        setting: name of the setting.
+    """
+
+    def __init__(self, message: str, setting: str = ""):
+        super().__init__(message)
+        self.setting = setting
+
+
+def show(value: Any) -> str:
+    """`value` and its type, cut to one short line, for messages. Safe for values that refer to themselves."""
+    return f"{_short.repr(value)} ({type(value).__name__})"
+
+
+def nearest(name: object, valid: Iterable[str]) -> str:
+    """"Did you mean ...?" with the closest of `valid`, or all of them where none is close."""
+    valid = list(valid)
+    by_lower = {v.lower(): v for v in valid}
+    close = [by_lower[c] for c in difflib.get_close_matches(str(name).lower().replace("-", "_"), by_lower, n=3, cutoff=0.6)]
+    if close:
+        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"Valid names: {', '.join(valid)}."
+
+
+def run(check: Check, setting: str, value: Any) -> Any:
+    """`check(value)`, with a refusal turned into an error that names the setting.
+
+    Raises:
+        SettingError: the value is not what was expected.
+    """
+    try:
+        return check(value)
+    except Refused as refused:
+        hint = ""
+        if isinstance(value, str) and (_is_number(value) or value.strip().lower() in ("true", "false", "none")):
+            hint = " That is a text: write it without quotes, or convert it first."
+        raise SettingError(f"{setting}: expected {refused}, got {show(value)}.{hint}", setting) from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold: no text, no True or False, not infinite, not NaN."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1e308
+        return False
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None:
+        return "" if high is None else f" of at most {high}"
+    return f" of at least {low}" if high is None else f" from {low} to {high}"
+
+
+def whole(low: int | None = None, high: int | None = None, also: tuple[int, ...] = ()) -> Check:
+    """A whole number within [low, high], or one of `also`."""
+    phrase = f"a whole number{_range(low, high)}" + "".join(f" or {a}" for a in also)
+
+    def check(value: Any) -> int:
+        if not is_finite(value) or value != int(value):
+            raise Refused(phrase)
+        value = int(value)
+        if value not in also and ((low is not None and value < low) or (high is not None and value > high)):
+            raise Refused(phrase)
+        return value
+
+    return check
+
+
+def number(low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None) -> Check:
+    """A finite number within [low, high], larger than `above` and smaller than `below`."""
+    phrase = f"a finite number{_range(low, high)}" + (f" larger than {above}" if above is not None else "")
+    phrase += f"{' and' if above is not None or low is not None else ''} smaller than {below}" if below is not None else ""
+
+    def check(value: Any) -> float:
+        if not is_finite(value):
+            raise Refused(phrase)
+        value = float(value)
+        outside = (low is not None and value < low) or (high is not None and value > high)
+        if outside or (above is not None and value <= above) or (below is not None and value >= below):
+            raise Refused(phrase)
+        return value
+
+    return check
+
+
+def flag(value: Any) -> bool:
+    """True or False; nothing else counts as either."""
+    if not isinstance(value, bool):
+        raise Refused("True or False")
+    return value
+
+
+def text(value: Any) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise Refused("a text that is not empty")
+    return value
+
+
+def choice(*allowed: str) -> Check:
+    """One of a few texts."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise Refused(f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
+        return value
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """None, or what `check` takes."""
+
+    def check_or_none(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            return check(value)
+        except Refused as refused:
+            raise Refused(f"{refused} (or None)") from None
+
+    return check_or_none
+
+
+def only(allowed: Any, reason: str) -> Check:
+    """Exactly `allowed`; `reason` says why nothing else can be."""
+
+    def check(value: Any) -> Any:
+        if value is not allowed:
+            raise Refused(f"{allowed} ({reason})")
+        return value
+
+    return check
+
+
+def pair(first: Check, second: Check) -> Check:
+    """Two values, each with a check of its own."""
+
+    def check(value: Any) -> tuple:
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or len(value := list(value)) != 2:
+            raise Refused("two values, such as [0.9, 0.999]")
+        return first(value[0]), second(value[1])
+
+    return check
+
+
+def patterns(value: Any) -> tuple[str, ...]:
+    """Name patterns as a tuple; a single text counts as one pattern."""
+    value = (value,) if isinstance(value, str) else value
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise Refused('a list of name patterns, such as ["*.mlp.*"]')
+    value = tuple(value)
+    if not all(isinstance(v, str) and v for v in value):
+        raise Refused('a list of name patterns, such as ["*.mlp.*"], each a text that is not empty')
+    return value
+
+
+def factors(value: Any) -> dict[str, float]:
+    """Name pattern -> factor, in the order given."""
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and k for k in value):
+        raise Refused('name patterns with a factor each, such as {"*embed*": 0.1}')
+    factor = number(low=0.0)
+    try:
+        return {k: factor(v) for k, v in value.items()}
+    except Refused as refused:
+        raise Refused(f"name patterns with a factor each, every factor {refused}") from None
+
+
+# -- yaml_files: YAML settings files: read strictly, with the line of every key, and written so that they read back t
+
+_MAX_BYTES = 1_000_000  # a settings file is a few kB; a model or data file given by mistake is not read
+_MAX_VALUES = 100_000
+_INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
+_FLOAT = re.compile(
+    r"""^(?: [-+]?(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+          | [-+]?[0-9][0-9_]*\.(?:[eE][-+]?[0-9]+)?
+          | [-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+          | [-+]?\.(?:inf|Inf|INF) | \.(?:nan|NaN|NAN))$""",
+    re.X,
+)
+
+
+class YamlSettings(dict):
+    """Settings from a file, with where they stand.
+
+    Attributes:
+        path: the file, as given.
+        lines: key -> line, counted from 1.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str, lines: Mapping[str, int]):
+        super().__init__(values)
+        self.path = path
+        self.lines = dict(lines)
+
+    def where(self, key: str | None) -> str:
+        """`"file:line"` of a key, or the file alone."""
+        return f"{self.path}:{self.lines[key]}" if key in self.lines else self.path
+
+
+def _numbers_of_yaml_1_2(resolvers: dict) -> dict:
+    """YAML 1.1's table of plain values (first character -> (tag, pattern)) with other numbers, and with no dates."""
+    replaced = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
+    table = {first: [r for r in rules if r[0] not in replaced] for first, rules in resolvers.items()}
+    for first in "-+0123456789.":
+        table[first] = [*table.get(first, []), ("tag:yaml.org,2002:int", _INT), ("tag:yaml.org,2002:float", _FLOAT)]
+    return table
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _numbers_of_yaml_1_2(yaml.SafeLoader.yaml_implicit_resolvers)
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[Any, int] = {}
+        for key_node, _ in getattr(node, "value", ()):
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            line = key_node.start_mark.line + 1
+            if key_node.value in seen:
+                problem = f"the key {key_node.value!r} is given twice, here and on line {seen[key_node.value]}; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen[key_node.value] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
+
+
+def _float(text: str) -> float:
+    return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+class _Dumper(yaml.SafeDumper):
+    # The same table as the reader's decides which texts need quotes, so "1e-5" as a text stays one.
+    yaml_implicit_resolvers = _numbers_of_yaml_1_2(yaml.SafeDumper.yaml_implicit_resolvers)
+
+    def ignore_aliases(self, data):
+        return True
+
+
+def read_value(text: str) -> Any:
+    """What a text means in a YAML file: "1e-4" is a number, "true" a truth value, "[a, b]" a list.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{text[:80]!r}: not a YAML value: {' '.join(str(error).split())[:200]}.") from None
+
+
+def read_yaml(path: str | os.PathLike) -> YamlSettings:
+    """The settings in a YAML file. Hyphens in the names of the outermost keys become underscores. An empty file gives none.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, is not a mapping, or gives a key twice; with file and line.
+    """
+    name = os.fspath(path)
+    text = _read_text(Path(path), name)
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _check_size(node, {})
+        values = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{at}: {error.problem or error.context or 'not valid YAML'}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise ConfigError(f"{name}: expected YAML settings, one `name: value` a line; {problem}.") from None
+    if values is None:
+        return YamlSettings({}, name, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}:1: expected settings, one `name: value` a line, got a {type(values).__name__}.")
+    lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
+    return _with_underscores(values, name, lines)
+
+
+def _check_size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """How many values a node stands for when each alias is written out; a few lines of aliases of aliases can be billions.
+
+    Raises:
+        MarkedYAMLError: too many, or a value that contains itself.
+    """
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:  # still being counted
+            raise yaml.MarkedYAMLError(problem="a value contains itself; write it out", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    inner = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else ()
+    size = 1 + sum(_check_size(part, sizes) for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+    if size > _MAX_VALUES:
+        problem = f"aliases (*name) make more than {_MAX_VALUES:,} values of it; settings are a few dozen. Write them out"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ConfigError(f"{name}: expected a YAML settings file, found something that is no file.")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{name}: expected a YAML settings file, got one of {path.stat().st_size:,} bytes (at most {_MAX_BYTES:,}).")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: expected UTF-8 text; byte {error.start} is not. Save the file as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}. Check the path.") from None
+
+
+def _with_underscores(values: dict, name: str, lines: dict[str, int]) -> YamlSettings:
+    result: dict[str, Any] = {}
+    at: dict[str, int] = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{name}: expected names of settings as keys, got {key!r} ({type(key).__name__}).")
+        plain = key.replace("-", "_")
+        line = lines.get(key, 1)
+        if plain in result:
+            raise ConfigError(f"{name}:{line}: {key!r} and the key on line {at[plain]} are the same setting; keep one.")
+        result[plain], at[plain] = value, line
+    return YamlSettings(result, name, at)
+
+
+def write_yaml(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Write settings so that `read_yaml` gives them back. The file is replaced in one move.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    target = Path(path)
+    text = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    if not target.parent.is_dir():
+        raise ConfigError(f"{os.fspath(path)}: cannot be written: there is no folder {target.parent}. Make it first.")
+    try:
+        write_text(target, text)
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(path)}: cannot be written: {error.strerror}. Check the folder.") from None

@@ -1,0 +1,184 @@
+"""The model card: `README.md` of an exported folder, which says how its weights came about.
+
+Markdown is markup too: what comes from outside (names of models and folders, settings) goes through `md`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fulltune_nb.data.dataset import DataSet
+from fulltune_nb.data.read import PREFIX
+from fulltune_nb.html import PALETTE, esc
+from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.history import EvalReport, History, StepReport
+
+# -- versions: Versions of packages, for what is written about a run
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Package -> installed version, or "not installed"."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+# -- model_card: The model card: `README.md` of an exported folder, which says how its weights came about
+
+CURVE = "training_loss.svg"
+_PACKAGES = ("fulltune_nb", "mlx", "transformers")
+_ROWS = 12  # of the table of evaluations; more are thinned out
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PLAIN = re.compile(r"[^\w ,./:+=()&;#\\-]|_|\\")  # what could mean something to Markdown; & ; # are left to `esc`
+
+
+class ModelCard:
+    """How a model's weights came about, kept up to date by the history it holds. It does not hold the trainer.
+
+    Attributes:
+        base: what the training began with: folder or hub id; None for random weights.
+        config: the settings.
+        history: every report so far.
+        data: name -> text, what is known of the data.
+    """
+
+    def __init__(self, base: str | None, data: DataSet, config: TrainConfig, history: History):
+        self.base, self.config, self.history = base, config, history
+        rows = ", ".join(f"{name} {len(split):,} rows of {split.format}" for name, split in data.splits.items())
+        self.data = {"rows": rows, "source": _source_name(data.source)}
+        self._data: DataSet | None = data  # until its fingerprint is first asked for
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of tokens and loss masks."""
+        data, self._data = self._data, None
+        return data.fingerprint
+
+    def files(self) -> dict[str, str]:
+        """File name -> text: the card, and the curve that it shows; nothing before the first step."""
+        if not self.history.steps:
+            return {}
+        return {"README.md": self.markdown(), CURVE: curve_svg(self.history)}
+
+    def markdown(self) -> str:
+        """The card's text."""
+        steps = self.history.steps
+        facts = [
+            ("base model", self._base_name()),
+            ("data", self.data["source"]),
+            ("rows", self.data["rows"]),
+            ("data fingerprint (SHA-256 of tokens and masks)", self.fingerprint),
+            ("optimizer steps", f"{steps[-1].step:,}"),
+            ("trained tokens", f"{sum(step.tokens for step in steps):,}"),
+            *((f"version of {name}", version) for name, version in versions().items()),
+        ]
+        settings = [(name, json.dumps(value, default=list)) for name, value in self.config.changed().items()]
+        return "\n".join([
+            *self._front_matter(),
+            "# Model card\n",
+            "Every weight of this model was fine-tuned with fulltune_nb.\n",
+            _table(("", ""), facts),
+            "## Held-out loss before and after\n",
+            _table(("split", "step", "loss (nats per token)", "perplexity", "trained tokens counted"), self._before_and_after()),
+            "Loss is the mean cross-entropy over the tokens that count, perplexity its exponential.\n",
+            "## Curve\n",
+            f"![Loss over the optimizer steps]({CURVE})\n",
+            _table(("step", "split", "loss", "perplexity"), self._curve_rows()),
+            "## Settings\n",
+            "Those that differ from the defaults of this version of fulltune_nb.\n",
+            _table(("setting", "value"), settings),
+        ])  # fmt: skip
+
+    def _base_name(self) -> str:
+        if self.base is None:
+            return "random weights"
+        return self.base if self._is_hub_id() else Path(self.base).name
+
+    def _is_hub_id(self) -> bool:
+        return self.base is not None and _HUB_ID.fullmatch(self.base) is not None and not Path(self.base).exists()
+
+    def _front_matter(self) -> list[str]:
+        """What the hub reads. The base is named only where it looks like a hub id, and folders of this machine nowhere in full."""
+        base = [f"base_model: {json.dumps(self.base)}"] if self._is_hub_id() else []
+        return ["---", "library_name: transformers", *base, "tags:", "- fulltune_nb", "- mlx", "---\n"]
+
+    def _before_and_after(self) -> list[tuple[object, ...]]:
+        rows: list[tuple[object, ...]] = []
+        for split in ("test", "valid"):
+            found = [report for report in self.history.evals if report.split == split]
+            before = next((report for report in found if report.step == 0), None)
+            after = found[-1] if found and found[-1].step > 0 else None
+            for report, when in ((before, "before"), (after, "after")):
+                if report is None:
+                    rows.append((split, f"{when}: not measured", "", "", ""))
+                else:
+                    numbers = (f"{report.loss:.4f}", f"{report.perplexity:,.3f}", f"{report.tokens:,}")
+                    rows.append((split, f"{when}: {report.step:,}", *numbers))
+        return rows
+
+    def _curve_rows(self) -> list[tuple[object, ...]]:
+        reports: Sequence[StepReport | EvalReport] = [report for report in self.history.evals if report.split == "valid"]
+        reports = reports or self.history.steps
+        stride = math.ceil(len(reports) / _ROWS)
+        chosen = [*reports[:-1:stride], reports[-1]]
+        kind = [(r.split, f"{r.perplexity:,.3f}") if isinstance(r, EvalReport) else ("train", "") for r in chosen]
+        return [(f"{r.step:,}", split, f"{r.loss:.4f}", perplexity) for r, (split, perplexity) in zip(chosen, kind, strict=True)]
+
+
+def _source_name(source: str | None) -> str:
+    if source is None:
+        return "rows in memory"
+    return source if source.startswith(PREFIX) else Path(source).name
+
+
+def md(text: object) -> str:
+    """A text as itself in Markdown: no link, image, emphasis, table border, mention or HTML comes of it."""
+    safe = esc(" ".join(str(text).split()), limit=500)
+    safe = _PLAIN.sub(lambda found: f"&#{ord(found[0])};" if found[0].isascii() else found[0], safe)
+    return safe.replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
+
+
+def _table(headers: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
+    headers = list(headers)
+    lines = [headers, ["---"] * len(headers), *([md(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a run's numbers depend on most."""
+    return package_versions(_PACKAGES)
+
+
+def curve_svg(history: History, width: int = 640, height: int = 240) -> str:
+    """Training loss (at most 400 points, each a mean) and validation loss over the steps, as an SVG file."""
+    size = math.ceil(len(history.steps) / 400)
+    groups = [history.steps[i : i + size] for i in range(0, len(history.steps), size)]
+    train = [(group[-1].step, sum(step.loss for step in group) / len(group)) for group in groups]
+    valid = [(report.step, report.loss) for report in history.evals if report.split == "valid"]
+    train, valid = ([(x, y) for x, y in line if math.isfinite(y)] for line in (train, valid))
+    ys = [y for _, y in train + valid] or [0.0]
+    low, high, last = min(ys), max(ys), max([x for x, _ in train + valid] or [1])
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        return 50 + (width - 60) * point[0] / max(last, 1), 15 + (height - 50) * (high - point[1]) / ((high - low) or 1.0)
+
+    def line(points: list[tuple[float, float]], colour: str, dashes: str) -> str:
+        xy = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))
+        return f'<polyline points="{xy}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dashes}"/>'
+
+    texts = [(48, 18, "end", f"{high:.3g}"), (48, height - 32, "end", f"{low:.3g}"), (50, height - 18, "start", "0")]
+    texts.append((width - 10, height - 18, "end", f"step {last:,}"))
+    texts.append((width / 2, height - 4, "middle", "training (solid), validation (dashed)"))
+    words = "".join(f'<text x="{x}" y="{y}" text-anchor="{at}">{esc(text)}</text>' for x, y, at, text in texts)
+    curves = line(train, PALETTE[0], "none") + line(valid, PALETTE[5], "5 3")
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="11">'
+    return f'{head}<rect width="100%" height="100%" fill="white"/>{curves}{words}</svg>\n'
