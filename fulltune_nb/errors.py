@@ -18,6 +18,9 @@ Each message says what was expected, what was found and where, and what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class FulltuneError(Exception):
     """Base of every error this package raises on purpose."""
@@ -73,3 +76,19 @@ class GenerationError(FulltuneError, ValueError):
 
 class MissingDependencyError(FulltuneError, ImportError):
     """An optional package is not installed; the message names the install command."""
+
+
+def nearest(name: object, valid: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
+    """"Did you mean ...?" with the closest of `valid`; where none is close `otherwise`, or all that is valid."""
+    valid = list(valid)
+    by_lower = {v.lower().replace("-", "_"): v for v in valid}
+    close = [by_lower[c] for c in difflib.get_close_matches(str(name).lower().replace("-", "_"), by_lower, n=3, cutoff=cutoff)]
+    if close:
+        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"Valid names: {', '.join(valid)}." if otherwise is None else otherwise
+
+
+def listed(items: Sequence[object], most: int = 5, separator: str = ", ") -> str:
+    """The first `most` items and how many more there are: "a, b and 3 more"."""
+    more = len(items) - most
+    return separator.join(map(str, items[:most])) + (f" and {more:,} more" if more > 0 else "")

@@ -7,7 +7,6 @@ build Python objects are refused.
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 import os
@@ -52,16 +51,6 @@ def show(value: Any) -> str:
     return f"{_short.repr(value)} ({type(value).__name__})"
 
 
-def nearest(name: object, valid: Iterable[str]) -> str:
-    """"Did you mean ...?" with the closest of `valid`, or all of them where none is close."""
-    valid = list(valid)
-    by_lower = {v.lower(): v for v in valid}
-    close = [by_lower[c] for c in difflib.get_close_matches(str(name).lower().replace("-", "_"), by_lower, n=3, cutoff=0.6)]
-    if close:
-        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"Valid names: {', '.join(valid)}."
-
-
 def run(check: Check, setting: str, value: Any) -> Any:
     """`check(value)`, with a refusal turned into an error that names the setting.
 
@@ -98,6 +87,17 @@ def _range(low: float | None, high: float | None) -> str:
     if low is None:
         return "" if high is None else f" of at most {high}"
     return f" of at least {low}" if high is None else f" from {low} to {high}"
+
+
+def whole_number(name: str, value: Any, low: int = 0, error: type[Exception] = ConfigError) -> int:
+    """An argument as an int of at least `low`; whole floats such as 1e3 count, True and texts do not.
+
+    Raises:
+        ConfigError: it is something else; or the `error` asked for.
+    """
+    if not is_finite(value) or value != int(value) or value < low:
+        raise error(f"{name}: expected a whole number of at least {low}, got {show(value)}.")
+    return int(value)
 
 
 def whole(low: int | None = None, high: int | None = None, also: tuple[int, ...] = ()) -> Check:

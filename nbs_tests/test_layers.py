@@ -29,7 +29,7 @@ LAYERS = [
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
 SHOWS = ("plots", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
 FRONT_ENDS = ("ipywidgets", "IPython", "matplotlib")
-DATA_NEEDS = ("data", "errors", "html", "files", "chat_template")
+DATA_NEEDS = ("data", "errors", "html", "files", "settings", "chat_template")
 LINES_IN_FILE, LINES_IN_FUNCTION = 500, 60
 LONGER = {  # to be shortened
     "insight/losses.py", "panels/tabs.py", "panels/train.py", "training/memory_model.py", "training/optimizers.py", "training/run.py",

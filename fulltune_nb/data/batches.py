@@ -11,9 +11,9 @@ from functools import cached_property
 
 import numpy as np
 
-from fulltune_nb.data.settings import whole
 from fulltune_nb.data.shapes import BatchShapes, padded_count, shapes_of_all
 from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.settings import whole_number
 
 # -- batching: Which rows stand in which batch, and a batch's arrays
 
@@ -130,9 +130,9 @@ class BatchOrder:
     """
 
     def __init__(self, split, batch_size: int, seed: int, grad_accumulation_steps: int = 1):
-        self.batch_size = whole("batch_size", batch_size, low=1)
-        self.seed = whole("seed", seed, low=0)
-        self.grad_accumulation_steps = whole("grad_accumulation_steps", grad_accumulation_steps, low=1)
+        self.batch_size = whole_number("batch_size", batch_size, low=1)
+        self.seed = whole_number("seed", seed, low=0)
+        self.grad_accumulation_steps = whole_number("grad_accumulation_steps", grad_accumulation_steps, low=1)
         self._split = split
 
     @property
@@ -170,7 +170,7 @@ class BatchOrder:
     def _deal(self, epoch: int) -> tuple[list[Row], list[np.ndarray]]:
         """What can stand as a row in this epoch, and its batches, as indices into that."""
         # RandomState because numpy promises that its streams stay the same in later versions; a run must resume exactly.
-        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, whole("epoch", epoch, low=0)))))
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, whole_number("epoch", epoch, low=0)))))
         rows = self._rows(random)
         return rows, deal(random, self._widths, self.batch_size)
 
@@ -244,12 +244,12 @@ def evaluation_batches(split, batch_size: int, max_batches: int | None = None) -
     Raises:
         ConfigError: a number is out of range.
     """
-    batch_size = whole("batch_size", batch_size, low=1)
+    batch_size = whole_number("batch_size", batch_size, low=1)
     rows = split.trainable
     if max_batches is not None and max_batches != -1:
         if isinstance(max_batches, bool) or max_batches == 0:
             raise ConfigError(f"max_batches: expected a whole number of at least 1, or -1 or None for all, got {max_batches!r}.")
-        wanted = whole("max_batches", max_batches, low=1) * batch_size
+        wanted = whole_number("max_batches", max_batches, low=1) * batch_size
         if wanted < len(rows):
             rows = rows[np.arange(wanted) * len(rows) // wanted]
     rows = rows[np.argsort(split.lengths[rows], kind="stable")]
@@ -308,7 +308,7 @@ class PackedOrder(BatchOrder):
 
     def __init__(self, split, batch_size: int, seed: int, grad_accumulation_steps: int = 1, max_seq_length: int = 2048):
         super().__init__(split, batch_size, seed, grad_accumulation_steps)
-        capacity = whole("max_seq_length", max_seq_length, low=2)
+        capacity = whole_number("max_seq_length", max_seq_length, low=2)
         self._lengths = split.lengths[split.trainable]
         if len(self._lengths) and self._lengths.max() > capacity:
             longest = split[int(split.trainable[self._lengths.argmax()])]

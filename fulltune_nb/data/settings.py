@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import facts
+from fulltune_nb.settings import show, whole_number
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class DataSettings:
 
     def __post_init__(self):
         if not isinstance(self.mask_prompt, bool):
-            raise ConfigError(f"mask_prompt: expected True or False, got {_show(self.mask_prompt)}.")
-        object.__setattr__(self, "max_seq_length", whole("max_seq_length", self.max_seq_length, low=2))
+            raise ConfigError(f"mask_prompt: expected True or False, got {show(self.mask_prompt)}.")
+        object.__setattr__(self, "max_seq_length", whole_number("max_seq_length", self.max_seq_length, low=2))
         for name in FEATURES:
             key = getattr(self, name)
             if not isinstance(key, str) or not key:
-                raise ConfigError(f"{name}: expected the name of a key in the rows, got {_show(key)}.")
+                raise ConfigError(f"{name}: expected the name of a key in the rows, got {show(key)}.")
         if self.prompt_feature == self.completion_feature:
             raise ConfigError(f"prompt_feature and completion_feature are both {self.prompt_feature!r}: expected two different keys.")
 
@@ -67,27 +66,10 @@ def resolve_settings(given: dict[str, Any], config: object | None) -> DataSettin
         return DataSettings(**explicit)
     stored = {name: getattr(config, name) for name in names if hasattr(config, name)}
     if not stored:
-        raise ConfigError(f"config: expected an object with the fields {', '.join(names)} (a TrainConfig), got {_show(config)}.")
+        raise ConfigError(f"config: expected an object with the fields {', '.join(names)} (a TrainConfig), got {show(config)}.")
     settings = DataSettings(**{**stored, **explicit})
     differing = [name for name in explicit if name in stored and stored[name] != explicit[name]]
     if differing:
         what = "; ".join(f"{name}: {stored[name]!r} in config, {explicit[name]!r} given" for name in differing)
         raise ConfigError(f"load_data and config disagree ({what}). Give each setting in one place, or the same in both.")
     return settings
-
-
-def whole(name: str, value: Any, low: int) -> int:
-    """`value` as an int of at least `low`; whole floats such as 1e3 count, True and texts do not.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value != int(value) or value < low:
-        raise ConfigError(f"{name}: expected a whole number of at least {low}, got {_show(value)}.")
-    return int(value)
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb import html
-from fulltune_nb.errors import ConfigError
-from fulltune_nb.settings import nearest, read_value
+from fulltune_nb.errors import ConfigError, nearest
+from fulltune_nb.settings import read_value
 from fulltune_nb.training.config import TrainConfig
 
 # -- parameters: What a parameterised notebook was given, as checked settings

@@ -12,7 +12,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from fulltune_nb.data.encode import Example
-from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
@@ -20,6 +19,7 @@ from fulltune_nb.insight.attaching import Attachable
 from fulltune_nb.insight.losses import as_examples, token_statistics
 from fulltune_nb.insight.updates import block_of, norm
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.settings import whole_number
 
 if TYPE_CHECKING:
     from fulltune_nb.plots import Axes
@@ -71,8 +71,8 @@ class Forgetting(Attachable):
         if isinstance(prompts, str) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
             raise ConfigError(f"prompts: expected a list of texts, got {prompts!r:.80}.")
         self.prompts, self.text, self.chat = tuple(prompts), text, chat
-        self.max_tokens = whole("max_tokens", max_tokens, low=1)
-        self.sample = None if sample is None else whole("sample", sample, low=1)
+        self.max_tokens = whole_number("max_tokens", max_tokens, low=1)
+        self.sample = None if sample is None else whole_number("sample", sample, low=1)
         self.snapshots: list[Snapshot] = []
         self._base: dict[str, mx.array] = {}
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import regex
 
 from fulltune_nb.data.encode import Example
-from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
 from fulltune_nb.insight.attaching import Attachable
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.settings import whole_number
 
 if TYPE_CHECKING:
         from fulltune_nb.plots import Axes
@@ -187,7 +187,7 @@ class GenerationScore(Attachable):
         self.rows, self.metric, self.settings = _listed(rows), metric, settings
         for number, row in enumerate(self.rows):
             _question(row, number, settings.get("features") or {})
-        self.every = None if every is None else whole("every", every, low=1)
+        self.every = None if every is None else whole_number("every", every, low=1)
         self.reports: list[GenerationReport] = []
 
     def on_step(self, trainer: Any, report: Any) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, NonFiniteError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, facts
 from fulltune_nb.insight.updates import UpdateMeter, survival
+from fulltune_nb.settings import whole_number
 from fulltune_nb.training.rehearsal import Step, rehearsal
 from fulltune_nb.training.schedule import final_share
 from fulltune_nb.training.trainer import Trainer
@@ -164,7 +164,7 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     Raises:
         ConfigError: a number out of range.
     """
-    steps = whole("steps", steps, low=10)
+    steps = whole_number("steps", steps, low=10)
     if not 0 < lowest < highest < math.inf:
         raise ConfigError(f"lowest, highest: expected 0 < lowest < highest, got {lowest!r} and {highest!r}.")
     dtypes = {str(array.dtype).removeprefix("mlx.core.") for _, array in tree_flatten(trainer.lm.model.trainable_parameters())}

@@ -13,13 +13,13 @@ from fulltune_nb.chat_template import prompt_ids
 from fulltune_nb.cpu.fast_math import softmax_statistics
 from fulltune_nb.data.encode import Example
 from fulltune_nb.data.look import token_texts, visible
-from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, PALETTE, counted, cut, esc, table
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.settings import whole_number
 from fulltune_nb.training.loss import chunks
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class TopLosses:
         Raises:
             ConfigError: there is no such page.
         """
-        number = whole("page", number, low=1)
+        number = whole_number("page", number, low=1)
         if number > max(1, self.pages):
             raise ConfigError(f"page: there are {self.pages}, got {number}.")
         rows = self.order[(number - 1) * self.page_size : number * self.page_size]
@@ -382,7 +382,7 @@ def top_losses(
     """
     if by not in _ORDERS:
         raise ConfigError(f"by: expected {', '.join(map(repr, _ORDERS))}, got {by!r}.")
-    page_size = whole("page_size", page_size, low=1)
+    page_size = whole_number("page_size", page_size, low=1)
     found = as_examples(lm, examples)
     tokens = [example.tokens for example in found]
     losses = [statistics.losses for statistics in token_statistics(lm.model, tokens, alternatives=0)]

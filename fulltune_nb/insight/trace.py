@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from fulltune_nb.cpu.fast_math import softmax_statistics
 from fulltune_nb.data.encode import Example
 from fulltune_nb.data.look import token_texts, visible
-from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, facts
@@ -21,6 +20,7 @@ from fulltune_nb.insight.updates import block_of
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.kernels import attention_shares, compute_dtype
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.settings import whole_number
 from fulltune_nb.training.loss import chunks, cross_entropy
 from fulltune_nb.training.trainer import Trainer
 
@@ -402,7 +402,7 @@ def _lengths(x: mx.array) -> np.ndarray:
 
 
 def _index(name: str, value: int, low: int, high: int) -> int:
-    number = whole(name, value, low=low)
+    number = whole_number(name, value, low=low)
     if number > high:
         raise ConfigError(f"{name}: expected {low} to {high}, got {value}.")
     return number

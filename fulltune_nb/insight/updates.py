@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.data.settings import whole
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, PALETTE, esc, table
+from fulltune_nb.settings import whole_number
 from fulltune_nb.training.optimizers import PendingUpdate
 from fulltune_nb.training.trainer import Trainer
 
@@ -76,9 +76,9 @@ class UpdateMeter:
         Raises:
             ConfigError: a number out of range.
         """
-        self.every = whole("every", every, low=1)
-        self.sample = None if sample is None else whole("sample", sample, low=1)
-        self.keep = None if keep is None else whole("keep", keep, low=1)
+        self.every = whole_number("every", every, low=1)
+        self.sample = None if sample is None else whole_number("sample", sample, low=1)
+        self.keep = None if keep is None else whole_number("keep", keep, low=1)
         self.records: list[TensorUpdate] = []
         self._trainer: Trainer | None = None
         self._attached_by_run = self._warned = False

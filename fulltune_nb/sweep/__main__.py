@@ -10,9 +10,9 @@ from typing import Any
 
 from fulltune_nb import settings as checks
 from fulltune_nb.command_line import Parser, run, start
-from fulltune_nb.errors import ConfigError
+from fulltune_nb.errors import ConfigError, nearest
 from fulltune_nb.experiments.sweep import sweep
-from fulltune_nb.settings import nearest, read_yaml
+from fulltune_nb.settings import read_yaml
 
 KEYS = ("notebook", "out_dir", "jobs", "stop_on_failure", "fixed", "grid", "runs")
 EPILOG = """\

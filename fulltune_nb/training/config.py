@@ -15,8 +15,8 @@ from typing import Any
 
 from fulltune_nb import html
 from fulltune_nb import settings as checks
-from fulltune_nb.errors import ConfigError
-from fulltune_nb.settings import Check, SettingError, YamlSettings, nearest, number, pair, read_yaml, write_yaml
+from fulltune_nb.errors import ConfigError, nearest
+from fulltune_nb.settings import Check, SettingError, YamlSettings, number, pair, read_yaml, write_yaml
 from fulltune_nb.training.schedule import check_lr_schedule
 
 # -- optimizer_settings: Names, defaults and ranges of each optimizer's own settings: the content of `TrainConfig.optimizer_c
@@ -89,7 +89,7 @@ def check_optimizer_config(optimizer: str, given: Any) -> dict[str, Any]:
         if name in ("weight_decay", "learning_rate"):
             raise _error(f"{name} is a setting of its own; write it beside optimizer_config, not in it")
         if name not in table:
-            raise _error(f"{optimizer} has no setting {name!r}. {checks.nearest(name, table)}")
+            raise _error(f"{optimizer} has no setting {name!r}. {nearest(name, table)}")
         try:
             result[name] = table[name][1](value)
         except checks.Refused as refused:

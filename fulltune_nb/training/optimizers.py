@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from fulltune_nb import html
 from fulltune_nb.cpu.kernels import AdamUpdate, Kernels, kernels_for, sole
 from fulltune_nb.cpu.streams import Dealer, cpu_streams
-from fulltune_nb.errors import CheckpointError, TrainingError
+from fulltune_nb.errors import CheckpointError, TrainingError, nearest
 from fulltune_nb.models.families import to_hf
-from fulltune_nb.settings import SettingError, nearest
+from fulltune_nb.settings import SettingError
 from fulltune_nb.training.adafactor import Adafactor, TensorUpdate
 from fulltune_nb.training.config import TrainConfig, optimizer_settings
 from fulltune_nb.training.rounding import check_dtype, round_to, rounding_key

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb import settings as checks
-from fulltune_nb.errors import ConfigError
-from fulltune_nb.settings import Refused, SettingError, is_finite, nearest, show
+from fulltune_nb.errors import ConfigError, nearest
+from fulltune_nb.settings import Refused, SettingError, is_finite, show
 
 if TYPE_CHECKING:
     from fulltune_nb.training.config import TrainConfig

@@ -7,7 +7,7 @@ import numpy as np
 from fulltune_nb.data.batches import Batch, BatchOrder, PackedOrder, Row, best_fit, collate
 from fulltune_nb.data.dataset import Split
 from fulltune_nb.data.encode import Example
-from fulltune_nb.data.settings import whole
+from fulltune_nb.settings import whole_number
 from fulltune_nb.training.config import TrainConfig
 
 
@@ -58,7 +58,7 @@ class StepBatches:
         Raises:
             ConfigError: no whole number of at least 1.
         """
-        return [self._split[row] for batch in self.of_step(whole("step", step, low=1) - 1) for row in batch.rows]
+        return [self._split[row] for batch in self.of_step(whole_number("step", step, low=1) - 1) for row in batch.rows]
 
 
 def batch_order(split: Split, config: TrainConfig) -> BatchOrder:
