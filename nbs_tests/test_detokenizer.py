@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from fulltune_nb.models.detokenizer import ByteDetokenizer, StopStrings, WindowDetokenizer, decode_text, make_detokenizer, special_ids
+from fulltune_nb.models.detokenizer import ByteDetokenizer, StopStrings, WindowDetokenizer, decode_text, make_detokenizer
+from fulltune_nb.tokenizer import special_ids
 
 TEXTS = [
     "plain words, with punctuation .",

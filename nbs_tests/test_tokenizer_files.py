@@ -7,9 +7,9 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb import tiny
+from fulltune_nb import tokenizer as tokenizer_files
 from fulltune_nb.errors import ModelError
-from fulltune_nb.models import tokenizer as tokenizer_files
-from fulltune_nb.models.tokenizer import load_tokenizer, save_tokenizer
+from fulltune_nb.tokenizer import load_tokenizer, save_tokenizer
 
 
 @pytest.fixture
@@ -60,6 +60,6 @@ def test_nothing_of_this_machine_is_written(source, tmp_path):
 
 def test_folder_with_nothing_else_names_the_packages_that_read_it(source, monkeypatch):
     (source / "tokenizer.json").unlink()
-    monkeypatch.setattr(tokenizer_files, "_installed", lambda module: False)
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda module: None)
     with pytest.raises(ModelError, match="pip install sentencepiece protobuf"):
         load_tokenizer(source)

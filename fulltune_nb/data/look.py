@@ -12,6 +12,7 @@ import numpy as np
 
 from fulltune_nb.data.encode import Example
 from fulltune_nb.html import PALETTE, counted, esc, facts, table
+from fulltune_nb.tokenizer import BYTE_ALPHABET, special_ids
 
 # -- special_tokens: Begin and end tokens in the rows: how many there are, and where one is doubled, missing or never tra
 
@@ -54,12 +55,6 @@ ADVICE = {
     END_NOT_TRAINED: "The model does not learn to stop. Is the last turn the assistant's?",
 }
 """What each problem means and what to do."""
-
-
-def special_ids(tokenizer) -> set[int]:
-    """Ids of all special tokens."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if getattr(token, "special", False)}
 
 
 def check_special_tokens(examples: Sequence[Example], tokenizer) -> SpecialTokenCheck:
@@ -204,12 +199,9 @@ def _token_text(tokenizer, token_id: int) -> str:
 
 def _byte_names(raw: str) -> str:
     """The bytes behind a byte-level BPE token (GPT-2's alphabet of printable stand-ins); the token itself if it has another."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    if not all(c in byte_of for c in raw):
+    if not all(c in BYTE_ALPHABET for c in raw):
         return raw
-    return "<" + " ".join(f"{byte_of[c]:02X}" for c in raw) + ">"
+    return "<" + " ".join(f"{BYTE_ALPHABET[c]:02X}" for c in raw) + ">"
 
 
 def visible(text: str) -> str:

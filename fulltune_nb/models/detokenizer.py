@@ -13,8 +13,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fulltune_nb.tokenizer import BYTE_ALPHABET, special_ids
+
 if TYPE_CHECKING:
-        from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 8  # tokens of the prompt that the first piece may depend on; a UTF-8 character has at most 4
@@ -44,12 +46,6 @@ def make_detokenizer(tokenizer: PreTrainedTokenizerBase, context: Sequence[int] 
     if kind == "other":
         return WindowDetokenizer(tokenizer, context, skipped)
     return ByteDetokenizer(tokenizer, context, skipped, kind, strip)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of tokens that `decode(..., skip_special_tokens=True)` leaves out."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if getattr(entry, "special", False)}
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -107,20 +103,9 @@ class WindowDetokenizer:
         return text[len(before) :]
 
 
-def _byte_level_table() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable ones stand for themselves, the others for 256, 257, ..."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_level_table()
-
-
 def _byte_level_bytes(piece: str) -> bytes:
-    if all(character in _BYTES for character in piece):
-        return bytes(_BYTES[character] for character in piece)
+    if all(character in BYTE_ALPHABET for character in piece):
+        return bytes(BYTE_ALPHABET[character] for character in piece)
     return piece.encode("utf-8")  # an added token, written as it is
 
 

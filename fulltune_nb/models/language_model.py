@@ -19,7 +19,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
 from fulltune_nb.models.generation import Ends, GenerationSettings, answer_many, stream_answer
-from fulltune_nb.models.tokenizer import load_tokenizer, save_tokenizer
+from fulltune_nb.tokenizer import load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
         from transformers import PreTrainedTokenizerBase

@@ -45,7 +45,7 @@ from fulltune_nb.files import (
 )
 from fulltune_nb.models.folder import begin_checksum_of, check_not_source, read_tensors, save_folder, write_tensors
 from fulltune_nb.models.language_model import LanguageModel
-from fulltune_nb.models.tokenizer import save_tokenizer
+from fulltune_nb.tokenizer import save_tokenizer
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 

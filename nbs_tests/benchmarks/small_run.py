@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fulltune_nb as ft  # before mlx: it gives it its BLAS
-from fulltune_nb.models.language_model import LanguageModel, load_model, load_tokenizer
+from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.tokenizer import load_tokenizer
 from fulltune_nb.training.trainer import Trainer
 
 STEPS = 12

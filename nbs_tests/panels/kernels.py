@@ -22,7 +22,7 @@ import asyncio, gc, json, weakref
 import numpy as np
 import fulltune_nb as ft
 from fulltune_nb import tiny
-from fulltune_nb.models.tokenizer import load_tokenizer
+from fulltune_nb.tokenizer import load_tokenizer
 from fulltune_nb.panels.train import TrainPanel
 
 tokenizer = load_tokenizer(tiny.BASE_MODEL)

@@ -1,4 +1,4 @@
-"""A tokenizer from a model folder, and into one."""
+"""Tokenizers: read from a model folder, written into one, and two facts about their tokens that several modules need."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from fulltune_nb.errors import ModelError
 
 if TYPE_CHECKING:
-        from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 SENTENCEPIECE = "tokenizer.model"
 """The vocabulary as SentencePiece keeps it: transformers reads it where there is no tokenizer.json, llama.cpp's converter needs it."""
 
-_OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file")
+_LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -48,9 +48,9 @@ def _installed(module: str) -> bool:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
-    """Writes a tokenizer's files so that transformers 4 (and what is built on it) reads them like transformers 5.
+    """Writes a tokenizer's files so that transformers 4 (and what is built on it) reads them as transformers 5 does.
 
-    That leaves out `tokenizer.model`, which is copied from the folder the tokenizer came from, if it is there.
+    `tokenizer.model`, which transformers 5 does not write, is copied from the folder the tokenizer came from, if it is there.
     """
     tokenizer.save_pretrained(str(folder))
     config_path = Path(folder) / "tokenizer_config.json"
@@ -63,8 +63,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
 
 
 def _for_both_versions(config: dict[str, Any]) -> dict[str, Any]:
-    """A `tokenizer_config.json` of transformers 5 in words that 4 knows too, without what is true on this machine only."""
-    config = {key: value for key, value in config.items() if key not in _OF_THIS_MACHINE}
+    """A `tokenizer_config.json` of transformers 5 in words that 4 knows too, without paths of this machine."""
+    config = {key: value for key, value in config.items() if key not in _LOCAL_KEYS}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
@@ -82,3 +82,19 @@ def _auto_tokenizer() -> type[AutoTokenizer]:
     finally:
         os.environ.pop(switch) if before is None else os.environ.update({switch: before})
     return AutoTokenizer
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all special tokens: those that `decode(..., skip_special_tokens=True)` leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if getattr(entry, "special", False)}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+"""Character -> byte in byte-level BPE vocabularies (GPT-2): printable bytes stand for themselves, the others are 256, 257, ..."""
