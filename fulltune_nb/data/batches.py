@@ -11,6 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
+from fulltune_nb.data.dataset import Split
+from fulltune_nb.data.encode import Example
 from fulltune_nb.data.shapes import BatchShapes, padded_count, shapes_of_all
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
@@ -338,3 +340,72 @@ class PackedOrder(BatchOrder):
         drawn = drawn[np.argsort(-self._lengths[drawn], kind="stable")]  # those of one length stay in the order drawn
         at_place = self._split.trainable[drawn].tolist()
         return [tuple(at_place[place] for place in places) for places in self._packed]
+
+
+def row_widths(lengths: np.ndarray, max_seq_length: int, packing: bool) -> np.ndarray:
+    """(rows,) input positions of every row that an epoch's batches have, from the tokens (examples,) of what they hold."""
+    lengths = np.minimum(lengths, max_seq_length)
+    if not packing:
+        return lengths - 1
+    return np.array([(lengths[row] - 1).sum() for row in best_fit(lengths, max_seq_length)])
+
+
+class StepBatches:
+    """The micro-batches of every optimizer step, as a function of the step's number alone.
+
+    Args:
+        split: the training split.
+        batch_size: rows of a micro-batch; with packing, packed rows.
+        seed: a whole number of at least 0.
+        grad_accumulation_steps: micro-batches of a step; the last step of an epoch may have fewer.
+        packing: whether a row holds several examples.
+        max_seq_length: tokens of a packed row at most.
+
+    Raises:
+        ConfigError: a number is out of range, or an example has more tokens than a packed row.
+    """
+
+    def __init__(
+        self, split: Split, *, batch_size: int, seed: int, grad_accumulation_steps: int = 1,
+        packing: bool = False, max_seq_length: int = 2048,
+    ):  # fmt: skip
+        self._split, self._max_seq_length = split, max_seq_length
+        numbers = batch_size, seed, grad_accumulation_steps
+        self._order = PackedOrder(split, *numbers, max_seq_length) if packing else BatchOrder(split, *numbers)
+        self._epoch = -1
+        self._steps: list[list[tuple[Row, ...]]] = []  # of self._epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every row is trained on once."""
+        return self._order.steps_per_epoch
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of a step's rows in the mean, without padding."""
+        lengths = self._split.lengths[self._split.trainable]
+        return float(np.minimum(lengths, self._max_seq_length).sum() / self.steps_per_epoch)
+
+    @property
+    def packing_note(self) -> str:
+        """What packing makes of the rows, in a sentence."""
+        rows, order = len(self._split.trainable), self._order
+        return (
+            f"{rows:,} rows are packed into {order.rows_per_epoch:,} of at most {self._max_seq_length:,} tokens;"
+            f" batch_size={order.batch_size} counts these, and an epoch is {order.steps_per_epoch:,} steps"
+        )
+
+    def of_step(self, step: int) -> list[Batch]:
+        """The micro-batches of step `step`, counted from 0."""
+        epoch, cursor = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._order.epoch(epoch)
+        return [collate(self._split, rows, self._order.shape(rows)) for rows in self._steps[cursor]]
+
+    def examples_of(self, step: int) -> list[Example]:
+        """The rows of step `step`, counted from 1 as in its report, in the order of the micro-batches.
+
+        Raises:
+            ConfigError: no whole number of at least 1.
+        """
+        return [self._split[row] for batch in self.of_step(whole_number("step", step, low=1) - 1) for row in batch.rows]

@@ -20,13 +20,13 @@ from mlx.utils import tree_flatten
 from fulltune_nb import html
 from fulltune_nb.cpu.allocator import cache_limit
 from fulltune_nb.cpu.kernels import kernels_for
+from fulltune_nb.data.batches import row_widths
 from fulltune_nb.errors import DataError, MemoryLimitError
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.memory_model import Workload, count, layerwise_moments, moments
 from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes
 from fulltune_nb.training.parameters import trained_names
 from fulltune_nb.training.rounding import stored_dtype
-from fulltune_nb.training.step_batches import row_widths
 
 # -- machine: How much memory this machine has for training, and how much is in use. All in bytes
 
@@ -226,7 +226,7 @@ def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
     if data is not None:
         split = data.train
         lengths = split.lengths[split.trainable]
-        widths = np.maximum(row_widths(lengths, config), 1)
+        widths = np.maximum(row_widths(lengths, config.max_seq_length, config.packing), 1)
         tokens, rows = int(widths.max()), min(rows, len(widths))
         targets = min(rows * tokens, _most_targets(split, rows, config))
     parameters = {name: array.shape for name, array in tree_flatten(lm.model.parameters())}

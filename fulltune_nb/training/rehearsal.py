@@ -10,7 +10,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.training.engine import StepResult
 from fulltune_nb.training.state import random_state, set_random_state
-from fulltune_nb.training.step_batches import StepBatches
 from fulltune_nb.training.trainer import Trainer
 
 Step = Callable[[float], StepResult]
@@ -30,12 +29,12 @@ def rehearsal(trainer: Trainer) -> Iterator[Step]:
     mx.eval([array for _, array in weights], list(state.values()))
     key = random_state()
     observers, optimizers.observers = optimizers.observers, []
-    batches, taken = StepBatches(trainer.data.train, trainer.config), 0
+    taken = 0
 
     def step(learning_rate: float) -> StepResult:
         nonlocal taken
         number, taken = trainer.step_count + taken, taken + 1
-        return trainer.engine.step(number + 1, batches.of_step(number), learning_rate)
+        return trainer.engine.step(number + 1, trainer.batches.of_step(number), learning_rate)
 
     try:
         yield step

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.cpu.allocator import cap_cache
+from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.encode import Example
 from fulltune_nb.errors import CheckpointError, DataError, TrainingError
@@ -37,7 +38,6 @@ from fulltune_nb.training.run import RESULT_FILE, RunDirectory
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.state import Branching, Patience, check_whole, resume_run, state_of, step_failed, versions
-from fulltune_nb.training.step_batches import StepBatches
 
 # -- journal: Where reports and events go: the history, the run directory's metrics, and the callbacks of the mome
 
@@ -323,15 +323,22 @@ class Trainer(Branching):
         lm.card = ModelCard(lm.source, data, config, self.history)
         self._upkeep = Upkeep(self)
         self.patience = Patience(config.patience)
-        self._batches = StepBatches(data.train, config)
+        self.batches = StepBatches(
+            data.train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            grad_accumulation_steps=config.grad_accumulation_steps,
+            packing=config.packing,
+            max_seq_length=config.max_seq_length,
+        )
         if config.packing:
-            self._event("packing", self._batches.packing_note)
-        self.total_steps = config.total_steps(self._batches.steps_per_epoch)
+            self._event("packing", self.batches.packing_note)
+        self.total_steps = config.total_steps(self.batches.steps_per_epoch)
         self._rate = LearningRate(make_schedule(config, self.total_steps))
         self._store_weights()
         select_trainable(lm.model, config.train_only, config.freeze)
         self.backward = backward or choose_backward(lm, data, config, force)
-        compiles, note = choose_compile(lm.model, config, self.backward, self.total_steps * self._batches.tokens_per_step)
+        compiles, note = choose_compile(lm.model, config, self.backward, self.total_steps * self.batches.tokens_per_step)
         if note:
             self._event("compile", note)
         cap_cache(lean=self.backward == "layerwise" and memory_is_short(lm, data, config))
@@ -380,7 +387,7 @@ class Trainer(Branching):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which every row is trained on once."""
-        return self._batches.steps_per_epoch
+        return self.batches.steps_per_epoch
 
     @property
     def stopped_early(self) -> bool:
@@ -409,7 +416,7 @@ class Trainer(Branching):
                 self.save()  # a run can always go back to where it began
             started = time.perf_counter()
             mx.reset_peak_memory()
-            batches = self._batches.of_step(self.step_count)
+            batches = self.batches.of_step(self.step_count)
             rate = self.learning_rate
             try:
                 result = self._engine.step(self.step_count + 1, batches, rate)
@@ -425,7 +432,7 @@ class Trainer(Branching):
         seconds = time.perf_counter() - started
         return StepReport(
             step=self.step_count,
-            epoch=self.step_count / self._batches.steps_per_epoch,
+            epoch=self.step_count / self.batches.steps_per_epoch,
             loss=loss,
             tokens=tokens,
             learning_rate=rate,
@@ -439,7 +446,7 @@ class Trainer(Branching):
 
     def batch_at(self, step: int) -> list[Example]:
         """The rows that step `step` trains on; counted as in its report (from 1), steps to come too."""
-        return self._batches.examples_of(step)
+        return self.batches.examples_of(step)
 
     # -- many steps -----------------------------------------------------------------------------------------------
 

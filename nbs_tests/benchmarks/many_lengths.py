@@ -25,7 +25,6 @@ import psutil
 import fulltune_nb as ft  # first: it gives MLX its BLAS
 from fulltune_nb import tiny
 from fulltune_nb.data import DataSet, DataSettings, Example, Split
-from fulltune_nb.training.step_batches import StepBatches
 
 MODEL = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -80,12 +79,12 @@ def measure(
     config = ft.TrainConfig(**{"batch_size": 1, "iters": steps, "max_seq_length": max(lengths), **settings})
     data = DataSet({"train": random_split(lengths, share)}, DataSettings(max_seq_length=config.max_seq_length), None, [], None)
     lm = ft.LanguageModel.from_config(MODEL, ft.load_model(tiny.BASE_MODEL).tokenizer, seed=0)
-    batches, process = StepBatches(data.train, config), psutil.Process()
+    trainer, process = ft.Trainer(lm, data, config), psutil.Process()
     gc.collect()  # what was there before must not be freed in the middle
     figures, kinds, seen = [], [], set()  # a step's kind: the shapes of its micro-batches
-    for report in ft.Trainer(lm, data, config).steps():
+    for report in trainer.steps():
         figures.append((report.active_memory, report.peak_memory, process.memory_info().rss))
-        of_step = batches.of_step(report.step - 1)
+        of_step = trainer.batches.of_step(report.step - 1)
         kinds.append(tuple((*batch.inputs.shape, len(batch.targets)) for batch in of_step))
         seen.update(data.train.lengths[[row for batch in of_step for row in batch.rows]].tolist())
     quarters = slice(0, max(1, steps // 4)), slice(-max(1, steps // 4), None)

@@ -16,7 +16,6 @@ from fulltune_nb.models.families import read_config
 from fulltune_nb.training import memory
 from fulltune_nb.training.engine import step_gradients
 from fulltune_nb.training.layerwise import LayerwiseBackward
-from fulltune_nb.training.step_batches import StepBatches
 from nbs_tests.models.model_cases import CASES, FAMILIES, SMALL
 from nbs_tests.training.conftest import make_rows
 
@@ -150,12 +149,11 @@ def packed_trainer(make_trainer, **settings):
 
 def test_a_packed_epoch_trains_on_every_example_once_and_ends_there(make_trainer):
     trainer = packed_trainer(make_trainer, epochs=2, iters=None)
-    batches = StepBatches(trainer.data.train, trainer.config)
     rows = PackedOrder(trainer.data.train, 1, 0, 1, 96).batches_per_epoch
-    assert trainer.total_steps == 2 * batches.steps_per_epoch == 2 * rows < 30
+    assert trainer.total_steps == 2 * trainer.steps_per_epoch == 2 * rows < 30
     seen = []
     while not trainer.done:
-        seen += [row for batch in batches.of_step(trainer.step_count) for row in batch.rows]
+        seen += [row for batch in trainer.batches.of_step(trainer.step_count) for row in batch.rows]
         trainer.step()
     assert sorted(seen) == sorted(2 * list(range(30)))
     assert trainer.history.steps[-1].epoch == 2.0
@@ -196,13 +194,13 @@ def test_cut_and_untrainable_rows_count_as_they_do_unpacked(make_lm, tokenizer):
     data = ft.load_data({"train": rows}, tokenizer, config=config)
     assert len(data.train.untrainable) == 1 and data.train.truncated >= 1
     trainer = ft.Trainer(make_lm(), data, config)
-    seen = [row for step in range(trainer.total_steps) for batch in trainer._batches.of_step(step) for row in batch.rows]
+    seen = [row for step in range(trainer.total_steps) for batch in trainer.batches.of_step(step) for row in batch.rows]
     assert sorted(seen) == data.train.trainable.tolist()
 
 
 def test_a_packed_run_says_what_its_numbers_count(make_trainer):
     trainer = packed_trainer(make_trainer)
-    steps = StepBatches(trainer.data.train, trainer.config).steps_per_epoch
+    steps = trainer.steps_per_epoch
     (event,) = trainer.history.events
     expected = f"30 rows are packed into {steps} of at most 96 tokens; batch_size=1 counts these, and an epoch is {steps} steps"
     assert event.kind == "packing" and event.message == expected

@@ -62,7 +62,7 @@ def test_one_adamw_step_equals_torchs(make_trainer, tmp_path, settings):
     groups = [{"params": decays, "weight_decay": trainer.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=trainer.config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
 
-    rows = [row for batch in trainer._batches.of_step(trainer.step_count) for row in batch.rows]
+    rows = [row for batch in trainer.batches.of_step(trainer.step_count) for row in batch.rows]
     examples = [trainer.data.train[row] for row in rows]
     tokens = sum(int(example.loss_mask.sum()) for example in examples)
     loss = torch_loss(reference, examples) / tokens
@@ -101,7 +101,7 @@ def test_an_epoch_trains_on_every_row_once(make_trainer):
     trainer = make_trainer(rows=10, batch_size=4, epochs=1, iters=None)
     seen = []
     while not trainer.done:
-        seen += [row for batch in trainer._batches.of_step(trainer.step_count) for row in batch.rows]
+        seen += [row for batch in trainer.batches.of_step(trainer.step_count) for row in batch.rows]
         trainer.step()
     assert sorted(seen) == list(range(10))
     assert trainer.history.steps[-1].epoch == 1.0
