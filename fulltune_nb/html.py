@@ -1,4 +1,4 @@
-"""Small, safe HTML for `_repr_html_`: one escape helper, tables, facts and bars.
+"""Small, safe HTML for `_repr_html_`: one escape helper, tables and facts.
 
 Everything that comes from outside (rows, model output, file names, exception texts) passes through `esc`.
 Colours are from Okabe and Ito's colour-blind safe palette; text takes the notebook theme's own colour, so light and
@@ -32,7 +32,7 @@ def esc(text: object, limit: int | None = None) -> str:
     """Text made safe to stand in HTML, as element content or as a quoted attribute.
 
     Markup, control characters (ANSI codes too), direction marks and lone surrogates are neutralised. `$` needs more: a browser decodes
-    any entity before MathJax looks, so text is put into `<pre>` or under the class `NO_MATH`, as `table` and `bar` do.
+    any entity before MathJax looks, so text is put into `<pre>` or under the class `NO_MATH`, as `table` does.
 
     Args:
         text: anything; `str()` is taken of it.
@@ -79,34 +79,6 @@ def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:
     """A titled two-column table of names and values; the names are the headers of their rows."""
     head = '<th scope="row" style="text-align:left;font-weight:normal;padding:2px 10px;vertical-align:top">{}</th>'
     return _table("", (head.format(esc(name)) + _cell(value) for name, value in pairs), title)
-
-
-def bar(parts: Sequence[tuple[str, float]], limit: float | None = None, width: int = 560, unit: str = "") -> str:
-    """A stacked horizontal bar as SVG, with a legend; a vertical line marks `limit` where given.
-
-    Args:
-        parts: (name, size) pairs, sizes in one unit.
-        limit: where the line is drawn, in the same unit.
-        width: pixels.
-        unit: written behind each size in the legend.
-    """
-    total = sum(size for _, size in parts)
-    scale = width / max(total, limit or 0.0, 1e-12)
-    x, rects, legend, labels = 0.0, [], [], []
-    for i, (name, size) in enumerate(parts):
-        colour = PALETTE[i % len(PALETTE)]
-        label = f"{name} {size:,.2f} {unit}".strip()
-        rects.append(f'<rect x="{x:.1f}" y="4" width="{size * scale:.1f}" height="22" fill="{colour}"><title>{esc(label)}</title></rect>')
-        labels.append(label)
-        legend.append(f'<span style="margin-right:12px;white-space:nowrap"><span style="color:{colour}">■</span> {esc(label)}</span>')
-        x += size * scale
-    if limit is not None:
-        at = min(limit * scale, width - 1)
-        rects.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="30" stroke="#D55E00" stroke-width="2" stroke-dasharray="4 2"/>')
-        labels.append(f"limit {limit:,.2f} {unit}".strip())
-        legend.append(f'<span style="white-space:nowrap">┆ {esc(labels[-1])}</span>')
-    svg = f'<svg width="{width}" height="30" role="img" aria-label="{esc(", ".join(labels))}">{"".join(rects)}</svg>'
-    return f'{svg}<div class="{NO_MATH}">{" ".join(legend)}</div>'  # the spaces are where a narrow page may break the line
 
 
 def human_bytes(count: float) -> str:

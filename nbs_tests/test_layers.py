@@ -15,7 +15,7 @@ PACKAGE = "fulltune_nb"
 ROOT = Path(fulltune_nb.__file__).parent
 # From left to right. A module may import what stands left of it, and its own group. A new one needs a place here.
 LAYERS = [
-    ["errors", "html", "frames"],
+    ["errors", "html", "frames", "svg"],
     ["files", "cpu", "chat_template", "settings", "system_info", "tensor_files", "tokenizer"],
     ["models"],
     ["data"],
@@ -29,7 +29,7 @@ LAYERS = [
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
 SHOWS = ("plots", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
 FRONT_ENDS = ("ipywidgets", "IPython", "matplotlib")
-DATA_NEEDS = ("data", "errors", "html", "files", "settings", "chat_template", "tokenizer")
+DATA_NEEDS = ("data", "errors", "html", "svg", "files", "settings", "chat_template", "tokenizer")
 LINES_IN_FILE, LINES_IN_FUNCTION = 500, 60
 LONGER = {  # to be shortened
     "insight/losses.py", "panels/tabs.py", "panels/train.py", "training/memory_model.py", "training/optimizers.py", "training/run.py",

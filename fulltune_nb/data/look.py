@@ -10,6 +10,7 @@ from itertools import permutations
 
 import numpy as np
 
+from fulltune_nb import svg
 from fulltune_nb.data.encode import Example
 from fulltune_nb.html import PALETTE, counted, esc, facts, table
 from fulltune_nb.tokenizer import BYTE_ALPHABET, special_ids
@@ -316,17 +317,12 @@ def counts_table(splits: Sequence) -> str:
     return table(headers, rows)
 
 
-def _lengths_svg(split, width: int = 560, height: int = 60, bins: int = 40) -> str:
+def _lengths_svg(split, bins: int = 40) -> str:
     """A histogram of the examples' lengths in tokens."""
     counts, edges = np.histogram(split.lengths, bins=min(bins, max(1, int(np.ptp(split.lengths)) + 1)))
-    step, top = width / len(counts), max(1, counts.max())
-    bars = "".join(
-        f'<rect x="{i * step:.1f}" y="{height - height * c / top:.1f}" width="{max(step - 1, 1):.1f}" height="{height * c / top:.1f}" '
-        f'fill="{PALETTE[0]}"><title>{int(c):,} rows of {edges[i]:.0f} to {edges[i + 1]:.0f} tokens</title></rect>'
-        for i, c in enumerate(counts)
-    )
-    label = f"Lengths of {split.name}: {edges[0]:.0f} to {edges[-1]:.0f} tokens, at most {int(top):,} rows in a bar"
-    return f'<svg width="{width}" height="{height}" role="img" aria-label="{esc(label)}">{bars}</svg><div>{esc(label)}</div>'
+    titles = [f"{count:,} rows of {low:.0f} to {high:.0f} tokens" for count, low, high in zip(counts, edges, edges[1:], strict=False)]
+    label = f"Lengths of {split.name}: {edges[0]:.0f} to {edges[-1]:.0f} tokens, at most {counts.max():,} rows in a bar"
+    return svg.bars(counts, titles, label)
 
 
 def split_html(split, examples: int = 2) -> str:

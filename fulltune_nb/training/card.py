@@ -13,9 +13,10 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fulltune_nb import svg
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.read import PREFIX
-from fulltune_nb.html import PALETTE, esc
+from fulltune_nb.html import esc
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, History, StepReport
 
@@ -67,7 +68,9 @@ class ModelCard:
         """File name -> text: the card, and the curve that it shows; nothing before the first step."""
         if not self.history.steps:
             return {}
-        return {"README.md": self.markdown(), CURVE: curve_svg(self.history)}
+        valid = [(report.step, report.loss) for report in self.history.evals if report.split == "valid"]
+        training = [(report.step, report.loss) for report in self.history.steps]
+        return {"README.md": self.markdown(), CURVE: svg.curves_file({"training": training, "validation": valid})}
 
     def markdown(self) -> str:
         """The card's text."""
@@ -156,29 +159,3 @@ def _table(headers: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
 def versions() -> dict[str, str]:
     """Versions of the packages that a run's numbers depend on most."""
     return package_versions(_PACKAGES)
-
-
-def curve_svg(history: History, width: int = 640, height: int = 240) -> str:
-    """Training loss (at most 400 points, each a mean) and validation loss over the steps, as an SVG file."""
-    size = math.ceil(len(history.steps) / 400)
-    groups = [history.steps[i : i + size] for i in range(0, len(history.steps), size)]
-    train = [(group[-1].step, sum(step.loss for step in group) / len(group)) for group in groups]
-    valid = [(report.step, report.loss) for report in history.evals if report.split == "valid"]
-    train, valid = ([(x, y) for x, y in line if math.isfinite(y)] for line in (train, valid))
-    ys = [y for _, y in train + valid] or [0.0]
-    low, high, last = min(ys), max(ys), max([x for x, _ in train + valid] or [1])
-
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        return 50 + (width - 60) * point[0] / max(last, 1), 15 + (height - 50) * (high - point[1]) / ((high - low) or 1.0)
-
-    def line(points: list[tuple[float, float]], colour: str, dashes: str) -> str:
-        xy = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))
-        return f'<polyline points="{xy}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dashes}"/>'
-
-    texts = [(48, 18, "end", f"{high:.3g}"), (48, height - 32, "end", f"{low:.3g}"), (50, height - 18, "start", "0")]
-    texts.append((width - 10, height - 18, "end", f"step {last:,}"))
-    texts.append((width / 2, height - 4, "middle", "training (solid), validation (dashed)"))
-    words = "".join(f'<text x="{x}" y="{y}" text-anchor="{at}">{esc(text)}</text>' for x, y, at, text in texts)
-    curves = line(train, PALETTE[0], "none") + line(valid, PALETTE[5], "5 3")
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="11">'
-    return f'{head}<rect width="100%" height="100%" fill="white"/>{curves}{words}</svg>\n'

@@ -12,11 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fulltune_nb import html
+from fulltune_nb import html, svg
 from fulltune_nb.errors import CheckpointError
 from fulltune_nb.frames import frame
 
-_POINTS = 200  # points of the small curve; more reports are averaged into them
 _ROWS = 10  # reports shown in a cell
 
 
@@ -228,7 +227,7 @@ class History(list):
         caption = "Last reports" if len(self) > _ROWS else "Reports"
         parts = [html.facts(f"Training history: {len(steps):,} steps", _summary(steps, evals))]
         if len(steps) > 1:
-            parts.append(_sparkline([r.loss for r in steps]))
+            parts.append(svg.curve([(r.step, r.loss) for r in steps], f"loss over {len(steps):,} steps"))
         parts.append(html.table(("report", "what"), [(type(r).__name__, html.cut(str(r))) for r in shown], caption))
         hidden = len(self) - len(shown)
         if hidden:
@@ -250,21 +249,3 @@ def _summary(steps: list[StepReport], evals: list[EvalReport]) -> list[tuple[str
         rows.append((f"{split} loss, last", f"{own[-1].loss:.4f} (perplexity {own[-1].perplexity:.3f}) at step {own[-1].step:,}"))
         rows.append((f"{split} loss, best", f"{best.loss:.4f} (perplexity {best.perplexity:.3f}) at step {best.step:,}"))
     return rows
-
-
-def _sparkline(values: list[float], width: int = 560, height: int = 60) -> str:
-    """The curve of `values` as SVG, at most `_POINTS` points; what is not finite is left out of the means."""
-    size = math.ceil(len(values) / _POINTS)
-    points = []
-    for start in range(0, len(values), size):
-        finite = [v for v in values[start : start + size] if math.isfinite(v)]
-        if finite:
-            points.append((start + min(size, len(values) - start) / 2, sum(finite) / len(finite)))
-    if len(points) < 2:
-        return ""
-    low, high = min(v for _, v in points), max(v for _, v in points)
-    spread = (high - low) or 1.0
-    xy = " ".join(f"{x / len(values) * width:.1f},{4 + (height - 8) * (high - v) / spread:.1f}" for x, v in points)
-    line = f'<polyline points="{xy}" fill="none" stroke="{html.PALETTE[0]}" stroke-width="1.5"/>'
-    label = f"loss over {len(values):,} steps, from {high:.3f} (top) to {low:.3f} (bottom)"
-    return f'<svg width="{width}" height="{height}" role="img" aria-label="{label}">{line}<title>{label}</title></svg><div>{label}</div>'

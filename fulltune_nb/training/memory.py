@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 from mlx.utils import tree_flatten
 
-from fulltune_nb import html
+from fulltune_nb import html, svg
 from fulltune_nb.cpu.allocator import cache_limit
 from fulltune_nb.cpu.kernels import kernels_for
 from fulltune_nb.data.batches import row_widths
@@ -144,7 +144,8 @@ class MemoryPlan:
         near = self.peak + self.cache > self.limit / 20  # a limit far above would leave nothing of the parts to see
         assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
         advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)
-        return title + html.bar(parts, self.limit / scale if near else None, unit=unit) + assumed + (f"<ul>{advice}</ul>" if advice else "")
+        bar = svg.stacked_bar(parts, self.limit / scale if near else None, unit=unit)
+        return title + bar + assumed + (f"<ul>{advice}</ul>" if advice else "")
 
 
 def preflight(lm: Any, data: Any, config: TrainConfig | None = None) -> MemoryPlan:
