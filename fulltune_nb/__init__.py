@@ -31,7 +31,7 @@ from fulltune_nb.errors import (  # noqa: E402
     TrainingError,
 )
 from fulltune_nb.sweep import sweep  # noqa: E402  at once: loaded later, the module would take the function's name
-from fulltune_nb.system_info import system_info  # noqa: E402  at once, for the same reason
+from fulltune_nb.system_info import package_versions, system_info  # noqa: E402  at once, for the same reason
 from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
@@ -114,9 +114,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Imports the module that a public name lives in, the first time it is asked for."""
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("fulltune_nb")
+        return package_versions(["fulltune_nb"])["fulltune_nb"]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

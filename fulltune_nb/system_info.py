@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fulltune_nb.cpu.blas import BlasInfo, ensure_fast_blas
@@ -76,13 +77,14 @@ def system_info(measure: bool = False) -> SystemInfo:
     import mlx.core as mx
     import psutil
 
+    versions = package_versions(("fulltune_nb", "transformers"))
     device = mx.default_device()
     hardware = mx.device_info(device).get("device_name", "")
     return SystemInfo(
-        version=_version("fulltune_nb"),
+        version=versions["fulltune_nb"],
         python=platform.python_version(),
         mlx=mx.__version__,
-        transformers=_version("transformers"),
+        transformers=versions["transformers"],
         platform=f"{platform.system()} {platform.machine()}",
         device=f"{device.type.name} {hardware}".strip(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -113,10 +115,14 @@ def matmul_gflops(size: int = MEASURED_SIZE, seconds: float = 0.5) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def _version(package: str) -> str:
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Package -> installed version, or "not installed"."""
     from importlib import metadata
 
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

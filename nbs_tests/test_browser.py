@@ -181,9 +181,9 @@ FOREIGN = "img[src='x'], script, iframe, mjx-container, .jupyter-widgets-error-w
 
 def test_hostile_text_stays_text(trained):
     lab = trained
-    lab.result(CODE, f'HOSTILE = "{HOSTILE}"; trainer.journal.event(1, HOSTILE, HOSTILE); trainer.journal.tell("on_save", HOSTILE)')
-    lab.result(CODE, "trainer.journal.record(ft.EvalReport(HOSTILE, 1, 1.0, 2.0, 3, 0.1))")
-    lab.result(CODE, 'trainer.journal.event(1, "big", "y" * 1_000_000)')
+    lab.result(CODE, f'HOSTILE = "{HOSTILE}"; trainer.event(HOSTILE, HOSTILE); trainer.tell("on_save", HOSTILE)')
+    lab.result(CODE, "trainer.record(ft.EvalReport(HOSTILE, 1, 1.0, 2.0, 3, 0.1))")
+    lab.result(CODE, 'trainer.event("big", "y" * 1_000_000)')
     lab.result(
         CODE,
         "trainer.lm.stream_chat = lambda *_, **__: iter([HOSTILE, 'x' * 1_000_000])\n"

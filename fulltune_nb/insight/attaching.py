@@ -15,11 +15,11 @@ class Attachable:
         if self._trainer is not trainer:
             self.detach()
             self._trainer = trainer
-            trainer.journal.listeners.append(self)
+            trainer.listeners.append(self)
         return self
 
     def detach(self) -> None:
         """Hears no more; what was seen stays."""
         if self._trainer is not None:
-            self._trainer.journal.listeners.remove(self)
+            self._trainer.listeners.remove(self)
         self._trainer = None

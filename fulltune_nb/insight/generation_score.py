@@ -207,7 +207,7 @@ class GenerationScore(Attachable):
         report = evaluate_generation(trainer.lm, self.rows, self.metric, **self.settings)
         report.step = trainer.step_count
         self.reports.append(report)
-        trainer.journal.event(report.step, "generation", f"{report.metric} {report.score:.4f} over {len(report.answers):,} answers")
+        trainer.event("generation", f"{report.metric} {report.score:.4f} over {len(report.answers):,} answers")
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a line for each row and step.

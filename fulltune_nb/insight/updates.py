@@ -93,14 +93,14 @@ class UpdateMeter:
             self.detach()
             self._trainer = trainer
             trainer.optimizers.observers.append(self)
-            trainer.journal.listeners.append(self)
+            trainer.listeners.append(self)
         return self
 
     def detach(self) -> None:
         """Ends the measuring; what was measured stays."""
         if self._trainer is not None:
             self._trainer.optimizers.observers.remove(self)
-            self._trainer.journal.listeners.remove(self)
+            self._trainer.listeners.remove(self)
         self._trainer, self._attached_by_run, self._seen, self._fresh = None, False, {}, []
 
     def on_start(self, trainer: Trainer, target: int) -> None:
@@ -143,7 +143,7 @@ class UpdateMeter:
         new = self.collect(report.step)
         if new and not self._warned and (message := rounding_warning(trainer, new)):
             self._warned = True
-            trainer.journal.event(report.step, "rounding", message)
+            trainer.event("rounding", message)
 
     def collect(self, step: int) -> list[TensorUpdate]:
         """What was seen since the last call, as of this step; for a loop of one's own, where no trainer tells that a step is whole."""

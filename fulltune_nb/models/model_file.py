@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fulltune_nb.errors import ConfigError, ModelError, WeightsError
 from fulltune_nb.files import write_text
 from fulltune_nb.models.folder import hf_tensors, write_tensors
 from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.system_info import package_versions
 from fulltune_nb.tensor_files import check_ending, safetensors_metadata
 
 EXPORT_NOTE = "fulltune_nb.json"
@@ -46,7 +46,7 @@ def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = Non
         WeightsError: another ending, a weights file of the source model, or the file cannot be written.
     """
     check_model_file(path, lm)
-    metadata = {"dtype": lm.dtype, "fulltune_nb": _own_version()}
+    metadata = {"dtype": lm.dtype, "fulltune_nb": package_versions(["fulltune_nb"])["fulltune_nb"]}
     if lm.source is not None:
         folder = Path(lm.source).expanduser()
         metadata["base_model"] = os.path.abspath(folder) if folder.exists() else lm.source
@@ -204,10 +204,3 @@ def trained_format(lm: LanguageModel, path: Path | None) -> str | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content.get("data_format") if isinstance(content, dict) else None
-
-
-def _own_version() -> str:
-    try:
-        return version("fulltune_nb")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

@@ -186,13 +186,13 @@ _loops: weakref.WeakSet[TrainLoop] = weakref.WeakSet()
 def loop_of(trainer: Trainer) -> TrainLoop:
     """The one loop of a trainer, which everything that drives it shares. To be called on the main thread.
 
-    It stands among the journal's listeners and so lives and goes with the trainer. (In a dictionary with weak keys, a loop's
+    It stands among the trainer's listeners and so lives and goes with the trainer. (In a dictionary with weak keys, a loop's
     last error would keep the trainer for ever by its traceback.)
     """
-    loop = next((listener for listener in trainer.journal.listeners if isinstance(listener, TrainLoop)), None)
+    loop = next((listener for listener in trainer.listeners if isinstance(listener, TrainLoop)), None)
     if loop is None:
         loop = TrainLoop(trainer)
-        trainer.journal.listeners.append(loop)
+        trainer.listeners.append(loop)
         _loops.add(loop)
     loop.capture_event_loop()
     return loop
@@ -211,7 +211,7 @@ def loops_of(model: Any) -> list[TrainLoop]:
 class TrainLoop:
     """Starts, pauses and ends the run of one trainer. Use `loop_of`, which gives each trainer one.
 
-    When a run begins or ends, the journal's listeners are told: `on_change(trainer)`.
+    When a run begins or ends, the trainer's listeners are told: `on_change(trainer)`.
 
     Attributes:
         trainer: the trainer that is driven.
@@ -337,6 +337,7 @@ class TrainLoop:
             self.error = error
         finally:
             self._paused = True
+            steps.close()  # the trainer's state is the run's ending from here on
             self._end()
 
     async def _between_steps(self) -> None:
@@ -354,7 +355,7 @@ class TrainLoop:
             if self.interrupted and self.error is None:
                 trainer.interrupted = True
                 message = f"interrupted; paused after step {trainer.step_count} of {trainer.total_steps}"
-                trainer.journal.event(trainer.step_count, "pause", message)
+                trainer.event("pause", message)
                 if trainer.run_dir:
                     trainer.save()
         except Exception as error:
@@ -364,7 +365,7 @@ class TrainLoop:
 
     def tell_change(self) -> None:
         """Has everything that shows the run look anew."""
-        self.trainer.journal.tell("on_change")
+        self.trainer.tell("on_change")
 
     # -- one thing at a time, between the steps of a run -----------------------------------------------------------
 

@@ -313,7 +313,7 @@ class Measuring:
     @property
     def meter(self) -> UpdateMeter:
         """What measures: one attached in code where there is one, else the panels' own."""
-        listeners = self._trainer.journal.listeners
+        listeners = self._trainer.listeners
         given = [listener for listener in listeners if isinstance(listener, UpdateMeter) and listener is not self._own]
         return given[0] if given else self._own
 
@@ -325,7 +325,7 @@ class Measuring:
     @property
     def on(self) -> bool:
         """Whether steps are measured now."""
-        return not self.is_own or self._own in self._trainer.journal.listeners
+        return not self.is_own or self._own in self._trainer.listeners
 
     @property
     def next_step(self) -> int:
@@ -582,7 +582,7 @@ class CallbacksTab:
     title = "Callbacks"
 
     def __init__(self, loop: TrainLoop):
-        self._journal = loop.trainer.journal
+        self._trainer = loop.trainer
         self.page = widgets.HTML(tooltip="What attached callbacks have seen")
         self.box = scrolled(self.page)
 
@@ -600,7 +600,7 @@ class CallbacksTab:
 
     def renew(self) -> None:
         """See `Look`."""
-        shown = [one for one in self._journal.listeners if hasattr(one, "_repr_html_") and not isinstance(one, UpdateMeter)]
+        shown = [one for one in self._trainer.listeners if hasattr(one, "_repr_html_") and not isinstance(one, UpdateMeter)]
         self.page.value = "".join(f'<div style="line-height:1.35;margin-bottom:10px">{_view(one)}</div>' for one in shown) or _NOTHING
 
 

@@ -230,7 +230,7 @@ class TrainView:
         self._closed = self._in_cell = False
         for report in [*trainer.history.evals, *trainer.history.events][-_LOG_KEPT:]:
             self._note_report(report)
-        trainer.journal.listeners.append(self)
+        trainer.listeners.append(self)
         self.settle()
 
     def close(self) -> None:
@@ -238,7 +238,7 @@ class TrainView:
         self._closed = True
         self._stop_timer()
         self.looks.close()
-        self._trainer.journal.listeners.remove(self)
+        self._trainer.listeners.remove(self)
         self.controls.close()
 
     # -- what it is told ----------------------------------------------------------------------------------------------
@@ -506,12 +506,12 @@ class TrainPanel:
         in_lines = isinstance(lines, PlainProgress) and self.loop.running and not self.closed
         if in_lines:  # a log shall show that something moves
             lines.on_start(trainer, self.loop.goal)
-            trainer.journal.listeners.append(lines)
+            trainer.listeners.append(lines)
         try:
             await self.loop.wait()
         finally:
             if in_lines:
-                trainer.journal.listeners.remove(lines)
+                trainer.listeners.remove(lines)
                 lines.on_end(trainer)
             if not self.closed:
                 self._view.place_record()
@@ -537,7 +537,7 @@ class TrainPanel:
         """Ends the run after the step under way, says so in the history, and writes a checkpoint where there is a run directory."""
         self.loop.pause()
         trainer = self.trainer
-        trainer.journal.event(trainer.step_count, "stop", f"stopped after step {trainer.step_count} of {trainer.total_steps}")
+        trainer.event("stop", f"stopped after step {trainer.step_count} of {trainer.total_steps}")
         if trainer.run_dir:
             trainer.save()
 
@@ -559,7 +559,7 @@ class TrainPanel:
             return
         self.closed = True
         self._view.close()
-        if not any(isinstance(listener, TrainView) for listener in self.loop.trainer.journal.listeners):
+        if not any(isinstance(listener, TrainView) for listener in self.loop.trainer.listeners):
             self.loop.pause()
 
     def _check_open(self) -> None:

@@ -10,28 +10,15 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fulltune_nb import svg
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.read import PREFIX
 from fulltune_nb.html import esc
+from fulltune_nb.system_info import package_versions
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, History, StepReport
-
-# -- versions: Versions of packages, for what is written about a run
-
-def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Package -> installed version, or "not installed"."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
 
 # -- model_card: The model card: `README.md` of an exported folder, which says how its weights came about
 

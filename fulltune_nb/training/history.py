@@ -1,6 +1,6 @@
 """What happened during training: reports of steps and evaluations, events, and the list that holds them.
 
-Reports are plain frozen records. `History` is a list of them in the order they came.
+Reports are plain frozen records. `History` is a list of them in the order they came, `RunSummary` its few figures.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fulltune_nb import html, svg
@@ -26,7 +26,7 @@ class _Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, and `kind` ("step", "eval" or "event") to tell the reports apart."""
-        values = {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        values = {own.name: _to_json(getattr(self, own.name)) for own in dataclasses.fields(self)}
         if "kind" in values:  # an event's own kind stands under "event"
             values["event"] = values.pop("kind")
         return {"kind": self.kind_of_report, **values}
@@ -44,8 +44,8 @@ class _Record:
         given = {k: v for k, v in values.items() if k != "kind"}
         if "event" in given:
             given["kind"] = given.pop("event")
-        fields = {field.name: field for field in dataclasses.fields(report)}
-        missing = [name for name, field in fields.items() if name not in given and field.default is dataclasses.MISSING]
+        fields = {own.name: own for own in dataclasses.fields(report)}
+        missing = [name for name, own in fields.items() if name not in given and own.default is dataclasses.MISSING]
         if missing:
             raise CheckpointError(f"a report of kind {values['kind']!r} lacks {', '.join(missing)}: {str(values)[:80]!r}.")
         return report(**{k: _from_json(v, fields[k]) for k, v in given.items() if k in fields})
@@ -55,15 +55,15 @@ def _to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _from_json(value: Any, field: dataclasses.Field) -> Any:
+def _from_json(value: Any, own: dataclasses.Field) -> Any:
     """A field's value; whole numbers do for `float`."""
-    if field.type == "float":
+    if own.type == "float":
         with suppress(OverflowError):  # a whole number of hundreds of digits
             if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
                 return math.nan if value is None else float(value)
-    elif isinstance(value, str) if field.type == "str" else type(value) is int and abs(value) < 2**63:
+    elif isinstance(value, str) if own.type == "str" else type(value) is int and abs(value) < 2**63:
         return value
-    raise CheckpointError(f"a report's {field.name}: expected {field.type}, got {value!r:.80}.")
+    raise CheckpointError(f"a report's {own.name}: expected {own.type}, got {value!r:.80}.")
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,105 @@ _KINDS: dict[str, type] = {report.kind_of_report: report for report in (StepRepo
 
 
 def _readable(report: _Record) -> Iterator[tuple[str, object]]:
-    for field in dataclasses.fields(report):
-        value = getattr(report, field.name)
-        if field.name.endswith("_memory"):
+    for own in dataclasses.fields(report):
+        value = getattr(report, own.name)
+        if own.name.endswith("_memory"):
             value = html.human_bytes(value)
         elif isinstance(value, float):
             value = f"{value:.6g}"
         elif isinstance(value, int):
             value = f"{value:,}"
-        yield field.name.replace("_", " "), value
+        yield own.name.replace("_", " "), value
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A history in a few figures: what tables, cards and `result.json` say of a run."""
+
+    steps: int = 0
+    """Number of the last step taken."""
+    epochs: float = 0.0
+    tokens: int = 0
+    """Trained tokens of all steps."""
+    seconds: float = 0.0
+    """Time in steps."""
+    peak_memory: int | None = None
+    """Bytes, the most of any step; None before the first."""
+    first_loss: float | None = None
+    """Training loss of the first step, in nats."""
+    last_loss: float | None = None
+    last_evals: dict[str, EvalReport] = field(default_factory=dict)
+    """Split -> its last evaluation."""
+    best_evals: dict[str, EvalReport] = field(default_factory=dict)
+    """Split -> the evaluation with the lowest finite loss."""
+
+    @classmethod
+    def of(cls, history: Iterable[StepReport | EvalReport | Event]) -> RunSummary:
+        """The figures of a history."""
+        history = History(history)
+        last, best = {}, {}
+        for report in history.evals:
+            last[report.split] = report
+            if math.isfinite(report.loss) and (report.split not in best or report.loss < best[report.split].loss):
+                best[report.split] = report
+        steps = history.steps
+        if not steps:
+            return cls(last_evals=last, best_evals=best)
+        return cls(
+            steps=steps[-1].step,
+            epochs=steps[-1].epoch,
+            tokens=sum(report.tokens for report in steps),
+            seconds=sum(report.seconds for report in steps),
+            peak_memory=max(report.peak_memory for report in steps),
+            first_loss=steps[0].loss,
+            last_loss=steps[-1].loss,
+            last_evals=last,
+            best_evals=best,
+        )
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Trained tokens a second in steps; None before the first."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values for `result.json`; what is not known, or not finite, is None."""
+        last = self.last_evals
+        losses = {f"{split}_{name}": _to_json(getattr(report, name)) for split, report in last.items() for name in ("loss", "perplexity")}
+        return {
+            "epochs": self.epochs,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "seconds_in_steps": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "peak_memory": self.peak_memory,
+            "train_loss_first": _to_json(self.first_loss),
+            "train_loss_last": _to_json(self.last_loss),
+            "valid_last": _of_eval(last.get("valid")),
+            "valid_best": _of_eval(self.best_evals.get("valid")),
+            "test": _of_eval(last.get("test")),
+            **losses,
+        }
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and texts for a table."""
+        rows = []
+        if self.steps:
+            speed = self.tokens_per_second or math.nan
+            rows.append(("loss, first and last", f"{self.first_loss:.4f} → {self.last_loss:.4f}"))
+            rows.append(("trained tokens", f"{self.tokens:,}"))
+            rows.append(("time in steps", f"{self.seconds:.1f} s ({speed:,.0f} tokens/s)"))
+            rows.append(("peak memory", html.human_bytes(self.peak_memory)))
+        for split, last in self.last_evals.items():
+            for when, report in (("last", last), ("best", self.best_evals.get(split, last))):
+                rows.append((f"{split} loss, {when}", f"{report.loss:.4f} (perplexity {report.perplexity:.3f}) at step {report.step:,}"))
+        return rows
+
+
+def _of_eval(report: EvalReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    return {name: _to_json(getattr(report, name)) for name in ("step", "loss", "perplexity", "tokens")}
 
 
 class History(list):
@@ -185,6 +275,11 @@ class History(list):
     def events(self) -> list[Event]:
         """The events."""
         return [r for r in self if isinstance(r, Event)]
+
+    @property
+    def summary(self) -> RunSummary:
+        """The run in a few figures."""
+        return RunSummary.of(self)
 
     def __getitem__(self, index):
         found = super().__getitem__(index)
@@ -222,10 +317,9 @@ class History(list):
         return f"History({len(self.steps)} steps, {len(self.evals)} evaluations, {len(self.events)} events)"
 
     def _repr_html_(self) -> str:
-        steps, evals = self.steps, self.evals
-        shown = self[-_ROWS:]
+        steps, shown = self.steps, self[-_ROWS:]
         caption = "Last reports" if len(self) > _ROWS else "Reports"
-        parts = [html.facts(f"Training history: {len(steps):,} steps", _summary(steps, evals))]
+        parts = [html.facts(f"Training history: {len(steps):,} steps", self.summary.facts())]
         if len(steps) > 1:
             parts.append(svg.curve([(r.step, r.loss) for r in steps], f"loss over {len(steps):,} steps"))
         parts.append(html.table(("report", "what"), [(type(r).__name__, html.cut(str(r))) for r in shown], caption))
@@ -233,19 +327,3 @@ class History(list):
         if hidden:
             parts.append(f"<div>… and {hidden:,} before them</div>")
         return "".join(parts)
-
-
-def _summary(steps: list[StepReport], evals: list[EvalReport]) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = []
-    if steps:
-        seconds, tokens = sum(r.seconds for r in steps), sum(r.tokens for r in steps)
-        rows.append(("loss, first and last", f"{steps[0].loss:.4f} → {steps[-1].loss:.4f}"))
-        rows.append(("trained tokens", f"{tokens:,}"))
-        rows.append(("time in steps", f"{seconds:.1f} s ({tokens / seconds if seconds else math.nan:,.0f} tokens/s)"))
-        rows.append(("peak memory", html.human_bytes(max(r.peak_memory for r in steps))))
-    for split in dict.fromkeys(r.split for r in evals):
-        own = [r for r in evals if r.split == split]
-        best = min(own, key=lambda r: r.loss if r.loss == r.loss else math.inf)
-        rows.append((f"{split} loss, last", f"{own[-1].loss:.4f} (perplexity {own[-1].perplexity:.3f}) at step {own[-1].step:,}"))
-        rows.append((f"{split} loss, best", f"{best.loss:.4f} (perplexity {best.perplexity:.3f}) at step {best.step:,}"))
-    return rows

@@ -21,7 +21,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_json
 from fulltune_nb.models.language_model import LanguageModel, load_model
-from fulltune_nb.training.card import package_versions
+from fulltune_nb.system_info import package_versions
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import History
 from fulltune_nb.training.run import CONFIG_FILE, RunDirectory, newest_whole, read_optimizer, read_state, save_model, set_aside
@@ -172,7 +172,7 @@ def take_up(trainer: Trainer, state: Mapping[str, Any], optimizer_arrays: dict[s
             f"the state is that of step {state['step']:,}, but the run has {trainer.total_steps:,} steps in all. Give more iters or epochs."
         )
     trainer._optimizers.load_state_arrays(optimizer_arrays)
-    trainer.journal.history[:] = history
+    trainer.history[:] = history
     trainer.step_count = state["step"]
     trainer.lm.torn = None
     trainer.optimizer_steps_before = state["optimizer_steps_before"]
@@ -204,7 +204,7 @@ def resume_run(
         data = _data_of(data, state["data"], lm, config, force, notes)
         trainer = kind.__new__(kind)
         trainer._set_up(lm, data, config, force, _backward_of(state, config))
-        trainer.journal.directory = directory
+        trainer._directory = directory
         take_up(trainer, state, read_optimizer(folder))
         for path, why in damaged.items():
             notes.append(f"passed over a damaged checkpoint, now called {_put_away(path)}: {why}")
@@ -213,7 +213,7 @@ def resume_run(
         raise
     trainer._upkeep.saved_step = trainer.step_count
     for note in (*notes, f"resumed at step {trainer.step_count} from {folder}"):
-        trainer.journal.event(trainer.step_count, "resume", note)
+        trainer.event("resume", note)
     return trainer
 
 
@@ -426,7 +426,7 @@ def _put_back(trainer: Trainer, snapshot: Snapshot | str | os.PathLike, force: b
     take_up(trainer, state, arrays)
     trainer.lm.model.update(tree_unflatten(list(weights.items())))
     mx.eval(trainer.lm.model.parameters())
-    trainer.journal.event(trainer.step_count, "restore", "; ".join([f"went back from step {here} to step {trainer.step_count}", *notes]))
+    trainer.event("restore", "; ".join([f"went back from step {here} to step {trainer.step_count}", *notes]))
 
 
 def _weights_of(folder: Path, lm: LanguageModel) -> dict[str, mx.array]:
@@ -460,10 +460,10 @@ def _branch(trainer: Trainer, run_dir: str | os.PathLike | None, changes: dict[s
         arrays, state["optimizer_steps_before"] = other._optimizers.state_arrays(), trainer.step_count
     take_up(other, state, arrays)
     if run_dir is not None:
-        other.journal.attach(RunDirectory.create(run_dir, config, lm.source))
+        other._write_into(RunDirectory.create(run_dir, config, lm.source))
     what = ", ".join(f"{name}={value!r}" for name, value in changes.items()) or "nothing changed"
     fresh = "; the optimizer begins anew" if changes.keys() & _NEW_OPTIMIZER else ""
-    other.journal.event(other.step_count, "fork", f"branched off {trainer.run_dir or 'a run'} at step {other.step_count}: {what}{fresh}")
+    other.event("fork", f"branched off {trainer.run_dir or 'a run'} at step {other.step_count}: {what}{fresh}")
     if other.run_dir:
         other.save()
     return other

@@ -37,76 +37,9 @@ from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
 from fulltune_nb.training.run import RESULT_FILE, RunDirectory
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
-from fulltune_nb.training.state import Branching, Patience, check_whole, resume_run, state_of, step_failed, versions
-
-# -- journal: Where reports and events go: the history, the run directory's metrics, and the callbacks of the mome
+from fulltune_nb.training.state import Branching, Patience, check_whole, resume_run, state_of, step_failed, torn_reason, versions
 
 _METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
-
-
-class Journal:
-    """Keeps the history of one trainer and tells others of each entry.
-
-    Attributes:
-        history: every report and event, oldest first.
-        directory: where metrics are written too, or None.
-        listeners: callbacks that are told of every entry for as long as they stand here, within `calling` and outside.
-    """
-
-    def __init__(self, trainer: Any):
-        self.history = History()
-        self.directory: RunDirectory | None = None
-        self.listeners: list[Any] = []
-        self._trainer = trainer
-        self._callbacks: tuple[Any, ...] = ()
-        self._failing = False
-
-    def attach(self, directory: RunDirectory) -> None:
-        """Writes into a directory from now on, and what there is already first."""
-        self.directory = directory
-        for entry in self.history:
-            directory.append(entry)
-        for note in directory.notes:
-            self.event(0, "run_dir", note)
-
-    @contextmanager
-    def calling(self, callbacks: Sequence[Any]) -> Iterator[None]:
-        """Within the block, these callbacks are told of everything."""
-        before, self._callbacks = self._callbacks, tuple(callbacks)
-        try:
-            yield
-        finally:
-            self._callbacks = before
-
-    def record(self, report: StepReport | EvalReport | Event) -> None:
-        """Adds an entry and tells of it."""
-        self.history.append(report)
-        if self.directory:
-            self._write(report)
-        self.tell(_METHODS[type(report)], report)
-
-    def _write(self, report: StepReport | EvalReport | Event) -> None:
-        """Into the directory; where `on_save_error` is "continue", one event tells that it cannot be."""
-        try:
-            self.directory.append(report)
-            self._failing = False
-        except CheckpointError as error:
-            if self._trainer.config.on_save_error == "stop" or not self.directory.is_ours:
-                raise
-            if not self._failing:
-                self._failing = True
-                self.event(self._trainer.step_count, "save_failed", str(error))
-
-    def event(self, step: int, kind: str, message: str) -> None:
-        """Adds an event of now."""
-        self.record(Event(step, kind, message, time.time()))
-
-    def tell(self, method: str, *subject: Any) -> None:
-        """Calls `method(trainer, *subject)` on every callback and listener that has it."""
-        for callback in (*self._callbacks, *self.listeners):
-            if (function := getattr(callback, method, None)) is not None:
-                function(self._trainer, *subject)
-
 
 # -- result: What came out of a run, as JSON values: `result.json` of its directory, for those who compare many r
 
@@ -150,7 +83,7 @@ def write_result(trainer: Trainer) -> None:
     except CheckpointError as error:
         if trainer.config.on_save_error == "stop":
             raise
-        trainer.journal.event(trainer.step_count, "save_failed", str(error))
+        trainer.event("save_failed", str(error))
 
 
 def _eval(report: EvalReport) -> dict[str, Any]:
@@ -211,19 +144,19 @@ class Upkeep:
         with interrupts_deferred():
             if patience.improved(trainer.step_count, loss):
                 if trainer.run_dir and trainer.step_count:
-                    self._trying(lambda: trainer.journal.directory.save_best(trainer.lm))
+                    self._trying(lambda: trainer._directory.save_best(trainer.lm))
             elif trainer.stopped_early:
                 message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
-                trainer.journal.event(trainer.step_count, "early_stop", message)
+                trainer.event("early_stop", message)
 
     def _trying(self, save: Callable[[], Any]) -> None:
         trainer = self._trainer
         try:
             save()
         except CheckpointError as error:
-            if trainer.config.on_save_error == "stop" or not trainer.journal.directory.is_ours:
+            if trainer.config.on_save_error == "stop" or not trainer._directory.is_ours:
                 raise
-            trainer.journal.event(trainer.step_count, "save_failed", str(error))
+            trainer.event("save_failed", str(error))
 
 
 # -- trainer_view: What a trainer shows in a cell
@@ -286,7 +219,7 @@ class Trainer(Branching):
         """
         self._set_up(lm, data, config or TrainConfig(), force)
         if run_dir is not None:
-            self._journal.attach(RunDirectory.create(run_dir, self.config, lm.source))
+            self._write_into(RunDirectory.create(run_dir, self.config, lm.source))
 
     @classmethod
     def resume(
@@ -319,7 +252,11 @@ class Trainer(Branching):
         self.interrupted = False
         self.step_count = 0
         self.optimizer_steps_before = 0
-        self._journal = Journal(self)
+        self.history = History()
+        self.listeners: list[Any] = []
+        self._callbacks: tuple[Any, ...] = ()
+        self._directory: RunDirectory | None = None
+        self._loops, self._failed, self._metrics_fail = 0, False, False
         lm.card = ModelCard(lm.source, data, config, self.history)
         self._upkeep = Upkeep(self)
         self.patience = Patience(config.patience)
@@ -332,7 +269,7 @@ class Trainer(Branching):
             max_seq_length=config.max_seq_length,
         )
         if config.packing:
-            self._event("packing", self.batches.packing_note)
+            self.event("packing", self.batches.packing_note)
         self.total_steps = config.total_steps(self.batches.steps_per_epoch)
         self._rate = LearningRate(make_schedule(config, self.total_steps))
         self._store_weights()
@@ -340,7 +277,7 @@ class Trainer(Branching):
         self.backward = backward or choose_backward(lm, data, config, force)
         compiles, note = choose_compile(lm.model, config, self.backward, self.total_steps * self.batches.tokens_per_step)
         if note:
-            self._event("compile", note)
+            self.event("compile", note)
         cap_cache(lean=self.backward == "layerwise" and memory_is_short(lm, data, config))
         self._optimizers = Optimizers(lm.model, config, lambda name: to_hf(name, lm.config.family))
         self._engine = ENGINES[self.backward](lm.model, self._optimizers, config, compiles)
@@ -349,21 +286,11 @@ class Trainer(Branching):
         """Gives the weights the dtype that `config.weights` asks for."""
         dtype = stored_dtype(self.config.weights, self.lm.dtype)
         if (name := str(dtype).removeprefix("mlx.core.")) != self.lm.dtype:
-            self._event("dtype", f"weights were {self.lm.dtype} and are trained in {name}")
+            self.event("dtype", f"weights were {self.lm.dtype} and are trained in {name}")
             self.lm.model.set_dtype(dtype)
             mx.eval(self.lm.model.parameters())
         if name == "bfloat16" and self.config.rounding == "nearest":
-            self._event("rounding", NEAREST_WARNING)
-
-    @property
-    def history(self) -> History:
-        """Every report and event so far, oldest first."""
-        return self._journal.history
-
-    @property
-    def journal(self) -> Journal:
-        """Where reports and events go; its `listeners` are told of each, whoever takes the steps."""
-        return self._journal
+            self.event("rounding", NEAREST_WARNING)
 
     @property
     def optimizers(self) -> Optimizers:
@@ -374,10 +301,6 @@ class Trainer(Branching):
     def engine(self) -> Engine:
         """What takes the steps: forward, backward, update."""
         return self._engine
-
-    @property
-    def _directory(self) -> RunDirectory | None:
-        return self._journal.directory
 
     @property
     def run_dir(self) -> Path | None:
@@ -399,6 +322,29 @@ class Trainer(Branching):
         """Whether the run has taken all its steps or was stopped early."""
         return self.stopped_early or self.step_count >= self.total_steps
 
+    @property
+    def state(self) -> str:
+        """"ready" before the first step, "running", "paused", "done", "stopped early", or "failed" after an error."""
+        if self._loops:
+            return "running"
+        if self._failed or torn_reason(self):
+            return "failed"
+        if self.done:
+            return "stopped early" if self.stopped_early else "done"
+        return "paused" if self.step_count or self.interrupted else "ready"
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Within the block the state is "running"; an error that leaves it makes it "failed"."""
+        self._loops, self._failed = self._loops + 1, False
+        try:
+            yield
+        except Exception:
+            self._failed = True
+            raise
+        finally:
+            self._loops -= 1
+
     # -- one step -------------------------------------------------------------------------------------------------
 
     def step(self) -> StepReport:
@@ -410,7 +356,7 @@ class Trainer(Branching):
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
         """
-        with interrupts_deferred():
+        with self._under_way(), interrupts_deferred():
             check_whole(self)
             if self.step_count == 0 and self._directory and not self._directory.checkpoints():
                 self.save()  # a run can always go back to where it began
@@ -425,7 +371,7 @@ class Trainer(Branching):
                 raise
             self.step_count += 1
             report = self._report(result.loss, result.grad_norm, rate, sum(batch.num_tokens for batch in batches), started)
-            self._journal.record(report)
+            self.record(report)
         return report
 
     def _report(self, loss: float, norm: float, rate: float, tokens: int, started: float) -> StepReport:
@@ -457,12 +403,13 @@ class Trainer(Branching):
         """
         target = self._target(n)
         check_whole(self)
-        if self.step_count or not self.done:
-            self._upkeep.do()  # what an interrupt kept from being done after the last step
-        while self.step_count < target and not self.stopped_early:
-            report = self.step()
-            self._upkeep.do()
-            yield report
+        with self._under_way():
+            if self.step_count or not self.done:
+                self._upkeep.do()  # what an interrupt kept from being done after the last step
+            while self.step_count < target and not self.stopped_early:
+                report = self.step()
+                self._upkeep.do()
+                yield report
 
     def _target(self, n: int | None) -> int:
         """The step count at which `n` more steps end."""
@@ -487,19 +434,23 @@ class Trainer(Branching):
             KeyboardInterrupt: a second interrupt.
         """
         self.interrupted = False
-        with termination_pauses(), self._journal.calling([*callbacks, *(make() for make in default_callbacks)]):
-            self._journal.tell("on_start", self._target(n))
+        before, self._callbacks = self._callbacks, (*callbacks, *(make() for make in default_callbacks))
+        with termination_pauses():
             try:
+                self.tell("on_start", self._target(n))
                 for _ in self.steps(n):
                     pass
             except StoppedAtOnce:
                 raise
             except KeyboardInterrupt:
                 self.interrupted = True
-                self._event("pause", f"interrupted; paused after step {self.step_count} of {self.total_steps}")
+                self.event("pause", f"interrupted; paused after step {self.step_count} of {self.total_steps}")
                 self._upkeep.save_unless_saved()
             finally:
-                self._journal.tell("on_end")
+                try:
+                    self.tell("on_end")
+                finally:
+                    self._callbacks = before
 
     # -- evaluation, learning rate, saving ------------------------------------------------------------------------
 
@@ -514,7 +465,7 @@ class Trainer(Branching):
             DataError: there is no such split.
         """
         report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches)
-        self._journal.record(report)
+        self.record(report)
         self._upkeep.evaluated()
         return report
 
@@ -531,7 +482,7 @@ class Trainer(Branching):
         """
         before = self.learning_rate
         self._rate.set(self.step_count, learning_rate)
-        self._event("learning_rate", f"learning rate changed from {before:.6g} to {learning_rate:.6g}")
+        self.event("learning_rate", f"learning rate changed from {before:.6g} to {learning_rate:.6g}")
 
     def save(self) -> Path:
         """Writes a checkpoint into `run_dir/checkpoints` and returns its folder.
@@ -545,11 +496,43 @@ class Trainer(Branching):
         check_whole(self)
         path = self._directory.save_checkpoint(self.lm, self._optimizers.state_arrays(), state_of(self), self.config.keep)
         self._upkeep.saved_step = self.step_count
-        self._journal.tell("on_save", path)
+        self.tell("on_save", path)
         return path
 
-    def _event(self, kind: str, message: str) -> None:
-        self._journal.event(self.step_count, kind, message)
+    # -- telling --------------------------------------------------------------------------------------------------
+
+    def record(self, report: StepReport | EvalReport | Event) -> None:
+        """Adds an entry to the history and to the run's folder, and tells callbacks and listeners."""
+        self.history.append(report)
+        if self._directory is not None:
+            try:
+                self._directory.append(report)
+                self._metrics_fail = False
+            except CheckpointError as error:
+                if self.config.on_save_error == "stop" or not self._directory.is_ours:
+                    raise
+                if not self._metrics_fail:  # one event tells that nothing can be written
+                    self._metrics_fail = True
+                    self.event("save_failed", str(error))
+        self.tell(_METHODS[type(report)], report)
+
+    def event(self, kind: str, message: str) -> None:
+        """Records that something happened now."""
+        self.record(Event(self.step_count, kind, message, time.time()))
+
+    def tell(self, method: str, *subject: Any) -> None:
+        """Calls `method(trainer, *subject)` on every callback of the run and every listener that has it."""
+        for callback in (*self._callbacks, *self.listeners):
+            if (function := getattr(callback, method, None)) is not None:
+                function(self, *subject)
+
+    def _write_into(self, directory: RunDirectory) -> None:
+        """Writes into a directory from now on, and what there is already first."""
+        self._directory = directory
+        for entry in self.history:
+            directory.append(entry)
+        for note in directory.notes:
+            self.event("run_dir", note)
 
     def __repr__(self) -> str:
         return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={self.run_dir and str(self.run_dir)!r})"

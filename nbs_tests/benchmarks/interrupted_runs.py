@@ -48,7 +48,7 @@ def by_panel(folder: Path, run_dir: Path) -> None:
     from fulltune_nb.panels.loop import loop_of
 
     trainer = begin(folder, run_dir)
-    trainer.journal.listeners.append(Ready(folder))
+    trainer.listeners.append(Ready(folder))
 
     async def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -64,10 +64,10 @@ def by_command(folder: Path, run_dir: Path) -> None:
     """`python -m fulltune_nb.full`."""
     from fulltune_nb.full import main
     from fulltune_nb.training.run import holds_run
-    from fulltune_nb.training.trainer import Journal
+    from fulltune_nb.training.trainer import Trainer
 
-    record = Journal.record
-    Journal.record = lambda journal, report: (record(journal, report), (folder / READY).touch())
+    record = Trainer.record
+    Trainer.record = lambda trainer, report: (record(trainer, report), (folder / READY).touch())
     flags = [part for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = ["--train", "--run-dir", str(run_dir), "--model-file", str(run_dir / "model.npz"), "--no-export", *flags]
     known = ["--resume"] if holds_run(run_dir) else ["--model", str(folder / "base"), "--data", str(folder / "data")]

@@ -15,6 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
+from fulltune_nb.training.run import list_checkpoints
 from nbs_tests.benchmarks import small_run
 from nbs_tests.benchmarks.small_run import SIGKILL, begin, digest, fork, losses, run_to_end, send
 
@@ -22,7 +23,7 @@ from nbs_tests.benchmarks.small_run import SIGKILL, begin, digest, fork, losses,
 def train(folder: Path, run_dir: Path, ready: int) -> None:
     """The child that is killed: it says when its first checkpoint is there, and trains."""
     trainer = begin(folder, run_dir)
-    if trainer.step_count == 0 and not trainer.journal.directory.checkpoints():
+    if trainer.step_count == 0 and not list_checkpoints(run_dir / "checkpoints"):
         trainer.save()
     os.write(ready, b"+")
     trainer.run()

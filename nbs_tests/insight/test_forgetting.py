@@ -35,7 +35,7 @@ def test_attached_it_looks_at_once_and_whoever_takes_the_steps(make_trainer):
     watch.detach()
     watch.detach()
     trainer.run()
-    assert watch.steps == [0, 2] and watch not in trainer.journal.listeners
+    assert watch.steps == [0, 2] and watch not in trainer.listeners
 
 
 def test_perplexity_is_that_of_the_text_and_drift_that_of_the_weights(make_trainer):

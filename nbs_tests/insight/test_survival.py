@@ -164,7 +164,7 @@ def test_as_a_callback_it_measures_every_few_steps_and_lets_go(make_trainer):
     trainer, meter = make_trainer(iters=8), UpdateMeter(every=3)
     trainer.run(callbacks=[meter])
     assert meter.steps == [1, 4, 7] and meter.survival() > 0.99
-    assert not trainer.optimizers.observers and not trainer.journal.listeners
+    assert not trainer.optimizers.observers and not trainer.listeners
     assert {record.name for record in meter.records} == {name for name, _ in tree_flatten(trainer.lm.model.trainable_parameters())}
     assert not [event for event in trainer.history.events if event.kind == "rounding"]
 

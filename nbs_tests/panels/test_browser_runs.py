@@ -16,7 +16,7 @@ from nbs_tests.test_browser import CODE, PANEL, WAITING, browser, button, folder
 
 pytestmark = pytest.mark.long
 
-# Steps that compute nothing, ten at a time, so that thousands come in seconds; loop, journal, evaluations and panel are the real ones.
+# Steps that compute nothing, ten at a time, so that thousands come in seconds; loop, history, evaluations and panel are the real ones.
 QUICK_STEPS = """
 trainer = make_trainer(iters=20_000, steps_per_eval=100, val_batches=1)
 def step():
@@ -26,9 +26,9 @@ def one():
     trainer.optimizers.step += 1
     loss = 3 / (1 + trainer.step_count / 500) + 0.1 * float(np.sin(trainer.step_count * 7))
     made = ft.StepReport(trainer.step_count, trainer.step_count / 5, loss, 100, 1e-3, 1.0, 0.001, 1e5, 52_000_000, 40_000_000, 9_000_000)
-    trainer.journal.record(made)
+    trainer.record(made)
     if trainer.step_count % 50 == 0:
-        trainer.journal.event(trainer.step_count, "note", "a line of the log, as long as such lines are " * 5)
+        trainer.event("note", "a line of the log, as long as such lines are " * 5)
     return made
 trainer.step = step
 panel = TrainPanel(trainer)

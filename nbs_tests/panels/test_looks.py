@@ -32,7 +32,7 @@ def show(panel, number):
 
 
 def meters(trainer):
-    return [listener for listener in trainer.journal.listeners if isinstance(listener, UpdateMeter)]
+    return [listener for listener in trainer.listeners if isinstance(listener, UpdateMeter)]
 
 
 # -- tabs -----------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ async def test_closing_a_panel_with_an_open_tab_leaves_nothing(make_trainer):
     assert len(meters(trainer)) == 1
     panels[1].close()
     await panels[1].loop.wait()
-    assert trainer.journal.listeners == [panels[1].loop] and not trainer.optimizers.observers
+    assert trainer.listeners == [panels[1].loop] and not trainer.optimizers.observers
     assert len(ipywidgets.Widget.get_manager_state()["state"]) == before
 
 
@@ -312,7 +312,7 @@ def test_a_callback_that_cannot_be_shown_says_so(make_trainer, panel_of):  # noq
             raise ValueError(HOSTILE)
 
     panel = panel_of(make_trainer())
-    panel.trainer.journal.listeners.append(Broken())
+    panel.trainer.listeners.append(Broken())
     tab = show(panel, CALLBACKS)
     assert "Broken cannot be shown: ValueError" in tab.page.value and "<img" not in tab.page.value
     assert isinstance(tab, CallbacksTab) and isinstance(look_of(panel, BATCH), BatchTab)

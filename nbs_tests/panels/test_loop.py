@@ -36,7 +36,7 @@ class AtStep:
 
     def __init__(self, trainer, step, function):
         self.step, self.function = step, function
-        trainer.journal.listeners.append(self)
+        trainer.listeners.append(self)
 
     def on_step(self, trainer, report):
         if report.step == self.step:

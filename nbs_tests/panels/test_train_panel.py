@@ -216,8 +216,8 @@ def test_hostile_text_stays_text_wherever_it_comes_from(make_trainer, panel_of, 
     trainer = panel.trainer
     monkeypatch.setattr(trainer.lm, "stream_chat", lambda *_, **__: iter([HOSTILE, "x" * 1_000_000]))
     panel.sample()
-    trainer.journal.event(0, HOSTILE, HOSTILE)
-    trainer.journal.tell("on_save", HOSTILE)
+    trainer.event(HOSTILE, HOSTILE)
+    trainer.tell("on_save", HOSTILE)
     monkeypatch.setattr(trainer, "evaluate", lambda split: (_ for _ in ()).throw(ValueError(HOSTILE)))
     panel.controls.evaluate.click()
     page = shown(panel) + panel._repr_html_()
@@ -391,7 +391,7 @@ async def test_closing_the_last_panel_pauses_and_leaves_nothing(make_trainer, pa
     assert two.loop.running
     two.close()
     await two.loop.wait()
-    assert not two.loop.running and trainer.journal.listeners == [two.loop]
+    assert not two.loop.running and trainer.listeners == [two.loop]
     taken = trainer.step_count
     await asyncio.sleep(0.05)
     assert trainer.step_count == taken
@@ -431,7 +431,7 @@ async def test_pictures_and_numbers_come_seldom(make_trainer, panel_of, monkeypa
 def test_memory_of_old_reports_does_not_grow_in_the_log(make_trainer, panel_of):
     panel = panel_of(make_trainer())
     for number in range(1500):
-        panel.trainer.journal.history.append(ft.Event(0, "note", f"{number}", 0.0))
+        panel.trainer.history.append(ft.Event(0, "note", f"{number}", 0.0))
         panel._view._note_report(panel.trainer.history[-1])
     panel._view.refresh()
     assert "1499" in panel.controls.log.value and "… and 940 before" in panel.controls.log.value

@@ -95,7 +95,7 @@ def test_whatever_other_write_fails_is_an_error_that_names_the_file(make_trainer
     trainer.run()
     counter = iter(range(10_000))
     works = {
-        "best": lambda: trainer.journal.directory.save_best(trainer.lm),
+        "best": lambda: trainer._directory.save_best(trainer.lm),
         "metrics": lambda: trainer.evaluate("valid"),
         "result": lambda: trainer._upkeep.evaluated(),
         "model file": lambda: save_model_file(tmp_path / "model.npz", trainer.lm),

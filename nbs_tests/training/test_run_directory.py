@@ -91,7 +91,7 @@ def test_the_files_of_a_run(make_trainer, tmp_path):
     trainer.run()
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["best", "checkpoints", "config.yaml", "metrics.jsonl", "result.json", LOCK_FILE]
-    trainer.journal.event(3, "note", "looked at")
+    trainer.event("note", "looked at")
     assert json.loads((tmp_path / "run" / "events.jsonl").read_text())["message"] == "looked at"
     assert ft.TrainConfig.from_yaml(tmp_path / "run" / "config.yaml") == trainer.config
 

@@ -397,10 +397,50 @@ def test_listeners_are_told_also_outside_run(make_trainer):
         def on_eval(self, trainer, report):
             told.append(report.split)
 
-    trainer.journal.listeners.append(Listener())
+    trainer.listeners.append(Listener())
     trainer.step()
     trainer.evaluate("test")
     trainer.run(1)
-    trainer.journal.listeners.clear()
+    trainer.listeners.clear()
     trainer.step()
     assert told == [1, "test", 2]
+
+
+def test_the_state_says_where_a_run_stands_and_how_it_ended(make_trainer):
+    trainer, seen = make_trainer(iters=4), []
+
+    class Sees:
+        def on_step(self, trainer, report):
+            seen.append(trainer.state)
+            if report.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def on_end(self, trainer):
+            seen.append(trainer.state)
+
+    assert trainer.state == "ready"
+    for _ in trainer.steps(2):
+        assert trainer.state == "running"
+        break
+    assert trainer.state == "paused"
+    trainer.run(callbacks=[Sees()])
+    trainer.run(callbacks=[Sees()])
+    assert seen == ["running", "paused", "running", "running", "done"] and trainer.state == "done"
+    stopped = make_trainer(iters=50, steps_per_eval=1, patience=1, learning_rate=10.0)
+    stopped.run()
+    assert stopped.state == "stopped early"
+
+
+def test_the_state_is_failed_after_an_error_until_the_run_goes_on(make_trainer):
+    class Fails:
+        def on_eval(self, trainer, report):
+            raise RuntimeError("no")
+
+    trainer = make_trainer(iters=2)
+    with pytest.raises(RuntimeError):
+        trainer.run(callbacks=[Fails()])
+    assert trainer.state == "failed"
+    trainer.step()
+    assert trainer.state == "paused"
+    trainer.optimizers.step += 1  # as an update leaves it that does not come to its end
+    assert trainer.state == "failed"
