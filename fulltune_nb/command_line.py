@@ -6,21 +6,17 @@ Exit codes: 0 done, 1 the work failed on the way, 2 bad input, 130 interrupted, 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import difflib
-import inspect
 import json
 import os
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from fulltune_nb.errors import FulltuneError, TrainingError
+from fulltune_nb.errors import FulltuneError, TrainingError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,8 +30,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            self.error(f"unknown argument {unknown[0]!r}." + (f" Did you mean {near[0]}?" if near else " --help lists what there is."))
+            self.error(f"unknown argument {unknown[0]!r}. {nearest(unknown[0].split('=')[0], flags, '--help lists what there is.')}")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -43,50 +38,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def field_names(cls: type) -> frozenset[str]:
-    """Names of a dataclass's fields."""
-    return frozenset(field.name for field in dataclasses.fields(cls))
-
-
 def add_fields(group: Any, cls: type) -> None:
-    """A flag for every field of a dataclass: `batch_size` is `--batch-size`, its help the text below the field.
+    """A flag for every setting of a dataclass: `batch_size` is `--batch-size`.
 
     Flags that are not given leave nothing behind. Values are only brought into Python's form here; the dataclass checks them.
     """
-    helps = field_docs(cls)
     for field in dataclasses.fields(cls):
-        flag, kind = "--" + field.name.replace("_", "-"), str(field.type)
-        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(helps.get(field.name, ""), field)}
-        if kind == "bool":
-            settings["action"] = argparse.BooleanOptionalAction
+        kind, default = str(field.type), field.default
+        shown = isinstance(default, (int, float, str)) and default is not False
+        note = f" (default: {'yes' if default is True else default})" if shown else ""
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']}{note}".replace("%", "%%")}
+        if kind.startswith("bool"):
+            options["action"] = argparse.BooleanOptionalAction
         elif kind.startswith("tuple"):
-            settings.update(nargs="*", metavar="PATTERN")
+            options |= {"nargs": "*", "metavar": "PATTERN"}
         elif "dict" in kind:
-            settings.update(type=_json_or_text, metavar="JSON")
+            options |= {"type": _json_or_text, "metavar": "JSON"}
         elif "int" in kind or "float" in kind:
-            settings.update(type=_number_or_text, metavar="N")
+            options |= {"type": _number_or_text, "metavar": "N"}
         else:
-            settings["metavar"] = "TEXT"
-        group.add_argument(flag, **settings)
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The texts below the fields of a dataclass, which Python itself does not keep."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    except OSError:  # no source at hand
-        return {}
-    docs = {}
-    for field, below in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            docs[field.target.id] = inspect.cleandoc(str(below.value.value))
-    return docs
-
-
-def _help(text: str, field: dataclasses.Field) -> str:
-    shown = isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool)
-    default = f" (default: {field.default})" if shown else " (default: yes)" if field.default is True else ""
-    return (" ".join(text.split()) + default).replace("%", "%%")
+            options["metavar"] = "TEXT"
+        group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **options)
 
 
 def _number_or_text(text: str) -> int | float | str | None:

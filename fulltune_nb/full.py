@@ -1,6 +1,6 @@
 """`python -m fulltune_nb.full`: trains every weight of a model, tests it, and writes what can be taken home.
 
-Every flag is a field of `Options` or of `TrainConfig`; its help is the field's docstring. The same names stand in the YAML file.
+Every flag is a field of `Options` or of `TrainConfig`. The same names stand in the YAML file.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb import settings as checks
-from fulltune_nb.command_line import Parser, add_fields, field_names, run, start, termination_exits
+from fulltune_nb.command_line import Parser, add_fields, run, start, termination_exits
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.html import human_bytes
-from fulltune_nb.settings import SettingError
-from fulltune_nb.training.config import TrainConfig, read_yaml
+from fulltune_nb.settings import SettingError, check_fields, described, flag, names_of, optional, read_yaml, setting, text
+from fulltune_nb.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from fulltune_nb.data.dataset import DataSet
@@ -35,6 +34,7 @@ Flags win over the YAML file, which is described in docs/example_config.yaml.
 """
 
 
+@described
 @dataclass(frozen=True)
 class Options:
     """What the command does and where things are; how it trains is `TrainConfig`.
@@ -43,33 +43,31 @@ class Options:
         ConfigError: a value of the wrong type.
     """
 
-    model: str | None = None
-    """Model folder or hub id. May be left out where the model file tells where it came from."""
-    train: bool = False
-    """Train, and write the model file and a model folder."""
-    test: bool = False
-    """Print loss and perplexity on the test split."""
-    data: str = "data"
-    """Folder with train.jsonl, valid.jsonl and test.jsonl, or a data set of the hub, hf:org/name."""
-    model_file: str = "model.npz"
-    """The weights, .npz or .safetensors: written by training; read first if it exists, so that training goes on from it."""
-    export: bool = True
-    """Write a complete Hugging Face model folder after training."""
-    export_dir: str | None = None
-    """Where to. Left out: beside the model file, model_hf for model.npz."""
-    dtype: str | None = None
-    """float32 or bfloat16, in memory. Left out: as stored (float16 becomes float32)."""
-    run_dir: str | None = None
-    """Folder for checkpoints and metrics. Left out: the weights alone are saved, to the model file, every save_every steps."""
-    resume: bool = False
-    """Go on with the run in run_dir exactly where it stopped, with its settings and model, and its data unless data is given."""
-    force: bool = False
-    """Train even where the memory that is predicted is more than there is."""
+    model: str | None = setting(
+        None, optional(text), "Model folder or hub id. May be left out where the model file tells where it came from."
+    )
+    train: bool = setting(False, flag, "Train, and write the model file and a model folder.")
+    test: bool = setting(False, flag, "Print loss and perplexity on the test split.")
+    data: str = setting("data", text, "Folder with train.jsonl, valid.jsonl and test.jsonl, or a data set of the hub, hf:org/name.")
+    model_file: str = setting(
+        "model.npz", text,
+        "The weights, .npz or .safetensors: written by training; read first if it exists, so that training goes on from it.",
+    )  # fmt: skip
+    export: bool = setting(True, flag, "Write a complete Hugging Face model folder after training.")
+    export_dir: str | None = setting(None, optional(text), "Where to. Left out: beside the model file, model_hf for model.npz.")
+    dtype: str | None = setting(None, optional(text), "float32 or bfloat16, in memory. Left out: as stored (float16 becomes float32).")
+    run_dir: str | None = setting(
+        None, optional(text),
+        "Folder for checkpoints and metrics. Left out: the weights alone are saved, to the model file, every save_every steps.",
+    )  # fmt: skip
+    resume: bool = setting(
+        False, flag,
+        "Go on with the run in run_dir exactly where it stopped, with its settings and model, and its data unless data is given.",
+    )  # fmt: skip
+    force: bool = setting(False, flag, "Train even where the memory that is predicted is more than there is.")
 
     def __post_init__(self):
-        for name in field_names(Options):
-            is_flag = isinstance(getattr(Options, name), bool)
-            checks.run(checks.flag if is_flag else checks.optional(checks.text), name, getattr(self, name))
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,27 @@ class Settings:
         """Path of the model file."""
         return Path(self.options.model_file).expanduser()
 
+    @property
+    def export_dir(self) -> Path:
+        """Where the model folder will stand."""
+        beside = self.model_file.with_name(f"{self.model_file.stem}_hf")
+        return Path(self.options.export_dir or beside).expanduser()
+
+
+def work(flags: Mapping[str, Any]) -> int:
+    """What the command does; returns its exit code."""
+    settings = read_settings(flags)
+    check_paths(settings)
+    trainer = None
+    if settings.options.train:
+        with termination_exits():
+            trainer = train(settings)
+        if trainer.interrupted:
+            return 130
+    if settings.options.test:
+        print(test_line(test_loss(settings, trainer)))
+    return 0
+
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:
     """Joins flags and the YAML file; a flag wins, whatever its value.
@@ -96,7 +115,7 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: unknown names, wrong types or values; with file and line where they stood in the file.
     """
-    own, path = field_names(Options), flags.get("config")
+    own, path = names_of(Options), flags.get("config")
     options = {name: value for name, value in flags.items() if name in own}
     training = {name: value for name, value in flags.items() if name not in own and name != "config"}
     if path is None:
@@ -106,8 +125,7 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
     try:
         checked = Options(**{**{name: value for name, value in stored.items() if name in own}, **options})
     except SettingError as error:
-        where = "" if error.setting in flags else f"{stored.where(error.setting)}: "
-        raise ConfigError(f"{where}{error}") from None
+        raise (error if error.setting in flags else stored.placed(error)) from None
     return Settings(checked, config, frozenset(stored) | set(flags))
 
 
@@ -119,6 +137,7 @@ def check_paths(settings: Settings) -> None:
     """
     from fulltune_nb.data.read import ENDINGS, folder_names, hub_id
     from fulltune_nb.tensor_files import check_ending
+    from fulltune_nb.training.run import holds_run
 
     options = settings.options
     if not options.train and not options.test:
@@ -130,7 +149,7 @@ def check_paths(settings: Settings) -> None:
         if not options.train or options.run_dir is None:
             raise ConfigError("--resume goes on with a training run: give --train and --run-dir too.")
         return  # the run knows its data; where it has moved, data says where to
-    if options.train and options.run_dir is not None and _holds_run(options.run_dir):
+    if options.train and options.run_dir is not None and holds_run(Path(options.run_dir).expanduser()):
         raise ConfigError(f"{options.run_dir} already holds a run. Add --resume to go on with it, or give another --run-dir.")
     if hub_id(options.data) is not None:
         return  # loading it tells what is missing
@@ -146,34 +165,35 @@ def check_paths(settings: Settings) -> None:
             raise DataError(f"--{split} needs {folder / f'{split}.jsonl'}; found there: {there}.")
 
 
-def _holds_run(run_dir: str) -> bool:
-    from fulltune_nb.training.run import holds_run
-
-    return holds_run(Path(run_dir).expanduser())
-
-
 def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
     """Model and data, with a line for each thing worth knowing."""
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.models.model_file import load_with_model_file
 
     options, path = settings.options, settings.model_file
-    if not path.is_file():
-        if not options.train:
-            print(f"There is no {path}: the model is tested as it is.")
-        lm = load_with_model_file(options.model, None, options.dtype)
-    else:
+    exists = path.is_file()
+    if exists:
         again = "For a fresh start, remove it or name another --model-file."
         print(f"Training goes on from the weights in {path}. {again}" if options.train else f"Weights: {path}")
-        lm = load_with_model_file(options.model, path, options.dtype)
-        show_other_mask(path, settings.config.mask_prompt)
+    elif not options.train:
+        print(f"There is no {path}: the model is tested as it is.")
+    lm = load_with_model_file(options.model, path if exists else None, options.dtype)
     print(f"Model: {lm!r}")
     stored = lm.config.raw.get("dtype") or lm.config.raw.get("torch_dtype")
     if stored == "float16" and options.dtype is None and options.train:
         print("The checkpoint is float16, in which updates underflow: it is trained in float32. --dtype bfloat16 takes half the memory.")
     data = load_data(options.data, lm.tokenizer, config=settings.config)
     show_data(data)
+    if exists:
+        show_other_mask(path, data.settings.mask_prompt)
     return lm, data
+
+
+def show_data(data: DataSet) -> None:
+    """The data's size and notes, a line each."""
+    print(f"Data: {data!r}")
+    for note in data.notes:
+        print(note)
 
 
 def show_other_mask(path: Path, mask_prompt: bool) -> None:
@@ -187,51 +207,47 @@ def show_other_mask(path: Path, mask_prompt: bool) -> None:
         print(f"{path} was trained on the prompts too, and here only the answers count: --no-mask-prompt counts both.")
 
 
-def show_data(data: DataSet) -> None:
-    """The data's size and notes, a line each."""
-    print(f"Data: {data!r}")
-    for note in data.notes:
-        print(note)
-
-
-def check_places(settings: Settings, lm: LanguageModel) -> None:
-    """Finds out, before the training, whether what comes out of it would be written over the source model.
+def check_outputs(settings: Settings, lm: LanguageModel) -> None:
+    """Refuses, before the training, to write its results over the source model.
 
     Raises:
-        ModelError, WeightsError: it would.
+        ModelError, WeightsError: they would be.
     """
     from fulltune_nb.models.folder import check_not_source
     from fulltune_nb.models.model_file import check_model_file
 
     check_model_file(settings.model_file, lm)
     if settings.options.export:
-        check_not_source(export_place(settings), lm.source, "The model folder to be written,")
+        check_not_source(settings.export_dir, lm.source, "The model folder to be written,")
 
 
-def show_memory(lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
-    """The memory that training is predicted to need; too much of it is refused by the trainer, unless forced, with what to change."""
+def new_trainer(settings: Settings) -> Trainer:
+    """A trainer that begins a run, with the memory it will need announced: too much is refused by the trainer, unless forced."""
     from fulltune_nb.training.memory import preflight
-
-    plan = preflight(lm, data, config)
-    print(f"Memory: about {human_bytes(plan.peak)} at the peak, of {human_bytes(plan.limit)}.")
-
-
-def make_trainer(settings: Settings) -> Trainer:
-    """A new trainer, or the one of the run that is to be resumed."""
     from fulltune_nb.training.trainer import Trainer
 
-    options = settings.options
-    if not options.resume:
-        lm, data = load(settings)
-        check_places(settings, lm)
-        show_memory(lm, data, settings.config)
-        return Trainer(lm, data, settings.config, options.run_dir, options.force)
-    trainer = Trainer.resume(options.run_dir, data=options.data if "data" in settings.given else None)
-    check_places(settings, trainer.lm)
+    lm, data = load(settings)
+    check_outputs(settings, lm)
+    plan = preflight(lm, data, settings.config)
+    print(f"Memory: about {human_bytes(plan.peak)} at the peak, of {human_bytes(plan.limit)}.")
+    return Trainer(lm, data, settings.config, settings.options.run_dir, settings.options.force)
+
+
+def resumed_trainer(settings: Settings) -> Trainer:
+    """The trainer of the run in `run_dir`.
+
+    Raises:
+        ConfigError: a setting was given that the run does not have.
+    """
+    from fulltune_nb.training.trainer import Trainer
+
+    trainer = Trainer.resume(settings.options.run_dir, data=settings.options.data if "data" in settings.given else None)
+    check_outputs(settings, trainer.lm)
     print(f"Model: {trainer.lm!r}")
     show_data(trainer.data)
-    for name in sorted(settings.given & field_names(TrainConfig)):
-        now, then = getattr(settings.config, name), getattr(trainer.config, name)
+    asked = settings.config.fill_from(trainer.config)
+    for name in sorted(settings.given.intersection(names_of(TrainConfig))):
+        now, then = getattr(asked, name), getattr(trainer.config, name)
         if now != then:
             raise ConfigError(f"{name} is {now!r} here and {then!r} in the run. A resumed run keeps its settings: leave this one out.")
     return trainer
@@ -260,16 +276,16 @@ def train(settings: Settings) -> Trainer:
     """Trains to the end or to an interrupt, and writes the model file and, at the end, the model folder."""
     from fulltune_nb.models.model_file import export_folder
 
-    trainer, path = make_trainer(settings), settings.model_file
+    trainer = resumed_trainer(settings) if settings.options.resume else new_trainer(settings)
     try:
-        trainer.run(callbacks=[SaveModelFile(path)])
+        trainer.run(callbacks=[SaveModelFile(settings.model_file)])
     except SystemExit:  # SIGTERM: the run has paused at a whole step, like at an interrupt
         save_and_tell(settings, trainer)
         raise
     save_and_tell(settings, trainer)
     if not trainer.interrupted and settings.options.export:
         note = {"data_format": trainer.data.train.format, "base_model": trainer.lm.source, "steps": trainer.step_count}
-        print(f"Model folder: {export_folder(trainer.lm, export_place(settings), note)}")
+        print(f"Model folder: {export_folder(trainer.lm, settings.export_dir, note)}")
     return trainer
 
 
@@ -282,38 +298,22 @@ def save_and_tell(settings: Settings, trainer: Trainer) -> None:
         print(f"Interrupted after step {trainer.step_count} of {trainer.total_steps}. The same command{exactly} goes on from here.")
 
 
-def export_place(settings: Settings) -> Path:
-    """Where the model folder will stand."""
-    path = settings.model_file
-    return Path(settings.options.export_dir or path.with_name(f"{path.stem}_hf")).expanduser()
+def test_loss(settings: Settings, trainer: Trainer | None) -> float:
+    """Loss on the test split in nats a token, of the trained model or, where nothing was trained, of the loaded one."""
+    from fulltune_nb.cpu.allocator import cap_cache
+    from fulltune_nb.training.loss import evaluate_loss
+
+    batches = None if settings.config.test_batches < 0 else settings.config.test_batches
+    if trainer is not None:
+        return trainer.evaluate("test", batches).loss
+    cap_cache()
+    lm, data = load(settings)
+    return evaluate_loss(lm.model, data.test, settings.config.batch_size, batches)[0]
 
 
 def test_line(loss: float) -> str:
     """The line that a test ends with. Loss in nats a token; its exponential is the perplexity."""
     return f"Test loss {loss:.3f}, Test ppl {math.exp(loss) if loss < 700 else math.inf:.3f}."
-
-
-def work(flags: Mapping[str, Any]) -> int:
-    """What the command does; returns its exit code."""
-    settings = read_settings(flags)
-    check_paths(settings)
-    with termination_exits():
-        trainer = train(settings) if settings.options.train else None
-    if trainer is not None and trainer.interrupted:
-        return 130
-    if not settings.options.test:
-        return 0
-    batches = None if settings.config.test_batches < 0 else settings.config.test_batches
-    if trainer is not None:
-        print(test_line(trainer.evaluate("test", batches).loss))
-        return 0
-    from fulltune_nb.cpu.allocator import cap_cache
-    from fulltune_nb.training.loss import evaluate_loss
-
-    cap_cache()
-    lm, data = load(settings)
-    print(test_line(evaluate_loss(lm.model, data.test, settings.config.batch_size, batches)[0]))
-    return 0
 
 
 def build_parser() -> Parser:

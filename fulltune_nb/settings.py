@@ -1,4 +1,4 @@
-"""YAML settings files: read strictly, with the line of every key, and written so that they read back the same.
+"""Settings: dataclass fields that carry default, check and help, and the YAML files they are read from and written to.
 
 PyYAML follows YAML 1.1, where `1e-5` is a text, `0100` is 64 and a key given twice silently counts once. Here `1e-5` and
 `1e3` are numbers, whole numbers are decimal, and a key given twice is an error. Only plain values are read: tags that would
@@ -7,23 +7,25 @@ build Python objects are refused.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import math
 import numbers
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fulltune_nb.errors import ConfigError
+from fulltune_nb.errors import ConfigError, nearest
 from fulltune_nb.files import write_text
 
-# -- checks: Checks of single settings: each takes what was given, returns it in its own type, or says what is wr
-
 Check = Callable[[Any], Any]
+"""Takes a value as it was given and returns it in its own type, or raises `Refused`."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
@@ -46,13 +48,53 @@ class SettingError(ConfigError):
         self.setting = setting
 
 
-def show(value: Any) -> str:
-    """`value` and its type, cut to one short line, for messages. Safe for values that refer to themselves."""
-    return f"{_short.repr(value)} ({type(value).__name__})"
+# -- fields: one dataclass field is one setting, one flag, one key of a YAML file
 
 
-def run(check: Check, setting: str, value: Any) -> Any:
-    """`check(value)`, with a refusal turned into an error that names the setting.
+def setting(default: Any, check: Check, help: str) -> Any:
+    """A dataclass field. `check_fields` applies the check, `described` and the command line show the help."""
+    metadata = {"check": check, "help": help}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def names_of(cls: type) -> list[str]:
+    """Names of a dataclass's fields, in their order."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def described(cls: type) -> type:
+    """Decorator that adds every field's help to the docstring of a dataclass."""
+    helps = [f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(cls)]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__), "", "Attributes:", *helps])
+    return cls
+
+
+def check_names(values: Iterable[str], cls: type, also: Collection[str] = ()) -> None:
+    """Refuses names that are no field of `cls`.
+
+    Raises:
+        SettingError: with the nearest of the valid names, `also` among them.
+    """
+    valid = names_of(cls)
+    for name in values:
+        if name not in valid:
+            raise SettingError(f"unknown setting {name!r}. {nearest(name, [*valid, *also])}", name)
+
+
+def check_fields(record: Any) -> None:
+    """Replaces every field of a (frozen) dataclass by what its check makes of it.
+
+    Raises:
+        SettingError: a value is not what was expected.
+    """
+    for field in dataclasses.fields(record):
+        object.__setattr__(record, field.name, checked(field.metadata["check"], field.name, getattr(record, field.name)))
+
+
+def checked(check: Check, name: str, value: Any, part: str = "") -> Any:
+    """`check(value)`; `part` names the part of the setting `name` that the value is.
 
     Raises:
         SettingError: the value is not what was expected.
@@ -63,7 +105,16 @@ def run(check: Check, setting: str, value: Any) -> Any:
         hint = ""
         if isinstance(value, str) and (_is_number(value) or value.strip().lower() in ("true", "false", "none")):
             hint = " That is a text: write it without quotes, or convert it first."
-        raise SettingError(f"{setting}: expected {refused}, got {show(value)}.{hint}", setting) from None
+        where = f"{name}: {part}" if part else name
+        raise SettingError(f"{where}: expected {refused}, got {show(value)}.{hint}", name) from None
+
+
+# -- checks
+
+
+def show(value: Any) -> str:
+    """`value` and its type, cut to one short line, for messages. Safe for values that refer to themselves."""
+    return f"{_short.repr(value)} ({type(value).__name__})"
 
 
 def _is_number(text: str) -> bool:
@@ -95,9 +146,10 @@ def whole_number(name: str, value: Any, low: int = 0, error: type[Exception] = C
     Raises:
         ConfigError: it is something else; or the `error` asked for.
     """
-    if not is_finite(value) or value != int(value) or value < low:
-        raise error(f"{name}: expected a whole number of at least {low}, got {show(value)}.")
-    return int(value)
+    try:
+        return whole(low)(value)
+    except Refused as refused:
+        raise error(f"{name}: expected {refused}, got {show(value)}.") from None
 
 
 def whole(low: int | None = None, high: int | None = None, also: tuple[int, ...] = ()) -> Check:
@@ -107,10 +159,9 @@ def whole(low: int | None = None, high: int | None = None, also: tuple[int, ...]
     def check(value: Any) -> int:
         if not is_finite(value) or value != int(value):
             raise Refused(phrase)
-        value = int(value)
         if value not in also and ((low is not None and value < low) or (high is not None and value > high)):
             raise Refused(phrase)
-        return value
+        return int(value)
 
     return check
 
@@ -161,10 +212,8 @@ def optional(check: Check) -> Check:
     """None, or what `check` takes."""
 
     def check_or_none(value: Any) -> Any:
-        if value is None:
-            return None
         try:
-            return check(value)
+            return None if value is None else check(value)
         except Refused as refused:
             raise Refused(f"{refused} (or None)") from None
 
@@ -215,7 +264,12 @@ def factors(value: Any) -> dict[str, float]:
         raise Refused(f"name patterns with a factor each, every factor {refused}") from None
 
 
-# -- yaml_files: YAML settings files: read strictly, with the line of every key, and written so that they read back t
+def anything(value: Any) -> Any:
+    """Whatever it is: it is checked where more is known."""
+    return value
+
+
+# -- YAML files
 
 _MAX_BYTES = 1_000_000  # a settings file is a few kB; a model or data file given by mistake is not read
 _MAX_VALUES = 100_000
@@ -245,6 +299,10 @@ class YamlSettings(dict):
     def where(self, key: str | None) -> str:
         """`"file:line"` of a key, or the file alone."""
         return f"{self.path}:{self.lines[key]}" if key in self.lines else self.path
+
+    def placed(self, error: SettingError) -> SettingError:
+        """The error with the file and line of its setting in front."""
+        return SettingError(f"{self.where(error.setting)}: {error}", error.setting)
 
 
 def _numbers_of_yaml_1_2(resolvers: dict) -> dict:

@@ -14,13 +14,14 @@ import sys
 import mlx.core as mx
 import pytest
 
-from fulltune_nb.command_line import add_fields, field_docs
+from fulltune_nb.command_line import add_fields
 from fulltune_nb.data.dataset import load_data
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.full import Options, build_parser, main, read_settings
 from fulltune_nb.full import test_line as line_of_test
 from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.models.model_file import EXPORT_NOTE, export_folder, read_metadata
+from fulltune_nb.settings import number, setting
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.loss import evaluate_loss
 from fulltune_nb.training.trainer import Trainer
@@ -113,7 +114,7 @@ def test_what_is_not_given_has_the_defaults_of_the_old_command():
     config = settings_of("--train").config
     found = (config.batch_size, config.iters, config.learning_rate, config.val_batches, config.steps_per_report, config.steps_per_eval)
     assert found == (4, 1000, 1e-5, 25, 10, 200)
-    assert (config.save_every, config.test_batches, config.max_seq_length, config.seed) == (100, 500, 2048, 0)
+    assert (config.save_every, config.test_batches, config.seed) == (100, 500, 0)
     assert config == TrainConfig()
 
 
@@ -121,7 +122,8 @@ def test_what_is_not_given_has_the_defaults_of_the_old_command():
     ("argv", "name", "value"),
     [
         (["--batch-size", "8"], "batch_size", 8), (["--iters", "1e3"], "iters", 1000), (["--learning-rate", "3e-5"], "learning_rate", 3e-5),
-        (["--grad-checkpoint"], "grad_checkpoint", True), (["--no-mask-prompt"], "mask_prompt", False),
+        (["--grad-checkpoint"], "grad_checkpoint", True), (["--compile"], "compile", True), (["--no-compile"], "compile", False),
+        (["--no-mask-prompt"], "mask_prompt", False),
         (["--val-batches", "-1"], "val_batches", -1), (["--lr-schedule", "cosine"], "lr_schedule", "cosine"),
         (["--optimizer-config", '{"betas": [0.9, 0.95]}'], "optimizer_config", {"betas": (0.9, 0.95)}),
         (["--lr-factors", '{"*embed*": 0.1}'], "lr_factors", {"*embed*": 0.1}),
@@ -167,15 +169,10 @@ def test_mistakes_in_the_file_name_the_line_and_the_nearest_name(tmp_path, conte
         settings_of("-c", str(path), "--test")
 
 
-def test_docs_of_fields_are_the_texts_below_them():
-    assert field_docs(TrainConfig)["batch_size"] == "Rows in a micro-batch; with `packing`, packed rows."
-
-
 def test_help_texts_may_hold_percent_signs():
     @dataclasses.dataclass
     class Given:
-        share: float = 0.5
-        """Share, as 50% or so."""
+        share: float = setting(0.5, number(), "Share, as 50% or so.")
 
     parser = argparse.ArgumentParser()
     add_fields(parser, Given)

@@ -1,15 +1,18 @@
-"""How rows become examples: the settings, checked, and how they combine with a training config."""
+"""How rows become examples: the settings, checked, and how arguments and a config combine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import facts
-from fulltune_nb.settings import show, whole_number
+from fulltune_nb.settings import SettingError, check_fields, described, flag, names_of, setting, show, text, whole
+
+FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
 
 
+@described
 @dataclass(frozen=True)
 class DataSettings:
     """How rows become examples.
@@ -18,35 +21,21 @@ class DataSettings:
         ConfigError: a value is of another type or out of range.
     """
 
-    mask_prompt: bool = False
-    """Train on the assistant's turns (chat) or the completion only, not on what precedes them."""
-    max_seq_length: int = 2048
-    """Tokens of a row that are kept, counted from its start."""
-    prompt_feature: str = "prompt"
-    """Key of the prompt in rows of the `completions` format."""
-    completion_feature: str = "completion"
-    """Key of the completion in rows of the `completions` format."""
-    text_feature: str = "text"
-    """Key of the text in rows of the `text` format."""
-    chat_feature: str = "messages"
-    """Key of the list of messages in rows of the `chat` format."""
-
-    def _repr_html_(self) -> str:
-        return facts("How rows become examples", [(f.name, getattr(self, f.name)) for f in fields(self)])
+    mask_prompt: bool = setting(False, flag, "Train on the assistant's turns (chat) or the completion only, not on what precedes them.")
+    max_seq_length: int = setting(2048, whole(2), "Tokens after which a row is cut.")
+    prompt_feature: str = setting("prompt", text, "Key of the prompt in rows of the completions format.")
+    completion_feature: str = setting("completion", text, "Key of the completion in rows of the completions format.")
+    text_feature: str = setting("text", text, "Key of the text in rows of the text format.")
+    chat_feature: str = setting("messages", text, "Key of the list of messages in rows of the chat format.")
 
     def __post_init__(self):
-        if not isinstance(self.mask_prompt, bool):
-            raise ConfigError(f"mask_prompt: expected True or False, got {show(self.mask_prompt)}.")
-        object.__setattr__(self, "max_seq_length", whole_number("max_seq_length", self.max_seq_length, low=2))
-        for name in FEATURES:
-            key = getattr(self, name)
-            if not isinstance(key, str) or not key:
-                raise ConfigError(f"{name}: expected the name of a key in the rows, got {show(key)}.")
+        check_fields(self)
         if self.prompt_feature == self.completion_feature:
-            raise ConfigError(f"prompt_feature and completion_feature are both {self.prompt_feature!r}: expected two different keys.")
+            message = f"prompt_feature and completion_feature are both {self.prompt_feature!r}: expected two different keys."
+            raise SettingError(message, "prompt_feature")
 
-
-FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
+    def _repr_html_(self) -> str:
+        return facts("How rows become examples", vars(self).items())
 
 
 def resolve_settings(given: dict[str, Any], config: object | None) -> DataSettings:
@@ -60,13 +49,11 @@ def resolve_settings(given: dict[str, Any], config: object | None) -> DataSettin
         ConfigError: an explicit argument disagrees with the config, the config has none of the settings, or a value is
             wrong.
     """
-    names = [f.name for f in fields(DataSettings)]
-    explicit = {name: value for name, value in given.items() if value is not None}
-    if config is None:
-        return DataSettings(**explicit)
-    stored = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    if not stored:
+    names = names_of(DataSettings)
+    if config is not None and not any(hasattr(config, name) for name in names):
         raise ConfigError(f"config: expected an object with the fields {', '.join(names)} (a TrainConfig), got {show(config)}.")
+    explicit = {name: value for name, value in given.items() if value is not None}
+    stored = {name: value for name in names if (value := getattr(config, name, None)) is not None}
     settings = DataSettings(**{**stored, **explicit})
     differing = [name for name in explicit if name in stored and stored[name] != explicit[name]]
     if differing:

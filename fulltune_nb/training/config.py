@@ -6,48 +6,38 @@ as something else is refused with the reason, never guessed.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fulltune_nb import html
 from fulltune_nb import settings as checks
+from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import ConfigError, nearest
-from fulltune_nb.settings import Check, SettingError, YamlSettings, number, pair, read_yaml, write_yaml
+from fulltune_nb.settings import Check, SettingError, check_fields, check_names, checked, names_of, read_yaml, setting, write_yaml
 from fulltune_nb.training.schedule import check_lr_schedule
 
-# -- optimizer_settings: Names, defaults and ranges of each optimizer's own settings: the content of `TrainConfig.optimizer_c
+# -- the optimizers' own settings: the content of `TrainConfig.optimizer_config`
 
-_BETA = number(low=0.0, below=1.0)
-_BETAS = pair(_BETA, _BETA)
-_EPS = number(above=0.0)
-
-_ADAM: dict[str, tuple[Any, Check]] = {
-    "betas": ((0.9, 0.999), _BETAS),
-    "eps": (1e-8, _EPS),
-    "bias_correction": (True, checks.flag),
-}
-
+_BETA = checks.number(low=0.0, below=1.0)
+_BETAS = checks.pair(_BETA, _BETA)
+_EPS = checks.number(above=0.0)
+_ADAM: dict[str, tuple[Any, Check]] = {"betas": ((0.9, 0.999), _BETAS), "eps": (1e-8, _EPS), "bias_correction": (True, checks.flag)}
 _LION: dict[str, tuple[Any, Check]] = {"betas": ((0.9, 0.99), _BETAS)}
 
 OPTIMIZERS: dict[str, dict[str, tuple[Any, Check]]] = {
     "adamw": _ADAM,
     "adam": _ADAM,
     "adamw8bit": _ADAM,
-    "sgd": {
-        "momentum": (0.0, number(low=0.0, below=1.0)),
-        "dampening": (0.0, number(low=0.0, high=1.0)),
-        "nesterov": (False, checks.flag),
-    },
+    "sgd": {"momentum": (0.0, _BETA), "dampening": (0.0, checks.number(low=0.0, high=1.0)), "nesterov": (False, checks.flag)},
     # The learning rate comes from the schedule and is reported, so it must be the one applied: no relative steps, and
     # no scaling by the parameter's own size unless asked for (mlx.optimizers has both on).
     "adafactor": {
-        "eps": ((1e-30, 1e-3), pair(_EPS, _EPS)),
-        "clip_threshold": (1.0, checks.optional(number(above=0.0))),
-        "decay_rate": (-0.8, number(low=-1.0, below=0.0)),
+        "eps": ((1e-30, 1e-3), checks.pair(_EPS, _EPS)),
+        "clip_threshold": (1.0, checks.optional(checks.number(above=0.0))),
+        "decay_rate": (-0.8, checks.number(low=-1.0, below=0.0)),
         "beta_1": (None, checks.optional(_BETA)),
         "scale_parameter": (False, checks.flag),
         "relative_step": (False, checks.only(False, "the learning rate comes from learning_rate and lr_schedule")),
@@ -57,7 +47,7 @@ OPTIMIZERS: dict[str, dict[str, tuple[Any, Check]]] = {
     "lion8bit": _LION,
     # betas and eps are those of the AdamW that takes what Muon does not.
     "muon": {
-        "momentum": (0.95, number(low=0.0, below=1.0)),
+        "momentum": (0.95, _BETA),
         "nesterov": (True, checks.flag),
         "ns_steps": (5, checks.whole(1, 100)),
         "betas": ((0.9, 0.999), _BETAS),
@@ -66,13 +56,10 @@ OPTIMIZERS: dict[str, dict[str, tuple[Any, Check]]] = {
 }
 """Optimizer -> setting -> (default, check)."""
 
-WEIGHT_DECAY = {"adamw": 0.01, "adamw8bit": 0.01, "muon": 0.01}
-"""Default weight decay; 0 for an optimizer that is not named, as in PyTorch and mlx.optimizers."""
-
 
 def default_weight_decay(optimizer: str) -> float:
-    """The weight decay an optimizer has when none is given."""
-    return WEIGHT_DECAY.get(optimizer, 0.0)
+    """The weight decay an optimizer has when none is given, as in PyTorch and mlx.optimizers."""
+    return 0.01 if optimizer in ("adamw", "adamw8bit", "muon") else 0.0
 
 
 def check_optimizer_config(optimizer: str, given: Any) -> dict[str, Any]:
@@ -81,26 +68,23 @@ def check_optimizer_config(optimizer: str, given: Any) -> dict[str, Any]:
     Raises:
         SettingError: not a mapping, an unknown name, or a value of the wrong type or range.
     """
+
+    def error(message: str) -> SettingError:
+        return SettingError(f"optimizer_config: {message}", "optimizer_config")
+
     table = OPTIMIZERS[optimizer]
     if not isinstance(given, Mapping):
-        raise _error(f"expected settings by name, such as {{'eps': 1e-8}}, got {checks.show(given)}")
+        raise error(f"expected settings by name, such as {{'eps': 1e-8}}, got {checks.show(given)}.")
     result = {}
     for name, value in given.items():
         if name in ("weight_decay", "learning_rate"):
-            raise _error(f"{name} is a setting of its own; write it beside optimizer_config, not in it")
+            raise error(f"{name} is a setting of its own; write it beside optimizer_config, not in it.")
         if name not in table:
-            raise _error(f"{optimizer} has no setting {name!r}. {nearest(name, table)}")
-        try:
-            result[name] = table[name][1](value)
-        except checks.Refused as refused:
-            raise _error(f"{optimizer}'s {name}: expected {refused}, got {checks.show(value)}") from None
+            raise error(f"{optimizer} has no setting {name!r}. {nearest(name, table)}")
+        result[name] = checked(table[name][1], "optimizer_config", value, f"{optimizer}'s {name}")
     if optimizer == "sgd" and result.get("nesterov") and (not result.get("momentum") or result.get("dampening")):
-        raise _error("sgd's nesterov needs a momentum above 0 and dampening 0")
+        raise error("sgd's nesterov needs a momentum above 0 and dampening 0.")
     return result
-
-
-def _error(message: str) -> SettingError:
-    return SettingError(f"optimizer_config: {message}{'' if message[-1] in '.?' else '.'}", "optimizer_config")
 
 
 def optimizer_settings(optimizer: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,18 +92,17 @@ def optimizer_settings(optimizer: str, given: Mapping[str, Any]) -> dict[str, An
     return {name: given.get(name, default) for name, (default, _) in OPTIMIZERS[optimizer].items()}
 
 
-def flatten_by_optimizer(optimizer: str, given: Any) -> Any:
-    """mlx_lm writes `optimizer_config: {adamw: {...}, sgd: {...}}`; this takes the part that counts out of it."""
-    if isinstance(given, Mapping) and given and all(k in OPTIMIZERS and isinstance(v, (Mapping, type(None))) for k, v in given.items()):
-        return dict(given.get(optimizer) or {})
-    return given
+# -- the settings of a run
 
 
-# -- config: The settings of a training run: one frozen record, checked when it is made
+def _data_setting(name: str) -> Any:
+    """A field of `DataSettings` that may be left out: None, until the data is known."""
+    field = DataSettings.__dataclass_fields__[name]
+    help = f"{field.metadata['help']} Left out: as the data was loaded, by default {field.default}."
+    return setting(None, checks.optional(field.metadata["check"]), help)
 
-DEFAULT_ITERS = 1000
 
-
+@checks.described
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
     """Settings of a training run. `TrainConfig()` has the defaults; a changed copy is `config.replace(iters=600)`.
@@ -128,96 +111,110 @@ class TrainConfig:
         ConfigError: a setting has an unknown name, or a value of the wrong type or range.
     """
 
-    batch_size: int = 4
-    """Rows in a micro-batch; with `packing`, packed rows."""
-    iters: int | None = None
-    """Optimizer steps in all; 1000 when neither this nor `epochs` is given, None when `epochs` is."""
-    epochs: int | None = None
-    """Passes over the training split, in place of `iters`. Not both."""
-    learning_rate: float = 1e-5
-    """Peak learning rate. With mlx's form of `lr_schedule` the first of its arguments counts instead."""
-    optimizer: str = "adamw"
-    """adamw, adam, sgd, adafactor, lion or muon; adamw8bit or lion8bit, with moments of 8 bits."""
-    optimizer_config: dict[str, Any] = field(default_factory=dict)
-    """The optimizer's own settings by name, such as betas, eps, momentum, nesterov."""
-    weight_decay: float | None = None
-    """Weight decay on everything but norms and biases: decoupled (adamw, lion, adafactor) or added to the gradient (adam, sgd,
-    muon). Not given, it is the optimizer's own default: 0.01 for adamw, adamw8bit and muon, else 0."""
-    lr_schedule: str | dict[str, Any] | None = None
-    """None or "constant", "linear" (to 0), "cosine" (to 0), or mlx_lm's form {name, arguments, warmup, warmup_init}."""
-    warmup: int = 0
-    """Steps with a rising learning rate before the schedule begins."""
-    memory: str = "auto"
-    """"fast": the whole model's gradients at once; "lean": a layer's at a time, up to twice as slow, for a fraction of the memory;
-    "auto": fast where `preflight` says that it fits, else lean."""
-    backward: str = "auto"
-    """The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says."""
-    compile: bool | None = None
-    """Compile the passes through the model: on the CPU a tenth to a fifth faster for small models, the same numbers. Once a machine it
-    takes half a minute; None: on a Linux CPU, for runs of some five minutes and more. Not possible with experts, nor with `grad_checkpoint`
-    over the whole graph; True then has no effect, and an event says so."""
-    weights: str = "auto"
-    """dtype of the weights while they are trained: "bfloat16", "float32", or "auto", which is the checkpoint's own (float32 for
-    float16). The optimizer's moments and the arithmetic of an update are float32 either way."""
-    rounding: str = "stochastic"
-    """How updated weights become bfloat16: "stochastic" (up or down, exact in expectation) or "nearest" (which loses small
-    updates: in 200 steps of AdamW at 3e-5 a loss of 4.080 in place of 3.440)."""
-    grad_accumulation_steps: int = 1
-    """Micro-batches in an optimizer step; all their trained tokens weigh the same."""
-    max_grad_norm: float | None = None
-    """Largest global L2 norm of the gradient; a larger one is scaled down to it. None: no limit."""
-    grad_checkpoint: bool = False
-    """Keep only each block's input in the forward pass and compute the rest again: less memory, about a third more time."""
-    lr_factors: dict[str, float] = field(default_factory=dict)
-    """Name pattern -> factor on the learning rate; the first pattern that matches a tensor's Hugging Face name counts."""
-    train_only: tuple[str, ...] = ()
-    """Patterns of Hugging Face tensor names; only these are trained. Empty: all."""
-    freeze: tuple[str, ...] = ()
-    """Patterns of Hugging Face tensor names that are not trained."""
-    steps_per_report: int = 10
-    """Steps between two lines of progress."""
-    steps_per_eval: int = 200
-    """Steps between two evaluations on the valid split."""
-    val_batches: int = 25
-    """Batches in an evaluation on the valid split; -1: all, 0: no evaluation during training."""
-    test_batches: int = 500
-    """Batches in the command line's test; -1: all."""
-    save_every: int = 100
-    """Steps between two checkpoints."""
-    keep: int = 3
-    """Latest checkpoints kept, the best one besides."""
-    on_save_error: str = "stop"
-    """When a checkpoint or a line of metrics cannot be written: "stop" the run with the error, or "continue" and note an event."""
-    patience: int | None = None
-    """Evaluations without improvement after which training stops. None: never."""
-    seed: int = 0
-    """Seed of the order of the data."""
-    mask_prompt: bool = False
-    """Train on the assistant's turns only."""
-    max_seq_length: int = 2048
-    """Tokens after which a row is cut."""
-    packing: bool = False
-    """Put several rows into one of at most `max_seq_length` tokens, kept apart in attention: less padding, the same loss."""
-    prompt_feature: str = "prompt"
-    """Key of the prompt in completions data."""
-    completion_feature: str = "completion"
-    """Key of the completion in completions data."""
-    text_feature: str = "text"
-    """Key of the text in text data."""
-    chat_feature: str = "messages"
-    """Key of the messages in chat data."""
+    batch_size: int = setting(4, checks.whole(1), "Rows in a micro-batch; with `packing`, packed rows.")
+    iters: int | None = setting(
+        None, checks.optional(checks.whole(0)),
+        "Optimizer steps in all; 1000 when neither this nor `epochs` is given, None when `epochs` is.",
+    )  # fmt: skip
+    epochs: int | None = setting(None, checks.optional(checks.whole(1)), "Passes over the training split, in place of `iters`. Not both.")
+    learning_rate: float = setting(
+        1e-5, checks.number(low=0.0), "Peak learning rate. With mlx's form of `lr_schedule` the first of its arguments counts instead."
+    )
+    optimizer: str = setting(
+        "adamw", checks.text, "adamw, adam, sgd, adafactor, lion or muon; adamw8bit or lion8bit, with moments of 8 bits."
+    )
+    optimizer_config: dict[str, Any] = setting(
+        {}, checks.anything, "The optimizer's own settings by name, such as betas, eps, momentum, nesterov."
+    )
+    weight_decay: float | None = setting(
+        None, checks.optional(checks.number(low=0.0)),
+        "Weight decay on everything but norms and biases: decoupled (adamw, lion, adafactor) or added to the gradient (adam, sgd, muon). "
+        "Not given, it is the optimizer's own default: 0.01 for adamw, adamw8bit and muon, else 0.",
+    )  # fmt: skip
+    lr_schedule: str | dict[str, Any] | None = setting(
+        None, checks.anything,
+        'None or "constant", "linear" (to 0), "cosine" (to 0), or mlx_lm\'s form {name, arguments, warmup, warmup_init}.',
+    )  # fmt: skip
+    warmup: int = setting(0, checks.whole(0), "Steps with a rising learning rate before the schedule begins.")
+    memory: str = setting(
+        "auto", checks.choice("auto", "fast", "lean"),
+        '"fast": the whole model\'s gradients at once; "lean": a layer\'s at a time, up to twice as slow, for a fraction of the memory; '
+        '"auto": fast where `preflight` says that it fits, else lean.',
+    )  # fmt: skip
+    backward: str = setting(
+        "auto", checks.choice("auto", "whole", "layerwise"),
+        'The backward pass itself: "whole" (graph) or "layerwise"; "auto" as `memory` says.',
+    )  # fmt: skip
+    compile: bool | None = setting(
+        None, checks.optional(checks.flag),
+        "Compile the passes through the model: on the CPU a tenth to a fifth faster for small models, the same numbers. Once a machine it "
+        "takes half a minute; None: on a Linux CPU, for runs of some five minutes and more. Not possible with experts, nor with "
+        "`grad_checkpoint` over the whole graph; True then has no effect, and an event says so.",
+    )  # fmt: skip
+    weights: str = setting(
+        "auto", checks.choice("auto", "bfloat16", "float32"),
+        'dtype of the weights while they are trained: "bfloat16", "float32", or "auto", which is the checkpoint\'s own (float32 for '
+        "float16). The optimizer's moments and the arithmetic of an update are float32 either way.",
+    )  # fmt: skip
+    rounding: str = setting(
+        "stochastic", checks.choice("stochastic", "nearest"),
+        'How updated weights become bfloat16: "stochastic" (up or down, exact in expectation) or "nearest" (which loses small updates: in '
+        "200 steps of AdamW at 3e-5 a loss of 4.080 in place of 3.440).",
+    )  # fmt: skip
+    grad_accumulation_steps: int = setting(
+        1, checks.whole(1), "Micro-batches in an optimizer step; all their trained tokens weigh the same."
+    )
+    max_grad_norm: float | None = setting(
+        None, checks.optional(checks.number(above=0.0)),
+        "Largest global L2 norm of the gradient; a larger one is scaled down to it. None: no limit.",
+    )  # fmt: skip
+    grad_checkpoint: bool = setting(
+        False, checks.flag,
+        "Keep only each block's input in the forward pass and compute the rest again: less memory, about a third more time.",
+    )  # fmt: skip
+    lr_factors: dict[str, float] = setting(
+        {}, checks.factors,
+        "Name pattern -> factor on the learning rate; the first pattern that matches a tensor's Hugging Face name counts.",
+    )  # fmt: skip
+    train_only: tuple[str, ...] = setting((), checks.patterns, "Patterns of Hugging Face tensor names; only these are trained. Empty: all.")
+    freeze: tuple[str, ...] = setting((), checks.patterns, "Patterns of Hugging Face tensor names that are not trained.")
+    steps_per_report: int = setting(10, checks.whole(1), "Steps between two lines of progress.")
+    steps_per_eval: int = setting(200, checks.whole(1), "Steps between two evaluations on the valid split.")
+    val_batches: int = setting(
+        25, checks.whole(0, also=(-1,)), "Batches in an evaluation on the valid split; -1: all, 0: no evaluation during training."
+    )
+    test_batches: int = setting(500, checks.whole(1, also=(-1,)), "Batches in the command line's test; -1: all.")
+    save_every: int = setting(100, checks.whole(1), "Steps between two checkpoints.")
+    keep: int = setting(3, checks.whole(1), "Latest checkpoints kept, the best one besides.")
+    on_save_error: str = setting(
+        "stop", checks.choice("stop", "continue"),
+        'When a checkpoint or a line of metrics cannot be written: "stop" the run with the error, or "continue" and note an event.',
+    )  # fmt: skip
+    patience: int | None = setting(
+        None, checks.optional(checks.whole(1)), "Evaluations without improvement after which training stops. None: never."
+    )
+    seed: int = setting(0, checks.whole(0, 2**63 - 1), "Seed of the order of the data.")
+    mask_prompt: bool | None = _data_setting("mask_prompt")
+    max_seq_length: int | None = _data_setting("max_seq_length")
+    packing: bool = setting(
+        False, checks.flag,
+        "Put several rows into one of at most `max_seq_length` tokens, kept apart in attention: less padding, the same loss.",
+    )  # fmt: skip
+    prompt_feature: str | None = _data_setting("prompt_feature")
+    completion_feature: str | None = _data_setting("completion_feature")
+    text_feature: str | None = _data_setting("text_feature")
+    chat_feature: str | None = _data_setting("chat_feature")
 
     def __new__(cls, *args: Any, **settings: Any):
-        _check_names(settings)  # before dataclass's own TypeError, which names no neighbours
+        check_names(settings, cls)  # before dataclass's own TypeError, which names no neighbours
         return super().__new__(cls)
 
     def __post_init__(self):
         if self.iters is not None and self.epochs is not None:
             raise SettingError(f"iters={self.iters} and epochs={self.epochs}: expected one of them. Leave one out.", "epochs")
         if self.iters is None and self.epochs is None:
-            self._set("iters", DEFAULT_ITERS)
-        for name, check in _CHECKS.items():
-            self._set(name, checks.run(check, name, getattr(self, name)))
+            self._set("iters", 1000)
+        check_fields(self)
         if self.optimizer not in OPTIMIZERS:
             message = f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}. {nearest(self.optimizer, OPTIMIZERS)}"
             raise SettingError(message, "optimizer")
@@ -242,20 +239,40 @@ class TrainConfig:
         Raises:
             ConfigError: as in making a config.
         """
-        _check_names(changes)
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for one, other in (("iters", "epochs"), ("epochs", "iters")):
-            if changes.get(one) is not None:
-                values[other] = None
+        check_names(changes, TrainConfig)
+        values = without_rival(vars(self), changes)
         if changes.get("optimizer", self.optimizer) != self.optimizer:
             values["optimizer_config"] = {}
             if self.weight_decay == default_weight_decay(self.optimizer):
                 values["weight_decay"] = None
         return TrainConfig(**{**values, **changes})
 
+    def fill_from(self, settings: Any) -> TrainConfig:
+        """A copy in which the data settings that were left out (None) have the values of `settings`.
+
+        Args:
+            settings: `data.settings`, or the config of the run that this one goes on with.
+        """
+        return self.replace(**{name: getattr(settings, name) for name in names_of(DataSettings) if getattr(self, name) is None})
+
+    def for_data(self, settings: DataSettings) -> TrainConfig:
+        """`fill_from(settings)`, where what was given must agree with them.
+
+        Raises:
+            ConfigError: a data setting differs from the data's.
+        """
+        for name in names_of(DataSettings):
+            given, found = getattr(self, name), getattr(settings, name)
+            if given is not None and given != found:
+                raise ConfigError(
+                    f"{name} is {found!r} in the data but {given!r} in the config. Leave it out of the config, or load the data with"
+                    " load_data(..., config=config)."
+                )
+        return self.fill_from(settings)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values that JSON and YAML can hold; `from_dict` takes them back."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {name: _plain(getattr(self, name)) for name in names_of(TrainConfig)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -267,12 +284,13 @@ class TrainConfig:
             ConfigError: an unknown name (the nearest valid ones are named), or as in making a config.
         """
         values = {str(k).replace("-", "_"): v for k, v in values.items()}
-        _check_names(values)
-        optimizer = values.get("optimizer", cls.optimizer)
-        if "optimizer_config" in values:
-            own = flatten_by_optimizer(optimizer, values["optimizer_config"])
-            if isinstance(own, Mapping) and "weight_decay" in own and "weight_decay" not in values:
-                own = dict(own)
+        check_names(values, cls)
+        own = values.get("optimizer_config")
+        if isinstance(own, Mapping) and own:
+            if all(k in OPTIMIZERS and isinstance(v, (Mapping, type(None))) for k, v in own.items()):
+                own = own.get(values.get("optimizer", cls.optimizer)) or {}
+            own = dict(own)
+            if "weight_decay" in own and "weight_decay" not in values:
                 values["weight_decay"] = own.pop("weight_decay")
             values["optimizer_config"] = own
         return cls(**values)
@@ -290,18 +308,15 @@ class TrainConfig:
         Raises:
             ConfigError: the file cannot be read, or as in making a config; with file and line.
         """
-        settings = read_yaml(path)
-        _check_names(overrides)
+        stored = read_yaml(path)
+        check_names(overrides, cls)
         skip = {name.replace("-", "_") for name in ignore}
-        values = {k: v for k, v in settings.items() if k not in skip or k in overrides}
-        for one, other in (("iters", "epochs"), ("epochs", "iters")):
-            if overrides.get(one) is not None:
-                values.pop(other, None)
+        values = without_rival({k: v for k, v in stored.items() if k not in skip or k in overrides}, overrides)
         try:
-            _check_names(values, also=skip)
+            check_names(values, cls, also=skip)
             return cls.from_dict({**values, **overrides})
         except SettingError as error:
-            raise _with_place(error, settings, overrides) from None
+            raise (error if error.setting in overrides else stored.placed(error)) from None
 
     def to_yaml(self, path: str | os.PathLike) -> None:
         """Write all settings to a YAML file that `from_yaml` reads back.
@@ -315,7 +330,7 @@ class TrainConfig:
     def changed(self) -> dict[str, Any]:
         """The settings that differ from the defaults, by name."""
         default = TrainConfig(optimizer=self.optimizer)
-        names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        names = [name for name in names_of(TrainConfig) if getattr(self, name) != getattr(default, name)]
         if self.optimizer != TrainConfig.optimizer:
             names.insert(0, "optimizer")
         if self.epochs is not None:
@@ -327,7 +342,9 @@ class TrainConfig:
 
     def _repr_html_(self) -> str:
         changed = self.changed()
-        rows = [(name, _readable(value), "set" if name in changed else "default") for name, value in self.to_dict().items()]
+        shown = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in self.to_dict().items()}
+        shown |= {name: "as the data" for name in names_of(DataSettings) if getattr(self, name) is None}
+        rows = [(name, value, "set" if name in changed else "default") for name, value in shown.items()]
         rows.sort(key=lambda row: row[2] == "default")
         return html.table(("setting", "value", ""), rows, caption="Training settings")
 
@@ -336,56 +353,11 @@ class TrainConfig:
 _parameters = inspect.signature(TrainConfig.__init__).parameters.values()
 TrainConfig.__signature__ = inspect.Signature([p for p in _parameters if p.name != "self"])
 
-_CHECKS: dict[str, checks.Check] = {
-    "batch_size": checks.whole(1),
-    "iters": checks.optional(checks.whole(0)),
-    "epochs": checks.optional(checks.whole(1)),
-    "learning_rate": checks.number(low=0.0),
-    "optimizer": checks.text,
-    "weight_decay": checks.optional(checks.number(low=0.0)),
-    "warmup": checks.whole(0),
-    "memory": checks.choice("auto", "fast", "lean"),
-    "backward": checks.choice("auto", "whole", "layerwise"),
-    "compile": checks.optional(checks.flag),
-    "weights": checks.choice("auto", "bfloat16", "float32"),
-    "rounding": checks.choice("stochastic", "nearest"),
-    "grad_accumulation_steps": checks.whole(1),
-    "max_grad_norm": checks.optional(checks.number(above=0.0)),
-    "grad_checkpoint": checks.flag,
-    "lr_factors": checks.factors,
-    "train_only": checks.patterns,
-    "freeze": checks.patterns,
-    "steps_per_report": checks.whole(1),
-    "steps_per_eval": checks.whole(1),
-    "val_batches": checks.whole(0, also=(-1,)),
-    "test_batches": checks.whole(1, also=(-1,)),
-    "save_every": checks.whole(1),
-    "keep": checks.whole(1),
-    "on_save_error": checks.choice("stop", "continue"),
-    "patience": checks.optional(checks.whole(1)),
-    "seed": checks.whole(0, 2**63 - 1),
-    "mask_prompt": checks.flag,
-    "max_seq_length": checks.whole(2),
-    "packing": checks.flag,
-    "prompt_feature": checks.text,
-    "completion_feature": checks.text,
-    "text_feature": checks.text,
-    "chat_feature": checks.text,
-}
 
-
-def _check_names(values: Mapping[str, Any], also: Collection[str] = ()) -> None:
-    valid = [f.name for f in dataclasses.fields(TrainConfig)]
-    for name in values:
-        if name not in valid:
-            raise SettingError(f"unknown setting {name!r}. {nearest(name, [*valid, *also])}", name)
-
-
-def _with_place(error: SettingError, settings: YamlSettings, overrides: Mapping[str, Any]) -> ConfigError:
-    """The error with the file and line in front, unless the value came from an override."""
-    if error.setting in overrides:
-        return error
-    return SettingError(f"{settings.where(error.setting)}: {error}", error.setting)
+def without_rival(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without `epochs` where `changes` has `iters`, and the other way round."""
+    rivals = {rival for name, rival in (("iters", "epochs"), ("epochs", "iters")) if changes.get(name) is not None}
+    return {name: value for name, value in values.items() if name not in rivals}
 
 
 def _plain(value: Any) -> Any:
@@ -394,25 +366,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     return value
-
-
-def _readable(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def check_agreement(settings: Any, config: TrainConfig) -> None:
-    """Data settings stand in the config too, so that a run can be repeated from it: both must say the same.
-
-    Args:
-        settings: the `DataSettings` of the data.
-        config: the training settings.
-
-    Raises:
-        ConfigError: they differ.
-    """
-    for name, value in vars(settings).items():
-        if getattr(config, name) != value:
-            raise ConfigError(
-                f"{name} is {value!r} in the data but {getattr(config, name)!r} in the config. Load the data with"
-                f" load_data(..., config=config), or set {name} alike in both."
-            )

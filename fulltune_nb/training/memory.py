@@ -21,6 +21,7 @@ from fulltune_nb import html, svg
 from fulltune_nb.cpu.allocator import cache_limit
 from fulltune_nb.cpu.kernels import kernels_for
 from fulltune_nb.data.batches import row_widths
+from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import DataError, MemoryLimitError
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.memory_model import Workload, count, layerwise_moments, moments
@@ -160,7 +161,7 @@ def preflight(lm: Any, data: Any, config: TrainConfig | None = None) -> MemoryPl
         DataError: the data has no train split.
         ConfigError: a pattern in `train_only` or `freeze` matches nothing.
     """
-    config = config or TrainConfig()
+    config = (config or TrainConfig()).fill_from(DataSettings() if data is None else data.settings)
     if data is not None and data.train is None:
         raise DataError("preflight needs a train split; this data has none. Add train.jsonl (or the key 'train').")
     plan = _plan(lm, data, config)

@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb import settings as checks
 from fulltune_nb.errors import ConfigError, nearest
-from fulltune_nb.settings import Refused, SettingError, is_finite, show
+from fulltune_nb.settings import Check, SettingError, checked, is_finite, number, show, whole
 
 if TYPE_CHECKING:
     from fulltune_nb.training.config import TrainConfig
@@ -33,16 +32,19 @@ def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:
         config: its `learning_rate`, `lr_schedule` and `warmup` count.
         total_steps: optimizer steps of the whole run.
     """
-    if isinstance(config.lr_schedule, Mapping):
-        return _named(config.lr_schedule, config.warmup)
-    return _spanning(config.lr_schedule or "constant", config.learning_rate, config.warmup, total_steps)
+    shape, peak, warmup = config.lr_schedule or "constant", config.learning_rate, config.warmup
+    if isinstance(shape, Mapping):
+        return _named(shape, warmup)
 
+    def schedule(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        if shape == "constant":
+            return peak
+        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return peak * (1.0 - done) if shape == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
 
-def peak_learning_rate(config: TrainConfig) -> float:
-    """The rate the schedule starts from after its warmup, in the schedule's own words where it has mlx's form."""
-    if isinstance(config.lr_schedule, Mapping):
-        return float(config.lr_schedule["arguments"][0])
-    return config.learning_rate
+    return schedule
 
 
 def final_share(config: TrainConfig, total_steps: int) -> float:
@@ -53,16 +55,7 @@ def final_share(config: TrainConfig, total_steps: int) -> float:
     return schedule(last) / highest if highest else 1.0
 
 
-def _spanning(shape: str, peak: float, warmup: int, total_steps: int) -> Schedule:
-    def schedule(step: int) -> float:
-        if step < warmup:
-            return peak * (step + 1) / (warmup + 1)
-        if shape == "constant":
-            return peak
-        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-        return peak * (1.0 - done) if shape == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return schedule
+# -- mlx_lm's form {name, arguments, warmup, warmup_init}
 
 
 def _constant(rate: float) -> Schedule:
@@ -85,9 +78,8 @@ def _cosine_decay(init: float, decay_steps: int, end: float = 0.0) -> Schedule:
     return lambda step: end + 0.5 * (1.0 + math.cos(math.pi * min(step, decay_steps) / decay_steps)) * (init - end)
 
 
-_RATE = checks.number(low=0.0)
-_STEPS = checks.whole(1)
-_NAMED: dict[str, tuple[Callable[..., Schedule], dict[str, checks.Check], int]] = {
+_RATE, _STEPS = number(low=0.0), whole(1)
+_NAMED: dict[str, tuple[Callable[..., Schedule], dict[str, Check], int]] = {
     "constant": (_constant, {"rate": _RATE}, 1),
     "exponential_decay": (_exponential_decay, {"init": _RATE, "decay_rate": _RATE}, 2),
     "step_decay": (_step_decay, {"init": _RATE, "decay_rate": _RATE, "step_size": _STEPS}, 3),
@@ -97,14 +89,13 @@ _NAMED: dict[str, tuple[Callable[..., Schedule], dict[str, checks.Check], int]] 
 """mlx's name -> (maker, arguments with their checks in order, how many are required)."""
 
 
-def _named(settings: Mapping[str, Any], warmup: int) -> Schedule:
-    """mlx_lm's form: a linear warmup up to and including step `warmup`, then the named schedule from its own step 0."""
-    maker = _NAMED[settings["name"]][0]
-    schedule = maker(*settings["arguments"])
-    warmup = settings.get("warmup", warmup)
+def _named(form: Mapping[str, Any], warmup: int) -> Schedule:
+    """A linear warmup up to and including step `warmup`, then the named schedule from its own step 0."""
+    schedule = _NAMED[form["name"]][0](*form["arguments"])
+    warmup = form.get("warmup", warmup)
     if not warmup:
         return schedule
-    rise = _linear_schedule(settings.get("warmup_init", 0.0), settings["arguments"][0], warmup)
+    rise = _linear_schedule(form.get("warmup_init", 0.0), form["arguments"][0], warmup)
     return lambda step: rise(step) if step <= warmup else schedule(step - warmup - 1)
 
 
@@ -112,7 +103,7 @@ def check_lr_schedule(given: Any, warmup: int) -> str | dict[str, Any] | None:
     """A checked copy of `TrainConfig.lr_schedule`.
 
     Args:
-        given: None, the name of a spanning schedule, or mlx_lm's form {name, arguments, warmup, warmup_init}.
+        given: None, the name of a spanning schedule, or mlx_lm's form.
         warmup: the config's own warmup, which must not contradict the form's.
 
     Raises:
@@ -122,46 +113,33 @@ def check_lr_schedule(given: Any, warmup: int) -> str | dict[str, Any] | None:
         return given
     if isinstance(given, str):
         if given in _NAMED:
-            names = ", ".join(_NAMED[given][1])
-            raise _error(f"{given} takes arguments: write it as {{name: {given}, arguments: [{names}]}}")
+            raise _error(f"{given} takes arguments: write it as {{name: {given}, arguments: [{', '.join(_NAMED[given][1])}]}}.")
         raise _error(f"no schedule is called {given!r}. {nearest(given, SHAPES)}")
     if not isinstance(given, Mapping):
-        raise _error(f"expected one of {', '.join(SHAPES)} or mlx's form {{name: ..., arguments: [...]}}, got {checks.show(given)}")
-    return _check_form(dict(given), warmup)
-
-
-def _check_form(form: dict[str, Any], warmup: int) -> dict[str, Any]:
-    for key in form:
-        if key not in ("name", "arguments", "warmup", "warmup_init"):
-            raise _error(f"unknown key {key!r}. {nearest(key, ('name', 'arguments', 'warmup', 'warmup_init'))}")
-    name = form.get("name")
+        raise _error(f"expected one of {', '.join(SHAPES)} or mlx's form {{name: ..., arguments: [...]}}, got {show(given)}.")
+    keys = ("name", "arguments", "warmup", "warmup_init")
+    for key in given:
+        if key not in keys:
+            raise _error(f"unknown key {key!r}. {nearest(key, keys)}")
+    name, arguments = given.get("name"), given.get("arguments")
     if not isinstance(name, str) or name not in _NAMED:
-        raise _error(f"name: no such schedule, {checks.show(name)}. {nearest(name, _NAMED)}")
+        raise _error(f"name: no such schedule, {show(name)}. {nearest(name, _NAMED)}")
     _, parameters, required = _NAMED[name]
-    arguments = form.get("arguments")
     if not isinstance(arguments, (list, tuple)) or not required <= len(arguments) <= len(parameters):
         count = f"{required}" if required == len(parameters) else f"{required} to {len(parameters)}"
-        raise _error(f"{name}: expected arguments [{', '.join(parameters)}] ({count} values), got {checks.show(arguments)}")
+        raise _error(f"{name}: expected arguments [{', '.join(parameters)}] ({count} values), got {show(arguments)}.")
     named = zip(parameters.items(), arguments, strict=False)  # the last argument may be left out
-    result = {"name": name, "arguments": [_run(check, f"{name}'s {parameter}", value) for (parameter, check), value in named]}
-    if "warmup" in form:
-        result["warmup"] = _run(checks.whole(0), "warmup", form["warmup"])
-        if warmup and result["warmup"] != warmup:
-            raise _error(f"its warmup {result['warmup']} and the setting warmup={warmup} disagree. Leave one out")
-    if "warmup_init" in form:
-        result["warmup_init"] = _run(_RATE, "warmup_init", form["warmup_init"])
-    return result
-
-
-def _run(check: checks.Check, what: str, value: Any) -> Any:
-    try:
-        return check(value)
-    except Refused as refused:
-        raise _error(f"{what}: expected {refused}, got {checks.show(value)}") from None
+    form = {"name": name, "arguments": [checked(check, "lr_schedule", value, f"{name}'s {part}") for (part, check), value in named]}
+    for key, check in (("warmup", whole(0)), ("warmup_init", _RATE)):
+        if key in given:
+            form[key] = checked(check, "lr_schedule", given[key], key)
+    if warmup and form.get("warmup", warmup) != warmup:
+        raise _error(f"its warmup {form['warmup']} and the setting warmup={warmup} disagree. Leave one out.")
+    return form
 
 
 def _error(message: str) -> SettingError:
-    return SettingError(f"lr_schedule: {message}{'' if message[-1] in '.?' else '.'}", "lr_schedule")
+    return SettingError(f"lr_schedule: {message}", "lr_schedule")
 
 
 class LearningRate:

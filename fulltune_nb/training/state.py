@@ -237,7 +237,7 @@ def _config_of(run_dir: Path, stored: TrainConfig, force: bool, notes: list[str]
     if not path.exists():
         notes.append(f"{path} is missing; the settings stored in the checkpoint are used")
         return stored
-    now = TrainConfig.from_yaml(path)
+    now = TrainConfig.from_yaml(path).fill_from(stored)
     before, after = stored.to_dict(), now.to_dict()
     free = _CHANGE_NO_WEIGHT | ({"iters", "epochs"} if stored.lr_schedule in (None, "constant") else set())
     changed = {name: f"{name} was {before[name]!r} and is {after[name]!r}" for name in before if before[name] != after[name]}

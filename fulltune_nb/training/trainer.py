@@ -26,7 +26,7 @@ from fulltune_nb.models.families import to_hf
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
-from fulltune_nb.training.config import TrainConfig, check_agreement
+from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import ENGINES, Engine, choose_compile
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.loss import evaluate_split
@@ -247,7 +247,7 @@ class Trainer(Branching):
     def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool = False, backward: str | None = None) -> None:
         if data.train is None:
             raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
-        check_agreement(data.settings, config)
+        config = config.for_data(data.settings)
         self.lm, self.data, self.config = lm, data, config
         self.interrupted = False
         self.step_count = 0

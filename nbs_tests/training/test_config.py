@@ -6,8 +6,10 @@ import pickle
 import numpy as np
 import pytest
 
+from fulltune_nb.data import DataSettings
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.training.config import TrainConfig, read_yaml
+from fulltune_nb.settings import read_yaml
+from fulltune_nb.training.config import TrainConfig
 
 
 def write(tmp_path, text):
@@ -19,8 +21,10 @@ def write(tmp_path, text):
 def test_defaults_are_those_of_the_old_command():
     config = TrainConfig()
     expected = dict(batch_size=4, iters=1000, epochs=None, learning_rate=1e-5, optimizer="adamw", weight_decay=0.01, seed=0, save_every=100)
-    expected |= dict(steps_per_report=10, steps_per_eval=200, val_batches=25, test_batches=500, max_seq_length=2048, mask_prompt=False)
+    expected |= dict(steps_per_report=10, steps_per_eval=200, val_batches=25, test_batches=500, mask_prompt=None, max_seq_length=None)
     assert {name: getattr(config, name) for name in expected} == expected
+    resolved = config.for_data(DataSettings())
+    assert (resolved.mask_prompt, resolved.max_seq_length, resolved.chat_feature) == (False, 2048, "messages")
 
 
 def test_a_config_cannot_be_changed_in_place():
@@ -34,7 +38,6 @@ def test_a_config_cannot_be_changed_in_place():
         dict(grad_checkpoint="false"),
         dict(mask_prompt="true"),
         dict(mask_prompt=1),
-        dict(mask_prompt=None),
         dict(batch_size="4"),
         dict(batch_size=True),
         dict(batch_size=2.5),
@@ -92,7 +95,7 @@ def test_a_config_cannot_be_changed_in_place():
         dict(seed=2**64),
         dict(max_seq_length=1),
         dict(text_feature=""),
-        dict(chat_feature=None),
+        dict(chat_feature=3),
     ],
     ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items())[:60],
 )

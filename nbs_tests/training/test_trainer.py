@@ -322,11 +322,6 @@ def test_patterns_that_match_nothing_are_refused(make_lm, make_data):
             ft.Trainer(make_lm(), make_data(), ft.TrainConfig(**settings))
 
 
-def test_settings_of_data_and_config_must_agree(make_lm, make_data):
-    with pytest.raises(ConfigError, match="mask_prompt is True in the data but False in the config"):
-        ft.Trainer(make_lm(), make_data(mask_prompt=True), ft.TrainConfig())
-
-
 def test_training_needs_a_train_split_and_evaluation_the_split_named(make_lm, make_trainer, tokenizer):
     with pytest.raises(DataError, match="train"):
         ft.Trainer(make_lm(), ft.load_data({"test": make_rows(3)}, tokenizer), ft.TrainConfig())
