@@ -17,7 +17,6 @@ from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, PALETTE, counted, cut, esc, table
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.loss import chunks
@@ -105,7 +104,7 @@ def token_statistics(model: Decoder, rows: Sequence[np.ndarray], alternatives: i
         for b, i in enumerate(numbers):
             inputs[b, : max(0, len(rows[i]) - 1)] = rows[i][:-1]
         # (B, T - 1, D); padding stands to the right, where nothing looks from
-        hidden = model.hidden_states(mx.array(inputs), dtype=compute_dtype(model.embed_tokens.weight.dtype))
+        hidden = model.hidden_states(mx.array(inputs), dtype=model.compute_dtype)
         mx.eval(hidden)
         for b, i in enumerate(numbers):
             found[i] = _of_row(model, hidden[b, : max(0, len(rows[i]) - 1)], rows[i], alternatives)

@@ -17,8 +17,7 @@ from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, facts
 from fulltune_nb.insight.losses import ALTERNATIVES, as_examples, text_example, top_tokens
 from fulltune_nb.insight.updates import block_of
-from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.kernels import attention_shares, compute_dtype
+from fulltune_nb.models.decoder import Decoder, attention_shares
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.loss import chunks, cross_entropy
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
     """The embedding, then the output of each block before any final norm: L + 1 arrays (1, T, D), evaluated."""
     rotation, masks = model.context(len(tokens))
-    x = model.embed(mx.array(tokens.astype(np.int32))[None], compute_dtype(model.embed_tokens.weight.dtype))
+    x = model.embed(mx.array(tokens.astype(np.int32))[None], model.compute_dtype)
     mx.eval(x)
     yield x
     for block, mask in zip(model.layers, masks, strict=True):
@@ -105,7 +104,7 @@ def gradients(
         per_token.append(slope)
     ids = mx.array(tokens.astype(np.int32))[None]
     first = _Part(model, lambda path: path.startswith("embed_tokens"))
-    _, _, own = first.back(lambda _: model.embed(ids, compute_dtype(model.embed_tokens.weight.dtype)), mx.zeros((1,)), slope)
+    _, _, own = first.back(lambda _: model.embed(ids, model.compute_dtype), mx.zeros((1,)), slope)
     for name, array in own.items():  # a tied embedding has a second gradient, from the head
         norms[name] = _norm(array + head[name] if name in head else array)
     by_position = np.stack([np.linalg.norm(np.array(one[0].astype(mx.float32)), axis=-1) for one in reversed(per_token)])

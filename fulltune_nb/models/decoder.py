@@ -6,6 +6,7 @@ C head_dim, V vocab_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.cpu import fast_math as cpu_math
-from fulltune_nb.models.families import ModelConfig
-from fulltune_nb.models.kernels import activation, attend, gated_activation, lookup
+from fulltune_nb.models.families import ACTIVATIONS, GATED_ACTIVATIONS, ModelConfig
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.rope import inverse_frequencies, rotate, rotation_table
 
@@ -103,9 +103,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias="down_proj" in config.biases)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if "gate_proj" in self:
-            return self.down_proj(gated_activation(self._activation, self.gate_proj(x), self.up_proj(x)))
-        return self.down_proj(activation(self._activation, self.up_proj(x)))
+        activation = ACTIVATIONS[self._activation]
+        if "gate_proj" not in self:
+            return self.down_proj(activation(self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, intermediate_size)
+        gated = GATED_ACTIVATIONS.get(self._activation)
+        return self.down_proj(gated(gate, up) if gated else activation(gate) * up)
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class Block(nn.Module):
 
 
 class HeadBias(nn.Module):
-    """What is left of the head where its weight is the embedding's."""
+    """The head's bias alone, where its weight is the embedding's."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -203,8 +206,13 @@ class Decoder(nn.Module):
 
     @property
     def config(self) -> ModelConfig:
-        """What the model was built from."""
+        """Sizes and mechanisms of the model."""
         return self._config
+
+    @property
+    def compute_dtype(self) -> mx.Dtype:
+        """Dtype that training computes in: float32 on the CPU, where only float32 products have a fast BLAS, else the weights' own."""
+        return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else self.embed_tokens.weight.dtype
 
     def __call__(self, ids: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:
         """Logits (B, T, V) for token ids (B, T); with a cache, T are the new tokens only."""
@@ -277,6 +285,52 @@ class Decoder(nn.Module):
                 made[key] = within_segments(causal_mask(length, offset, first, window), segments)
             masks.append(made[key])
         return masks
+
+
+def lookup(weight: mx.array, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+    """Rows of an embedding (V, D) for ids (B, T), in `dtype` or the weight's own: (B, T, D)."""
+    if dtype is None or dtype == weight.dtype:
+        return weight[ids]
+    return _rows_in_float32(weight, ids) if dtype == mx.float32 else weight[ids].astype(dtype)
+
+
+@mx.custom_function
+def _rows_in_float32(weight: mx.array, ids: mx.array) -> mx.array:
+    return weight[ids].astype(mx.float32)
+
+
+@_rows_in_float32.vjp
+def _rows_in_float32_vjp(primals, cotangent, _output):
+    # Summed up in float32: in half precision a frequent token's gradient would lose what its later places add.
+    weight, ids = primals
+    return mx.zeros(weight.shape, dtype=mx.float32).at[ids].add(cotangent), mx.zeros_like(ids)
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
+    """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C) -> (B, H, T, C).
+
+    The mask is (T, S) bool, True where a token may look, or (B, 1, T, S) where that differs by row; None: everywhere.
+    """
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    if not cpu_math.applies(queries, keys, values):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    # The heads of a group share their keys, so they are one larger product instead of G small ones.
+    rows, heads, length, head_dim = queries.shape
+    kv_heads, num_keys = keys.shape[1:3]
+    grouped = (queries * scale).reshape(rows, kv_heads, -1, head_dim)  # (B, H, T, C) -> (B, K, G*T, C)
+    scores = (grouped @ keys.swapaxes(-1, -2)).reshape(rows, heads, length, num_keys)  # (B, K, G*T, S) -> (B, H, T, S)
+    if mask is not None:
+        scores = mx.where(mask, scores, -math.inf)
+    shares = cpu_math.softmax(scores).reshape(rows, kv_heads, -1, num_keys)
+    return (shares @ values).reshape(rows, heads, length, head_dim)
+
+
+def attention_shares(queries: mx.array, keys: mx.array, mask: mx.array | None) -> mx.array:
+    """How much each token attends to each, which `attend` never writes down: (B, H, T, C), (B, K, S, C) -> (B, H, T, S) float32."""
+    groups = queries.shape[1] // keys.shape[1]
+    scores = queries.astype(mx.float32) @ mx.repeat(keys, groups, axis=1).astype(mx.float32).swapaxes(-1, -2)
+    scores = scores * (1.0 / math.sqrt(queries.shape[-1]))
+    return cpu_math.softmax(scores if mask is None else mx.where(mask, scores, -math.inf))
 
 
 def causal_mask(length: int, offset: int = 0, first: int = 0, window: int | None = None) -> mx.array | None:

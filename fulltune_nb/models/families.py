@@ -8,17 +8,16 @@ values that a `config.json` may leave out take the default of the family's own H
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fulltune_nb.errors import ModelError
-from fulltune_nb.html import facts
-from fulltune_nb.models.kernels import ACTIVATIONS
-from fulltune_nb.models.rope import RopeConfig, read_rope
+import mlx.nn as nn
 
-# -- families: The supported families, as data, and the reading of `config.json` into a `ModelConfig`
+from fulltune_nb.cpu import fast_math as cpu_math
+from fulltune_nb.errors import ModelError, nearest
+from fulltune_nb.html import facts
+from fulltune_nb.models.rope import RopeConfig, read_rope
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 ATTENTION_PROJECTIONS = (*ATTENTION_INPUTS, "o_proj")
@@ -31,6 +30,21 @@ COMMON_NAMES = {
     "input_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
 }
+
+
+ACTIVATIONS = {
+    "silu": cpu_math.silu,
+    "swish": cpu_math.silu,
+    "gelu": nn.gelu,
+    "gelu_new": cpu_math.gelu_tanh,
+    "gelu_pytorch_tanh": cpu_math.gelu_tanh,
+    "relu": nn.relu,
+}
+"""`hidden_act` -> the function of one array."""
+GATED_ACTIVATIONS = {
+    "silu": cpu_math.swiglu, "swish": cpu_math.swiglu, "gelu_new": cpu_math.geglu, "gelu_pytorch_tanh": cpu_math.geglu,
+}
+"""`hidden_act` -> `act(gate) * up` in one function (Shazeer 2020), where there is one."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +199,8 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     """
     family_name = raw.get("model_type")
     if not isinstance(family_name, str) or family_name not in FAMILIES:
-        near = difflib.get_close_matches(str(family_name), FAMILIES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ModelError(f"{where}: model_type is {family_name!r}, but the supported families are {', '.join(FAMILIES)}.{hint}")
+        hint = nearest(family_name, FAMILIES, otherwise="")
+        raise ModelError(f"{where}: model_type is {family_name!r}, but the supported families are {', '.join(FAMILIES)}. {hint}".rstrip())
     if quantization := raw.get("quantization_config") or raw.get("quantization"):
         raise ModelError(
             f"{where}: the checkpoint is quantized ({quantization}). Full fine-tuning changes every weight, and quantized weights"
@@ -299,7 +312,8 @@ def _windows(family: Family, values: Mapping[str, Any], num_layers: int, where: 
     return tuple(window if layer >= values["max_window_layers"] else None for layer in range(num_layers))
 
 
-# -- names: Tensor names: ours (the module tree of `decoder.py`) and Hugging Face's
+# Tensor names: ours (the module tree of `decoder.py`) and Hugging Face's.
+
 
 def to_hf(name: str, family: str) -> str:
     """Our parameter name as the family's Hugging Face checkpoints write it.

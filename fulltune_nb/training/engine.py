@@ -28,7 +28,6 @@ from fulltune_nb.cpu.streams import Dealer
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.layerwise import BlockPasses, GradientPiece, LayerwiseBackward
 from fulltune_nb.training.loss import Head, chunk_logits, chunks, cross_entropy
@@ -93,7 +92,7 @@ def share_of_loss(model: Decoder, arrays: dict[str, mx.array], checkpoint: bool 
 
 def trained_hidden_states(model: Decoder, arrays: dict[str, mx.array], checkpoint: bool = False) -> mx.array:
     """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
-    dtype = compute_dtype(model.embed_tokens.weight.dtype)
+    dtype = model.compute_dtype
     hidden = model.hidden_states(arrays["inputs"], checkpoint=checkpoint, segments=arrays.get("segments"), dtype=dtype)  # (B, T, D)
     return hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
 

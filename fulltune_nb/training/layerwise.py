@@ -24,7 +24,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from fulltune_nb.cpu.kernels import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Block, Decoder, Rotation, Routing
-from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.parameters import lowest_trained_block
 from fulltune_nb.training.vocabulary import HeadInput
@@ -418,7 +417,7 @@ class LayerwiseBackward:
 
 
 def _forward(model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int) -> _Stream:
-    dtype = compute_dtype(model.embed_tokens.weight.dtype)
+    dtype = model.compute_dtype
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
     rotation, masks = model.context(ids.shape[1], segments=segments)

@@ -20,7 +20,6 @@ from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
 from fulltune_nb.errors import DataError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.kernels import compute_dtype
 from fulltune_nb.training.history import EvalReport
 
 # -- loss: Cross-entropy of a language model's head, in chunks, so that logits of all tokens never exist at onc
@@ -129,7 +128,7 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
     batches = evaluation_batches(split, batch_size, max_batches)
     for rows, shape in zip(batches, evaluation_shapes(split, batches), strict=True):
         batch = collate(split, rows, shape)
-        hidden = model.hidden_states(mx.array(batch.inputs), dtype=compute_dtype(model.embed_tokens.weight.dtype))  # (B, T, D)
+        hidden = model.hidden_states(mx.array(batch.inputs), dtype=model.compute_dtype)  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
         loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights))
         total += loss.item()
