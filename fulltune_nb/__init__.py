@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.cpu.blas import ensure_fast_blas
+from fulltune_nb.cpu import ensure_fast_blas
 
 ensure_fast_blas()  # before anything imports mlx.core: afterwards is too late
 

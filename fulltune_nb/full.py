@@ -300,7 +300,7 @@ def save_and_tell(settings: Settings, trainer: Trainer) -> None:
 
 def test_loss(settings: Settings, trainer: Trainer | None) -> float:
     """Loss on the test split in nats a token, of the trained model or, where nothing was trained, of the loaded one."""
-    from fulltune_nb.cpu.allocator import cap_cache
+    from fulltune_nb.cpu import cap_cache
     from fulltune_nb.training.loss import evaluate_loss
 
     batches = None if settings.config.test_batches < 0 else settings.config.test_batches

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fulltune_nb.cpu.blas import BlasInfo, ensure_fast_blas
+from fulltune_nb.cpu import BlasInfo, ensure_fast_blas
 from fulltune_nb.html import facts, human_bytes
 
 MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied

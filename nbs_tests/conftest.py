@@ -3,6 +3,7 @@
 import fulltune_nb  # noqa: F401, I001  first of all: it gives MLX its BLAS, which is too late once a test has imported mlx
 import os
 import signal
+import sys
 
 import pytest
 
@@ -63,3 +64,16 @@ def make_tokenizer():
 def tokenizer(make_tokenizer):
     """One tokenizer with a ChatML template for tests that only read it; vocabulary of at most 500."""
     return make_tokenizer(CHATML)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The CPU's kernels, from now on used for models of any size."""
+    from fulltune_nb import cpu
+    from fulltune_nb.cpu import kernels as module
+
+    monkeypatch.setattr(module, "SMALLEST_MODEL", 0)
+    found = cpu.kernels_for(1)
+    if found is None and not (sys.platform == "linux" and cpu.compiler() and cpu.on_cpu()):
+        pytest.skip("kernels of our own are for Linux, a CPU and g++")
+    return found

@@ -6,7 +6,7 @@ import shutil
 
 import mlx.core as mx
 
-from fulltune_nb.cpu.blas import ensure_fast_blas
+from fulltune_nb.cpu import ensure_fast_blas
 from fulltune_nb.system_info import system_info
 
 

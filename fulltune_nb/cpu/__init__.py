@@ -1,1 +1,33 @@
-"""What only a Linux CPU needs: a fast BLAS under MLX, exponentials, kernels of our own, streams for its cores, its allocator."""
+"""The door to what MLX needs on a CPU: a fast BLAS, kernels, streams for its cores, exponentials, memory that is used again.
+
+Everything takes and gives plain arrays, and does what MLX does on other devices; nothing outside of this folder asks for the platform.
+Importing the door imports no mlx, because the BLAS has to be loaded before mlx; the other names load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fulltune_nb.cpu.blas import BlasInfo, BlasWarning, ensure_fast_blas
+
+if TYPE_CHECKING:
+    from fulltune_nb.cpu.allocator import cache_limit, cap_cache
+    from fulltune_nb.cpu.fast_math import exp_and_sum, fast_exp, on_cpu, softmax_statistics
+    from fulltune_nb.cpu.kernels import AdamUpdate, Kernels, compiler, kernels_for, lacks_compiler, num_streams, sole, streams_for
+
+__all__ = [
+    "AdamUpdate", "BlasInfo", "BlasWarning", "Kernels", "cache_limit", "cap_cache", "compiler", "ensure_fast_blas", "exp_and_sum",
+    "fast_exp", "kernels_for", "lacks_compiler", "num_streams", "on_cpu", "softmax_statistics", "sole", "streams_for",
+]  # fmt: skip
+
+_ALLOCATOR, _FAST_MATH = ("cache_limit", "cap_cache"), ("exp_and_sum", "fast_exp", "on_cpu", "softmax_statistics")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "allocator" if name in _ALLOCATOR else "fast_math" if name in _FAST_MATH else "kernels"
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value

@@ -1,4 +1,4 @@
-"""What becomes of freed arrays: kept for the next ones, on the CPU.
+"""Freed arrays' memory, kept for the next ones.
 
 MLX's CPU backend allocates with `malloc` and caches 32 MiB of freed arrays itself. The C library takes a large array from the
 system, zeroed page by page, and gives it back when freed: every operation pays for its result's pages, which takes as long
@@ -16,6 +16,8 @@ import sys
 
 import mlx.core as mx
 import psutil
+
+from fulltune_nb.cpu.fast_math import on_cpu
 
 CPU_CACHE_BYTES = 2_000_000_000
 HEAP_CACHE_BYTES = 2**25  # MLX's own default
@@ -38,7 +40,7 @@ def cap_cache(lean: bool = False) -> None:
         lean: arrays of 4 MiB and more are given back to the system when they are freed, so that what the process holds stays near
             what it uses.
     """
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if on_cpu():
         if (mallopt := _mallopt()) is not None:
             mallopt(_M_MMAP_MAX, _MMAP_MAX if lean else 0)
             mallopt(_M_MMAP_THRESHOLD, GIVEN_BACK_BYTES)
@@ -48,7 +50,7 @@ def cap_cache(lean: bool = False) -> None:
 
 def cache_limit() -> int:
     """Bytes of freed arrays that `cap_cache` allows; 0 on other devices, where MLX gives its cache back when memory is short."""
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if not on_cpu():
         return 0
     return HEAP_CACHE_BYTES if _mallopt() is not None else min(CPU_CACHE_BYTES, psutil.virtual_memory().total // 8)
 

@@ -89,7 +89,7 @@ def _installed_cuda_backend() -> str | None:
 
 def _find_and_load() -> BlasInfo:
     # OpenBLAS's threads spin for a while after each product, in case another follows. Read when it is loaded; at its default the
-    # spinning takes the cores that element-wise work on other streams needs (`models/cpu_streams.py`).
+    # spinning takes the cores that element-wise work on other streams needs (`kernels.py`).
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "14")
     if present := _already_global():
         return present
@@ -113,9 +113,9 @@ def _find_and_load() -> BlasInfo:
 
 def _warn(message: str) -> None:
     """Warn in the name of the line that imported the package, past this package's and the import system's own frames."""
-    here = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((here, "<frozen importlib")):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((package, "<frozen importlib")):
         frame = frame.f_back
     warnings.warn_explicit(message, BlasWarning, frame.f_code.co_filename, frame.f_lineno)
 

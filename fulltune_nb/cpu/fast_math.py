@@ -44,10 +44,11 @@ FEWEST_ELEMENTS = 8192
 
 def applies(*arrays: mx.array) -> bool:
     """Whether the forms of this module are used: large float32 arrays on the CPU."""
-    return _on_cpu() and all(array.dtype == mx.float32 and array.size >= FEWEST_ELEMENTS for array in arrays)
+    return on_cpu() and all(array.dtype == mx.float32 and array.size >= FEWEST_ELEMENTS for array in arrays)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether MLX's default device is the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -175,7 +176,7 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
     On the CPU, half-precision products of several rows are computed in float32 and rounded to the dtype of the operands: only
     float32 has a fast BLAS. With x in float32 the result, and the weight's gradient, stay float32.
     """
-    if not _on_cpu():
+    if not on_cpu():
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
     if weight.dtype in (mx.bfloat16, mx.float16) and (x.dtype == mx.float32 or x.size >= _FEWEST_ROWS * x.shape[-1]):
         product = _half_product(x.astype(mx.float32), weight).astype(mx.result_type(x, weight))
@@ -252,7 +253,7 @@ def silu(x: mx.array) -> mx.array:
     """`x sigmoid(x)`, any shape."""
     if applies(x):
         return _silu_plain(x)
-    return x * mx.sigmoid(x) if _on_cpu() else nn.silu(x)  # nn.silu is compiled
+    return x * mx.sigmoid(x) if on_cpu() else nn.silu(x)  # nn.silu is compiled
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -264,7 +265,7 @@ def gelu_tanh(x: mx.array) -> mx.array:
     """`0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`: `gelu_new` and `gelu_pytorch_tanh` of Hugging Face."""
     if applies(x):
         return _gelu_tanh_plain(x)
-    return _gelu_tanh(x) if _on_cpu() else _gelu_tanh_compiled(x)
+    return _gelu_tanh(x) if on_cpu() else _gelu_tanh_compiled(x)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -1,5 +1,5 @@
 // Element-wise work of a training step on float32 arrays in main memory, each function on a range of elements or rows.
-// Compiled by `native.py` when a training run begins.
+// Compiled by `kernels.py` when a training run begins.
 
 #include <cmath>
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace {
 // Sums are made in lanes that a processor adds at once, in float32, and from block to block in float64.
 constexpr std::size_t LANES = 32, BLOCK = 2048;
 
-// exp of x <= 0, as in `models/cpu_math.py`: range reduction and a polynomial; 0 below -87.
+// exp of x <= 0, as in `fast_math.py`: range reduction and a polynomial; 0 below -87.
 inline float exp_of_negative(float x) {
     x = x < -88.0f ? -88.0f : x;
     const float shifted = x * 1.4426950408889634f + 12583039.0f;
@@ -81,7 +81,7 @@ inline double squares(const float *x, std::size_t count) {
 
 extern "C" {
 
-// Adam's update in place; the arithmetic of `update_rules.Adam` in the same order of operations, so the same bits.
+// Adam's update in place; the arithmetic of `training/rules.py` in the same order of operations, so the same bits.
 void adam(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, std::size_t count,
           float keep_m, float take_m, float keep_v, float take_v, float scale, float keep_p, float rate, float root, float eps) {
     for (std::size_t i = 0; i < count; i++) {

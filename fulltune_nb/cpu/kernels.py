@@ -1,8 +1,9 @@
-"""Kernels of our own for element-wise work outside of MLX's graph, on a Linux CPU: `kernels.cpp`, compiled where it runs.
+"""All cores for element-wise work on a CPU: MLX's streams, and on Linux kernels of our own (`kernels.cpp`), compiled where they run.
 
-MLX runs a CPU stream's operations on one core and compiles them for any processor. The same arithmetic in one pass, vectorised and
-on all cores, takes AdamW less than half the time, and the gradients' norm a third (`docs/decisions/0020`). Like `mx.compile` this
-needs g++; without it MLX does everything.
+MLX runs a CPU stream's operations on one core and compiles them for any processor; only the BLAS uses more cores. Work on many arrays,
+such as an optimizer's, is therefore dealt out to several streams. The same arithmetic in one pass, vectorised and on all cores,
+takes AdamW less than half the time, and the gradients' norm a third (`docs/decisions/0020`). Like `mx.compile` this needs g++; without
+it MLX does everything.
 
 Kernels write into the memory of MLX arrays. `sole` makes that safe: what somebody else still holds is copied first.
 """
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.cpu.streams import LeastLoaded, worker_cores
+from fulltune_nb.cpu.fast_math import on_cpu
 
 VARIABLE = "FULLTUNE_KERNELS"
 """Environment variable; "off" leaves everything to MLX."""
@@ -36,19 +37,68 @@ CHUNK, SMALL_CHUNK = 2**19, 2**16
 """Elements that a core is given at a time, and of rows of logits, which take it longer. Sums are made by chunk, so that they do not
 depend on the number of cores."""
 
+MOST_CORES = 4
+"""Element-wise work is bound by memory soon: more cores than this gain little."""
+
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # No fused multiply-add (-ffp-contract=off): results then are those of MLX's own loops.
 
-_ADAM_SCALARS = 9
+_of_thread = threading.local()  # a stream can be used only in the thread that made it
+
+
+def streams_for(sizes: Sequence[int]) -> list[mx.Stream]:
+    """A stream of this thread for each of several independent pieces of work; only the default one on other devices than the CPU.
+
+    Args:
+        sizes: how much work each piece is, in any unit.
+    """
+    default = mx.default_stream(mx.default_device())
+    if not on_cpu():
+        return [default] * len(sizes)
+    if not hasattr(_of_thread, "more"):
+        _of_thread.more = [mx.new_stream(mx.cpu) for _ in range(worker_cores() - 1)]
+    streams = [default, *_of_thread.more]
+    return [streams[worker] for worker in _deal(sizes, len(streams))]
+
+
+def num_streams() -> int:
+    """How many different streams `streams_for` gives."""
+    return worker_cores() if on_cpu() else 1
+
+
+def worker_cores() -> int:
+    """How many cores element-wise work is dealt out to."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, MOST_CORES)
+
+
+def _deal(sizes: Sequence[int], workers: int) -> list[int]:
+    """Each piece of work goes to the worker that has got the least so far."""
+    loads, chosen = [0] * workers, []
+    for size in sizes:
+        worker = loads.index(min(loads))
+        loads[worker] += size
+        chosen.append(worker)
+    return chosen
+
+
+def compiler() -> str | None:
+    """The path of g++, which compiles for the CPU; None: there is none."""
+    return shutil.which("g++")
+
+
+def lacks_compiler() -> bool:
+    """Whether MLX computes on a CPU where `mx.compile` needs g++ and finds none."""
+    return on_cpu() and sys.platform != "darwin" and compiler() is None
 
 
 def kernels_for(num_elements: int) -> Kernels | None:
     """The kernels for a model with so many trained elements; None where MLX does the work."""
     # With a GPU there, arrays may lie where only MLX can write.
-    on_cpu = sys.platform == "linux" and mx.default_device().type == mx.DeviceType.cpu and not mx.is_available(mx.gpu)
-    if not on_cpu or num_elements < SMALLEST_MODEL or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "none"):
+    usable = sys.platform == "linux" and on_cpu() and not mx.is_available(mx.gpu)
+    if not usable or num_elements < SMALLEST_MODEL or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "none"):
         return None
-    return _compiled()
+    return compiled_kernels()
 
 
 class AdamUpdate(NamedTuple):
@@ -62,8 +112,6 @@ class AdamUpdate(NamedTuple):
     v: mx.array
     first: int
     """Where the gradient's first element stands in the others."""
-    scalars: tuple[float, ...]
-    """`update_rules.Adam.begin`."""
 
 
 class Kernels:
@@ -76,18 +124,17 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL):
         pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float
         self._adam, self._sum_of_squares, self._cross_entropy = library.adam, library.sum_of_squares, library.cross_entropy
-        self._adam.argtypes, self._adam.restype = [*[pointer] * 4, size, *[number] * _ADAM_SCALARS], None
+        self._adam.argtypes, self._adam.restype = [*[pointer] * 4, size, *[number] * 9], None
         self._sum_of_squares.argtypes, self._sum_of_squares.restype = [pointer, size], ctypes.c_double
         self._cross_entropy.argtypes, self._cross_entropy.restype = [pointer, size, size, pointer, pointer, pointer], None
 
-    def adam(self, updates: Sequence[AdamUpdate]) -> None:
-        """Adam's update of parameters and moments, in place."""
+    def adam(self, updates: Sequence[AdamUpdate], scalars: Sequence[float]) -> None:
+        """Adam's update of parameters and moments, in place. `scalars`: the nine numbers of `adam` in `kernels.cpp`."""
         tasks = []
-        for p, g, m, v, first, scalars in updates:
+        for p, g, m, v, first in updates:
             starts = [_address(array) + 4 * offset for array, offset in ((p, first), (g, 0), (m, first), (v, first))]
             for begin, count in _chunks(g.size):
-                arguments = (*(start + 4 * begin for start in starts), count, *scalars)
-                tasks.append((count, partial(self._adam, *arguments)))
+                tasks.append((count, partial(self._adam, *(start + 4 * begin for start in starts), count, *scalars)))
         _on_all_cores(tasks)
 
     def sum_of_squares(self, arrays: Sequence[mx.array]) -> float:
@@ -123,23 +170,23 @@ class Kernels:
         for first in range(0, rows, step := max(1, SMALL_CHUNK // width)):
             count = min(step, rows - first)
             others = (array.ctypes.data + 4 * first for array in (targets, weights, losses))
-            arguments = (start + 4 * first * width, count, width, *others)
-            tasks.append((count, partial(self._cross_entropy, *arguments)))
+            tasks.append((count, partial(self._cross_entropy, start + 4 * first * width, count, width, *others)))
         _on_all_cores(tasks)
         return float(losses.sum(dtype=np.float64))
 
 
-def sole(array: mx.array) -> mx.array:
-    """The same values in memory that nothing else holds, once evaluated: the array's own if only the result holds it, else a copy's.
+def sole(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """The same values in memory that nothing else holds, once evaluated: an array's own if only the result holds it, else a copy's.
 
-    An update of no rows at all, which MLX makes in place where it may. `array`: evaluated, of at least one dimension.
+    Args:
+        arrays: evaluated, of at least one dimension each.
     """
-    no_rows, nowhere = _nothing(array.shape[1:], array.dtype)
-    return mx.slice_update(mx.contiguous(array), no_rows, nowhere, axes=[0])
+    # An update of no rows at all, which MLX makes in place where it may.
+    return [mx.slice_update(mx.contiguous(array), *_no_rows(array.shape[1:], array.dtype), axes=[0]) for array in arrays]
 
 
 @cache
-def _nothing(shape_of_row: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+def _no_rows(shape_of_row: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """No rows at all, and where they go; evaluated, so for all threads."""
     nothing = mx.zeros((0, *shape_of_row), dtype=dtype), mx.array([0])
     mx.eval(nothing)
@@ -156,11 +203,10 @@ def _chunks(size: int) -> list[tuple[int, int]]:
 
 
 def _on_all_cores(tasks: Sequence[tuple[int, Callable[[], None]]]) -> None:
-    """Runs (size, task) pairs, each on the core that has got the least so far; C functions let go of Python's lock."""
+    """Runs (size, task) pairs; the C functions let go of Python's lock."""
     shares: list[list[Callable[[], None]]] = [[] for _ in range(worker_cores())]
-    workers = LeastLoaded(len(shares))
-    for size, task in tasks:
-        shares[workers.next(size)].append(task)
+    for (_, task), worker in zip(tasks, _deal([size for size, _ in tasks], len(shares)), strict=True):
+        shares[worker].append(task)
     others = [threading.Thread(target=_run_all, args=(share,)) for share in shares[1:] if share]
     for thread in others:
         thread.start()
@@ -177,15 +223,15 @@ def _run_all(share: Sequence[Callable[[], None]]) -> None:
 
 
 @cache
-def _compiled() -> Kernels | None:
+def compiled_kernels() -> Kernels | None:
     """Compiled in a folder that only this user can reach, loaded, and removed."""
-    if (compiler := shutil.which("g++")) is None:
+    if (path := compiler()) is None:
         return None
     source = Path(__file__).with_name("kernels.cpp")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder, "native.so")
-            subprocess.run([compiler, *_FLAGS, "-o", library, source], check=True, capture_output=True, timeout=60)
+            library = Path(folder, "kernels.so")
+            subprocess.run([path, *_FLAGS, "-o", library, source], check=True, capture_output=True, timeout=60)
             return Kernels(ctypes.CDLL(str(library)))
     except (OSError, subprocess.SubprocessError):
         return None

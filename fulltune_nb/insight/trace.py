@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fulltune_nb.cpu.fast_math import softmax_statistics
+from fulltune_nb.cpu import softmax_statistics
 from fulltune_nb.data.encode import Example
 from fulltune_nb.data.look import token_texts, visible
 from fulltune_nb.errors import ConfigError, DataError

@@ -11,8 +11,6 @@ A step that fails between its first and its last update is torn; `training/torn.
 from __future__ import annotations
 
 import math
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from fulltune_nb.cpu.kernels import Kernels, kernels_for
-from fulltune_nb.cpu.streams import Dealer
+from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler, streams_for
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Decoder
@@ -127,9 +124,9 @@ def global_norm(gradients: Gradients, kernels: Kernels | None = None) -> float:
     arrays = [array.astype(mx.float32) for _, array in tree_flatten(gradients)]
     if kernels is not None:
         return math.sqrt(kernels.sum_of_squares(arrays))
-    dealer, parts = Dealer(), []
-    for array in arrays:
-        with dealer.stream_for(array.size):
+    parts = []
+    for array, stream in zip(arrays, streams_for([array.size for array in arrays]), strict=True):
+        with mx.stream(stream):
             parts.append(_sum_of_squares(array))
     return mx.sqrt(sum(parts)).item()
 
@@ -183,7 +180,7 @@ def why_not_compiled(model: Decoder, config: TrainConfig, backward: str) -> str 
         return "compile=True has no effect: compiled, what grad_checkpoint computes again would be found to be there already, and kept"
     if model.config.num_experts:
         return "compile=True has no effect: how many tokens an expert gets is known only when the batch is there"
-    if mx.default_device().type == mx.DeviceType.cpu and sys.platform != "darwin" and shutil.which("g++") is None:
+    if lacks_compiler():
         return "compile=True has no effect: MLX compiles with g++ here, and there is none. On Debian or Ubuntu: apt-get install g++"
     return None
 

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fulltune_nb.cpu.kernels import Kernels
+from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Block, Decoder, Rotation, Routing
 from fulltune_nb.training import vocabulary

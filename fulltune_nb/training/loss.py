@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from fulltune_nb.cpu.fast_math import exp_and_sum
+from fulltune_nb.cpu import exp_and_sum
 from fulltune_nb.data.batches import collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS

@@ -18,8 +18,7 @@ import psutil
 from mlx.utils import tree_flatten
 
 from fulltune_nb import html, svg
-from fulltune_nb.cpu.allocator import cache_limit
-from fulltune_nb.cpu.kernels import kernels_for
+from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import row_widths
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import DataError, MemoryLimitError
@@ -242,7 +241,7 @@ def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
         targets=targets,
         micro_batches=config.grad_accumulation_steps,
         checkpoint=config.grad_checkpoint,
-        on_cpu=mx.default_device().type == mx.DeviceType.cpu,
+        on_cpu=on_cpu(),
         half=stored_dtype(config.weights, lm.dtype) != mx.float32,
         native=kernels_for(sum(count(parameters[name]) for name in trained)) is not None,
     )

@@ -14,8 +14,7 @@ import mlx.optimizers
 from mlx.utils import tree_flatten
 
 from fulltune_nb import html
-from fulltune_nb.cpu.kernels import AdamUpdate, Kernels, kernels_for, sole
-from fulltune_nb.cpu.streams import Dealer, cpu_streams
+from fulltune_nb.cpu import AdamUpdate, Kernels, kernels_for, num_streams, sole, streams_for
 from fulltune_nb.errors import CheckpointError, TrainingError, nearest
 from fulltune_nb.models.families import to_hf
 from fulltune_nb.settings import SettingError
@@ -214,14 +213,14 @@ def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dty
         dtype: of the parameters.
     """
     size = sum(math.prod(shape) for shape in shapes.values())
-    together = min(size, piece_size() * len(cpu_streams()))
+    together = min(size, piece_size() * num_streams())
     if config.optimizer == "muon":
         largest = max((math.prod(shape) for name, shape in shapes.items() if is_hidden_matrix(name, shape)), default=0)
         return 8 * min(size, max(largest, together))
     own = {dtype, *(slot.dtype for rule in rules_of(config).values() for shape in shapes.values() for slot in rule.slots(shape).values())}
     if own == {mx.float32} and all(rule.in_place(config.weight_decay) for rule in rules_of(config).values()):
         return 0
-    streams = len(cpu_streams())
+    streams = num_streams()
     in_work = sum(sorted((size for shape in shapes.values() for size in _pieces(shape, config, streams)), reverse=True)[:streams])
     return _RESULT_BYTES * together + _BYTES_AN_ELEMENT[config.optimizer][dtype != mx.float32] * min(in_work, together)
 
@@ -321,14 +320,12 @@ def update_natively(
     for name in gradients:
         place = Place(model, name)
         # Place and state are taken by the new arrays before anything is evaluated: nothing but their graph then holds the old ones.
-        place.array, state[name] = sole(place.array), {slot: sole(state[name].pop(slot)) for slot in ("m", "v")}
+        place.array, state[name]["m"], state[name]["v"] = sole([place.array, state[name]["m"], state[name]["v"]])
     mx.eval(gradients, [(Place(model, name).array, state[name]) for name in gradients])
-    updates = []
     for piece in pieces:
         p, moments = Place(model, piece.name).array, state[piece.name]
         first = first_row(piece) * p.shape[-1]
-        updates.append(AdamUpdate(p, gradients[piece.name], moments["m"], moments["v"], first, piece.native))
-    kernels.adam(updates)
+        kernels.adam([AdamUpdate(p, gradients[piece.name], moments["m"], moments["v"], first)], piece.native)
 
 
 # -- optimizer_view: What an optimizer shows in a cell
@@ -554,9 +551,9 @@ class Optimizers:
         tell_after(self.observers, model, pieces)
 
     def _update_by_mlx(self, model: nn.Module, pieces: list[Piece], gradients: Mapping[str, mx.array]) -> None:
-        dealer, new, parts = Dealer(), [], []
-        for piece in pieces:
-            with dealer.stream_for(piece.size):
+        new, parts = [], []
+        for piece, stream in zip(pieces, streams_for([piece.size for piece in pieces]), strict=True):
+            with mx.stream(stream):
                 if piece.rows is None:
                     new.append(self._update_whole(Place(model, piece.name), piece, gradients[piece.name]))
                 else:

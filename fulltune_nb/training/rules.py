@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
 
-from fulltune_nb.cpu.streams import cpu_streams
+from fulltune_nb.cpu import num_streams, on_cpu
 
 # -- pieces: Tensors in pieces of rows, so that what is computed on the way stays small, and where a model keeps 
 
@@ -61,7 +61,7 @@ def first_row(piece: Piece) -> int:
 
 def piece_size() -> int:
     """Elements of a piece. On the CPU one that fits into the cache; elsewhere enough to keep a GPU busy."""
-    return 2**20 if mx.default_device().type == mx.DeviceType.cpu else 2**24
+    return 2**20 if on_cpu() else 2**24
 
 
 def cut(start: int, stop: int, columns: int) -> Iterator[slice]:
@@ -73,7 +73,7 @@ def cut(start: int, stop: int, columns: int) -> Iterator[slice]:
 
 def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Pieces that are evaluated together: a piece for each stream, more where they are small or need no memory."""
-    most = piece_size() * len(cpu_streams())
+    most = piece_size() * num_streams()
     batch: list[Piece] = []
     size = 0
     for piece in pieces:

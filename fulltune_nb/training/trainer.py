@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from fulltune_nb.cpu.allocator import cap_cache
+from fulltune_nb.cpu import cap_cache
 from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.encode import Example

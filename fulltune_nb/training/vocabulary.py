@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.cpu.fast_math import fast_exp
-from fulltune_nb.cpu.kernels import Kernels
+from fulltune_nb.cpu import Kernels, fast_exp
 from fulltune_nb.training.loss import Head, chunk_logits, chunks
 
 RANGE_ELEMENTS = 2**24

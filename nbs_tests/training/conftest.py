@@ -1,14 +1,9 @@
 """Small models and data for the trainer's tests."""
 
-import shutil
-import sys
-
-import mlx.core as mx
 import numpy as np
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.cpu import kernels as native
 from fulltune_nb.data.batches import Batch
 
 TINY_LLAMA = {
@@ -55,16 +50,6 @@ def make_trainer(make_lm, make_data):
         return ft.Trainer(make_lm(), make_data(rows, config=config), config, run_dir)
 
     return make
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Our own kernels, from now on used for models of any size."""
-    monkeypatch.setattr(native, "SMALLEST_MODEL", 0)
-    found = native.kernels_for(1)
-    if found is None and not (sys.platform == "linux" and shutil.which("g++") and mx.default_device().type == mx.DeviceType.cpu):
-        pytest.skip("kernels of our own are for Linux, a CPU and g++")
-    return found
 
 
 def random_batch(vocab_size: int, rows: int, length: int, seed: int):

@@ -3,7 +3,7 @@
 It trains the blocks only (embeddings, last norm and head stay frozen), so it has less to do for a token. It also counts one
 padding token a row as trained; that one is taken off here.
 
-With the environment variable `BENCHMARK_BLAS` set, `fulltune_nb.cpu.blas` runs first (its folder must be on `PYTHONPATH`).
+With the environment variable `BENCHMARK_BLAS` set, `fulltune_nb.cpu` runs first (its folder must be on `PYTHONPATH`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.metadata import version
 from common import Clock, arguments, finish
 
 if os.environ.get("BENCHMARK_BLAS"):
-    from fulltune_nb.cpu.blas import ensure_fast_blas
+    from fulltune_nb.cpu import ensure_fast_blas
 
     assert ensure_fast_blas().path, "no fast BLAS was found"
 

@@ -12,7 +12,7 @@ COUNT_FAULTS = """
 import resource
 import fulltune_nb
 import mlx.core as mx
-from fulltune_nb.cpu.allocator import cap_cache
+from fulltune_nb.cpu import cap_cache
 mx.set_default_device(mx.cpu)
 {setup}
 def work():
@@ -41,7 +41,7 @@ def test_arrays_of_changing_sizes_are_not_paged_in_afresh():
 def test_the_cache_limit_is_what_is_set():
     code = (
         "import fulltune_nb, mlx.core as mx\n"
-        "from fulltune_nb.cpu.allocator import cap_cache, cache_limit\n"
+        "from fulltune_nb.cpu import cap_cache, cache_limit\n"
         "mx.set_default_device(mx.cpu); cap_cache(); limit = cache_limit(); print(limit > 0 and mx.set_cache_limit(0) == limit)"
     )
     assert output(code) == "True\n"

@@ -19,7 +19,7 @@ SPEED = "import fulltune_nb; from fulltune_nb.system_info import matmul_gflops; 
 FIND_NOTHING = """
 import os, sys
 import fulltune_nb
-from fulltune_nb import blas
+from fulltune_nb.cpu import blas
 del os.environ["FULLTUNE_BLAS"]
 blas._info, blas.OPENBLAS_NAMES, blas.MKL_NAMES = None, (), ()
 sys.modules["scipy_openblas32"] = None
@@ -84,17 +84,17 @@ def test_mlx_imported_first_is_warned_of_with_the_remedy_at_the_users_line():
 
 def test_mlx_imported_first_is_fine_where_a_blas_was_preloaded(tmp_path):
     library = fake_library(tmp_path / "libmyblas.so")
-    code = "import mlx.core, fulltune_nb; from fulltune_nb.cpu.blas import *; i = ensure_fast_blas(); print(i.how, i.path)"
+    code = "import mlx.core, fulltune_nb; from fulltune_nb.cpu import ensure_fast_blas; i = ensure_fast_blas(); print(i.how, i.path)"
     result = python(code, "-W", "error", LD_PRELOAD=library)
     assert result.stdout.split() == ["preloaded", library]
 
 
 def test_reloading_or_importing_anew_after_mlx_does_not_warn():
     python(
-        "import sys, importlib, fulltune_nb, mlx.core; from fulltune_nb import blas; first = blas.ensure_fast_blas()\n"
+        "import sys, importlib, fulltune_nb, mlx.core; from fulltune_nb.cpu import blas; first = blas.ensure_fast_blas()\n"
         "assert importlib.reload(blas).ensure_fast_blas() == first\n"
-        "del sys.modules['fulltune_nb'], sys.modules['fulltune_nb.cpu.blas'], blas\n"
-        "from fulltune_nb import blas; assert blas.ensure_fast_blas().path is not None",
+        "del sys.modules['fulltune_nb'], sys.modules['fulltune_nb.cpu'], sys.modules['fulltune_nb.cpu.blas'], blas\n"
+        "from fulltune_nb.cpu import blas; assert blas.ensure_fast_blas().path is not None",
         "-W", "error",
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_a_processor_without_stubs_is_warned_of_with_the_reason():
 def test_the_environments_openblas_comes_before_pypis(tmp_path):
     (tmp_path / "lib").mkdir()
     library = fake_library(tmp_path / "lib" / "libopenblas.so.0")
-    code = "import fulltune_nb; from fulltune_nb.cpu.blas import *; i = ensure_fast_blas(); print(i.path, i.how)"
+    code = "import fulltune_nb; from fulltune_nb.cpu import ensure_fast_blas; i = ensure_fast_blas(); print(i.path, i.how)"
     result = python(code, "-W", "error", CONDA_PREFIX=str(tmp_path))
     assert result.stdout == f"{library} environment or system\n"
 
@@ -124,7 +124,7 @@ def test_the_environments_openblas_comes_before_pypis(tmp_path):
 def test_an_openblas_that_lacks_the_functions_is_passed_over(tmp_path):
     (tmp_path / "lib").mkdir()
     useless = fake_library(tmp_path / "lib" / "libopenblas.so.0", names=("cblas_sgemm",))
-    code = "import fulltune_nb; from fulltune_nb.cpu.blas import *; print(ensure_fast_blas().path)"
+    code = "import fulltune_nb; from fulltune_nb.cpu import ensure_fast_blas; print(ensure_fast_blas().path)"
     assert python(code, CONDA_PREFIX=str(tmp_path)).stdout.strip() != useless
 
 
@@ -138,7 +138,7 @@ def test_mkl_without_its_threading_library_is_passed_over(tmp_path):
 
 def test_the_variable_names_the_library(tmp_path):
     library = fake_library(tmp_path / "libmyblas.so")
-    code = "import fulltune_nb; from fulltune_nb.cpu.blas import *; print(ensure_fast_blas().path)"
+    code = "import fulltune_nb; from fulltune_nb.cpu import ensure_fast_blas; print(ensure_fast_blas().path)"
     assert python(code, "-W", "error", FULLTUNE_BLAS=library).stdout.strip() == library
 
 
@@ -154,7 +154,7 @@ def test_a_variable_that_names_no_library_is_warned_of(tmp_path, content):
 def test_nothing_is_done_with_the_cuda_backend(tmp_path):
     (tmp_path / "mlx_cuda_13-0.32.4.dist-info").mkdir()
     (tmp_path / "mlx_cuda_13-0.32.4.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx-cuda-13\nVersion: 0.32.4\n")
-    code = "import fulltune_nb; from fulltune_nb.cpu.blas import *; i = ensure_fast_blas(); print(i.path, i.how)"
+    code = "import fulltune_nb; from fulltune_nb.cpu import ensure_fast_blas; i = ensure_fast_blas(); print(i.path, i.how)"
     assert python(code, PYTHONPATH=str(tmp_path)).stdout == "None nothing to do: mlx-cuda-13 0.32.4 is installed\n"
 
 
