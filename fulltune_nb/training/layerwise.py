@@ -10,27 +10,61 @@ Dimension letters: B rows, T tokens, M = B * T positions, D hidden_size, N train
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
+from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Decoder, Rotation, Routing
+from fulltune_nb.models.parameters import Arrays, lowest_trained_block, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training import vocabulary
-from fulltune_nb.training.parameters import lowest_trained_block
+from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm
+from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.vocabulary import HeadInput
 
-# -- piecewise: The backward pass through a part of the model, evaluated at once
 
-Arrays = dict[str, mx.array]
+def backward_through(
+    modules: Mapping[str, nn.Module], function: Callable[..., mx.array], inputs: Sequence[mx.array], cotangent: mx.array
+) -> tuple[mx.array, list[mx.array], Arrays]:
+    """A function's value, and the gradients of its inputs and of the modules' trainable parameters by name; lazy.
+
+        x_of_block, loss = ..., ...
+        value, (to_x,), own = backward_through({"layers.3": block}, lambda x: block(x, rotation, mask), [x], to_output)
+        mx.eval(to_x, own)                    # own["layers.3.mlp.up_proj.weight"], ...
+
+    Who has no use for the value must not name it: it would keep what it is computed from.
+
+    Args:
+        modules: by module path; `function` uses their parameters. With the path "" parameters go by their names in the module.
+        function: of the inputs.
+        inputs: arrays.
+        cotangent: gradient with respect to the function's value.
+    """
+    trained = {path: trainable_of(module) for path, module in modules.items()}
+    names = [(path, name) for path, own in trained.items() for name in own]
+    primals = [*inputs, *(array for own in trained.values() for array in own.values())]
+
+    def of_arrays(*values: mx.array) -> mx.array:
+        given = dict(zip(names, values[len(inputs) :], strict=True))
+        with ExitStack() as stack:
+            for path, module in modules.items():
+                stack.enter_context(swapped_in(module, {name: given[path, name] for name in trained[path]}))
+            return function(*values[: len(inputs)])
+
+    if not primals:
+        return function(), [], {}
+    (value,), found = mx.vjp(of_arrays, primals, [cotangent])
+    paths = [f"{path}.{name}" if path else name for path, name in names]
+    return value, found[: len(inputs)], dict(zip(paths, found[len(inputs) :], strict=True))
 
 
 def vjp(
@@ -41,61 +75,13 @@ def vjp(
     sums: Arrays,
     to_inputs: bool = True,
 ) -> list[mx.array | None]:
-    """Gradients with respect to the inputs; those of the modules' trainable parameters are added to `sums`. All evaluated.
-
-    Args:
-        modules: by module path; `function` uses their parameters.
-        function: of the inputs.
-        inputs: arrays.
-        cotangent: gradient with respect to the function's result.
-        sums: module path of a parameter -> gradients so far.
-        to_inputs: whether gradients with respect to the inputs are needed; where not, they are None.
-    """
-    found, of_parameters = gradients(modules, function, inputs, cotangent)
+    """`backward_through`, with the parameters' gradients added to `sums`; returns those of the inputs, if they are needed. Evaluated."""
+    found, of_parameters = backward_through(modules, function, inputs, cotangent)[1:]
     found = found if to_inputs else [None] * len(inputs)
     add(sums, of_parameters)
     mx.eval(sums, found)
     return found
 
-
-def add(sums: Arrays, gradients: Arrays) -> None:
-    """Adds gradients to those so far; lazy."""
-    for name, gradient in gradients.items():
-        sums[name] = sums[name] + gradient if name in sums else gradient
-
-
-def gradients(
-    modules: Mapping[str, nn.Module], function: Callable[..., mx.array], inputs: Sequence[mx.array], cotangent: mx.array
-) -> tuple[list[mx.array], Arrays]:
-    """Gradients with respect to the inputs, and to the modules' trainable parameters by module path; lazy.
-
-    Arguments as for `vjp`; a module of path "" gives its parameters by their names in it.
-    """
-    flat = {path: tree_flatten(module.trainable_parameters()) for path, module in modules.items()}
-    names = [(path, name) for path, own in flat.items() for name, _ in own]
-    arrays = [array for own in flat.values() for _, array in own]
-
-    def of_parameters(*values: mx.array) -> mx.array:
-        given = dict(zip(names, values[len(inputs) :], strict=True))
-        for path, module in modules.items():
-            _put(module, [(name, given[path, name]) for name, _ in flat[path]])
-        return function(*values[: len(inputs)])
-
-    try:
-        _, found = mx.vjp(of_parameters, [*inputs, *arrays], [cotangent])
-    finally:
-        for path, module in modules.items():
-            _put(module, flat[path])
-    paths = [f"{path}.{name}" if path else name for path, name in names]
-    return found[: len(inputs)], dict(zip(paths, found[len(inputs) :], strict=True))
-
-
-def _put(module: nn.Module, arrays: list[tuple[str, mx.array]]) -> None:
-    if arrays:
-        module.update(tree_unflatten(arrays))
-
-
-# -- block_passes: The passes through one block of the decoder by itself, which the layerwise engine is made of; compil
 
 Context = tuple[Rotation, mx.array | None]
 """A block's rotation table and mask."""
@@ -106,7 +92,7 @@ class BlockPasses:
 
     Args:
         block: without experts if compiled: how many tokens an expert gets is known only when the batch is there.
-        compiled: once for each shape of batch. All blocks of a model share what g++ makes of it on the CPU (see `compiled`).
+        compiled: once for each shape of batch. All blocks of a model share what g++ makes of it on the CPU.
     """
 
     def __init__(self, block: Block, compiled: bool = False):
@@ -116,30 +102,23 @@ class BlockPasses:
 
     def forward(self, x: mx.array, context: Context) -> mx.array:
         """The block's output (B, T, D); lazy."""
-        return self._run(self._forward, x, context)
+        return self._forward(parameters_of(self.block), x, context)
 
     def backward(self, x: mx.array, cotangent: mx.array, context: Context) -> tuple[mx.array, Arrays]:
         """Gradients with respect to x (B, T, D), and to the trainable parameters by their names in the block; lazy."""
-        return self._run(self._backward, x, cotangent, context)
+        return self._backward(parameters_of(self.block), x, cotangent, context)
 
-    def _run(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        parameters = self.block.parameters()
-        try:
-            return function(parameters, *inputs)
-        finally:
-            self.block.update(parameters)  # tracing leaves stand-ins in the block
+    def _output(self, parameters: Arrays, x: mx.array, context: Context) -> mx.array:
+        with swapped_in(self.block, parameters):  # frozen ones too: what is not an input would be a constant of the program
+            return self.block(x, *context)
 
-    def _output(self, parameters: dict[str, Any], x: mx.array, context: Context) -> mx.array:
-        self.block.update(parameters)  # frozen ones too: what is not an input would be a constant of the program
-        return self.block(x, *context)
-
-    def _gradients(self, parameters: dict[str, Any], x: mx.array, cotangent: mx.array, context: Context) -> tuple[mx.array, Arrays]:
-        self.block.update(parameters)
-        (to_x,), own = gradients({"": self.block}, lambda x: self.block(x, *context), [x], cotangent)
+    def _gradients(self, parameters: Arrays, x: mx.array, cotangent: mx.array, context: Context) -> tuple[mx.array, Arrays]:
+        with swapped_in(self.block, parameters):
+            (to_x,), own = backward_through({"": self.block}, lambda x: self.block(x, *context), [x], cotangent)[1:]
         return to_x, own
 
 
-# -- expert_gradients: The backward pass through a block with a mixture of experts, one expert at a time
+# -- a block with a mixture of experts, one expert at a time -------------------------------------------------------------------
 
 @dataclass
 class ExpertWork:
@@ -190,8 +169,7 @@ def expert_gradients(block: Block, name: str, work: Sequence[ExpertWork], to_inp
         for one in routed:
             _through_expert(block, name, e, one, sums, below)
         if not sums:  # no token went there; the optimizer takes a step all the same
-            trained = tree_flatten(expert.trainable_parameters())
-            sums = {f"{name}.mlp.experts.{e}.{path}": mx.zeros(array.shape) for path, array in trained}
+            sums = {f"{name}.mlp.experts.{e}.{path}": mx.zeros(array.shape) for path, array in trainable_of(expert).items()}
         if sums:
             yield sums
         del sums  # before the next expert's, or attention's, are computed
@@ -203,7 +181,7 @@ def expert_gradients(block: Block, name: str, work: Sequence[ExpertWork], to_inp
 
 
 def _is_trained(*modules: nn.Module) -> bool:
-    return any(tree_flatten(module.trainable_parameters()) for module in modules)
+    return any(trainable_of(module) for module in modules)
 
 
 def _route(block: Block, name: str, one: ExpertWork, sums: Arrays, to_experts: bool) -> _Routed:
@@ -256,20 +234,7 @@ def _through_attention(block: Block, name: str, one: ExpertWork, done: _Routed |
     (one.cotangent,) = vjp(half, attend, [one.x], cotangent + to_attended, sums, to_input)
 
 
-# -- layerwise: The gradients of a step piece by piece, from the last block to the first, none living longer than it
-
-@dataclass(frozen=True)
-class GradientPiece:
-    """Gradients of some tensors, or of some rows of one."""
-
-    gradients: Arrays
-    """Module path -> gradient, summed over the step's micro-batches; evaluated."""
-    rows: slice | None = None
-    """The rows of the one tensor that these are; None: whole tensors."""
-
-
-BeforeRows = Callable[[str, Callable[[], Iterator[GradientPiece]]], None]
-
+# -- a step -----------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class _Stream:
@@ -292,62 +257,111 @@ class _Stream:
         return self.context[0], self.context[1][index]
 
 
-class LayerwiseBackward:
-    """One step's loss and gradients, in pieces.
-
-        backward = LayerwiseBackward(model, batches)
-        backward.loss
-        for piece in backward.pieces():
-            ...                               # may change the weights the piece belongs to
+class Layerwise:
+    """Computes the gradients of optimizer steps one block after the other, each handed out before the next is computed.
 
     Args:
         model: its trainable parameters get gradients.
-        batches: the micro-batches; each is weighted by its trained tokens.
-        passes: of each block; None: not compiled.
-        kernels: for the loss; None: MLX computes it.
+        compiled: each block's passes, once for each shape of batch; not with experts.
+        kernels: for norm and loss; None: MLX computes them.
+    """
+
+    def __init__(self, model: Decoder, compiled: bool = False, kernels: Kernels | None = None):
+        self._model, self._kernels = model, kernels
+        self._passes = [BlockPasses(block, compiled) for block in model.layers]
+
+    def __repr__(self) -> str:
+        return "Layerwise()"
+
+    def gradients(self, number: int, batches: Sequence[Batch]) -> LayerwiseGradients:
+        """The step's loss, and its gradients as they are asked for; see `gradients.Engine`."""
+        return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches)
+
+
+class LayerwiseGradients:
+    """Loss and gradients of a step, in pieces; see `gradients.StepGradients`.
+
+    The forward pass is done when this is made. `norm` and `pieces` each use it up; the second one asked begins with another.
 
     Attributes:
         loss: mean over all trained tokens of the step.
-        last_gradient_norm: norm of the gradient with respect to the last block's output; known before the first piece.
     """
 
     def __init__(
-        self, model: Decoder, batches: Sequence[Batch], passes: Sequence[BlockPasses] | None = None, kernels: Kernels | None = None
+        self, model: Decoder, passes: Sequence[BlockPasses], kernels: Kernels | None, number: int, batches: Sequence[Batch]
     ):
-        self._model, self._passes = model, passes or [BlockPasses(block) for block in model.layers]
-        self._trained = {name for name, _ in tree_flatten(model.trainable_parameters())}  # names only: who holds an array keeps its memory
+        self._model, self._passes, self._kernels = model, passes, kernels
+        self._number, self._batches = number, batches
+        self._trained = set(trainable_of(model))  # names only: who holds an array keeps its memory
         self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
-        tokens = sum(batch.num_tokens for batch in batches)
-        self._streams = [_forward(model, self._passes, batch, tokens) for batch in batches]
+        self._norm: float | None = None
+        self._streams: list[_Stream] | None = None
+        self._forward()
+
+    def norm(self) -> float:
+        """Of all gradients."""
+        if self._norm is None:
+            # A loop's variable would hold a piece while the next is computed.
+            self._norm = math.sqrt(sum(map(self._sum_of_squares, self._pieces(None))))
+        return self._norm
+
+    def check_finite(self) -> None:
+        """Raises `NonFiniteError` where the loss is not finite, or the norm; where that is not known yet, that of the gradient with
+        respect to the last block's output."""
+        norm = self._norm
+        if norm is None:
+            norm = mx.sqrt(sum(mx.square(stream.cotangent.astype(mx.float32)).sum() for stream in self._streams)).item()
+        check_finite(self._number, self.loss, norm, self._batches)
+
+    def pieces(self, optimizers: Optimizers | None = None) -> Iterator[GradientPiece]:
+        """The final norm's gradients, the blocks' from the last to the first, then the vocabulary's."""
+        squares = 0.0
+        for piece in self._pieces(optimizers):
+            squares += self._sum_of_squares(piece)
+            if not math.isfinite(squares):
+                raise NonFiniteError(
+                    f"step {self._number}: a gradient of {', '.join(piece.gradients)} is NaN or inf. Lower the learning rate, or set"
+                    " max_grad_norm: then all gradients are looked at before the first update."
+                )
+            yield piece
+            del piece  # before the next one is computed
+        self._norm = math.sqrt(squares)
+
+    def _sum_of_squares(self, piece: GradientPiece) -> float:
+        return global_norm(piece.gradients, self._kernels) ** 2
+
+    def _forward(self) -> None:
+        """All micro-batches up to the loss, and back to the last block's output."""
+        tokens = sum(batch.num_tokens for batch in self._batches)
+        self._streams = [_forward(self._model, self._passes, batch, tokens) for batch in self._batches]
         inputs = [stream.head for stream in self._streams]
-        self.loss, gradients = vocabulary.head_loss(model.head_weights(), inputs, kernels)
+        self.loss, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
         self._norm_gradients = self._through_final_norm(gradients)
-        squares = sum(mx.square(stream.cotangent.astype(mx.float32)).sum() for stream in self._streams)
-        self.last_gradient_norm = mx.sqrt(squares).item()
 
-    def pieces(self, before_rows: BeforeRows | None = None) -> Iterator[GradientPiece]:
-        """All gradients, each once: the final norm's, the blocks' from the last to the first, then the vocabulary's.
-
-        The weights of a piece may be changed as soon as it is handed out: what comes later does not need them any more.
-
-        Args:
-            before_rows: is called before the first piece of a matrix that comes by rows, with its name and a function that gives
-                these pieces; it may go through them any number of times.
-        """
+    def _pieces(self, optimizers: Optimizers | None) -> Iterator[GradientPiece]:
+        if self._streams is None:
+            self._forward()
         if self._norm_gradients:
             yield GradientPiece(self._norm_gradients)
-        del self._norm_gradients
+        self._norm_gradients = None
         lowest = lowest_trained_block(self._trained, len(self._model.layers))
         for i in reversed(range(lowest, len(self._model.layers))):
             yield from self._block_pieces(i, to_input=i > lowest or "embed_tokens.weight" in self._trained)
         bias = self._head_bias_gradient()  # computed from the head's old weight, handed out after the weight's own
         for name in ("lm_head.weight", "embed_tokens.weight"):
             if name in self._trained:
-                if before_rows is not None and len(self._ranges) > 1:
-                    before_rows(name, partial(self._row_pieces, name))
+                if optimizers is not None and len(self._ranges) > 1:
+                    self._show_rows(name, optimizers)
                 yield from self._row_pieces(name)
         if bias is not None:
             yield GradientPiece({"lm_head.bias": bias})
+        self._streams = None
+
+    def _show_rows(self, name: str, optimizers: Optimizers) -> None:
+        """All rows of a matrix, for a rule that has to see them before it updates some of them."""
+        for _ in range(optimizers.passes(name)):
+            for piece in self._row_pieces(name):
+                optimizers.observe(self._model, piece.gradients, piece.rows)
 
     def _through_final_norm(self, head_gradients: list[mx.array]) -> Arrays:
         """Takes each stream's cotangent from the head's input to the last block's output; the norm's own gradients."""
@@ -365,7 +379,7 @@ class LayerwiseBackward:
         passes, name = self._passes[index], f"layers.{index}"
         if self._model.config.num_experts:
             work = [ExpertWork(stream.inputs.pop(), stream.cotangent, *stream.block_context(index)) for stream in self._streams]
-            yield from (GradientPiece(found) for found in expert_gradients(passes.block, name, work, to_input))
+            yield from map(GradientPiece, expert_gradients(passes.block, name, work, to_input))
             for stream, done in zip(self._streams, work, strict=True):
                 stream.cotangent = done.cotangent
             return

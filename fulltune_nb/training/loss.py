@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
+import numpy as np
 
-from fulltune_nb.cpu import exp_and_sum
+from fulltune_nb.cpu import Kernels, exp_and_sum
 from fulltune_nb.data.batches import collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
 from fulltune_nb.errors import DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.history import EvalReport
-
-# -- loss: Cross-entropy of a language model's head, in chunks, so that logits of all tokens never exist at onc
 
 CHUNK_ELEMENTS = 2**22
 """Logits of a chunk: 16 MiB in float32. About 20 such arrays exist at the peak, as MLX works on some operations ahead."""
@@ -94,6 +93,22 @@ def _token_losses(hidden: mx.array, head: Head, targets: mx.array) -> tuple[mx.a
     return exponentials, total, (maximum + mx.log(total) - at_target)[:, 0]
 
 
+def losses_by_kernel(
+    kernels: Kernels, hidden: mx.array, head: Head, targets: np.ndarray, weights: np.ndarray, elements: int | None = None
+) -> Iterator[tuple[slice, float, mx.array]]:
+    """The loss outside of MLX's graph: chunk by chunk the positions, their share, and the gradient of their logits (n, V), evaluated.
+
+    Who takes a chunk lets go of its gradient before the next, or keeps it. Arguments as for `cross_entropy`, and
+    `chunk_size`; `head` in the dtype of `hidden`.
+    """
+    for rows in chunks(hidden.shape[0], head["weight"].shape[0], elements):
+        logits = chunk_logits(hidden[rows], head)
+        mx.eval(logits)
+        loss = kernels.cross_entropy(logits, targets[rows], weights[rows])  # in place: by now the gradients
+        yield rows, loss, logits
+        del logits
+
+
 def chunk_logits(hidden: mx.array, head: Head) -> mx.array:
     """(n, D) -> (n, V) float32."""
     logits = hidden @ head["weight"].T
@@ -112,8 +127,6 @@ def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:
     size = chunk_size(width, elements)
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
-
-# -- evaluate: Loss over a split: every trained token counts the same, whatever batch it stood in
 
 def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: int | None = None) -> tuple[float, int]:
     """Mean -log p over the split's trained tokens, in nats, and how many they are.

@@ -22,10 +22,10 @@ from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import row_widths
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import DataError, MemoryLimitError
+from fulltune_nb.models.parameters import trained_names
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.memory_model import Workload, count, layerwise_moments, moments
 from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes
-from fulltune_nb.training.parameters import trained_names
 from fulltune_nb.training.rounding import stored_dtype
 
 # -- machine: How much memory this machine has for training, and how much is in use. All in bytes

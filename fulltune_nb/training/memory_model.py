@@ -28,10 +28,10 @@ from functools import cached_property
 
 from fulltune_nb.cpu.fast_math import FEWEST_ELEMENTS
 from fulltune_nb.models.families import ModelConfig
+from fulltune_nb.models.parameters import lowest_trained_block
 from fulltune_nb.training import engine as staged
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.loss import chunk_size
-from fulltune_nb.training.parameters import lowest_trained_block
 
 # -- memory_model_block: What one block holds while it is computed and differentiated, from shapes alone, and the loss; `memo
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fulltune_nb.training.engine import StepResult
+from fulltune_nb.training.gradients import StepResult, take_step
 from fulltune_nb.training.state import random_state, set_random_state
 from fulltune_nb.training.trainer import Trainer
 
@@ -34,7 +34,8 @@ def rehearsal(trainer: Trainer) -> Iterator[Step]:
     def step(learning_rate: float) -> StepResult:
         nonlocal taken
         number, taken = trainer.step_count + taken, taken + 1
-        return trainer.engine.step(number + 1, trainer.batches.of_step(number), learning_rate)
+        limit = trainer.config.max_grad_norm
+        return take_step(model, trainer.engine, optimizers, number + 1, trainer.batches.of_step(number), learning_rate, limit)
 
     try:
         yield step

@@ -17,23 +17,20 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.cpu import cap_cache
-from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.encode import Example
 from fulltune_nb.errors import CheckpointError, DataError, TrainingError
 from fulltune_nb.html import facts
-from fulltune_nb.models.families import to_hf
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.models.parameters import select_trainable
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.engine import ENGINES, Engine, choose_compile
+from fulltune_nb.training.gradients import Engine, take_step
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.loss import evaluate_split
-from fulltune_nb.training.memory import choose_backward, memory_is_short
 from fulltune_nb.training.optimizers import Optimizers
-from fulltune_nb.training.parameters import select_trainable
-from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
+from fulltune_nb.training.plan import make_plan
 from fulltune_nb.training.run import RESULT_FILE, RunDirectory
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
@@ -260,37 +257,18 @@ class Trainer(Branching):
         lm.card = ModelCard(lm.source, data, config, self.history)
         self._upkeep = Upkeep(self)
         self.patience = Patience(config.patience)
-        self.batches = StepBatches(
-            data.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            grad_accumulation_steps=config.grad_accumulation_steps,
-            packing=config.packing,
-            max_seq_length=config.max_seq_length,
-        )
-        if config.packing:
-            self.event("packing", self.batches.packing_note)
-        self.total_steps = config.total_steps(self.batches.steps_per_epoch)
+        plan = make_plan(lm, data, config, force, backward)
+        for kind, message in plan.notes:
+            self.event(kind, message)
+        self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
         self._rate = LearningRate(make_schedule(config, self.total_steps))
-        self._store_weights()
+        if plan.dtype != lm.model.embed_tokens.weight.dtype:
+            lm.model.set_dtype(plan.dtype)
+            mx.eval(lm.model.parameters())
         select_trainable(lm.model, config.train_only, config.freeze)
-        self.backward = backward or choose_backward(lm, data, config, force)
-        compiles, note = choose_compile(lm.model, config, self.backward, self.total_steps * self.batches.tokens_per_step)
-        if note:
-            self.event("compile", note)
-        cap_cache(lean=self.backward == "layerwise" and memory_is_short(lm, data, config))
-        self._optimizers = Optimizers(lm.model, config, lambda name: to_hf(name, lm.config.family))
-        self._engine = ENGINES[self.backward](lm.model, self._optimizers, config, compiles)
-
-    def _store_weights(self) -> None:
-        """Gives the weights the dtype that `config.weights` asks for."""
-        dtype = stored_dtype(self.config.weights, self.lm.dtype)
-        if (name := str(dtype).removeprefix("mlx.core.")) != self.lm.dtype:
-            self.event("dtype", f"weights were {self.lm.dtype} and are trained in {name}")
-            self.lm.model.set_dtype(dtype)
-            mx.eval(self.lm.model.parameters())
-        if name == "bfloat16" and self.config.rounding == "nearest":
-            self.event("rounding", NEAREST_WARNING)
+        cap_cache(lean=plan.gives_back)
+        self._optimizers = Optimizers(lm.model, config)
+        self._engine = plan.make_engine(lm.model)
 
     @property
     def optimizers(self) -> Optimizers:
@@ -299,7 +277,7 @@ class Trainer(Branching):
 
     @property
     def engine(self) -> Engine:
-        """What takes the steps: forward, backward, update."""
+        """What computes the gradients: forward and backward."""
         return self._engine
 
     @property
@@ -365,7 +343,8 @@ class Trainer(Branching):
             batches = self.batches.of_step(self.step_count)
             rate = self.learning_rate
             try:
-                result = self._engine.step(self.step_count + 1, batches, rate)
+                limit = self.config.max_grad_norm
+                result = take_step(self.lm.model, self._engine, self._optimizers, self.step_count + 1, batches, rate, limit)
             except BaseException as error:
                 step_failed(self, error)
                 raise

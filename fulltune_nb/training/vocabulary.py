@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.cpu import Kernels, fast_exp
-from fulltune_nb.training.loss import Head, chunk_logits, chunks
+from fulltune_nb.training.loss import Head, chunk_logits, chunks, losses_by_kernel
 
 RANGE_ELEMENTS = 2**24
 """Weights of a range of rows: 64 MiB in float32."""
@@ -102,17 +102,14 @@ def embedding_gradient(ids: np.ndarray, cotangent: mx.array, rows: slice) -> mx.
 
 def _only_pass(head: Head, one: HeadInput, kernels: Kernels) -> tuple[float, mx.array]:
     """Fills in `kept`; returns the loss and the hidden states' gradient."""
-    rows = slice(0, head["weight"].shape[0])
-    weight, weights = head["weight"].astype(one.hidden.dtype), np.asarray(one.weights)
-    loss, gradient = 0.0, mx.zeros_like(one.hidden)
-    for part in _chunks(one, rows):
-        logits = _logits(head, weight, one, rows, part)
-        mx.eval(logits)
-        loss += kernels.cross_entropy(logits, one.targets[part], weights[part])
-        one.kept[rows.start, part.start] = logits  # by now their gradients
-        gradient[part] = logits @ weight
+    head = {name: array.astype(one.hidden.dtype) if name == "weight" else array for name, array in head.items()}
+    total, gradient = 0.0, mx.zeros_like(one.hidden)
+    for part, loss, logit_gradients in losses_by_kernel(kernels, one.hidden, head, one.targets, np.asarray(one.weights)):
+        total += loss
+        one.kept[0, part.start] = logit_gradients
+        gradient[part] = logit_gradients @ head["weight"]
         mx.eval(gradient)
-    return loss, gradient
+    return total, gradient
 
 
 def _first_pass(head: Head, one: HeadInput, keep: bool) -> float:

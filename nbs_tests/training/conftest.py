@@ -1,5 +1,6 @@
 """Small models and data for the trainer's tests."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -50,6 +51,13 @@ def make_trainer(make_lm, make_data):
         return ft.Trainer(make_lm(), make_data(rows, config=config), config, run_dir)
 
     return make
+
+
+def loss_and_gradients(engine, *batches: Batch) -> tuple[float, dict[str, mx.array]]:
+    """What an engine of the whole graph computes for a step: its loss, and all gradients by module path."""
+    gradients = engine.gradients(1, batches)
+    (piece,) = gradients.pieces()
+    return gradients.loss, piece.gradients
 
 
 def random_batch(vocab_size: int, rows: int, length: int, seed: int):

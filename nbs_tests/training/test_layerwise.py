@@ -13,8 +13,8 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
 from fulltune_nb.training import layerwise, vocabulary
 from fulltune_nb.training import loss as loss_module
-from fulltune_nb.training.engine import step_gradients
-from fulltune_nb.training.layerwise import BlockPasses, LayerwiseBackward, expert_gradients
+from fulltune_nb.training.engine import WholeGraph
+from fulltune_nb.training.layerwise import BlockPasses, Layerwise, expert_gradients
 from nbs_tests.models.model_cases import CASES
 from nbs_tests.training.conftest import TINY_LLAMA, random_batch
 
@@ -53,13 +53,15 @@ def test_the_pieces_are_the_gradients_of_the_whole_graph(case, ranges):
     model = Decoder(config)
     mx.eval(model.parameters())
     batches = [random_batch(config.vocab_size, 3, 20, 1), random_batch(config.vocab_size, 2, 13, 2)]
-    loss, whole = step_gradients(model, batches)
-    whole = {name: np.array(array) for name, array in tree_flatten(whole)}
-    backward, found = LayerwiseBackward(model, batches), {}
-    for piece in backward.pieces():
+    expected = WholeGraph(model).gradients(1, batches)
+    (piece,) = expected.pieces()
+    whole = {name: np.array(array) for name, array in piece.gradients.items()}
+    gradients, found = Layerwise(model).gradients(1, batches), {}
+    assert gradients.norm() == pytest.approx(expected.norm(), rel=1e-5)  # a pass of its own, before that of the pieces
+    for piece in gradients.pieces():
         for name, gradient in piece.gradients.items():
             found.setdefault(name, np.full(whole[name].shape, np.nan, np.float32))[piece.rows or slice(None)] = np.array(gradient)
-    assert backward.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert gradients.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.keys() == whole.keys()
     assert max(relative(found[name], whole[name]) for name in whole) < 1e-5
 

@@ -14,10 +14,10 @@ from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.decoder import Decoder, causal_mask, within_segments
 from fulltune_nb.models.families import read_config
 from fulltune_nb.training import memory
-from fulltune_nb.training.engine import step_gradients
-from fulltune_nb.training.layerwise import LayerwiseBackward
+from fulltune_nb.training.engine import WholeGraph
+from fulltune_nb.training.layerwise import Layerwise
 from nbs_tests.models.model_cases import CASES, FAMILIES, SMALL
-from nbs_tests.training.conftest import make_rows
+from nbs_tests.training.conftest import loss_and_gradients, make_rows
 
 SEGMENTS = [5, 9, 3]
 """Input positions of the examples of one row; two of padding follow."""
@@ -49,6 +49,14 @@ def _scaled(tree):
     return tree * 1.5 if tree.ndim > 1 else tree
 
 
+def assert_same(found, reference) -> None:
+    """Loss and gradients of two steps are the same to 1e-5, but for gradients that are zero."""
+    (loss, gradients), (expected_loss, expected) = found, reference
+    assert loss == pytest.approx(expected_loss, rel=1e-5) and gradients.keys() == expected.keys()
+    for name, array in expected.items():
+        assert mx.linalg.norm(array) < 1e-6 or distance(gradients[name], array) < 1e-5, name
+
+
 def distance(found, expected):
     return float(mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-30))
 
@@ -62,11 +70,7 @@ def test_packed_loss_and_gradients_equal_those_of_each_example_alone(case, check
     packed = [collate(split, rows) for step in PackedOrder(split, 2, 0, 1, 32).epoch(0) for rows in step]
     assert max(batch.segments.max() for batch in packed) >= 2 and len(packed) > 1
     alone = [collate(split, (index,)) for index in range(len(split))]
-    loss, gradients = step_gradients(decoder, packed, checkpoint)
-    expected_loss, expected = step_gradients(decoder, alone)
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
-    for (name, found), (_, reference) in zip(tree_flatten(gradients), tree_flatten(expected), strict=True):
-        assert mx.linalg.norm(reference) < 1e-6 or distance(found, reference) < 1e-5, name
+    assert_same(loss_and_gradients(WholeGraph(decoder, checkpoint), *packed), loss_and_gradients(WholeGraph(decoder), *alone))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,10 +79,11 @@ def test_the_layerwise_backward_pass_keeps_packed_examples_apart_too(case):
     decoder = random_decoder(raw)
     split = random_split(raw["vocab_size"], [12, 7, 20, 3, 2, 16, 9])
     packed = [collate(split, rows) for step in PackedOrder(split, 2, 0, 1, 32).epoch(0) for rows in step]
-    expected_loss, expected = step_gradients(decoder, [collate(split, (index,)) for index in range(len(split))])
-    expected = {name: np.array(array) for name, array in tree_flatten(expected)}
-    backward = LayerwiseBackward(decoder, packed)
-    assert float(backward.loss) == pytest.approx(expected_loss.item(), rel=1e-5)
+    alone = [collate(split, (index,)) for index in range(len(split))]
+    expected_loss, expected = loss_and_gradients(WholeGraph(decoder), *alone)
+    expected = {name: np.array(array) for name, array in expected.items()}
+    backward = Layerwise(decoder).gradients(1, packed)
+    assert backward.loss == pytest.approx(expected_loss, rel=1e-5)
     seen = set()
     for piece in backward.pieces():
         for name, gradient in piece.gradients.items():
@@ -97,11 +102,8 @@ def test_on_large_arrays_too(family):
     decoder = random_decoder(raw)
     split = random_split(raw["vocab_size"], [90, 70, 33, 20, 120, 64, 31, 12, 2])
     packed = [collate(split, rows) for step in PackedOrder(split, 4, 0, 1, 160).epoch(0) for rows in step]
-    loss, gradients = step_gradients(decoder, packed)
-    expected_loss, expected = step_gradients(decoder, [collate(split, (index,)) for index in range(len(split))])
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
-    for (name, found), (_, reference) in zip(tree_flatten(gradients), tree_flatten(expected), strict=True):
-        assert mx.linalg.norm(reference) < 1e-6 or distance(found, reference) < 1e-5, name
+    alone = [collate(split, (index,)) for index in range(len(split))]
+    assert_same(loss_and_gradients(WholeGraph(decoder), *packed), loss_and_gradients(WholeGraph(decoder), *alone))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,111 @@
+"""A model's parameters by name: which are trained, where one stands in the model, and arrays put in their place for a while.
+
+A parameter's name is its module path, such as `layers.0.mlp.up_proj.weight`. Patterns in settings (`train_only`, `freeze`) are matched
+against the name it has in Hugging Face checkpoints, such as `model.layers.0.mlp.up_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import to_hf
+
+Arrays = dict[str, mx.array]
+"""Name -> array."""
+
+
+def parameters_of(module: nn.Module) -> Arrays:
+    """All parameters of a module by their names in it."""
+    return dict(tree_flatten(module.parameters()))
+
+
+def trainable_of(module: nn.Module) -> Arrays:
+    """The trainable parameters of a module by their names in it."""
+    return dict(tree_flatten(module.trainable_parameters()))
+
+
+def put_parameters(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Gives a module these arrays, by their names in it; parameters that are not named stay."""
+    if arrays:
+        module.update(tree_unflatten(list(arrays.items())))
+
+
+@contextmanager
+def swapped_in(module: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[None]:
+    """Within the block, a module has these arrays by their names in it; afterwards its own again.
+
+    So a function of the arrays is made of a module, for MLX to differentiate or compile. Its own arrays must come back before anything
+    else is computed: what was put in belongs to a graph, and would keep it.
+    """
+    own = {name: array for name, array in parameters_of(module).items() if name in arrays}
+    put_parameters(module, arrays)
+    try:
+        yield
+    finally:
+        put_parameters(module, own)
+
+
+def holder_of(module: nn.Module, name: str) -> tuple[Any, str | int]:
+    """The module or list that holds a parameter, or a module, of this name, and its key there: `holder[key]` reads and writes it."""
+    *path, last = name.split(".")
+    holder: Any = module
+    for part in path:
+        holder = holder[int(part) if isinstance(holder, list) else part]
+    return holder, int(last) if isinstance(holder, list) else last
+
+
+def select_trainable(model: Decoder, train_only: Sequence[str], freeze: Sequence[str]) -> None:
+    """Makes every tensor trainable, then freezes what `train_only` leaves out and `freeze` names.
+
+    Args:
+        model: changed in place; whatever was frozen before does not matter.
+        train_only: shell-style patterns on Hugging Face tensor names; empty means all.
+        freeze: patterns of what stays as it is; wins over `train_only`.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or nothing left to train.
+    """
+    trained = trained_names(model, train_only, freeze)
+    model.unfreeze()
+    for name in parameters_of(model).keys() - trained:
+        module, key = holder_of(model, name)
+        module.freeze(recurse=False, keys=key)
+
+
+def trained_names(model: Decoder, train_only: Sequence[str], freeze: Sequence[str]) -> set[str]:
+    """Names of the parameters that `select_trainable` leaves trainable; arguments and errors as there."""
+    names = {name: to_hf(name, model.config.family) for name in parameters_of(model)}
+    for setting, patterns in (("train_only", train_only), ("freeze", freeze)):
+        for pattern in patterns:
+            if not any(fnmatchcase(hf_name, pattern) for hf_name in names.values()):
+                some = ", ".join(list(names.values())[:4])
+                raise ConfigError(f"{setting}: {pattern!r} matches no tensor. Names look like {some}; '*' stands for anything.")
+
+    def matched(hf_name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(hf_name, pattern) for pattern in patterns)
+
+    trained = {name for name, hf_name in names.items() if matched(hf_name, train_only or ["*"]) and not matched(hf_name, freeze)}
+    if not trained:
+        raise ConfigError("train_only and freeze together leave nothing to train.")
+    return trained
+
+
+def lowest_trained_block(trained: Collection[str], num_layers: int) -> int:
+    """The first block that a backward pass has to go through: below it nothing is trained. `num_layers` where no block is.
+
+    Args:
+        trained: names of the trained parameters.
+        num_layers: blocks of the model.
+    """
+    if any(name.startswith("embed_tokens.") for name in trained):
+        return 0
+    return min((int(name.split(".")[1]) for name in trained if name.startswith("layers.")), default=num_layers)

@@ -1,0 +1,137 @@
+"""The loss and gradients of one optimizer step, whichever engine computes them, and what is asked of them before an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from fulltune_nb.cpu import Kernels, streams_for
+from fulltune_nb.data.batches import Batch
+from fulltune_nb.errors import NonFiniteError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.parameters import Arrays
+from fulltune_nb.training.optimizers import Optimizers
+
+
+@dataclass(frozen=True)
+class GradientPiece:
+    """Gradients of some tensors, or of some rows of one."""
+
+    gradients: Arrays
+    """Module path -> gradient, summed over the step's micro-batches; evaluated."""
+    rows: slice | None = None
+    """The rows of the one tensor that these are; None: whole tensors."""
+
+
+class StepGradients(Protocol):
+    """The loss and gradients of one step.
+
+        gradients = engine.gradients(number, batches)
+        gradients.check_finite()
+        for piece in gradients.pieces(optimizers):
+            ...                               # may change the weights the piece belongs to
+            del piece                         # before the next one is computed
+
+    Attributes:
+        loss: mean over all trained tokens of the step.
+    """
+
+    loss: float
+
+    def norm(self) -> float:
+        """Square root of the sum of all squared elements. Layer by layer it takes a backward pass of its own, unless all pieces
+        were handed out before."""
+
+    def check_finite(self) -> None:
+        """To be called before anything is changed.
+
+        Raises:
+            NonFiniteError: the loss or the norm is NaN or inf; names the rows of the step.
+        """
+
+    def pieces(self, optimizers: Optimizers | None = None) -> Iterator[GradientPiece]:
+        """Every gradient once; the weights of a piece may be changed as soon as it is handed out.
+
+        Args:
+            optimizers: before the first piece of a matrix that comes by rows, its `observe` is shown all rows, `passes` times.
+
+        Raises:
+            NonFiniteError: layer by layer only: a gradient further down is NaN or inf, when others have been handed out.
+        """
+
+
+class Engine(Protocol):
+    """Computes the gradients of optimizer steps."""
+
+    def gradients(self, number: int, batches: Sequence[Batch]) -> StepGradients:
+        """Forward and backward.
+
+        Args:
+            number: of the step, from 1; for messages.
+            batches: its micro-batches, each weighted by its trained tokens.
+        """
+
+
+def add(sums: Arrays, gradients: Mapping[str, mx.array]) -> None:
+    """Adds gradients to those so far; lazy."""
+    for name, gradient in gradients.items():
+        sums[name] = sums[name] + gradient if name in sums else gradient
+
+
+def global_norm(gradients: Mapping[str, mx.array], kernels: Kernels | None = None) -> float:
+    """Square root of the sum of all squared elements, by kernels of our own or by MLX."""
+    arrays = [array.astype(mx.float32) for array in gradients.values()]
+    if kernels is not None:
+        return math.sqrt(kernels.sum_of_squares(arrays))
+    parts = []
+    for array, stream in zip(arrays, streams_for([array.size for array in arrays]), strict=True):
+        with mx.stream(stream):
+            # Row sums by a product with ones: MLX's own sum takes twice the time on the CPU.
+            squares = mx.square(array).reshape(-1, array.shape[-1])
+            parts.append((squares @ mx.ones((array.shape[-1], 1))).sum())
+    return mx.sqrt(sum(parts)).item()
+
+
+def clip_scale(norm: float, max_norm: float | None) -> float:
+    """What gradients of this global norm are multiplied by, as in `torch.nn.utils.clip_grad_norm_`; at most 1."""
+    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+
+
+def check_finite(number: int, loss: float, norm: float, batches: Sequence[Batch]) -> None:
+    """See `StepGradients.check_finite`."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    rows = ", ".join(source for batch in batches for source in batch.sources)
+    raise NonFiniteError(
+        f"step {number}: the loss is {loss} and the gradient's norm {norm}; nothing was updated. The batch's rows: {rows}."
+        " Look at these rows, lower the learning rate, or set max_grad_norm."
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells about itself."""
+
+    loss: float
+    """Mean over the step's trained tokens, before the update."""
+    grad_norm: float
+    """Of all gradients together, before clipping."""
+
+
+def take_step(
+    model: Decoder, engine: Engine, optimizers: Optimizers, number: int, batches: Sequence[Batch], rate: float, max_norm: float | None
+) -> StepResult:
+    """Forward, backward, update."""
+    gradients = engine.gradients(number, batches)
+    scale = 1.0 if max_norm is None else clip_scale(gradients.norm(), max_norm)
+    gradients.check_finite()
+    optimizers.begin_step(rate, scale)
+    for piece in gradients.pieces(optimizers):
+        optimizers.update_tensors(model, piece.gradients, rows=piece.rows)
+        del piece  # before the next one is computed
+    optimizers.end_step()
+    return StepResult(gradients.loss, gradients.norm())
