@@ -77,16 +77,16 @@ def test_a_second_sigint_stops_at_once_and_a_broken_step_is_never_saved(make_tra
     straight, trainer = make_trainer(), make_trainer(run_dir=tmp_path / "run", save_every=2)
     straight.run()
     trainer.run(3)
-    update, updated = trainer._optimizers.update, []
+    update, updated = trainer.optimizers.update_tensors, []
 
-    def broken_off(model, *arguments):
-        update(model, *arguments)
+    def broken_off(model, gradients, rows):
+        update(model, gradients, rows)
         updated.append(1)
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         updated.append(2)
 
-    trainer._optimizers.update = broken_off
+    trainer.optimizers.update_tensors = broken_off
     with pytest.raises(StoppedAtOnce):
         trainer.run()
     assert updated == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler

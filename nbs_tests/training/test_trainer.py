@@ -252,13 +252,13 @@ def test_an_interrupt_pauses_run_at_a_whole_step(make_trainer, when):
 
 def test_an_interrupt_in_step_is_raised_when_the_step_is_whole(make_trainer):
     trainer = make_trainer()
-    original = trainer._optimizers.update
+    original = trainer.optimizers.update_tensors
 
-    def update(*args):
+    def update(*args, **rows):
         os.kill(os.getpid(), signal.SIGINT)
-        original(*args)
+        original(*args, **rows)
 
-    trainer._optimizers.update = update
+    trainer.optimizers.update_tensors = update
     with pytest.raises(KeyboardInterrupt):
         trainer.step()
     assert trainer.step_count == 1 and len(trainer.history.steps) == 1
