@@ -37,11 +37,11 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.encode import Example
-    from fulltune_nb.insight.compare import compare
+    from fulltune_nb.insight.comparison import compare
     from fulltune_nb.insight.generation_score import evaluate_generation
     from fulltune_nb.insight.learning_rate import find_lr
     from fulltune_nb.insight.losses import token_losses
-    from fulltune_nb.insight.trace import inspect, trace
+    from fulltune_nb.insight.tracing import inspect, trace
     from fulltune_nb.models.language_model import LanguageModel, load_model
     from fulltune_nb.panels.chat import ChatPanel
     from fulltune_nb.panels.data import DataPanel
@@ -97,17 +97,17 @@ _HOMES = {
     "TrainConfig": "training.config",
     "TrainPanel": "panels.train",
     "Trainer": "training.trainer",
-    "compare": "insight.compare",
+    "compare": "insight.comparison",
     "evaluate_generation": "insight.generation_score",
     "find_lr": "insight.learning_rate",
-    "inspect": "insight.trace",
+    "inspect": "insight.tracing",
     "load_data": "data.dataset",
     "load_model": "models.language_model",
     "plot_loss": "plots",
     "plot_memory": "plots",
     "preflight": "training.memory",
     "token_losses": "insight.losses",
-    "trace": "insight.trace",
+    "trace": "insight.tracing",
 }
 
 

@@ -81,6 +81,11 @@ def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:
     return _table("", (head.format(esc(name)) + _cell(value) for name, value in pairs), title)
 
 
+def more(count: int, what: str) -> str:
+    """A line below what was cut short, such as "… and 3 more rows"; `""` for none."""
+    return f"<div>… and {count:,} more {esc(what)}</div>" if count > 0 else ""
+
+
 def human_bytes(count: float) -> str:
     """Bytes as text in decimal units, such as `"4.29 GB"`."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, MissingDependencyError
-from fulltune_nb.insight.attaching import Attachable
+from fulltune_nb.training.callbacks import Attachable
 
 __all__ = ["Tensorboard", "Trackio", "Wandb", "numbers_of"]
 

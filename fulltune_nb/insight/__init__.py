@@ -15,12 +15,12 @@
 The most used ones stand at the package's top too.
 """
 
-from fulltune_nb.insight.compare import Comparison, compare
+from fulltune_nb.insight.comparison import Comparison, compare
 from fulltune_nb.insight.forgetting import Forgetting
 from fulltune_nb.insight.generation_score import GenerationReport, GenerationScore, evaluate_generation
 from fulltune_nb.insight.learning_rate import LearningRateSearch, find_lr
 from fulltune_nb.insight.losses import TokenLosses, TopLosses, token_losses, top_losses
-from fulltune_nb.insight.trace import Inspection, Trace, inspect, trace
+from fulltune_nb.insight.tracing import Inspection, Trace, inspect, trace
 from fulltune_nb.insight.updates import UpdateMeter
 
 __all__ = [

@@ -15,11 +15,11 @@ from fulltune_nb.data.encode import Example
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
-from fulltune_nb.insight.attaching import Attachable
-from fulltune_nb.insight.losses import as_examples, token_statistics
-from fulltune_nb.insight.updates import block_of, norm
+from fulltune_nb.insight.predictions import as_examples, token_statistics
+from fulltune_nb.insight.updates import block_of, norm, rows_between
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.settings import whole_number
+from fulltune_nb.training.callbacks import Attachable
 
 if TYPE_CHECKING:
     from fulltune_nb.plots import Axes
@@ -30,7 +30,7 @@ _CHARACTERS = 400
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class ForgettingSnapshot:
     """How a model stood at one step."""
 
     step: int
@@ -73,7 +73,7 @@ class Forgetting(Attachable):
         self.prompts, self.text, self.chat = tuple(prompts), text, chat
         self.max_tokens = whole_number("max_tokens", max_tokens, low=1)
         self.sample = None if sample is None else whole_number("sample", sample, low=1)
-        self.snapshots: list[Snapshot] = []
+        self.snapshots: list[ForgettingSnapshot] = []
         self._base: dict[str, mx.array] = {}
 
     def attach(self, trainer: Any) -> Forgetting:
@@ -98,7 +98,7 @@ class Forgetting(Attachable):
         """See `Trainer.run`."""
         self.look(trainer)
 
-    def look(self, trainer: Any) -> Snapshot:
+    def look(self, trainer: Any) -> ForgettingSnapshot:
         """How the trainer's model stands now; at most once a step."""
         if self.snapshots and self.snapshots[-1].step == trainer.step_count:
             return self.snapshots[-1]
@@ -107,13 +107,12 @@ class Forgetting(Attachable):
             self._base = {name: self._rows(array) + 0 for name, array in tree_flatten(lm.model.parameters())}
             mx.eval(self._base)
         chat = trainer.data.train.format != "text" if self.chat is None else self.chat
-        snapshot = Snapshot(trainer.step_count, tuple(self._answers(lm, chat)), self._perplexity(lm), self._drift(lm))
+        snapshot = ForgettingSnapshot(trainer.step_count, tuple(self._answers(lm, chat)), self._perplexity(lm), self._drift(lm))
         self.snapshots.append(snapshot)
         return snapshot
 
     def _rows(self, array: mx.array) -> mx.array:
-        skip = 1 if self.sample is None else max(1, min(array.size // self.sample, array.shape[0]))
-        return array[:: max(1, skip - 1 + skip % 2)]
+        return array[:: rows_between(self.sample, array.size, array.shape[0])]
 
     def _answers(self, lm: LanguageModel, chat: bool) -> list[str]:
         if not self.prompts:
@@ -135,8 +134,6 @@ class Forgetting(Attachable):
             found[name] = norm(self._rows(array).astype(mx.float32) - base) / max(norm(base), 1e-30)
         return found
 
-    # -- looking --------------------------------------------------------------------------------------------------
-
     @property
     def steps(self) -> list[int]:
         """Of the snapshots."""
@@ -149,10 +146,9 @@ class Forgetting(Attachable):
         return blocks, np.array(values, dtype=np.float64).reshape(len(blocks), len(self.snapshots))
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a line for each snapshot and prompt (one for each snapshot where there are no prompts).
+        """A pandas DataFrame with a line for each snapshot and prompt, or for each snapshot where there are no prompts.
 
-        Raises:
-            MissingDependencyError: pandas is not installed.
+        Raises `MissingDependencyError` without pandas.
         """
         lines = []
         for snapshot in self.snapshots:
@@ -163,11 +159,7 @@ class Forgetting(Attachable):
         return frame(lines, ["step", "perplexity", "mean_drift", "prompt", "answer"])
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Perplexity on the general text over the steps, against the base's.
-
-        Args:
-            ax: where to draw; a new figure where left out.
-        """
+        """Perplexity on the general text over the steps, against the base's, on `ax` or a new figure."""
         from fulltune_nb.plots import curves
 
         values = [snapshot.perplexity for snapshot in self.snapshots]
@@ -175,7 +167,7 @@ class Forgetting(Attachable):
         return curves([("now", self.steps, values), ("base", self.steps, base)], "optimizer step", "perplexity on general text", ax=ax)
 
     def plot_drift(self, ax: Axes | None = None) -> Axes:
-        """How far each block's weights have moved, by step."""
+        """How far each block's weights have moved, by step, on `ax` or a new figure."""
         from fulltune_nb.plots import heat_map
 
         blocks, values = self.drift_by_block()

@@ -14,9 +14,9 @@ from fulltune_nb.data.encode import Example
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
-from fulltune_nb.insight.attaching import Attachable
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.settings import whole_number
+from fulltune_nb.training.callbacks import Attachable
 
 if TYPE_CHECKING:
         from fulltune_nb.plots import Axes

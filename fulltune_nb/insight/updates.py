@@ -1,4 +1,4 @@
-"""How the update-survival meter shows itself in a cell: the last measured step by block, and a heat map of blocks x steps."""
+"""The update meter: which share of the weights a step really changes after rounding, and how large updates, gradients and weights are."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from fulltune_nb import svg
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, PALETTE, esc, table
+from fulltune_nb.html import NO_MATH, more, table
 from fulltune_nb.settings import whole_number
+from fulltune_nb.training.callbacks import Attachable
 from fulltune_nb.training.optimizers import PendingUpdate
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
-        from fulltune_nb.plots import Axes
-
-# -- survival: The update-survival meter: which share of the weights a step really changes, after rounding, and how
+    from fulltune_nb.plots import Axes
 
 _NORM_CHUNK = 2**22  # elements turned into float32 at a time
 _EATEN_BELOW = 0.5
@@ -57,7 +57,7 @@ class TensorUpdate:
         return self.changed / self.moving if self.moving else math.nan
 
 
-class UpdateMeter:
+class UpdateMeter(Attachable):
     """Measures what updates do. Pass it to `trainer.run(callbacks=[meter])`, or `attach` it for steps, panels and notebooks.
 
     By default every tenth step is measured, and changes are counted in rows spread evenly over each tensor, 16,384 elements or so;
@@ -80,28 +80,23 @@ class UpdateMeter:
         self.sample = None if sample is None else whole_number("sample", sample, low=1)
         self.keep = None if keep is None else whole_number("keep", keep, low=1)
         self.records: list[TensorUpdate] = []
-        self._trainer: Trainer | None = None
         self._attached_by_run = self._warned = False
-        self._seen: dict[tuple[str, int], _Piece] = {}  # of the update under way, by name and first row
-        self._fresh: list[_Piece] = []  # of the step under way
-
-    # -- attaching ------------------------------------------------------------------------------------------------
+        self._seen: dict[tuple[str, int], _MeasuredRows] = {}  # of the update under way, by name and first row
+        self._fresh: list[_MeasuredRows] = []  # of the step under way
 
     def attach(self, trainer: Trainer) -> UpdateMeter:
         """Measures every step of this trainer from now on, whoever takes it; until `detach`."""
         if self._trainer is not trainer:
-            self.detach()
-            self._trainer = trainer
+            super().attach(trainer)
             trainer.optimizers.observers.append(self)
-            trainer.listeners.append(self)
         return self
 
     def detach(self) -> None:
         """Ends the measuring; what was measured stays."""
         if self._trainer is not None:
             self._trainer.optimizers.observers.remove(self)
-            self._trainer.listeners.remove(self)
-        self._trainer, self._attached_by_run, self._seen, self._fresh = None, False, {}, []
+        super().detach()
+        self._attached_by_run, self._seen, self._fresh = False, {}, []
 
     def on_start(self, trainer: Trainer, target: int) -> None:
         """As a callback of `run`: attaches itself for as long as that lasts."""
@@ -114,17 +109,14 @@ class UpdateMeter:
         if self._attached_by_run:
             self.detach()
 
-    # -- measuring ------------------------------------------------------------------------------------------------
-
     def before(self, update: PendingUpdate) -> None:
         """See `UpdateObserver`."""
         if (update.step - 1) % self.every:
             return
         size = math.prod(update.shape)
-        skip = 1 if self.sample is None else min(size // self.sample, update.weight.shape[0])
-        skip = max(1, skip - 1 + skip % 2)  # odd: an even one could pick the same place in every head
+        skip = rows_between(self.sample, size, update.weight.shape[0])
         old, moving, update_squares, sample_squares = _moving(update, skip)
-        self._seen[update.name, update.first_row] = _Piece(
+        self._seen[update.name, update.first_row] = _MeasuredRows(
             update.name, str(update.weight.dtype).removeprefix("mlx.core."), size, old.size, update_squares, sample_squares,
             sum_of_squares(update.gradient), sum_of_squares(update.weight), old, moving, skip,
         )  # fmt: skip
@@ -148,7 +140,7 @@ class UpdateMeter:
     def collect(self, step: int) -> list[TensorUpdate]:
         """What was seen since the last call, as of this step; for a loop of one's own, where no trainer tells that a step is whole."""
         fresh, self._fresh = self._fresh, []
-        pieces: dict[str, list[_Piece]] = {}
+        pieces: dict[str, list[_MeasuredRows]] = {}
         for seen in fresh:
             pieces.setdefault(seen.name, []).append(seen)
         new = [_joined(step, own) for own in pieces.values()]
@@ -156,8 +148,6 @@ class UpdateMeter:
         if self.keep is not None and len(self.records) > 2 * self.keep * len(new) > 0:
             del self.records[: -self.keep * len(new)]
         return new
-
-    # -- looking --------------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> list[int]:
@@ -184,11 +174,7 @@ class UpdateMeter:
         return survival(record for record in self.records if step in (None, record.step))
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a line for each measured step and tensor.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
+        """A pandas DataFrame with a line for each measured step and tensor. Raises `MissingDependencyError` without pandas."""
         columns = [*TensorUpdate.__dataclass_fields__, "survival"]
         return frame(({**vars(record), "survival": record.survival} for record in self.records), columns)
 
@@ -230,12 +216,11 @@ class UpdateMeter:
         return f"UpdateMeter({len(steps)} steps measured, every {self.every}{share})"
 
     def _repr_html_(self) -> str:
-
         return survival_html(self)
 
 
 @dataclass
-class _Piece:
+class _MeasuredRows:
     """What was seen of a tensor, or of some rows of it. Squares are sums of them."""
 
     name: str
@@ -255,7 +240,7 @@ class _Piece:
     """Elements that were to move, and that did."""
 
 
-def _joined(step: int, pieces: list[_Piece]) -> TensorUpdate:
+def _joined(step: int, pieces: list[_MeasuredRows]) -> TensorUpdate:
     sample = sum(piece.sample_squares for piece in pieces)
     return TensorUpdate(
         step=step, name=pieces[0].name, dtype=pieces[0].dtype, size=pieces[0].size,
@@ -274,6 +259,12 @@ def _moving(update: PendingUpdate, skip: int) -> tuple[mx.array, mx.array, float
     moving, squares = change != 0, [mx.square(change).sum(), mx.square(weight).sum()]
     mx.eval(old, moving, squares)
     return old, moving, squares[0].item(), squares[1].item()
+
+
+def rows_between(sample: int | None, size: int, rows: int) -> int:
+    """Every how many-th row to look at, so that `sample` of a tensor's `size` elements are seen; None: every row."""
+    skip = 1 if sample is None else min(size // sample, rows)
+    return max(1, skip - 1 + skip % 2)  # odd: an even one could pick the same place in every head
 
 
 def sum_of_squares(array: mx.array) -> float:
@@ -340,9 +331,9 @@ def _block_order(block: str) -> tuple[int, int]:
     return (0, 0) if block.startswith("embed") else (2, 0)
 
 
-# -- survival_view: How the update-survival meter shows itself in a cell: the last measured step by block, and a heat ma
+# -- in a cell --------------------------------------------------------------------------------------------------------
 
-_COLUMNS = 60
+_COLUMNS = 60  # measured steps
 _BLOCKS = 40  # lines
 
 
@@ -356,54 +347,32 @@ def survival_html(meter: UpdateMeter, what: str = "survival") -> str:
     if not meter.records:
         return f'<div class="{NO_MATH}">Update survival: nothing measured yet.</div>'
     recent = meter.latest(_COLUMNS)
-    last = recent[-1].step
-    blocks = meter.by_block(recent)
+    last, blocks = recent[-1].step, meter.by_block(recent)
+    shown = dict(list(blocks.items())[:_BLOCKS])
     rows = []
-    for name, by_step in list(blocks.items())[:_BLOCKS]:
+    for name, by_step in shown.items():
         if last in by_step:
-            found = {what: summary(by_step[last]) for what, summary in SUMMARIES.items()}
-            numbers = (f"{found['update_ratio']:.2e}", f"{found['gradient_norm']:.3g}", f"{found['weight_norm']:.4g}")
-            rows.append((name, _percent(found["survival"]), *numbers))
+            share, *numbers = (summary(by_step[last]) for summary in SUMMARIES.values())
+            rows.append((name, _percent(share), *(f"{number:{form}}" for number, form in zip(numbers, (".2e", ".3g", ".4g"), strict=True))))
     headers = ("block", "updates that survive", "update / weight", "gradient norm", "weight norm")
-    more = f"<div>… and {len(blocks) - _BLOCKS} blocks more</div>" if len(blocks) > _BLOCKS else ""
     share, measured = survival(record for record in recent if record.step == last), len(meter.steps)
     caption = f"Step {last:,}: {_percent(share)} of the updates survive rounding; {measured:,} steps measured"
-    heat = _heat({name: blocks[name] for name in list(blocks)[:_BLOCKS]}, what, measured)
-    return f'<div class="{NO_MATH}">{table(headers, rows, caption)}{more}{heat}</div>'
+    lines = f"{table(headers, rows, caption)}{more(len(blocks) - _BLOCKS, 'blocks')}"
+    return f'<div class="{NO_MATH}">{lines}{_heat_map_html(shown, what, measured)}</div>'
 
 
 def _percent(share: float) -> str:
     return "nothing moves" if math.isnan(share) else f"{share:.1%}"
 
 
-def _heat(blocks: dict[str, dict[int, list[TensorUpdate]]], what: str, measured: int, cell: tuple[int, int] = (11, 11)) -> str:
-    steps = sorted({step for by_step in blocks.values() for step in by_step})
+def _heat_map_html(blocks: dict[str, dict[int, list[TensorUpdate]]], what: str, measured: int) -> str:
+    names, steps = list(blocks), sorted({step for by_step in blocks.values() for step in by_step})
     values = np.array([[SUMMARIES[what](by_step.get(step, [])) for step in steps] for by_step in blocks.values()], dtype=np.float64)
-    shades, scale = _shades(values, what)
-    parts = []
-    for line, name in enumerate(blocks):
-        y = line * cell[1]
-        parts.append(f'<text x="0" y="{y + 9}" font-size="10" fill="currentColor">{esc(name, 18)}</text>')
-        for column, value in enumerate(values[line]):
-            if np.isfinite(shades[line, column]):
-                number = f"{value:.1%}" if what == "survival" else f"{value:.3g}"
-                place = f'x="{110 + column * cell[0]}" y="{y}" width="{cell[0] - 1}" height="{cell[1] - 1}"'
-                look = f'fill="{PALETTE[0]}" fill-opacity="{0.06 + 0.94 * shades[line, column]:.2f}"'
-                parts.append(f"<rect {place} {look}><title>{esc(name)}, step {steps[column]}: {number}</title></rect>")
-    name = "Updates that survive" if what == "survival" else what.replace("_", " ").capitalize().replace("Update ratio", "Update / weight")
-    label = f"{name}, by block and step {steps[0]:,} to {steps[-1]:,}: {scale}"
+    shares = what == "survival"
+
+    def title(row: int, column: int) -> str:
+        return f"{names[row]}, step {steps[column]}: {values[row, column]:{'.1%' if shares else '.3g'}}"
+
+    name = {"survival": "Updates that survive", "update_ratio": "Update / weight"}.get(what, what.replace("_", " ").capitalize())
     hidden = f"; {measured - len(steps):,} earlier measurements not shown" if measured > len(steps) else ""
-    width, height = 110 + len(steps) * cell[0], len(blocks) * cell[1]
-    return f'<div>{label}{hidden}</div><svg width="{width}" height="{height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def _shades(values: np.ndarray, what: str) -> tuple[np.ndarray, str]:
-    """From 0 to 1, NaN for none, and what they mean: shares as they are, all else by its logarithm from the least to the greatest."""
-    if what == "survival":
-        return values, "faint is none, solid is all"
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(np.isfinite(values) & (values > 0), np.log(values), np.nan)
-    if not np.isfinite(logs).any():
-        return logs, "all zero"
-    low, high = np.nanmin(logs), np.nanmax(logs)
-    return (logs - low) / max(high - low, 1e-9), f"faint is {math.exp(low):.2g}, solid is {math.exp(high):.2g}, by its logarithm"
+    return svg.heat_map(values, f"{name}, by block and step {steps[0]:,} to {steps[-1]:,}", names, title, shares, hidden)

@@ -25,7 +25,8 @@ import numpy as np
 
 import fulltune_nb as ft
 from fulltune_nb.insight import UpdateMeter
-from fulltune_nb.insight.losses import ExampleLosses, TokenLosses, TokenStatistics
+from fulltune_nb.insight.losses import ExampleLosses, TokenLosses
+from fulltune_nb.insight.predictions import TokenStatistics
 from fulltune_nb.insight.updates import TensorUpdate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

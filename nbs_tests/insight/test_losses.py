@@ -11,7 +11,8 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.insight import top_losses
-from fulltune_nb.insight.losses import ExampleLosses, TokenLosses, TokenStatistics
+from fulltune_nb.insight.losses import ExampleLosses, TokenLosses
+from fulltune_nb.insight.predictions import TokenStatistics
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 from nbs_tests.models.parity import need_torch
 

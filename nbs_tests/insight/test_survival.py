@@ -237,10 +237,10 @@ def test_layer_by_layer_and_in_pieces_it_reads_the_same_as_over_the_whole_graph(
 
 
 def test_of_many_measured_steps_only_the_latest_are_kept_where_that_is_asked_for(make_trainer):
-    meter = UpdateMeter(every=1, keep=2).attach(make_trainer())
-    tensors = None
+    trainer, tensors = make_trainer(), None
+    meter = UpdateMeter(every=1, keep=2).attach(trainer)
     for step in range(1, 9):
-        meter._trainer.step()
+        trainer.step()
         tensors = tensors or len(meter.records)
         assert meter.steps[-1] == step and min(step, 2) <= len(meter.steps) <= 4 and len(meter.records) == tensors * len(meter.steps)
     with pytest.raises(ft.ConfigError, match="keep"):

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
-from fulltune_nb.insight import trace as tracing
+from fulltune_nb.insight import tracing
 from fulltune_nb.models.folder import load_decoder
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 from nbs_tests.models.model_cases import CASES, VOCAB, random_ids
@@ -125,7 +125,7 @@ def test_a_long_text_keeps_little_and_computes_the_rest_again(make_lm, monkeypat
 
 def test_pooling_keeps_the_largest_of_each_tile():
     maps = np.random.default_rng(0).random((2, 10, 10))
-    small = tracing.walk.pooled(maps, 4)
+    small = tracing.pooled(maps, 4)
     assert small.shape == (2, 4, 4) and small[1, 0, 0] == maps[1, :3, :3].max() and small[0, 3, 3] == maps[0, 9, 9]
 
 

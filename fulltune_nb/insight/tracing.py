@@ -1,4 +1,4 @@
-"""How a trace shows itself in a cell: the logit lens as a table, and the residual stream as a small heat map."""
+"""What happens inside a model on one text: the residual stream, attention, the logit lens; and, for a trainer's example, the gradient."""
 
 from __future__ import annotations
 
@@ -9,24 +9,272 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fulltune_nb.cpu import softmax_statistics
+from fulltune_nb import svg
 from fulltune_nb.data.encode import Example
 from fulltune_nb.data.look import token_texts, visible
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, facts
-from fulltune_nb.insight.losses import ALTERNATIVES, as_examples, text_example, top_tokens
+from fulltune_nb.html import NO_MATH, cut, esc, facts
+from fulltune_nb.insight.predictions import ALTERNATIVES, as_examples, predictions, ranking, short, text_example, trained_tokens
 from fulltune_nb.insight.updates import block_of
 from fulltune_nb.models.decoder import Decoder, attention_shares
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.settings import whole_number
-from fulltune_nb.training.loss import chunks, cross_entropy
+from fulltune_nb.training.loss import cross_entropy
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
-        from fulltune_nb.plots import Axes
+    from fulltune_nb.plots import Axes, Figure
 
-# -- walk: A row's way through a decoder, one block at a time: what each block takes in, attends to, and gives 
+KEPT_BYTES = 2**28
+"""Hidden states of a trace, and attention maps, are kept where they take no more than this; else computed again when asked for."""
+_MAP = 128  # tokens a side of the pictures of attention; longer texts are pooled
+
+
+class Trace:
+    """What `trace` returns. Layer 0 is the embedding, layer l the output of block l, up to L; a token is a position in the text.
+
+    Attributes:
+        example: the text as tokens.
+        residual_norms: (L + 1, T) float32, length of the residual stream.
+        top_ids, top_probabilities: (L + 1, T, 5), the logit lens: the tokens that would be said next if this layer were the last
+            (final norm and head applied to it), the likeliest first.
+        next_probabilities, next_ranks: (L + 1, T - 1), the lens's probability and rank (from 1) of the token that really follows.
+    """
+
+    def __init__(self, lm: LanguageModel, example: Example):
+        self._lm, self.example = lm, example
+        length, layers, width = len(example.tokens), lm.config.num_layers, min(ALTERNATIVES, lm.config.vocab_size)
+        self.residual_norms = np.zeros((layers + 1, length), np.float32)
+        self.top_ids = np.zeros((layers + 1, length, width), np.int32)
+        self.top_probabilities = np.zeros((layers + 1, length, width), np.float32)
+        self.next_probabilities = np.zeros((layers + 1, max(length - 1, 0)), np.float32)
+        self.next_ranks = np.zeros((layers + 1, max(length - 1, 0)), np.int32)
+        self._maps: dict[int, np.ndarray] = {}
+        size = lm.config.hidden_size * length * 4 * (layers + 1)
+        self._hidden: list[mx.array] | None = [] if size <= KEPT_BYTES else None
+        keeps_maps = 4 * length**2 * lm.config.num_heads * layers <= KEPT_BYTES
+        for layer, x in enumerate(residual_stream(lm.model, example.tokens)):
+            self.residual_norms[layer] = _lengths(x)
+            said = predictions(lm.model, lm.model.norm(x)[0], example.tokens[1:])
+            _, self.next_probabilities[layer], self.next_ranks[layer], self.top_ids[layer], self.top_probabilities[layer] = said
+            if self._hidden is not None:
+                self._hidden.append(x)
+            if keeps_maps and layer < layers:
+                self._maps[layer + 1] = np.concatenate(list(attention_of_block(lm.model, layer, x)))
+
+    @property
+    def num_layers(self) -> int:
+        """L, blocks."""
+        return len(self.residual_norms) - 1
+
+    @property
+    def tokens(self) -> list[str]:
+        """(T,) each token's own text."""
+        return token_texts(self._lm.tokenizer, self.example.tokens.tolist())
+
+    def hidden(self, layer: int) -> np.ndarray:
+        """The residual stream (T, D) float32 after block `layer`, 0 being the embedding; before any final norm.
+
+        Raises:
+            ConfigError: no such layer; or, where a long text is computed again, weights that have changed since.
+        """
+        return np.array(self._stream(_index("layer", layer, 0, self.num_layers))[0].astype(mx.float32))
+
+    def logits(self, layer: int) -> np.ndarray:
+        """The logit lens's logits (T, V) float32 at a layer; at the last they are the model's own. Errors as `hidden`."""
+        return np.array(lens_logits(self._lm.model, self._stream(_index("layer", layer, 0, self.num_layers)))[0])
+
+    def attention(self, layer: int, head: int | None = None) -> np.ndarray:
+        """How much each token of block `layer` (from 1) attends to each: (H, T, T) float32, or (T, T) of one head (from 0).
+
+        Row t sums to 1 over the tokens that token t sees. Errors as `hidden`.
+        """
+        layer = _index("layer", layer, 1, self.num_layers)
+        heads = self._lm.config.num_heads
+        chosen = None if head is None else _index("head", head, 0, heads - 1)
+        if layer in self._maps:
+            return self._maps[layer] if chosen is None else self._maps[layer][chosen]
+        x, groups, maps = self._stream(layer - 1), heads // self._lm.config.num_kv_heads, []
+        for number, found in enumerate(attention_of_block(self._lm.model, layer - 1, x)):
+            if chosen is None:
+                maps.append(found)
+            elif number == chosen // groups:
+                return found[chosen % groups]
+        return np.concatenate(maps)
+
+    def pooled_attention(self, layer: int, size: int = _MAP) -> np.ndarray:
+        """`attention`, (H, s, s) with s <= `size`: of each tile of a long text's map the largest value."""
+        layer = _index("layer", layer, 1, self.num_layers)
+        if layer in self._maps:
+            return pooled(self._maps[layer], size)
+        return np.concatenate([pooled(m, size) for m in attention_of_block(self._lm.model, layer - 1, self._stream(layer - 1))])
+
+    def _stream(self, layer: int) -> mx.array:
+        if self._hidden is not None:
+            return self._hidden[layer]
+        x = next(x for i, x in enumerate(residual_stream(self._lm.model, self.example.tokens)) if i == layer)
+        if not np.allclose(_lengths(x), self.residual_norms[layer], rtol=1e-4, equal_nan=True):
+            raise ConfigError(
+                f"The weights have changed since this trace was made, and of so long a text ({len(self.example.tokens):,} tokens) the "
+                "hidden states are not kept. Trace it again."
+            )
+        return x
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a line for each layer and token. Raises `MissingDependencyError` without pandas."""
+        columns = ["layer", "position", "token", "residual_norm", "lens_token", "lens_probability", "next_probability", "next_rank"]
+        return frame((line for layer in range(self.num_layers + 1) for line in self._lines(layer)), columns)
+
+    def _lines(self, layer: int) -> list[dict[str, Any]]:
+        said = token_texts(self._lm.tokenizer, self.top_ids[layer, :, 0].tolist())
+        pairs = list(zip(self.next_probabilities[layer].tolist(), self.next_ranks[layer].tolist(), strict=True))
+        lines = []
+        for i, token in enumerate(self.tokens):
+            probability, rank = pairs[i] if i < len(pairs) else (float("nan"), 0)
+            lines.append({
+                "layer": layer, "position": i, "token": token, "residual_norm": float(self.residual_norms[layer, i]), "lens_token": said[i],
+                "lens_probability": float(self.top_probabilities[layer, i, 0]), "next_probability": probability, "next_rank": rank,
+            })
+        return lines
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Length of the residual stream by layer and token, on `ax` or a new figure."""
+        return self._heat_map(np.log10(np.maximum(self.residual_norms, 1e-12)), "log10 of the norm", "Residual stream", ax)
+
+    def plot_lens(self, ax: Axes | None = None) -> Axes:
+        """Probability of the token that really follows, by layer and token."""
+        return self._heat_map(self.next_probabilities, "probability of the next token", "Logit lens", ax, (0.0, 1.0))
+
+    def plot_attention(self, layer: int, head: int = 0, ax: Axes | None = None) -> Axes:
+        """The attention map of a head (from 0) of block `layer` (from 1); lines look at columns. Long texts are pooled."""
+        from fulltune_nb.plots import heat_map
+
+        chosen = pooled(self.attention(layer, head)[None], _MAP)[0]
+        tile = -(-len(self.example.tokens) // _MAP)
+        names = [visible(text) for text in self.tokens[::tile]]
+        note = f", the largest of each {tile} × {tile} tokens" if tile > 1 else ""
+        labels = ("token", "attends to", "share")
+        return heat_map(chosen, names, names, labels, f"Block {layer}, head {head}{note}", (0.0, None), ax)
+
+    def plot_heads(self, layer: int) -> Figure:
+        """The attention maps of all heads of block `layer` (from 1), small, side by side: a matplotlib figure."""
+        from fulltune_nb.plots import small_maps
+
+        maps = self.pooled_attention(layer)
+        return small_maps(maps, [f"head {head}" for head in range(len(maps))], f"Attention of block {layer}")
+
+    def _heat_map(self, values: np.ndarray, label: str, title: str, ax: Axes | None, limits: tuple = (None, None)) -> Axes:
+        from fulltune_nb.plots import heat_map
+
+        columns = [visible(text) for text in self.tokens[: values.shape[1]]]
+        return heat_map(values, range(len(values)), columns, ("layer (0: embedding)", "token", label), title, limits, ax)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.example.tokens)} tokens through {self.num_layers} blocks)"
+
+    def _repr_html_(self) -> str:
+        lens, residual = _lens_html(self, self._lm.tokenizer), _residual_html(self.residual_norms)
+        return f'<div class="{NO_MATH}">{self._head_html()}{lens}{residual}</div>'
+
+    def _head_html(self, *more: tuple[str, object]) -> str:
+        title = f"{len(self.example.tokens):,} tokens through {self.num_layers} blocks"
+        return facts(title, [("text", cut(self.example.text, 400)), *more])
+
+
+class Inspection(Trace):
+    """What `inspect` returns: a `Trace`, and the gradient of the example's loss.
+
+    Attributes:
+        loss: mean over the trained tokens, in nats.
+        gradient_norms: module path -> L2 norm of the gradient of each trainable tensor.
+        residual_gradient_norms: (L + 1, T) float32, of the gradient of the residual stream at each layer and token.
+    """
+
+    def __init__(self, lm: LanguageModel, example: Example):
+        trained = trained_tokens(example)
+        if not trained.any():
+            raise DataError(f"{example.source}: no token of it is trained on, so it has no gradient. ft.trace shows it without.")
+        super().__init__(lm, example)
+        stream = self._hidden if self._hidden is not None else list(residual_stream(lm.model, example.tokens))
+        self.loss, self.gradient_norms, self.residual_gradient_norms = gradients(lm.model, example.tokens, trained, stream)
+
+    @property
+    def block_gradient_norms(self) -> dict[str, float]:
+        """The same taken together: `"embed_tokens"`, `"layers.0"` and so on, `"norm"`, `"lm_head"`; in the model's order."""
+        squares: dict[str, float] = {}
+        for name, norm in self.gradient_norms.items():
+            squares[block_of(name)] = squares.get(block_of(name), 0.0) + norm**2
+        order = ["embed_tokens", *(f"layers.{i}" for i in range(self.num_layers)), "norm", "lm_head"]
+        return {name: squares[name] ** 0.5 for name in order if name in squares}
+
+    def plot_gradients(self, ax: Axes | None = None) -> Axes:
+        """Norm of each block's gradient, from the embedding to the head, on `ax` or a new figure."""
+        from fulltune_nb.plots import curves
+
+        norms = self.block_gradient_norms
+        ax = curves([("gradient", range(len(norms)), list(norms.values()))], "", "norm of the gradient", f"loss {self.loss:.4f}", ax=ax)
+        every = -(-len(norms) // 32)
+        ax.set_xticks(range(0, len(norms), every), list(norms)[::every], rotation=90, fontsize="x-small")
+        return ax
+
+    def _head_html(self) -> str:
+        bars = svg.named_bars(self.block_gradient_norms, "Norm of the gradient, by block")
+        return super()._head_html(("loss", f"{self.loss:.4f} nats")) + bars
+
+
+def trace(lm: LanguageModel, text: str | Sequence[int] | Example) -> Trace:
+    """What happens inside a model as it reads a text: residual stream, attention maps, and what each layer would say next.
+
+    Computed block by block; of long texts, hidden states and attention maps are computed again when they are asked for.
+
+    Args:
+        lm: the model.
+        text: a text, which gets the special tokens its tokenizer adds; token ids; or an `Example`.
+
+    Raises:
+        ConfigError, DataError, GenerationError: something else, or token ids that the model has not.
+    """
+    return Trace(lm, _one(lm, text))
+
+
+def inspect(trainer: Trainer, example: Example | str) -> Inspection:
+    """`trace` of an example, and the gradient it would give, by tensor, block and token. The trainer stays as it is.
+
+    Args:
+        trainer: its model as it is now.
+        example: such as `trainer.data.train[0]`; of a text, all tokens count as trained on.
+
+    Raises:
+        DataError: no token is trained on; otherwise as `trace`.
+    """
+    return Inspection(trainer.lm, _one(trainer.lm, example))
+
+
+def _one(lm: LanguageModel, given: Any) -> Example:
+    if not isinstance(given, (str, Example)):
+        if isinstance(given, Sequence) and given and isinstance(given[0], (str, Example)) or not hasattr(given, "__len__"):
+            raise ConfigError(f"Expected one example, a text or token ids, got {type(given).__name__}.")
+        return text_example(lm, given)
+    (example,) = as_examples(lm, given)
+    if not len(example.tokens):
+        raise DataError(f"{example.source}: it has no tokens.")
+    return example
+
+
+def _lengths(x: mx.array) -> np.ndarray:
+    return np.array(mx.linalg.norm(x[0].astype(mx.float32), axis=-1))
+
+
+def _index(name: str, value: int, low: int, high: int) -> int:
+    number = whole_number(name, value, low=low)
+    if number > high:
+        raise ConfigError(f"{name}: expected {low} to {high}, got {value}.")
+    return number
+
+
+# -- a text's way through the decoder, a block at a time ---------------------------------------------------------------
+
 
 def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
     """The embedding, then the output of each block before any final norm: L + 1 arrays (1, T, D), evaluated."""
@@ -138,305 +386,25 @@ def _norm(array: mx.array) -> float:
     return mx.sqrt(mx.square(array.astype(mx.float32)).sum()).item()
 
 
-# -- tracing: What happens inside a model on one text: the residual stream, attention, the logit lens; and, for a 
-
-KEPT_BYTES = 2**28
-"""Hidden states of a trace, and attention maps, are kept where they take no more than this; else computed again when asked for."""
-_MAP = 128  # tokens a side of the pictures of attention; longer texts are pooled
-
-
-class Trace:
-    """What `trace` returns. Layer 0 is the embedding, layer l the output of block l, up to L; a token is a position in the text.
-
-    Attributes:
-        example: the text as tokens.
-        residual_norms: (L + 1, T) float32, length of the residual stream.
-        top_ids, top_probabilities: (L + 1, T, 5), the logit lens: the tokens that would be said next if this layer were the last
-            (final norm and head applied to it), the likeliest first.
-        next_probabilities, next_ranks: (L + 1, T - 1), the lens's probability and rank (from 1) of the token that really follows.
-    """
-
-    def __init__(self, lm: LanguageModel, example: Example):
-        self._lm, self.example = lm, example
-        length, layers, width = len(example.tokens), lm.config.num_layers, min(ALTERNATIVES, lm.config.vocab_size)
-        self.residual_norms = np.zeros((layers + 1, length), np.float32)
-        self.top_ids = np.zeros((layers + 1, length, width), np.int32)
-        self.top_probabilities = np.zeros((layers + 1, length, width), np.float32)
-        self.next_probabilities = np.zeros((layers + 1, max(length - 1, 0)), np.float32)
-        self.next_ranks = np.zeros((layers + 1, max(length - 1, 0)), np.int32)
-        self._maps: dict[int, np.ndarray] = {}
-        size = lm.config.hidden_size * length * 4 * (layers + 1)
-        self._hidden: list[mx.array] | None = [] if size <= KEPT_BYTES else None
-        keeps_maps = 4 * length**2 * lm.config.num_heads * layers <= KEPT_BYTES
-        for layer, x in enumerate(residual_stream(lm.model, example.tokens)):
-            self._read(layer, x)
-            if self._hidden is not None:
-                self._hidden.append(x)
-            if keeps_maps and layer < layers:
-                self._maps[layer + 1] = np.concatenate(list(attention_of_block(lm.model, layer, x)))
-
-    def _read(self, layer: int, x: mx.array) -> None:
-        """Takes down what is small of a layer's output (1, T, D)."""
-        self.residual_norms[layer] = _lengths(x)
-        tokens = self.example.tokens
-        for places in chunks(len(tokens), self._lm.config.vocab_size):
-            begin, logits = places.start, lens_logits(self._lm.model, x[0, places])  # (n, V)
-            _, shares = softmax_statistics(logits)
-            self.top_ids[layer, places], self.top_probabilities[layer, places] = top_tokens(logits, shares, self.top_ids.shape[-1])
-            targets = tokens[begin + 1 : begin + 1 + len(logits)].astype(np.int32)
-            if not len(targets):
-                continue
-            wanted = mx.array(targets)[:, None]
-            at_target = mx.take_along_axis(logits[: len(targets)], wanted, axis=1)
-            places = slice(begin, begin + len(targets))
-            self.next_probabilities[layer, places] = np.array(mx.take_along_axis(shares[: len(targets)], wanted, axis=1)[:, 0])
-            self.next_ranks[layer, places] = np.array((logits[: len(targets)] > at_target).sum(axis=1) + 1)
-
-    @property
-    def num_layers(self) -> int:
-        """L, blocks."""
-        return len(self.residual_norms) - 1
-
-    @property
-    def tokens(self) -> list[str]:
-        """(T,) each token's own text."""
-        return token_texts(self._lm.tokenizer, self.example.tokens.tolist())
-
-    def hidden(self, layer: int) -> np.ndarray:
-        """The residual stream (T, D) float32 after block `layer`, 0 being the embedding; before any final norm.
-
-        Raises:
-            ConfigError: no such layer; or, where a long text is computed again, weights that have changed since.
-        """
-        return np.array(self._stream(_index("layer", layer, 0, self.num_layers))[0].astype(mx.float32))
-
-    def logits(self, layer: int) -> np.ndarray:
-        """The logit lens's logits (T, V) float32 at a layer; at the last they are the model's own. Errors as `hidden`."""
-        return np.array(lens_logits(self._lm.model, self._stream(_index("layer", layer, 0, self.num_layers)))[0])
-
-    def attention(self, layer: int, head: int | None = None) -> np.ndarray:
-        """How much each token of block `layer` (from 1) attends to each: (H, T, T) float32, or (T, T) of one head (from 0).
-
-        Row t sums to 1 over the tokens that token t sees. Errors as `hidden`.
-        """
-        layer = _index("layer", layer, 1, self.num_layers)
-        heads = self._lm.config.num_heads
-        chosen = None if head is None else _index("head", head, 0, heads - 1)
-        if layer in self._maps:
-            return self._maps[layer] if chosen is None else self._maps[layer][chosen]
-        x, groups, maps = self._stream(layer - 1), heads // self._lm.config.num_kv_heads, []
-        for number, found in enumerate(attention_of_block(self._lm.model, layer - 1, x)):
-            if chosen is None:
-                maps.append(found)
-            elif number == chosen // groups:
-                return found[chosen % groups]
-        return np.concatenate(maps)
-
-    def pooled_attention(self, layer: int, size: int = _MAP) -> np.ndarray:
-        """`attention`, (H, s, s) with s <= `size`: of each tile of a long text's map the largest value."""
-        layer = _index("layer", layer, 1, self.num_layers)
-        if layer in self._maps:
-            return pooled(self._maps[layer], size)
-        return np.concatenate([pooled(m, size) for m in attention_of_block(self._lm.model, layer - 1, self._stream(layer - 1))])
-
-    def _stream(self, layer: int) -> mx.array:
-        if self._hidden is not None:
-            return self._hidden[layer]
-        x = next(x for i, x in enumerate(residual_stream(self._lm.model, self.example.tokens)) if i == layer)
-        if not np.allclose(_lengths(x), self.residual_norms[layer], rtol=1e-4, equal_nan=True):
-            raise ConfigError(
-                f"The weights have changed since this trace was made, and of so long a text ({len(self.example.tokens):,} tokens) the "
-                "hidden states are not kept. Trace it again."
-            )
-        return x
-
-    def to_frame(self) -> Any:
-        """A pandas DataFrame with a line for each layer and token.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
-        columns = ["layer", "position", "token", "residual_norm", "lens_token", "lens_probability", "next_probability", "next_rank"]
-        return frame((line for layer in range(self.num_layers + 1) for line in self._lines(layer)), columns)
-
-    def _lines(self, layer: int) -> list[dict[str, Any]]:
-        said = token_texts(self._lm.tokenizer, self.top_ids[layer, :, 0].tolist())
-        pairs = list(zip(self.next_probabilities[layer].tolist(), self.next_ranks[layer].tolist(), strict=True))
-        lines = []
-        for i, token in enumerate(self.tokens):
-            probability, rank = pairs[i] if i < len(pairs) else (float("nan"), 0)
-            lines.append({
-                "layer": layer, "position": i, "token": token, "residual_norm": float(self.residual_norms[layer, i]), "lens_token": said[i],
-                "lens_probability": float(self.top_probabilities[layer, i, 0]), "next_probability": probability, "next_rank": rank,
-            })
-        return lines
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Length of the residual stream by layer and token.
-
-        Args:
-            ax: where to draw; a new figure where left out.
-        """
-        return self._heat_map(np.log10(np.maximum(self.residual_norms, 1e-12)), "log10 of the norm", "Residual stream", ax)
-
-    def plot_lens(self, ax: Axes | None = None) -> Axes:
-        """Probability of the token that really follows, by layer and token."""
-        return self._heat_map(self.next_probabilities, "probability of the next token", "Logit lens", ax, (0.0, 1.0))
-
-    def plot_attention(self, layer: int, head: int = 0, ax: Axes | None = None) -> Axes:
-        """The attention map of a head (from 0) of block `layer` (from 1); lines look at columns. Long texts are pooled."""
-        from fulltune_nb.plots import heat_map
-
-        chosen = pooled(self.attention(layer, head)[None], _MAP)[0]
-        tile = -(-len(self.example.tokens) // _MAP)
-        names = [visible(text) for text in self.tokens[::tile]]
-        note = f", the largest of each {tile} × {tile} tokens" if tile > 1 else ""
-        labels = ("token", "attends to", "share")
-        return heat_map(chosen, names, names, labels, f"Block {layer}, head {head}{note}", (0.0, None), ax)
-
-    def plot_heads(self, layer: int) -> Any:
-        """The attention maps of all heads of block `layer` (from 1), small, side by side: a matplotlib figure."""
-        from fulltune_nb.plots import small_maps
-
-        maps = self.pooled_attention(layer)
-        return small_maps(maps, [f"head {head}" for head in range(len(maps))], f"Attention of block {layer}")
-
-    def _heat_map(self, values: np.ndarray, label: str, title: str, ax: Axes | None, limits: tuple = (None, None)) -> Axes:
-        from fulltune_nb.plots import heat_map
-
-        columns = [visible(text) for text in self.tokens[: values.shape[1]]]
-        return heat_map(values, range(len(values)), columns, ("layer (0: embedding)", "token", label), title, limits, ax)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self.example.tokens)} tokens through {self.num_layers} blocks)"
-
-    def _repr_html_(self) -> str:
-
-        return trace_html(self, self._lm.tokenizer)
-
-
-class Inspection(Trace):
-    """What `inspect` returns: a `Trace`, and the gradient of the example's loss.
-
-    Attributes:
-        loss: mean over the trained tokens, in nats.
-        gradient_norms: module path -> L2 norm of the gradient of each trainable tensor.
-        residual_gradient_norms: (L + 1, T) float32, of the gradient of the residual stream at each layer and token.
-    """
-
-    def __init__(self, lm: LanguageModel, example: Example):
-        trained = np.array(example.loss_mask, dtype=bool)
-        trained[:1] = False
-        if not trained.any():
-            raise DataError(f"{example.source}: no token of it is trained on, so it has no gradient. ft.trace shows it without.")
-        super().__init__(lm, example)
-        stream = self._hidden if self._hidden is not None else list(residual_stream(lm.model, example.tokens))
-        self.loss, self.gradient_norms, self.residual_gradient_norms = gradients(lm.model, example.tokens, trained, stream)
-
-    @property
-    def block_gradient_norms(self) -> dict[str, float]:
-        """The same taken together: `"embed_tokens"`, `"layers.0"` and so on, `"norm"`, `"lm_head"`; in the model's order."""
-        squares: dict[str, float] = {}
-        for name, norm in self.gradient_norms.items():
-            squares[block_of(name)] = squares.get(block_of(name), 0.0) + norm**2
-        order = ["embed_tokens", *(f"layers.{i}" for i in range(self.num_layers)), "norm", "lm_head"]
-        return {name: squares[name] ** 0.5 for name in order if name in squares}
-
-    def plot_gradients(self, ax: Axes | None = None) -> Axes:
-        """Norm of each block's gradient, from the embedding to the head.
-
-        Args:
-            ax: where to draw; a new figure where left out.
-        """
-        from fulltune_nb.plots import curves
-
-        norms = self.block_gradient_norms
-        ax = curves([("gradient", range(len(norms)), list(norms.values()))], "", "norm of the gradient", f"loss {self.loss:.4f}", ax=ax)
-        every = -(-len(norms) // 32)
-        ax.set_xticks(range(0, len(norms), every), list(norms)[::every], rotation=90, fontsize="x-small")
-        return ax
-
-
-def trace(lm: LanguageModel, text: str | Sequence[int] | Example) -> Trace:
-    """What happens inside a model as it reads a text: residual stream, attention maps, and what each layer would say next.
-
-    Computed block by block; of long texts, hidden states and attention maps are computed again when they are asked for.
-
-    Args:
-        lm: the model.
-        text: a text, which gets the special tokens its tokenizer adds; token ids; or an `Example`.
-
-    Raises:
-        ConfigError, DataError, GenerationError: something else, or token ids that the model has not.
-    """
-    return Trace(lm, _one(lm, text))
-
-
-def inspect(trainer: Trainer, example: Example | str) -> Inspection:
-    """`trace` of an example, and the gradient it would give, by tensor, block and token. The trainer stays as it is.
-
-    Args:
-        trainer: its model as it is now.
-        example: such as `trainer.data.train[0]`; of a text, all tokens count as trained on.
-
-    Raises:
-        DataError: no token is trained on; otherwise as `trace`.
-    """
-    return Inspection(trainer.lm, _one(trainer.lm, example))
-
-
-def _one(lm: LanguageModel, given: Any) -> Example:
-    if not isinstance(given, (str, Example)):
-        if isinstance(given, Sequence) and given and isinstance(given[0], (str, Example)) or not hasattr(given, "__len__"):
-            raise ConfigError(f"Expected one example, a text or token ids, got {type(given).__name__}.")
-        return text_example(lm, given)
-    (example,) = as_examples(lm, given)
-    if not len(example.tokens):
-        raise DataError(f"{example.source}: it has no tokens.")
-    return example
-
-
-def _lengths(x: mx.array) -> np.ndarray:
-    return np.array(mx.linalg.norm(x[0].astype(mx.float32), axis=-1))
-
-
-def _index(name: str, value: int, low: int, high: int) -> int:
-    number = whole_number(name, value, low=low)
-    if number > high:
-        raise ConfigError(f"{name}: expected {low} to {high}, got {value}.")
-    return number
-
-
-# -- tracing_view: How a trace shows itself in a cell: the logit lens as a table, and the residual stream as a small he
+# -- in a cell --------------------------------------------------------------------------------------------------------
 
 _POSITIONS = 16  # columns of the lens
 _LAYERS = 34  # lines of the lens; of deeper models some, evenly spread
 _COLUMNS = 64  # of the heat map
-_TOKEN = 14  # characters
+_TOKEN = 13  # characters
 
 
-def trace_html(trace: Trace, tokenizer) -> str:
-    """Legend, lens and heat map; what there is no room for is counted."""
-    title = f"{len(trace.example.tokens):,} tokens through {trace.num_layers} blocks"
-    pairs: list[tuple[str, object]] = [("text", cut(trace.example.text, 400))]
-    gradient = ""
-    if hasattr(trace, "loss"):
-        pairs.append(("loss", f"{trace.loss:.4f} nats"))
-        gradient = _bars(trace.block_gradient_norms)
-    return f'<div class="{NO_MATH}">{facts(title, pairs)}{gradient}{_lens(trace, tokenizer)}{_residual(trace)}</div>'
-
-
-def _lens(trace: Trace, tokenizer) -> str:
+def _lens_html(trace: Trace, tokenizer) -> str:
+    """The logit lens as a table, the last layer on top."""
     length, layers = len(trace.example.tokens), trace.num_layers + 1
     first = max(0, length - _POSITIONS)
     lines = np.unique(np.linspace(0, layers - 1, min(layers, _LAYERS)).round().astype(int))
     columns = range(first, length)
-    cells = [f'<th style="text-align:left;padding:1px 6px">{esc(_short(visible(trace.tokens[i])))}</th>' for i in columns]
+    cells = [f'<th style="text-align:left;padding:1px 6px">{esc(short(text, _TOKEN))}</th>' for text in trace.tokens[first:]]
     rows = [f'<tr><th style="padding:1px 6px">after</th>{"".join(cells)}</tr>']
-    for layer in lines[::-1].tolist():  # the last layer, which really speaks, on top
-        said = token_texts(tokenizer, trace.top_ids[layer, first:, 0].tolist())
+    for layer in lines[::-1].tolist():
+        cells = [_lens_cell(trace, tokenizer, layer, i) for i in columns]
         name = f"block {layer}" if layer else "embedding"
-        cells = [_cell(trace, tokenizer, layer, i, text) for i, text in zip(columns, said, strict=True)]
         rows.append(f'<tr><th style="text-align:left;padding:1px 6px">{name}</th>{"".join(cells)}</tr>')
     hidden = f"; {first:,} tokens before these are not shown" if first else ""
     skipped = f"; {layers - len(lines)} of {layers} layers are not shown" if len(lines) < layers else ""
@@ -445,51 +413,19 @@ def _lens(trace: Trace, tokenizer) -> str:
     return f'<div style="overflow:auto"><table style="border-collapse:collapse">{head}{"".join(rows)}</table></div>'
 
 
-def _cell(trace: Trace, tokenizer, layer: int, i: int, text: str) -> str:
-    share = float(trace.top_probabilities[layer, i, 0])
-    tokens = trace.example.tokens
-    right = i + 1 < len(tokens) and trace.top_ids[layer, i, 0] == tokens[i + 1]
-    others = token_texts(tokenizer, trace.top_ids[layer, i].tolist())
-    shares = trace.top_probabilities[layer, i].tolist()
-    title = "\n".join(f"{n}. {p:.2%} {_short(visible(t))}" for n, (t, p) in enumerate(zip(others, shares, strict=True), 1))
+def _lens_cell(trace: Trace, tokenizer, layer: int, i: int) -> str:
+    tokens, ids, shares = trace.example.tokens, trace.top_ids[layer, i], trace.top_probabilities[layer, i]
+    texts, share = token_texts(tokenizer, ids.tolist()), float(shares[0])
+    right = " ✓" if i + 1 < len(tokens) and ids[0] == tokens[i + 1] else ""
     alpha = f"{round(110 * min(1.0, share)) if np.isfinite(share) else 0:02x}"
-    style = f"padding:1px 6px;white-space:pre;background:{PALETTE[0]}{alpha};text-align:left"
+    style = f"padding:1px 6px;white-space:pre;background:{svg.BLUE}{alpha};text-align:left"
     percent = f"{share:.0%}" if np.isfinite(share) else "nan"
-    return f'<td style="{style}" title="{esc(title)}">{esc(_short(visible(text)))}{" ✓" if right else ""} <small>{percent}</small></td>'
+    title = esc(ranking(texts, shares))
+    return f'<td style="{style}" title="{title}">{esc(short(texts[0], _TOKEN))}{right} <small>{percent}</small></td>'
 
 
-def _residual(trace: Trace, cell: tuple[int, int] = (11, 9)) -> str:
-    values = trace.residual_norms
-    starts = np.arange(0, values.shape[1], -(-values.shape[1] // _COLUMNS))
-    means = np.add.reduceat(values, starts, axis=1) / np.diff([*starts, values.shape[1]])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.log(np.maximum(means, 1e-12))
-    finite = scaled[np.isfinite(scaled)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    rects = []
-    for layer, line in enumerate(scaled):
-        for column, value in enumerate(line):
-            strength = (value - low) / max(high - low, 1e-9) if np.isfinite(value) else 0.0
-            x, y = column * cell[0], (len(scaled) - 1 - layer) * cell[1]
-            look = f'fill="{PALETTE[0]}" fill-opacity="{0.08 + 0.92 * strength:.2f}"'
-            rects.append(f'<rect x="{x}" y="{y}" width="{cell[0]}" height="{cell[1]}" {look}/>')
-    span = f"{np.nanmin(means):.3g} (faint) to {np.nanmax(means):.3g} (dark)" if len(finite) else "not finite"
-    label = f"Norm of the residual stream, {span}; embedding at the bottom, first token at the left; .plot() has the scale"
-    width, height = len(starts) * cell[0], len(scaled) * cell[1]
-    return f'<div>{label}</div><svg width="{width}" height="{height}" role="img" aria-label="{label}">{"".join(rects)}</svg>'
-
-
-def _bars(norms: dict[str, float], width: int = 240) -> str:
-    largest = max((n for n in norms.values() if np.isfinite(n)), default=1.0) or 1.0
-    lines = []
-    for name, norm in norms.items():
-        size = norm / largest * width if np.isfinite(norm) else 0
-        bar = f'<svg width="{width}" height="9" aria-hidden="true"><rect width="{size:.1f}" height="9" fill="{PALETTE[0]}"/></svg>'
-        lines.append(f'<tr><td style="padding:0 8px;text-align:left">{esc(name)}</td><td style="padding:0">{bar}</td>'
-                     f'<td style="padding:0 8px">{norm:.3g}</td></tr>')
-    return f"<div><b>Norm of the gradient, by block</b></div><table>{''.join(lines)}</table>"
-
-
-def _short(text: str) -> str:
-    text = text.replace("\n", "")
-    return text if len(text) <= _TOKEN else f"{text[: _TOKEN - 1]}…"
+def _residual_html(norms: np.ndarray) -> str:
+    """Norms (L + 1, T) as a heat map, means of some tokens where there are many."""
+    starts = np.arange(0, norms.shape[1], -(-norms.shape[1] // _COLUMNS))
+    means = np.add.reduceat(norms, starts, axis=1) / np.diff([*starts, norms.shape[1]])
+    return svg.heat_map(means[::-1], "Norm of the residual stream, embedding at the bottom, first token at the left")
