@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from .world import COLUMNS, TABLES, is_held_out_column, is_held_out_value, rows
+from fulltune_nb.tiny.world import COLUMNS, TABLES, is_held_out_column, is_held_out_value, rows
 
 OPERATORS = ("=", ">", "<", ">=", "<=")
 AGGREGATES = ("max", "min", "avg", "sum")
@@ -40,29 +40,29 @@ class Query:
     conditions: tuple[Condition, ...]
 
     def used_columns(self) -> tuple[str, ...]:
+        """Columns that are wanted or stand in a condition."""
         return self.columns + tuple(condition.column for condition in self.conditions)
-
-    def combinations(self) -> frozenset[tuple]:
-        """Its column-value and table-column combinations: `("value", column, value)` and `("column", table, column)`."""
-        values = {("value", condition.column, condition.value) for condition in self.conditions}
-        return frozenset(values | {("column", self.table, column) for column in self.used_columns()})
 
 
 def is_for_training(query: Query) -> bool:
     """No held-out combination at all."""
-    return not any(is_held_out_column(query.table, column) for column in query.used_columns()) and not any(
-        is_held_out_value(condition.column, condition.value) for condition in query.conditions
-    )
+    columns, values = _held_out(query)
+    return not any(columns) and not any(values)
 
 
 def is_for_test(query: Query) -> bool:
     """At least one held-out table-column, and held-out values only."""
-    return any(is_held_out_column(query.table, column) for column in query.used_columns()) and all(
-        is_held_out_value(condition.column, condition.value) for condition in query.conditions
-    )
+    columns, values = _held_out(query)
+    return any(columns) and all(values)
 
 
-# ---- choosing a query ----
+def _held_out(query: Query) -> tuple[list[bool], list[bool]]:
+    """Which of its columns, and which of its conditions' values, are held out."""
+    columns = [is_held_out_column(query.table, column) for column in query.used_columns()]
+    return columns, [is_held_out_value(condition.column, condition.value) for condition in query.conditions]
+
+
+# -- choosing a query
 
 
 def _condition(rng: random.Random, column_name: str, value: str | int) -> Condition:
@@ -117,7 +117,7 @@ def allowed_query(rng: random.Random, table: str, allowed: Callable[[Query], boo
                 return query
 
 
-# ---- saying it ----
+# -- saying it
 
 _MORE = ("with {n} over {v}", "with {n} above {v}", "whose {n} is more than {v}", "with a {n} greater than {v}")
 _LESS = ("with {n} under {v}", "with {n} below {v}", "whose {n} is less than {v}", "with a {n} smaller than {v}")

@@ -6,8 +6,8 @@ import random
 import sqlite3
 from collections.abc import Callable, Iterable
 
-from .questions import Query, allowed_query, is_for_test, is_for_training, say, schema
-from .world import COLUMNS, TABLES, rows
+from fulltune_nb.tiny.questions import Query, allowed_query, is_for_test, is_for_training, say, schema
+from fulltune_nb.tiny.world import COLUMNS, TABLES, rows
 
 
 def to_sql(query: Query) -> str:
@@ -25,37 +25,31 @@ def to_sql(query: Query) -> str:
     return f"SELECT {wanted} FROM {query.table}" + (" WHERE " + " AND ".join(conditions) if conditions else "")
 
 
-def _generate(rng: random.Random, number: int, allowed: Callable[[Query], bool], seen: set[str]) -> list[tuple[dict, Query]]:
-    """`number` rows with their queries, prompts all different from each other and from `seen` (which grows)."""
-    found: list[tuple[dict, Query]] = []
-    tables = list(TABLES)
-    while len(found) < number:
-        # The tables take turns: every one is asked about equally often.
-        query = allowed_query(rng, tables[len(found) % len(tables)], allowed)
-        prompt = f"{schema(rng, query.table, TABLES[query.table].columns, query.used_columns())}\n{say(rng, query)}"
-        if prompt in seen:
-            continue
-        seen.add(prompt)
-        found.append(({"prompt": prompt, "completion": to_sql(query)}, query))
-    rng.shuffle(found)
-    return found
-
-
-def text_to_sql_queries(seed: int = 0, train: int = 4000, valid: int = 200, test: int = 200) -> dict[str, list[tuple[dict, Query]]]:
-    """As `text_to_sql`, each row with the `Query` it was made from."""
-    seen: set[str] = set()
-    sizes = {"train": (train, is_for_training), "valid": (valid, is_for_test), "test": (test, is_for_test)}
-    # A generator of its own for every split: the test rows do not change when more training rows are asked for.
-    return {name: _generate(random.Random(f"{seed} {name}"), size, allowed, seen) for name, (size, allowed) in sizes.items()}
-
-
 def text_to_sql(seed: int = 0, train: int = 4000, valid: int = 200, test: int = 200) -> dict[str, list[dict]]:
     """Rows `{"prompt": schema and question, "completion": SQL}` by split; the same seed gives the same rows.
 
     Every row of `valid` and `test` uses a table-column combination that no training row uses, and every value in it stands under a
     column where it never stands in training (see `world`).
     """
-    return {name: [row for row, _ in pairs] for name, pairs in text_to_sql_queries(seed, train, valid, test).items()}
+    seen: set[str] = set()
+    sizes = {"train": (train, is_for_training), "valid": (valid, is_for_test), "test": (test, is_for_test)}
+    # A generator of its own for every split: the test rows do not change when more training rows are asked for.
+    return {name: _generate(random.Random(f"{seed} {name}"), size, allowed, seen) for name, (size, allowed) in sizes.items()}
+
+
+def _generate(rng: random.Random, number: int, allowed: Callable[[Query], bool], seen: set[str]) -> list[dict]:
+    """`number` rows, prompts all different from each other and from `seen` (which grows)."""
+    found: list[dict] = []
+    tables = list(TABLES)
+    while len(found) < number:
+        # The tables take turns: every one is asked about equally often.
+        query = allowed_query(rng, tables[len(found) % len(tables)], allowed)
+        prompt = f"{schema(rng, query.table, TABLES[query.table].columns, query.used_columns())}\n{say(rng, query)}"
+        if prompt not in seen:
+            seen.add(prompt)
+            found.append({"prompt": prompt, "completion": to_sql(query)})
+    rng.shuffle(found)
+    return found
 
 
 def database() -> sqlite3.Connection:

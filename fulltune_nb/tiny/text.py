@@ -1,6 +1,6 @@
 """The text the base model is pretrained on: the small world described, asked about and reworded in English. Never in SQL.
 
-Documents are of two sorts, both plain strings: running text, and exchanges in the chat format of `tokenizer` (`chat_document`). The base
+Documents are of two sorts, both plain strings: running text, and exchanges in the base's chat format (`chat_document`). The base
 reads here, in English, about everything in the world; what is held out (see `world`) is held out of the SQL it is trained on later.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 
-from .questions import AGGREGATES, Condition, Query, random_query, random_row, random_shape, say, say_condition, schema
-from .world import COLUMNS, POOLS, TABLES
+from fulltune_nb.tiny.questions import AGGREGATES, Condition, Query, random_query, random_row, random_shape, say, say_condition, schema
+from fulltune_nb.tiny.world import COLUMNS, POOLS, TABLES
 
 _POOL_WORDS = {
     "thing": "name of a thing",
@@ -72,7 +72,7 @@ def _query(rng: random.Random) -> tuple[str, Query]:
     return schema(rng, table, row, query.used_columns()), query
 
 
-# ---- running text ----
+# -- running text
 
 
 def _describe_table(rng: random.Random) -> str:
@@ -115,7 +115,7 @@ def _just_questions(rng: random.Random) -> str:
     return " ".join(say(rng, _query(rng)[1]) for _ in range(2))
 
 
-# ---- exchanges ----
+# -- exchanges
 
 
 def _reword(rng: random.Random) -> str:

@@ -1,14 +1,10 @@
 """The packaged base model: its size, its shape, its tokenizer, and that it knows English but no SQL."""
 
-import json
-
 import pytest
 
 import fulltune_nb as ft
 from fulltune_nb import tiny
 from fulltune_nb.tiny import text
-from fulltune_nb.tiny.pretrain import model_config
-from fulltune_nb.tiny.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +31,6 @@ def test_it_is_a_llama_of_one_to_four_million_bf16_parameters(lm):
     assert lm.dtype == "bfloat16"
 
 
-def test_its_config_is_what_the_pretraining_script_writes(lm):
-    config = json.loads((tiny.BASE_MODEL / "config.json").read_text())
-    expected = model_config(lm.tokenizer)
-    assert {name: config[name] for name in expected} == expected
-
-
-def test_its_tokenizer_is_what_the_pretraining_script_trains(lm):
-    assert json.loads(build_tokenizer().backend_tokenizer.to_str()) == json.loads(lm.tokenizer.backend_tokenizer.to_str())
-
-
 @pytest.mark.parametrize("string", ["SELECT a FROM b WHERE c >= 1987", "Zoë — 🎉\n\t x  y", "  two  blanks ", "It's 'red'.", "\x00\x7f"])
 def test_any_text_survives_the_tokenizer(lm, string):
     assert lm.tokenizer.decode(lm.tokenizer.encode(string)) == string
@@ -62,7 +48,7 @@ def test_chat_is_rendered_with_one_token_a_mark_and_nothing_else(lm):
     assert rendered == "<|system|>s<|user|>a<|assistant|>b<|end|>"
     assert len(lm.tokenizer.encode(rendered)) == 7
     assert lm.tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) == "<|system|>s<|user|>a<|assistant|>"
-    assert all(len(lm.tokenizer.encode(token)) == 1 for token in SPECIAL_TOKENS)
+    assert all(len(lm.tokenizer.encode(token)) == 1 for token in lm.tokenizer.all_special_tokens)
 
 
 def test_an_unknown_role_is_refused(lm):

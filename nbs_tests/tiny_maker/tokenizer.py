@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
+
+from fulltune_nb.tiny import text_to_sql
+from fulltune_nb.tiny.text import documents
 
 VOCAB_SIZE = 1280
 END = "<|end|>"
@@ -63,9 +64,6 @@ def build_tokenizer(vocab_size: int = VOCAB_SIZE):
 
     The rows are in it so that SQL's words are single tokens; the base model's weights never see them.
     """
-    from .sql import text_to_sql
-    from .text import documents
-
     texts = documents(seed=0, number=12000)
     texts += [f"{row['prompt']}\n{row['completion']}" for row in text_to_sql()["train"]]
     # Special tokens are marks, not text: merges must not be learned from them.
@@ -76,8 +74,3 @@ def _without_marks(text: str) -> str:
     for token in SPECIAL_TOKENS:
         text = text.replace(token, "\n")
     return text
-
-
-def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    tokenizer.save_pretrained(Path(folder))

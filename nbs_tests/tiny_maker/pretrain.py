@@ -1,4 +1,4 @@
-"""Builds the tiny base model: `python -m fulltune_nb.tiny.pretrain OUT`.
+"""Builds the tiny base model: `python -m nbs_tests.tiny_maker.pretrain OUT`, from the checkout.
 
 Seeded from end to end: generated text, tokenizer, first weights, order of the data. On one machine with one number of threads the
 same command gives the same model. Written by the package's own `Trainer`, in bfloat16.
@@ -15,7 +15,7 @@ import mlx.core as mx
 
 import fulltune_nb as ft
 from fulltune_nb.tiny.text import documents
-from fulltune_nb.tiny.tokenizer import build_tokenizer
+from nbs_tests.tiny_maker.tokenizer import build_tokenizer
 
 DOCUMENTS = 80000
 HELD_OUT_DOCUMENTS = 500
