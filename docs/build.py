@@ -9,6 +9,7 @@ Needs `pip install -e '.[docs]'`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import shutil
@@ -85,8 +86,22 @@ def reference() -> str:
     """A page with the docstring of every public name."""
     parts = ["# Reference\n\nFrom the docstrings, by name. [API](api.md) is the short form.\n"]
     for name in ft.__all__:
-        parts.append(f"::: {getattr(ft, name).__module__}.{name}\n")
+        path = f"{getattr(ft, name).__module__}.{name}"
+        parts += settings_reference(path) if name == "TrainConfig" else [f"::: {path}\n"]
     return "\n".join(parts)
+
+
+def settings_reference(path: str) -> list[str]:
+    """`TrainConfig`, with a table of its fields, whose help is no docstring, in place of its signature."""
+    fields = dataclasses.fields(ft.TrainConfig)
+    rows = [f"| `{field.name}` | `{getattr(ft.TrainConfig, field.name, '{}')!r}` | {field.metadata['help']} |" for field in fields]
+    methods = [name for name in vars(ft.TrainConfig) if not name.startswith("_") and name not in {field.name for field in fields}]
+    table = "\n".join(["| setting | default | |", "|---|---|---|", *rows, ""])
+    return [
+        f"::: {path}\n    options: {{show_signature: false, members: []}}\n",
+        table,
+        *(f"::: {path}.{name}\n    options: {{heading_level: 3}}\n" for name in methods),
+    ]
 
 
 def write_config(path: Path, pages: Path) -> None:
