@@ -1,8 +1,7 @@
-"""The chat template a tokenizer gets where it has none of its own.
+"""What the model reads: conversations through the tokenizer's chat template, plain texts and ids, all as token ids.
 
-Base models such as Mistral-7B-v0.1 come without a chat template. The text then used is ChatML, the one that the
-documentation of the `mlx_lm` commands shows for such models: `<|im_start|>role\\ncontent<|im_end|>\\n` per message. It is
-set on the tokenizer, so that generation uses what training used and an exported folder carries it.
+A chat template is a program and comes with a download: it may loop for ever or ask for all memory that there is. `ChatRenderer` is
+the only place that runs one.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import GenerationError
 
 if TYPE_CHECKING:
-        from transformers import PreTrainedTokenizerBase
-
-# -- render_limits: A bound on the time and the memory that a chat template takes: it is a program, and comes with a dow
+    from transformers import PreTrainedTokenizerBase
 
 try:
     import resource
@@ -29,17 +27,104 @@ except ImportError:  # Windows
     resource = None
 
 SECONDS = 10.0
-"""Of computing; rendering a conversation takes thousandths of one."""
+"""Of computing, for one conversation, which takes thousandths of one."""
 MEMORY = 2**30
 """Bytes, on top of what the process has."""
-T = TypeVar("T")
-_TICK = 0.03  # seconds between two looks
-_PAGE = os.sysconf("SC_PAGE_SIZE") if resource else 0
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+_TICK = 0.03  # seconds of computing between two looks at a template that runs
+_KEPT_CHARACTERS = 2**26  # after so many the memory is bounded anew: texts that are kept must not count as a template's
+
+# ---- running a template, within limits
+
+
+class TemplateRefused(Exception):
+    """The template raised an error; the message says which."""
 
 
 class LimitReached(Exception):
     """The template took too much time or memory; the message says which."""
+
+
+class ChatRenderer:
+    """Runs a tokenizer's chat template, with at most `SECONDS` and `MEMORY` for each conversation.
+
+        renderer = ChatRenderer(tokenizer)
+        text = renderer.render(messages)
+        with renderer.limits():                   # the same for many, with limits that are set once
+            texts = [renderer.render(messages) for messages in conversations]
+
+    The limits are the process's: its address space, and a timer whose signal looks at the time and memory that the template took.
+    There are none on Windows and outside of the main thread, which signals do not reach; while somebody else uses the timer, only
+    the memory is limited.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._in_limits = False
+        self._limits_before: tuple[int, int] | None = None  # of the address space; None where nothing is limited
+        self._kept = 0  # characters of texts since the memory was limited
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False) -> str:
+        """The text that the template makes of a conversation.
+
+        Raises:
+            TemplateRefused: the template raised an error.
+            LimitReached: it took too much time or memory.
+        """
+        if not self._in_limits:
+            with self.limits():
+                return self.render(messages, tools, add_generation_prompt)
+        limited = self._limits_before is not None
+        if limited and self._kept > _KEPT_CHARACTERS:
+            self._limit_memory()
+        try:
+            if limited:
+                _watch.begin()
+            # The conversation stands in a list because transformers refuses an empty one that does not.
+            options = {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+            text = self._tokenizer.apply_chat_template([messages], **options)[0]
+            self._kept += len(text)
+            return text
+        # Failures are raised at the end, anew: an error from within would hold on to what the template has made.
+        except MemoryError:
+            failure = LimitReached(_too_large())
+        except LimitReached as error:
+            failure = LimitReached(str(error))
+        except Exception as error:  # a template is code from outside: it can raise anything
+            failure = TemplateRefused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        finally:
+            if limited:
+                _watch.active = False
+        raise failure
+
+    @contextmanager
+    def limits(self) -> Iterator[None]:
+        """Within the block, which is for rendering only, limits are set once and not for each conversation."""
+        limited = resource is not None and threading.current_thread() is threading.main_thread()
+        timer, lowers = limited and _timer_is_free(), limited and _address_space() is not None
+        before = resource.getrlimit(resource.RLIMIT_AS) if limited else None
+        try:
+            self._in_limits, self._limits_before = True, before
+            if limited:
+                self._limit_memory()
+            if timer:
+                signal.setitimer(signal.ITIMER_VIRTUAL, _TICK, _TICK)
+            yield
+        finally:  # nothing but these calls, so that an interrupt cannot come between them
+            self._in_limits, self._limits_before = False, None
+            try:
+                if timer:
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            finally:
+                if lowers:
+                    resource.setrlimit(resource.RLIMIT_AS, before)
+
+    def _limit_memory(self) -> None:
+        """Allows `MEMORY` more than the process has now."""
+        self._kept, _watch.most_memory = 0, _most_memory() + MEMORY
+        if (size := _address_space()) is not None:
+            finite = [limit for limit in self._limits_before if limit != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_AS, (min([size + MEMORY, *finite]), self._limits_before[1]))
 
 
 class _Watch:
@@ -47,60 +132,25 @@ class _Watch:
 
     def __init__(self) -> None:
         self.active = False
-        self._until = 0.0
-        self._most = 0
+        self.most_memory = 0
+        self._deadline: float | None = None  # in seconds of this thread's computing; the first look at a conversation sets it
 
-    def start(self) -> None:
-        self._until, self._most = time.thread_time() + SECONDS, _largest_size() + MEMORY
-        self.active = True
+    def begin(self) -> None:
+        self._deadline, self.active = None, True
 
     def __call__(self, number: int, frame: object) -> None:
         if not self.active:
             return
-        if time.thread_time() > self._until:
+        now = time.thread_time()
+        if self._deadline is None:
+            self._deadline = now + SECONDS
+        if now > self._deadline:
             raise LimitReached(f"it was not done after {SECONDS:g} seconds of computing")
-        if _largest_size() > self._most:
+        if _most_memory() > self.most_memory:
             raise LimitReached(_too_large())
 
 
 _watch = _Watch()
-
-
-def bounded(render: Callable[[], T]) -> T:
-    """What `render()` gives, which runs a template.
-
-    Raises:
-        LimitReached: it took more than `SECONDS` or `MEMORY`.
-    """
-    if resource is None or _watch.active or threading.current_thread() is not threading.main_thread():
-        return render()
-    timer, limits = _timer_is_free(), resource.getrlimit(resource.RLIMIT_AS)
-    lower = _lower_limit(*limits)
-    # The reason is raised at the end, anew: an error from within would hold on to what the template has made.
-    try:
-        if lower is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (lower, limits[1]))
-        if timer:
-            _watch.start()
-            signal.setitimer(signal.ITIMER_VIRTUAL, _TICK, _TICK)
-        return render()
-    except MemoryError:
-        reason = _too_large()
-    except LimitReached as error:
-        reason = str(error)
-    finally:  # nothing but these calls, so that an interrupt cannot come between them
-        _watch.active = False
-        try:
-            if timer:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        finally:
-            if lower is not None:
-                resource.setrlimit(resource.RLIMIT_AS, limits)
-    raise LimitReached(reason)
-
-
-def _too_large() -> str:
-    return f"it would take more than {MEMORY / 2**20:,.0f} MiB of memory"
 
 
 def _timer_is_free() -> bool:
@@ -114,25 +164,25 @@ def _timer_is_free() -> bool:
     return True
 
 
-def _lower_limit(soft: int, hard: int) -> int | None:
-    """Bytes of address space: `MEMORY` more than there is, or the limits if they are lower. None where the system does not say."""
+def _address_space() -> int | None:
+    """Bytes of address space that the process has; None where the system does not say."""
     try:
-        descriptor = os.open("/proc/self/statm", os.O_RDONLY)  # Python's files take three times as long, and rows are many
-        try:
-            size = int(os.read(descriptor, 100).split()[0]) * _PAGE
-        finally:
-            os.close(descriptor)
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
-    return min(size + MEMORY, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY), 2**62)
 
 
-def _largest_size() -> int:
+def _most_memory() -> int:
     """Bytes of memory that the process had at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# -- chat_template: The chat template a tokenizer gets where it has none of its own
+def _too_large() -> str:
+    return f"it would take more than {MEMORY / 2**20:,.0f} MiB of memory"
+
+
+# ---- the template of a tokenizer that has none
 
 CHATML = (
     "{% for message in messages %}"
@@ -159,7 +209,7 @@ def ensure_chat_template(tokenizer) -> str | None:
     return CHATML_NOTE
 
 
-# -- prompts: What the model reads before it answers: texts, ids and conversations as token ids, and where an answ
+# ---- prompts
 
 Prompt = str | Sequence[int]
 _MARK = "ANSWER-7c31"  # stands for an answer while we look at what a template writes after one
@@ -195,10 +245,8 @@ def chat_ids(
     """
     _check_messages(messages)
     try:
-        text = bounded(
-            lambda: tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False)
-        )
-    except Exception as error:  # templates raise whatever they like
+        text = ChatRenderer(tokenizer).render(list(messages), tools, add_generation_prompt=True)
+    except (TemplateRefused, LimitReached) as error:
         raise GenerationError(f"The chat template refused these {len(messages)} messages: {error}") from error
     return _checked_ids(tokenizer.encode(text, add_special_tokens=False), vocab_size)
 
@@ -211,8 +259,8 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tup
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     try:
-        rendered = bounded(lambda: tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template that takes no such conversation tells nothing about its ends
+        rendered = ChatRenderer(tokenizer).render(messages)
+    except (TemplateRefused, LimitReached):  # a template that takes no such conversation tells nothing about its ends
         return (), ()
     _, mark, end = rendered.rpartition(_MARK)
     end = end.strip()

@@ -78,13 +78,17 @@ class MissingDependencyError(FulltuneError, ImportError):
     """An optional package is not installed; the message names the install command."""
 
 
+def closest(name: object, valid: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Up to `most` of `valid` that are spelt much like `name`, the likest first; upper case, - and _ make no difference."""
+    by_lower = {v.lower().replace("-", "_"): v for v in valid}
+    return [by_lower[c] for c in difflib.get_close_matches(str(name).lower().replace("-", "_"), by_lower, n=most, cutoff=cutoff)]
+
+
 def nearest(name: object, valid: Iterable[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
     """"Did you mean ...?" with the closest of `valid`; where none is close `otherwise`, or all that is valid."""
     valid = list(valid)
-    by_lower = {v.lower().replace("-", "_"): v for v in valid}
-    close = [by_lower[c] for c in difflib.get_close_matches(str(name).lower().replace("-", "_"), by_lower, n=3, cutoff=cutoff)]
-    if close:
-        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
+    if close := closest(name, valid, cutoff=cutoff):
+        return f"Did you mean {' or '.join(map(repr, close))}?"
     return f"Valid names: {', '.join(valid)}." if otherwise is None else otherwise
 
 

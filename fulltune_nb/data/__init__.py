@@ -1,11 +1,11 @@
 """From files or lists of rows to batches: formats, tokens, loss masks, order of batches."""
 
-from fulltune_nb.data.batches import Batch, BatchOrder, PackedOrder, collate, evaluation_batches, evaluation_shapes
+from fulltune_nb.data.batches import Batch, StepBatches, collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split, load_data
 from fulltune_nb.data.encode import Example
 from fulltune_nb.data.settings import DataSettings
 
 __all__ = [
-    "Batch", "BatchOrder", "DataSet", "DataSettings", "Example", "PackedOrder", "Split", "collate", "evaluation_batches",
-    "evaluation_shapes", "load_data",
+    "Batch", "DataSet", "DataSettings", "Example", "Split", "StepBatches", "collate", "evaluation_batches", "evaluation_shapes",
+    "load_data",
 ]  # fmt: skip

@@ -14,9 +14,10 @@ import numpy as np
 from fulltune_nb.chat_template import ensure_chat_template
 from fulltune_nb.data.encode import Example, encode_rows
 from fulltune_nb.data.read import PREFIX, SPLITS, RawSplit, hub_id, read_folder, read_hub, read_memory
-from fulltune_nb.data.rows import bad_rows_error, detect_format, expected_keys, feature_hint, names_of, row_problem
+from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
 from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.settings import whole_number
 
 
 class Split(Sequence[Example]):
@@ -67,13 +68,6 @@ class Split(Sequence[Example]):
             digest.update(example.loss_mask.tobytes())
         return digest.hexdigest()
 
-    @cached_property
-    def bucket_lengths(self) -> np.ndarray:
-        """The at most 12 values that T, the length of a batch's inputs, takes where a batch is made by itself; ascending int64."""
-        from fulltune_nb.data.shapes import choose_buckets
-
-        return choose_buckets(self.lengths[self.trainable] - 1)
-
     def __repr__(self) -> str:
         return f"Split({self.name}: {len(self):,} {self.format} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained)"
 
@@ -123,8 +117,7 @@ class DataSet:
         """
         from fulltune_nb.data.look import Lens
 
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ConfigError(f"show: expected a whole number of examples, at least 1, got {n!r}.")
+        n = whole_number("show", n, low=1)
         if split not in self.splits:
             raise DataError(f"There is no split {split!r} in this data set; it has {', '.join(self.splits)}.")
         return Lens(self.splits[split][:n], self.tokenizer)
@@ -176,23 +169,16 @@ def load_data(
     given |= {"completion_feature": completion_feature, "text_feature": text_feature, "chat_feature": chat_feature}
     settings = resolve_settings(given, config)
     _check_tokenizer(tokenizer)
-    if isinstance(source, Mapping):
-        path, raw_splits, notes = None, read_memory(source), []
-    elif isinstance(source, str) and (name := hub_id(source)) is not None:
-        path, (raw_splits, notes) = f"{PREFIX}{name}", read_hub(name)
-    elif isinstance(source, (str, os.PathLike)):
-        path = Path(os.path.abspath(os.path.expanduser(os.fsdecode(source))))
-        raw_splits, notes = read_folder(path)
-    else:
-        hint = ' Give the rows their split: {"train": rows}.' if isinstance(source, (list, tuple)) else ""
-        raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.{hint}')
-    builder = _Builder(tokenizer, settings, notes)
-    splits = {raw.name: builder.build(raw) for raw in raw_splits}
-    if builder.problems:
-        raise bad_rows_error(builder.problems, str(path) if path else "the rows given")
+    where, raw_splits, notes = _read(source)
+    splits, problems = {}, []
+    for raw in raw_splits:
+        splits[raw.name], bad = _build(raw, tokenizer, settings, notes)
+        problems += bad
+    if problems:
+        raise bad_rows_error(problems, where or "the rows given")
     for split in splits.values():
         _check_trainable(split, settings)
-    return DataSet(splits, settings, None if path is None else str(path), builder.notes, tokenizer)
+    return DataSet(splits, settings, where, list(dict.fromkeys(notes)), tokenizer)
 
 
 def _check_tokenizer(tokenizer) -> None:
@@ -202,76 +188,74 @@ def _check_tokenizer(tokenizer) -> None:
     raise ConfigError(f"tokenizer: expected a tokenizer of transformers (lm.tokenizer), got {type(tokenizer).__name__}.{hint}")
 
 
-class _Builder:
-    """Makes splits of rows, and gathers what is wrong and what is to be announced, over all splits."""
-
-    def __init__(self, tokenizer, settings: DataSettings, notes: list[str]):
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.notes = list(notes)
-        self.problems: list[str] = []
-
-    def build(self, raw: RawSplit) -> Split:
-        """The split of all rows that can be used; `problems` grows by a line for each that cannot.
-
-        Raises:
-            ConfigError: the prompt is to be masked in a format that has none.
-        """
-        problems = list(raw.problems)
-        good: list[tuple[str, Mapping]] = []
-        format = detect_format([row for _, row in raw.rows], self.settings)
-        if format is None:
-            problems += [f"{source}: {_no_format(row, self.settings)}" for source, row in raw.rows]
-        else:
-            self._prepare(raw, format)
-            for source, row in raw.rows:
-                problem = row_problem(row, format, self.settings)
-                good.append((source, row)) if problem is None else problems.append(f"{source}: {problem}")
-        encoded = encode_rows(good, format or "text", self.tokenizer, self.settings)
-        self.problems += sorted(problems + encoded.problems, key=_line_number)
-        split = Split(raw.name, format or "text", encoded.examples, raw.blank_lines)
-        self._announce(split, encoded.unshown_tools)
-        return split
-
-    def _prepare(self, raw: RawSplit, format: str) -> None:
-        if format == "text":
-            if self.settings.mask_prompt:
-                raise ConfigError(
-                    f"mask_prompt=True means nothing for {raw.label}: its rows have the text format, in which there is no prompt to mask. "
-                    "Use mask_prompt=False, or rows of the chat or completions format."
-                )
-            if self.tokenizer.eos_token_id is None:
-                self._note("The tokenizer has no end-of-text token: none is put behind the texts.")
-        else:
-            self._note(ensure_chat_template(self.tokenizer))
-            if "strftime_now" in str(self.tokenizer.chat_template):
-                self._note("The chat template can write the date of today into the rows: their tokens may differ from day to day.")
-        defaults = DataSettings()
-        for name in FEATURES:
-            key = getattr(self.settings, name)
-            if key != getattr(defaults, name) and not any(key in row for _, row in raw.rows):
-                self._note(f"{raw.label}: no row has the key {key!r} that {name} names.")
-
-    def _announce(self, split: Split, unshown_tools: int) -> None:
-        label, rows = split.name, len(split)
-        if split.truncated:
-            limit, lost = self.settings.max_seq_length, split.tokens_cut
-            self._note(f"{label}: {split.truncated:,} of {rows:,} rows cut to max_seq_length={limit:,} tokens ({lost:,} tokens lost).")
-        if len(split.untrainable):
-            self._note(f"{label}: {len(split.untrainable):,} of {rows:,} rows have no token to train on and stay out of the batches.")
-        if unshown_tools:
-            self._note(f"{label}: the chat template leaves out the tools of {unshown_tools:,} of {rows:,} rows.")
-        if split.blank_lines:
-            self._note(f"{label}: {split.blank_lines:,} blank lines, which are no rows.")
-
-    def _note(self, note: str | None) -> None:
-        if note and note not in self.notes:
-            self.notes.append(note)
+def _read(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
+    """`DataSet.source`, the rows of each split, and notes on what was not read."""
+    if isinstance(source, Mapping):
+        return None, read_memory(source), []
+    if isinstance(source, str) and (name := hub_id(source)) is not None:
+        return f"{PREFIX}{name}", *read_hub(name)
+    if isinstance(source, (str, os.PathLike)):
+        folder = Path(os.path.abspath(os.path.expanduser(os.fsdecode(source))))
+        return str(folder), *read_folder(folder)
+    hint = ' Give the rows their split: {"train": rows}.' if isinstance(source, (list, tuple)) else ""
+    raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.{hint}')
 
 
-def _no_format(row: Mapping, settings: DataSettings) -> str:
-    hint = feature_hint(row, settings) or " Other names: prompt_feature=, completion_feature=, text_feature=, chat_feature=."
-    return f"no known format: has the keys {names_of(row, empty='(none)')}, expected {expected_keys(settings)}.{hint}"
+def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -> tuple[Split, list[str]]:
+    """The split of all rows that can be used, and a line for each that cannot; `notes` grows by what is to be announced.
+
+    Raises:
+        ConfigError: the prompt is to be masked in a format that has none.
+    """
+    format = detect_format((row for _, row in raw.rows), settings)
+    if format is not None:
+        notes += _before_encoding(raw, format, tokenizer, settings)
+    good, problems = [], list(raw.problems)
+    for source, row in raw.rows:
+        problem = row_problem(row, format, settings)
+        good.append((source, row)) if problem is None else problems.append(f"{source}: {problem}")
+    encoded = encode_rows(good, format or "text", tokenizer, settings)
+    split = Split(raw.name, format or "text", encoded.examples, raw.blank_lines)
+    notes += _left_out(split, encoded.unshown_tools, settings)
+    return split, sorted(problems + encoded.problems, key=_line_number)
+
+
+def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettings) -> list[str]:
+    """Checks what the format needs, and gives the tokenizer a chat template where it has none.
+
+    Returns:
+        What is to be announced.
+    """
+    notes = []
+    if format != "text":
+        notes += [note for note in [ensure_chat_template(tokenizer)] if note]
+        if "strftime_now" in str(tokenizer.chat_template):
+            notes.append("The chat template can write the date of today into the rows: their tokens may differ from day to day.")
+    elif settings.mask_prompt:
+        raise ConfigError(
+            f"mask_prompt=True means nothing for {raw.label}: its rows have the text format, in which there is no prompt to mask. "
+            "Use mask_prompt=False, or rows of the chat or completions format."
+        )
+    elif tokenizer.eos_token_id is None:
+        notes.append("The tokenizer has no end-of-text token: none is put behind the texts.")
+    defaults = DataSettings()
+    for name in FEATURES:
+        key = getattr(settings, name)
+        if key != getattr(defaults, name) and not any(key in row for _, row in raw.rows):
+            notes.append(f"{raw.label}: no row has the key {key!r} that {name} names.")
+    return notes
+
+
+def _left_out(split: Split, unshown_tools: int, settings: DataSettings) -> list[str]:
+    """What is to be announced of a split: what was cut, not shown or is not trained on."""
+    of_rows, cut = f"of {len(split):,} rows", split.truncated
+    notes = [
+        cut and f"{cut:,} {of_rows} cut to max_seq_length={settings.max_seq_length:,} tokens ({split.tokens_cut:,} tokens lost).",
+        len(split.untrainable) and f"{len(split.untrainable):,} {of_rows} have no token to train on and stay out of the batches.",
+        unshown_tools and f"the chat template leaves out the tools of {unshown_tools:,} {of_rows}.",
+        split.blank_lines and f"{split.blank_lines:,} blank lines, which are no rows.",
+    ]
+    return [f"{split.name}: {note}" for note in notes if note]
 
 
 def _line_number(problem: str) -> int:

@@ -8,14 +8,14 @@ checked, on the text and on the tokens; where it does not hold the row is report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fulltune_nb.chat_template import LimitReached, bounded
-from fulltune_nb.data.rows import messages_of
+from fulltune_nb.chat_template import ChatRenderer, LimitReached, TemplateRefused
+from fulltune_nb.data.rows import RowError
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import DataError
 
@@ -52,10 +52,6 @@ class Example:
         return example_html(self)
 
 
-class RowError(Exception):
-    """One row cannot be encoded; the text is the reason, to which the caller adds file and line."""
-
-
 @dataclass
 class Encoded:
     """What `encode_rows` made of the rows of a split."""
@@ -68,7 +64,7 @@ class Encoded:
 
 @dataclass
 class _Rendered:
-    """A row's text, and the pairs of prefixes (before the turn, with it) of each assistant turn that is to be found in it."""
+    """A row's text and, for each assistant turn that is to be found in it, the text before the turn and the text up to its end."""
 
     text: str
     turns: list[tuple[str, str]] = field(default_factory=list)
@@ -88,40 +84,58 @@ def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, toke
     Raises:
         DataError: the chat template takes far too much time or memory with a row.
     """
-    rows = list(rows)
-    encoded = Encoded()
+    rows, encoded, renderer = list(rows), Encoded(), ChatRenderer(tokenizer)
     for start in range(0, len(rows), CHUNK_ROWS):
-        _encode_chunk(rows[start : start + CHUNK_ROWS], format, tokenizer, settings, encoded)
+        rendered = _render_chunk(rows[start : start + CHUNK_ROWS], format, renderer, settings, encoded.problems)
+        _tokenize_chunk(rendered, format, tokenizer, settings, encoded)
     return encoded
 
 
-def _encode_chunk(rows: Sequence[tuple[str, Mapping]], format: str, tokenizer, settings: DataSettings, into: Encoded) -> None:
-    rendered: list[_Rendered | RowError] = []
-    for source, row in rows:
+def _render_chunk(
+    rows: Sequence[tuple[str, Mapping]], format: str, renderer: ChatRenderer, settings: DataSettings, problems: list[str]
+) -> list[tuple[str, Mapping, _Rendered]]:
+    """The texts of the rows that have one; `problems` grows by a line for each other row."""
+    rendered = []
+    with renderer.limits():
+        for source, row in rows:
+            try:
+                item = _Rendered(row[settings.text_feature]) if format == "text" else _render_chat(row, format, renderer, settings)
+                _check_encodable(item.text)
+                rendered.append((source, row, item))
+            except RowError as error:
+                problems.append(f"{source}: {error}")
+            except LimitReached as error:  # at once: with each further row it could take as long
+                problem = f"{source}: the chat template cannot be used for this row: {error}"
+                raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None
+    return rendered
+
+
+def _tokenize_chunk(rendered: list[tuple[str, Mapping, _Rendered]], format: str, tokenizer, settings: DataSettings, into: Encoded) -> None:
+    # All texts, prefixes included, are tokenized in one call, each once: a last turn's end is often the whole text.
+    texts = list(dict.fromkeys(text for _, _, item in rendered for text in (item.text, *(part for turn in item.turns for part in turn))))
+    ids = dict(zip(texts, _tokenize(tokenizer, texts, add_special_tokens=format == "text"), strict=True))
+    for source, row, item in rendered:
+        tokens = ids[item.text]
+        if format == "text" and tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
+            tokens = [*tokens, tokenizer.eos_token_id]
         try:
-            rendered.append(_render_row(row, format, tokenizer, settings))
-        except RowError as error:
-            rendered.append(error)
-        except LimitReached as error:  # at once: with each further row it could take as long
-            problem = f"{source}: the chat template cannot be used for this row: {error}"
-            raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None
-    # All texts of the chunk, prefixes included, are tokenized in one call, each once: a last turn's end is often the whole text.
-    texts = {t: None for r in rendered if isinstance(r, _Rendered) for t in (r.text, *(p for turn in r.turns for p in turn))}
-    ids = dict(zip(texts, tokenize(tokenizer, list(texts), add_special_tokens=format == "text"), strict=True))
-    for (source, row), item in zip(rows, rendered, strict=True):
-        try:
-            if isinstance(item, RowError):
-                raise item
-            tokens = ids[item.text]
-            prefixes = [(ids[before], ids[after]) for before, after in item.turns]
-            if format == "text":
-                tokens = _with_eos(tokens, tokenizer)
-            spans = _token_spans(tokens, prefixes) if settings.mask_prompt else [(0, len(tokens))]
+            spans = _token_spans(tokens, [(ids[a], ids[b]) for a, b in item.turns]) if settings.mask_prompt else [(0, len(tokens))]
         except RowError as error:
             into.problems.append(f"{source}: {error}")
             continue
         into.unshown_tools += item.unshown_tools
         into.examples.append(_example(tokens, spans, item.text, source, row, tokenizer, settings.max_seq_length))
+
+
+def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """Ids of many texts in one call; the same ids as one by one.
+
+    For rendered chats `add_special_tokens` is False, which is also what `apply_chat_template(tokenize=True)` does.
+    """
+    if not texts:
+        return []
+    options = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
 
 def _example(tokens: list[int], spans, text: str, source: str, row: Mapping, tokenizer, max_seq_length: int) -> Example:
@@ -136,47 +150,36 @@ def _example(tokens: list[int], spans, text: str, source: str, row: Mapping, tok
     return Example(kept, mask, text, source, len(tokens) - len(kept), row, tokenizer)
 
 
-def tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    """Ids of many texts in one call; the same ids as one by one.
-
-    For rendered chats `add_special_tokens` is False, which is also what `apply_chat_template(tokenize=True)` does.
-    """
-    if not texts:
-        return []
-    options = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
+# ---- conversations to texts
 
 
-def _with_eos(tokens: list[int], tokenizer) -> list[int]:
-    eos = tokenizer.eos_token_id
-    return tokens if eos is None or (tokens and tokens[-1] == eos) else [*tokens, eos]
+def messages_of(row: Mapping[str, Any], format: str, settings: DataSettings) -> list[Mapping[str, Any]]:
+    """The conversation of a chat or completions row; a completion is a user/assistant pair."""
+    if format == "chat":
+        return list(row[settings.chat_feature])
+    return [
+        {"role": "user", "content": row[settings.prompt_feature]},
+        {"role": "assistant", "content": row[settings.completion_feature]},
+    ]
 
 
-def _render_row(row: Mapping[str, Any], format: str, tokenizer, settings: DataSettings) -> _Rendered:
-    """The row's text and, where prompts are masked, the texts that lead up to the ends of its assistant turns.
+def _render_chat(row: Mapping[str, Any], format: str, renderer: ChatRenderer, settings: DataSettings) -> _Rendered:
+    """The row's text and, where prompts are masked, its assistant turns.
 
     Raises:
-        RowError: the template refuses the row or breaks the rule of prefixes, or the text cannot be encoded.
+        RowError: the template refuses the row, leaves out its tool calls, or breaks the rule of prefixes.
     """
-    if format == "text":
-        return _Rendered(_encodable(row[settings.text_feature]))
-    messages = messages_of(row, format, settings)
-    tools = row.get("tools")
-
-    def render(part: list, add_generation_prompt: bool = False, tools=tools) -> str:
-        # The conversation stands in a list because transformers refuses an empty one that does not.
-        options = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return bounded(lambda: tokenizer.apply_chat_template([part], **options))[0]
-
-    text = _encodable(_refusable(lambda: render(messages), "the chat template refuses this row"))
-    _check_tool_calls(messages, text, render)
-    rendered = _Rendered(text, unshown_tools=bool(tools) and _try(lambda: render(messages, tools=None)) == text)
-    if settings.mask_prompt:
-        rendered.turns = _turns(messages, text, render)
-    return rendered
+    messages, tools = messages_of(row, format, settings), row.get("tools")
+    text = _render(renderer, messages, tools, "the chat template refuses this row")
+    if any(message.get("tool_calls") for message in messages):
+        bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        if _renders_as(text, renderer, bare, tools):  # it would train on nothing in the calls' place
+            raise RowError("the chat template leaves out this row's tool calls: use a template that writes them, or remove the calls")
+    turns = _turns(text, renderer, messages, tools) if settings.mask_prompt else []
+    return _Rendered(text, turns, unshown_tools=bool(tools) and _renders_as(text, renderer, messages, None))
 
 
-def _turns(messages: list, text: str, render: Callable[..., str]) -> list[tuple[str, str]]:
+def _turns(text: str, renderer: ChatRenderer, messages: list, tools: Any) -> list[tuple[str, str]]:
     """For each assistant turn, the text before it (generation prompt included) and the text up to its end.
 
     Raises:
@@ -188,9 +191,9 @@ def _turns(messages: list, text: str, render: Callable[..., str]) -> list[tuple[
             continue
         number = len(turns) + 1
         what = f"mask_prompt: the chat template cannot render the part of this row before assistant turn {number} by itself"
-        before = _refusable(lambda i=i: render(messages[:i], add_generation_prompt=True), what)
+        before = _render(renderer, messages[:i], tools, what, add_generation_prompt=True)
         what = f"mask_prompt: the chat template cannot render this row up to assistant turn {number} by itself"
-        after = text if i == len(messages) - 1 else _refusable(lambda i=i: render(messages[: i + 1]), what)
+        after = text if i == len(messages) - 1 else _render(renderer, messages[: i + 1], tools, what)
         for prefix, place in ((before, "start"), (after, "end")):
             if not text.startswith(prefix):
                 raise RowError(_broken_prefix(text, prefix, number, place))
@@ -211,62 +214,44 @@ def _broken_prefix(text: str, prefix: str, number: int, place: str) -> str:
     )
 
 
-def _token_spans(tokens: list[int], prefixes: list[tuple[list[int], list[int]]]) -> list[tuple[int, int]]:
+def _token_spans(tokens: list[int], turns: list[tuple[list[int], list[int]]]) -> list[tuple[int, int]]:
     """Token positions [start, end) of each assistant turn, from the tokens before it and up to its end.
 
     Raises:
         RowError: they are not the first tokens of the whole.
     """
-    for number, turn in enumerate(prefixes, 1):
+    for number, turn in enumerate(turns, 1):
         for prefix, place in zip(turn, ("start", "end"), strict=True):
             if tokens[: len(prefix)] != prefix:
                 raise RowError(
                     f"mask_prompt: the {place} of assistant turn {number} is no token border: the tokenizer joins the characters on "
                     f"both sides of it. Often the turn begins with a space or line break that can be removed. {_WAYS_OUT}"
                 )
-    return [(len(before), len(after)) for before, after in prefixes]
+    return [(len(before), len(after)) for before, after in turns]
 
 
-def _check_tool_calls(messages: list, text: str, render: Callable[..., str]) -> None:
-    """Refuse a row whose tool calls the template leaves out: it would train on nothing in their place.
+def _render(renderer: ChatRenderer, messages: list, tools: Any, failure: str, add_generation_prompt: bool = False) -> str:
+    try:
+        return renderer.render(messages, tools, add_generation_prompt)
+    except TemplateRefused as error:
+        raise RowError(f"{failure}: {error}") from error
 
-    Raises:
-        RowError: the text is the same without the calls.
+
+def _renders_as(text: str, renderer: ChatRenderer, messages: list, tools: Any) -> bool:
+    """Whether the template makes `text` of these messages; where it refuses them, it does not."""
+    try:
+        return renderer.render(messages, tools) == text
+    except TemplateRefused:
+        return False
+
+
+def _check_encodable(text: str) -> None:
     """
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    bare = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
-    if _try(lambda: render(bare)) == text:
-        raise RowError("the chat template leaves out this row's tool calls: use a template that writes them, or remove the calls")
-
-
-def _refusable(render: Callable[[], str], what: str) -> str:
-    try:
-        return render()
-    except LimitReached:
-        raise
-    except Exception as error:  # a template is code from outside: it can raise anything
-        raise RowError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _try(render: Callable[[], str]) -> str | None:
-    try:
-        return render()
-    except LimitReached:
-        raise
-    except Exception:  # as above; here a refusal only means that the two texts differ
-        return None
-
-
-def _encodable(text: str) -> str:
-    """The text, if it can be tokenized.
-
     Raises:
-        RowError: it has half a surrogate pair, which JSON can write and UTF-8 cannot.
+        RowError: the text has half a surrogate pair, which JSON can write and UTF-8 cannot.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"{text[error.start]!r} at character {error.start}"
         raise RowError(f"the text has half of a surrogate pair ({half}), which is no character: remove it") from None
-    return text

@@ -1,15 +1,16 @@
-"""Rows from the hub and from Parquet, read by the optional package `datasets`.
+"""Where rows come from: a folder of JSON Lines, CSV or Parquet files, a data set of the hub, or lists in memory.
 
+    load_data("folder", ...)              train.jsonl, valid.jsonl, test.jsonl, or the same with .csv or .parquet
     load_data("hf:org/name", ...)         a data set of the hub; "hf:org/name:config" where it has several
     load_data("org/name", ...)            the same, where there is no such folder here
-    load_data("folder", ...)              with train.parquet in it
+    load_data({"train": rows}, ...)       rows in memory
+
+Bad lines are collected, by file and line. The hub and Parquet are read by the optional package `datasets`.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
-import json
 import os
 import re
 import tempfile
@@ -17,22 +18,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
-from fulltune_nb.data.rows import PASS_ROWS, json_hint, whole_file_problem
-from fulltune_nb.errors import DataError, MissingDependencyError
-from fulltune_nb.files import KeyTwice, no_key_twice
-
-# -- reading: Files and lists to rows. Every bad line is collected by file and line; nothing is decided here about
+from fulltune_nb.data.rows import RowError, parse_line, whole_file_problem
+from fulltune_nb.errors import DataError, MissingDependencyError, closest, listed
 
 SPLITS = ("train", "valid", "test")
+OTHER_NAMES = {"train": ("training",), "valid": ("validation", "val", "dev", "eval"), "test": ("testing", "tests")}
 ENDINGS = (".jsonl", ".csv", ".parquet")
+PREFIX = "hf:"
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is reported and skipped without being held in memory. As text it would be some four million tokens."""
 
-OTHER_NAMES = {"train": ("training",), "valid": ("validation", "val", "dev", "eval"), "test": ("testing", "tests")}
-_SPLIT_FILES = tuple(f"{split}{ending}" for split in SPLITS for ending in ENDINGS)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDER_LAYOUT = "a folder with train.jsonl, valid.jsonl and test.jsonl (any of them)"
+_NO_ROWS = "no rows; leave the split out or give it rows"
 
 
 @dataclass
@@ -47,8 +47,20 @@ class RawSplit:
     problems: list[str] = field(default_factory=list)
     blank_lines: int = 0
 
+    def or_problem(self, reason: str = _NO_ROWS) -> RawSplit:
+        """The split itself; where it has neither rows nor problems, `reason` becomes its problem."""
+        if not self.rows and not self.problems:
+            self.problems.append(f"{self.label}: {reason}")
+        return self
 
-# ---------------------------------------------------------------- rows in memory
+
+def _split_meant(name: str) -> str | None:
+    """The split that a file or key of this name probably is."""
+    stem = name.lower().split(".")[0]
+    return next((split for split in SPLITS if stem in OTHER_NAMES[split] or closest(stem, [split], cutoff=0.75)), None)
+
+
+# ---- rows in memory
 
 
 def read_memory(source: Mapping[str, Any]) -> list[RawSplit]:
@@ -59,8 +71,8 @@ def read_memory(source: Mapping[str, Any]) -> list[RawSplit]:
     """
     for name in source:
         if name not in SPLITS:
-            close = _nearest_split(str(name))
-            hint = f" Is {close!r} meant?" if close else ""
+            meant = _split_meant(str(name))
+            hint = f" Did you mean {meant!r}?" if meant else ""
             raise DataError(f"Unknown split {str(name)!r}: expected {', '.join(SPLITS)}.{hint}")
     splits = [_read_list(name, source[name]) for name in SPLITS if source.get(name) is not None]
     if not splits:
@@ -75,24 +87,22 @@ def _read_list(name: str, rows: Any) -> RawSplit:
         raise DataError(f'{name}: expected a list of rows (dicts), got a {type(rows).__name__}. Pass its to_dict("records").')
     split = RawSplit(name, name)
     for number, row in enumerate(rows, 1):
-        source = f"{name}:{number}"
         if isinstance(row, Mapping):
-            split.rows.append((source, row))
+            split.rows.append((f"{name}:{number}", row))
         else:
-            split.problems.append(f"{source}: not an object (dict) but of type {type(row).__name__}")
-    if not split.rows and not split.problems:
-        split.problems.append(f"{name}: no rows; leave the split out or give it rows")
-    return split
+            split.problems.append(f"{name}:{number}: not an object (dict) but of type {type(row).__name__}")
+    return split.or_problem()
 
 
-# ---------------------------------------------------------------- files
+# ---- folders
 
 
 def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
     """Splits from the `.jsonl`, `.csv` or `.parquet` files of a folder, and notes on what in it was not read.
 
     Raises:
-        DataError: there is no such folder, or none of the three files in it.
+        DataError: there is no such folder, or none of the three files in it, or one of them in two forms.
+        MissingDependencyError: it has a `.parquet` file, and `datasets` is not installed.
     """
     names = folder_names(folder)
     files = {split: [f"{split}{ending}" for ending in ENDINGS if f"{split}{ending}" in names] for split in SPLITS}
@@ -102,23 +112,14 @@ def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
     for split in found:
         if len(files[split]) > 1:
             raise DataError(f"{str(folder)!r} has {' and '.join(files[split])}. Which is meant? Leave one of them there.")
-    unread = [name for name in names if name.endswith(".jsonl") and name[: -len(".jsonl")] not in SPLITS]
     notes = []
-    if unread:
-        meant = {name: close for name in unread if (close := _nearest_split(name)) and close not in found}
-        hints = "".join(f" Is {name} meant as {close}.jsonl?" for name, close in list(meant.items())[:3])
-        notes.append(f"Not read: {_listing(unread, 5)}; only train.jsonl, valid.jsonl and test.jsonl are.{hints}")
-    return [_read_split(split, folder / files[split][0]) for split in found], notes
-
-
-def _read_split(split: str, path: Path) -> RawSplit:
-    if path.suffix == ".jsonl":
-        return read_file(split, path)
-    if path.suffix == ".csv":
-
-        return read_csv(split, path)
-
-    return read_parquet(split, path)
+    if unread := [name for name in names if name.endswith(".jsonl") and name[: -len(".jsonl")] not in SPLITS]:
+        meant = {name: split for name in unread if (split := _split_meant(name)) and split not in found}
+        hints = "".join(f" Is {name} meant as {split}.jsonl?" for name, split in list(meant.items())[:3])
+        notes.append(f"Not read: {listed(unread)}; only train.jsonl, valid.jsonl and test.jsonl are.{hints}")
+    readers = {".jsonl": read_file, ".csv": read_csv, ".parquet": read_parquet}
+    paths = {split: folder / files[split][0] for split in found}
+    return [readers[path.suffix](split, path) for split, path in paths.items()], notes
 
 
 def folder_names(folder: Path) -> list[str]:
@@ -146,37 +147,28 @@ def _nearest_folder(folder: Path) -> str:
         folders = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError:
         return ""
-    wanted = folder.relative_to(parent).parts[0]
-    close = difflib.get_close_matches(wanted, folders, n=3, cutoff=0.5)
+    close = closest(folder.relative_to(parent).parts[0], folders, cutoff=0.5)
     if close:
         return f" Near it in {str(parent)!r}: {', '.join(close)}."
-    return f" {str(parent)!r} has these folders: {_listing(folders)}."
+    return f" {str(parent)!r} has these folders: {listed(folders, 10) or 'nothing'}."
 
 
 def _no_splits(folder: Path, names: list[str]) -> str:
+    """Why a folder gives no data: what is in it, and which of that may be meant."""
     files = [name for name in names if not (folder / name).is_dir()]
-    packed = [name for name in files if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) and _nearest_split(name)]
-    renames = [f"{name} -> {close}.jsonl" for name in files if name not in packed and (close := _nearest_split(name))]
-    inner = [name for name in names if name not in files and any((folder / name / f).is_file() for f in _SPLIT_FILES)]
+    packed = [name for name in files if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) and _split_meant(name)]
+    renames = [f"{name} -> {split}.jsonl" for name in files if name not in packed and (split := _split_meant(name))]
+    ours = [f"{split}{ending}" for split in SPLITS for ending in ENDINGS]
+    inner = [str(folder / name) for name in names if name not in files and any((folder / name / file).is_file() for file in ours)]
     hint = f" Rename (one JSON object per line): {', '.join(renames[:3])}." if renames else ""
     hint += f" Unpack {', '.join(packed[:3])}." if packed else ""
-    hint += f" Is one of these folders meant: {_listing([str(folder / name) for name in inner], 5)}?" if inner else ""
+    hint += f" Is one of these folders meant: {listed(inner)}?" if inner else ""
     if "dataset_dict.json" in names or ("README.md" in names and "data" in names):
         hint += f" If it is a data set in the hub's own layout, give it as 'hf:{folder}'."
-    return f"No data in {str(folder)!r}: expected {_FOLDER_LAYOUT}, found {_listing(names)}.{hint}"
+    return f"No data in {str(folder)!r}: expected {_FOLDER_LAYOUT}, found {listed(names, 10) or 'nothing'}.{hint}"
 
 
-def _listing(names: list[str], limit: int = 10) -> str:
-    return (", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")) or "nothing"
-
-
-def _nearest_split(name: str) -> str | None:
-    """The split that a file or key of this name probably is."""
-    stem = name.lower().split(".")[0]
-    for split in SPLITS:
-        if stem in (split, *OTHER_NAMES[split]) or difflib.get_close_matches(stem, [split], cutoff=0.75):
-            return split
-    return None
+# ---- JSON Lines
 
 
 def read_file(name: str, path: Path) -> RawSplit:
@@ -186,24 +178,20 @@ def read_file(name: str, path: Path) -> RawSplit:
         with open(path, "rb") as file:
             start = file.read(4)
             if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-                split.problems.append(f"{path.name}:1: not UTF-8 but UTF-16 (it begins with that byte order mark); save the file as UTF-8")
-                return split
+                return split.or_problem("not UTF-8 but UTF-16 (it begins with that byte order mark); save the file as UTF-8")
             begin = 3 if start.startswith(b"\xef\xbb\xbf") else 0
-            if problem := whole_file_problem(*_ends(file, begin)):
-                split.problems.append(f"{path.name}: {problem}")
-                return split
+            if problem := whole_file_problem(*_first_and_last_line(file, begin)):
+                return split.or_problem(problem)
             file.seek(begin)
             for number, line, size in _lines(file):
-                _read_line(split, number, line, size)
+                _read_line(split, f"{split.label}:{number}", line, size)
     except OSError as error:
         split.problems.append(f"{path.name}: cannot be read: {error.strerror or error}")
-    if not split.rows and not split.problems:
-        what = f"only {split.blank_lines} blank lines" if split.blank_lines else "an empty file"
-        split.problems.append(f"{path.name}: {what}, expected one JSON object per line; fill the file or remove it")
-    return split
+    found = f"only {split.blank_lines} blank lines" if split.blank_lines else "an empty file"
+    return split.or_problem(f"{found}, expected one JSON object per line; fill the file or remove it")
 
 
-def _ends(file: BinaryIO, begin: int) -> tuple[bytes, bytes]:
+def _first_and_last_line(file: BinaryIO, begin: int) -> tuple[bytes, bytes]:
     """The first and the last line that are not blank, as far as they stand in the first and last 64 KiB behind `begin`."""
     file.seek(begin)
     first = next((line for line in file.read(2**16).split(b"\n") if line.strip()), b"")
@@ -226,53 +214,21 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None, int]]:
         yield number, None, size
 
 
-def _read_line(split: RawSplit, number: int, line: bytes | None, size: int) -> None:
-    source = f"{split.label}:{number}"
+def _read_line(split: RawSplit, source: str, line: bytes | None, size: int) -> None:
     if line is None:
-        limit = MAX_LINE_BYTES // 2**20
-        reason = f"a line of {size / 2**20:,.1f} MiB, the limit is {limit} MiB; is a line break missing? Write one JSON object per line"
-        split.problems.append(f"{source}: {reason}")
+        found = f"a line of {size / 2**20:,.1f} MiB, the limit is {MAX_LINE_BYTES // 2**20} MiB"
+        split.problems.append(f"{source}: {found}; is a line break missing? Write one JSON object per line")
     elif not line.strip():
         split.blank_lines += 1
     else:
         try:
             split.rows.append((source, parse_line(line)))
-        except _BadLine as bad:
-            split.problems.append(f"{source}: {bad}")
+        except RowError as error:
+            split.problems.append(f"{source}: {error}")
 
 
-class _BadLine(Exception):
-    """One line is not a row; the text is the reason."""
+# ---- CSV
 
-
-def parse_line(line: bytes) -> dict[str, Any]:
-    """The object on one line.
-
-    Raises:
-        _BadLine: it is not UTF-8, not JSON, not an object, or gives a key twice.
-    """
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise _BadLine(f"not UTF-8 (byte 0x{byte:02x} at byte {error.start + 1} of the line); save the file as UTF-8") from None
-    try:
-        row = json.loads(text, object_pairs_hook=no_key_twice)
-    except json.JSONDecodeError as error:
-        near = text[max(0, error.pos - 10) : error.pos + 20].rstrip("\r\n")
-        raise _BadLine(f"not JSON: {error.msg} at character {error.pos + 1}, near {near!r}{json_hint(text, error)}") from None
-    except KeyTwice as error:
-        raise _BadLine(f"{error}; keep one") from None
-    except (RecursionError, ValueError) as error:
-        raise _BadLine(f"not readable as JSON: {str(error)[:200]}") from None
-    if not isinstance(row, dict):
-        what = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(row), "a number")
-        hint = f". {PASS_ROWS}" if isinstance(row, list) else ""
-        raise _BadLine(f"not an object but {what}{hint}")
-    return row
-
-
-# -- csv_files: Rows from CSV files: comma-separated, fields with commas or line breaks in double quotes, column nam
 
 def read_csv(name: str, path: Path) -> RawSplit:
     """The rows of one file, UTF-8. An empty field counts as absent (None); a row's source is the line where it begins.
@@ -282,26 +238,23 @@ def read_csv(name: str, path: Path) -> RawSplit:
     split = RawSplit(name, path.name)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
-            _read_rows(split, file)
+            _read_csv_rows(split, file)
     except UnicodeDecodeError as error:
         split.problems.append(f"{path.name}: not UTF-8 ({error.reason}). Save it as UTF-8, which spreadsheets offer when they export")
     except (OSError, csv.Error) as error:
         split.problems.append(f"{path.name}: cannot be read: {error}")
-    if not split.rows and not split.problems:
-        split.problems.append(f"{path.name}: no rows; leave the split out or give it rows")
-    return split
+    return split.or_problem()
 
 
-def _read_rows(split: RawSplit, file) -> None:
+def _read_csv_rows(split: RawSplit, file: TextIO) -> None:
     reader = csv.reader(file, strict=True)  # strict: a quote that is never closed is an error, not a field of many rows
     header = next(reader, [])
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
         split.problems.append(f"{split.label}:1: the column {twice[0]!r} is there twice; give each its own name")
         return
-    line = reader.line_num + 1
     while True:
-        source = f"{split.label}:{line}"
+        source = f"{split.label}:{reader.line_num + 1}"
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -309,13 +262,12 @@ def _read_rows(split: RawSplit, file) -> None:
             return
         if fields is None:
             return
-        line = reader.line_num + 1
         if not fields:
             split.blank_lines += 1
         elif len(fields) != len(header):
             split.problems.append(f"{source}: {len(fields)} fields where line 1 names {len(header)}; put a field with commas in quotes")
         else:
-            split.rows.append((source, {column: field or None for column, field in zip(header, fields, strict=True)}))
+            split.rows.append((source, {column: value or None for column, value in zip(header, fields, strict=True)}))
 
 
 @contextmanager
@@ -328,10 +280,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-# -- hub: Rows from the hub and from Parquet, read by the optional package `datasets`
-
-PREFIX = "hf:"
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# ---- the hub and Parquet, by the package `datasets`
 
 
 def hub_id(source: str) -> str | None:
@@ -341,31 +290,8 @@ def hub_id(source: str) -> str | None:
     """
     if source.startswith(PREFIX):
         return source.removeprefix(PREFIX)
-    is_id = _ID.fullmatch(source) and not Path(source).exists() and not Path(source.split("/")[0]).exists()
+    is_id = _HUB_ID.fullmatch(source) and not Path(source).exists() and not Path(source.split("/")[0]).exists()
     return source if is_id else None
-
-
-def _library(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{what} is read by the package 'datasets', which is not installed: pip install 'fulltune_nb[datasets]', or pip install"
-            " datasets. Rows in JSON Lines (train.jsonl) need nothing more."
-        ) from error
-    return datasets
-
-
-@contextmanager
-def _quietly(datasets: Any) -> Iterator[None]:
-    """Within the block, `datasets` draws no progress bars."""
-    were_on = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
 
 
 def read_hub(name: str) -> tuple[list[RawSplit], list[str]]:
@@ -383,11 +309,10 @@ def read_hub(name: str) -> tuple[list[RawSplit], list[str]]:
         with _quietly(datasets):
             found = datasets.load_dataset(path, config or None)
     except Exception as error:  # datasets, the hub's client and the network raise many kinds here; all mean the same to the reader
-        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"The hub's data set {name!r} could not be loaded ({type(error).__name__}: {reason}). Is the name right, and is there a"
-            f" network? A data set with several configs needs one: {PREFIX}{path}:config."
-            f" A folder here is given by its path, such as ./{path}."
+            f"The hub's data set {name!r} could not be loaded ({type(error).__name__}: {_in_a_line(error)}). Is the name right, and is"
+            f" there a network? A data set with several configs needs one: {PREFIX}{path}:config. A folder here is given by its path,"
+            f" such as ./{path}."
         ) from error
     if not isinstance(found, Mapping):
         raise DataError(f"The hub's data set {name!r} has no splits, but is a {type(found).__name__}.")
@@ -404,21 +329,11 @@ def splits_of(found: Mapping[str, Any], what: str) -> tuple[list[RawSplit], list
     for split, names in meant.items():
         if len(names) > 1:
             raise DataError(f"{what} has {' and '.join(map(repr, names))}, each of which may be {split}. Pass rows: {{{split!r}: rows}}.")
-    unread = [name for name in found if not any(name in names for names in meant.values())]
-    if len(unread) == len(found):
-        there = ", ".join(map(repr, unread))
-        raise DataError(f"{what} has no split named {', '.join(SPLITS)}, found {there}. Pass rows: {{'train': rows}}.")
-    notes = [f"Not read: the splits {', '.join(map(repr, unread))}; only train, valid and test are."] if unread else []
-    return [raw_split(split, names[0], found[names[0]]) for split, names in meant.items() if names], notes
-
-
-def raw_split(name: str, label: str, rows: Any) -> RawSplit:
-    """The rows of a `datasets.Dataset`, counted from 1."""
-    split = RawSplit(name, label)
-    split.rows = [(f"{label}:{number}", dict(row)) for number, row in enumerate(rows, 1)]
-    if not split.rows:
-        split.problems.append(f"{label}: no rows; leave the split out or give it rows")
-    return split
+    unread = ", ".join(repr(name) for name in found if not any(name in names for names in meant.values()))
+    if not any(meant.values()):
+        raise DataError(f"{what} has no split named {', '.join(SPLITS)}, found {unread}. Pass rows: {{'train': rows}}.")
+    notes = [f"Not read: the splits {unread}; only train, valid and test are."] if unread else []
+    return [_read_table(split, names[0], found[names[0]]) for split, names in meant.items() if names], notes
 
 
 def read_parquet(name: str, path: Path) -> RawSplit:
@@ -432,8 +347,36 @@ def read_parquet(name: str, path: Path) -> RawSplit:
         try:
             rows = list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True, cache_dir=cache))
         except Exception as error:  # pyarrow and datasets raise many kinds here
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            split = RawSplit(name, path.name)
-            split.problems.append(f"{path.name}: cannot be read: {reason}")
-            return split
-    return raw_split(name, path.name, rows)
+            return RawSplit(name, path.name).or_problem(f"cannot be read: {_in_a_line(error.__cause__ or error)}")
+    return _read_table(name, path.name, rows)
+
+
+def _read_table(name: str, label: str, rows: Iterable[Mapping[str, Any]]) -> RawSplit:
+    return RawSplit(name, label, [(f"{label}:{number}", dict(row)) for number, row in enumerate(rows, 1)]).or_problem()
+
+
+def _library(needed_for: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{needed_for} is read by the package 'datasets', which is not installed: pip install 'fulltune_nb[datasets]', or pip install"
+            " datasets. Rows in JSON Lines (train.jsonl) need nothing more."
+        ) from error
+    return datasets
+
+
+@contextmanager
+def _quietly(datasets: Any) -> Iterator[None]:
+    """Within the block, `datasets` draws no progress bars."""
+    were_on = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

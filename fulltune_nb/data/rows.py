@@ -1,4 +1,4 @@
-"""The three row formats: which one a split has, and whether a row fits it.
+"""The three row formats, and all that can be wrong with a line or a row.
 
     chat         {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}     tools may be left out
     completions  {"prompt": ..., "completion": ...}
@@ -9,20 +9,22 @@ The key names can be changed by the `*_feature` settings. Other keys are ignored
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.errors import DataError
-
-# -- bad_rows: What is said of rows that cannot be used: the error that lists them, and hints for the mistakes that
+from fulltune_nb.errors import DataError, closest, listed
+from fulltune_nb.files import KeyTwice, no_key_twice
 
 PROBLEMS_SHOWN = 20
-PASS_ROWS = 'Read it with json.load and pass the rows, load_data({"train": rows}), or write one json.dumps(row) a line'
-
+FORMATS = {
+    "chat": ("chat_feature",),
+    "completions": ("prompt_feature", "completion_feature"),
+    "text": ("text_feature",),
+}
+"""Format -> the settings that name its keys; a row that fits several formats has the first."""
 OTHER_KEYS = {
     "prompt_feature": ("question", "instruction", "query", "input", "problem", "request", "source"),
     "completion_feature": ("response", "answer", "output", "target", "reply", "solution", "label"),
@@ -30,7 +32,13 @@ OTHER_KEYS = {
     "chat_feature": ("conversations", "conversation", "chat", "dialogue", "dialog", "turns"),
 }
 """What other data sets call these things, the likeliest first."""
-_FORMATS = (("prompt_feature", "completion_feature"), ("chat_feature",), ("text_feature",))
+
+_PASS_ROWS = 'Read it with json.load and pass the rows, load_data({"train": rows}), or write one json.dumps(row) a line'
+_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+
+
+class RowError(Exception):
+    """One row cannot be used; the text is the reason, to which the caller adds file and line."""
 
 
 def bad_rows_error(problems: list[str], where: str) -> DataError:
@@ -51,18 +59,16 @@ def bad_rows_error(problems: list[str], where: str) -> DataError:
     return DataError("\n".join([f"{rows} in {where}; nothing was loaded. Correct or remove these rows:", *lines]), problems)
 
 
-# ---------------------------------------------------------------- lines
+# ---- files and lines
 
 
 def whole_file_problem(first: bytes, last: bytes) -> str | None:
     """What a file is in place of JSON Lines, by its first and last line that are not blank; None if nothing is told by them."""
     first, last = first.strip(), last.strip()
     if first.startswith(b"[") and last.endswith(b"]") and not _is_json(first):
-        return f"the file is one JSON array, expected one JSON object per line. {PASS_ROWS}"
+        return f"the file is one JSON array, expected one JSON object per line. {_PASS_ROWS}"
     if first == b"{" and last == b"}":
-        return (
-            "an object is spread over several lines, expected one JSON object per line. Write each row by json.dumps(row)"
-        )
+        return "an object is spread over several lines, expected one JSON object per line. Write each row by json.dumps(row)"
     return None
 
 
@@ -74,7 +80,31 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def json_hint(text: str, error: json.JSONDecodeError) -> str:
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The object on one line of JSON Lines.
+
+    Raises:
+        RowError: it is not UTF-8, not JSON, not an object, or gives a key twice.
+    """
+    try:
+        text = line.decode("utf-8")
+        row = json.loads(text, object_pairs_hook=no_key_twice)
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise RowError(f"not UTF-8 (byte 0x{byte:02x} at byte {error.start + 1} of the line); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 10) : error.pos + 20].rstrip("\r\n")
+        raise RowError(f"not JSON: {error.msg} at character {error.pos + 1}, near {near!r}{_json_hint(text, error)}") from None
+    except KeyTwice as error:
+        raise RowError(f"{error}; keep one") from None
+    except (RecursionError, ValueError) as error:
+        raise RowError(f"not readable as JSON: {str(error)[:200]}") from None
+    if not isinstance(row, dict):
+        raise RowError(f"not an object but {_kind(row)}" + (f". {_PASS_ROWS}" if isinstance(row, list) else ""))
+    return row
+
+
+def _json_hint(text: str, error: json.JSONDecodeError) -> str:
     """What to do about a line that is not JSON, in brackets behind a space; empty where nothing is known."""
     before, after = text[: error.pos].rstrip(), text[error.pos :].strip()
     if text.strip() in ("[", "{", "],", "}", "},", "]"):
@@ -92,70 +122,20 @@ def json_hint(text: str, error: json.JSONDecodeError) -> str:
     return ""
 
 
-# ---------------------------------------------------------------- keys
+# ---- formats
 
 
-def feature_hint(row: Mapping[str, Any], settings: DataSettings) -> str:
-    """Which settings would give a row of no known format one, as a sentence; empty where its keys tell nothing.
-
-    Keys that are usual elsewhere are known, and those of this package where they are misspelt.
-    """
-    for features in _FORMATS:
-        found = {feature: _key_meant(row, feature, getattr(settings, feature)) for feature in features}
-        changed = [f"{feature}={key!r}" for feature, key in found.items() if key != getattr(settings, feature)]
-        if changed and all(found.values()):
-            unused = [key for feature in features for key in _other_keys(row, feature) if key not in found.values()]
-            rest = f" ({', '.join(map(repr, unused))} is not used then)" if unused else ""
-            return f" Try {', '.join(changed)}{rest}."
-    return ""
-
-
-def _key_meant(row: Mapping[str, Any], feature: str, key: str) -> str | None:
-    if row.get(key) is not None:
-        return key
-    usual = _other_keys(row, feature)
-    return usual[0] if usual else _nearest(key, [str(k) for k in row if row[k] is not None])
-
-
-def _other_keys(row: Mapping[str, Any], feature: str) -> list[str]:
-    return [key for key in OTHER_KEYS[feature] if row.get(key) is not None]
-
-
-def _nearest(key: str, names: Iterable[str]) -> str | None:
-    close = difflib.get_close_matches(key, list(names), n=1, cutoff=0.75)
-    return close[0] if close else None
-
-
-def names_of(keys: Iterable[Any], limit: int = 8, empty: str = "no keys") -> str:
-    """Keys as quoted text, those behind the first `limit` counted."""
-    names: Sequence[str] = [repr(str(k)[:40]) for k in keys]
-    return (", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")) or empty
-
-
-# -- formats: The three row formats: which one a split has, and whether a row fits it
-
-FORMATS = ("chat", "completions", "text")
-"""In the order in which a row that fits several is taken."""
-
-
-def keys_of(name: str, settings: DataSettings) -> tuple[str, ...]:
-    """The keys that a row of format `name` must have."""
-    return {
-        "chat": (settings.chat_feature,),
-        "completions": (settings.prompt_feature, settings.completion_feature),
-        "text": (settings.text_feature,),
-    }[name]
+def keys_of(format: str, settings: DataSettings) -> tuple[str, ...]:
+    """The keys that a row of a format must have."""
+    return tuple(getattr(settings, feature) for feature in FORMATS[format])
 
 
 def row_format(row: Mapping[str, Any], settings: DataSettings) -> str | None:
     """The first format all of whose keys the row has, or None."""
-    for name in FORMATS:
-        if all(row.get(key) is not None for key in keys_of(name, settings)):
-            return name
-    return None
+    return next((format for format in FORMATS if all(row.get(key) is not None for key in keys_of(format, settings))), None)
 
 
-def detect_format(rows: Sequence[Mapping[str, Any]], settings: DataSettings) -> str | None:
+def detect_format(rows: Iterable[Mapping[str, Any]], settings: DataSettings) -> str | None:
     """The format most rows have (the earliest seen where two are equally common), or None if no row has any.
 
     It is the most common one and not the first row's, so that one bad first row is what gets reported, not all the others.
@@ -165,32 +145,68 @@ def detect_format(rows: Sequence[Mapping[str, Any]], settings: DataSettings) -> 
     return max(counts, key=counts.get) if counts else None
 
 
-def expected_keys(settings: DataSettings) -> str:
-    """The three formats' keys as text for messages."""
-    return "; ".join(f"{name}: {' and '.join(repr(k) for k in keys_of(name, settings))}" for name in FORMATS)
+# ---- rows
 
 
-def row_problem(row: Mapping[str, Any], format: str, settings: DataSettings) -> str | None:
-    """What is wrong with a row of a split whose format is `format`; None if nothing."""
-    missing = [key for key in keys_of(format, settings) if row.get(key) is None]
+def row_problem(row: Mapping[str, Any], format: str | None, settings: DataSettings) -> str | None:
+    """What is wrong with a row of a split whose format is `format`, or that has none; None if nothing."""
+    if format is None:
+        return _no_format(row, settings)
+    keys = keys_of(format, settings)
+    missing = [key for key in keys if row.get(key) is None]
     if missing:
         return _missing_keys(row, format, missing, settings)
     if format == "chat":
-        return _messages_problem(row[settings.chat_feature], settings.chat_feature) or _tools_problem(row)
-    for key in keys_of(format, settings):
-        if not isinstance(row[key], str):
-            return f"{key!r} is {_kind(row[key])}, expected a string"
-    return _tools_problem(row) if format == "completions" else None
+        problem = _messages_problem(row[settings.chat_feature], settings.chat_feature)
+    else:
+        problem = next((f"{key!r} is {_kind(row[key])}, expected a string" for key in keys if not isinstance(row[key], str)), None)
+    tools = row.get("tools")
+    if problem is None and format != "text" and tools is not None and not isinstance(tools, (list, tuple)):
+        problem = f"'tools' is {_kind(tools)}, expected a list of tool descriptions"
+    return problem
+
+
+def _no_format(row: Mapping[str, Any], settings: DataSettings) -> str:
+    hint = feature_hint(row, settings) or "Other names: prompt_feature=, completion_feature=, text_feature=, chat_feature=."
+    expected = "; ".join(f"{format}: {' and '.join(map(repr, keys_of(format, settings)))}" for format in FORMATS)
+    return f"no known format: has the keys {_quoted(row) or '(none)'}, expected {expected}. {hint}"
+
+
+def feature_hint(row: Mapping[str, Any], settings: DataSettings) -> str:
+    """Which settings would give a row of no known format one, as a sentence; empty where its keys tell nothing.
+
+    Keys that are usual elsewhere are known, and those of this package where they are misspelt.
+    """
+    for format in ("completions", "chat", "text"):
+        found = {feature: _key_meant(row, feature, getattr(settings, feature)) for feature in FORMATS[format]}
+        changed = [f"{feature}={key!r}" for feature, key in found.items() if key != getattr(settings, feature)]
+        if changed and all(found.values()):
+            unused = [key for feature in found for key in _other_keys(row, feature) if key not in found.values()]
+            rest = f" ({', '.join(map(repr, unused))} is not used then)" if unused else ""
+            return f"Try {', '.join(changed)}{rest}."
+    return ""
+
+
+def _key_meant(row: Mapping[str, Any], feature: str, key: str) -> str | None:
+    if row.get(key) is not None:
+        return key
+    present = [str(name) for name in row if row[name] is not None]
+    return next(iter(_other_keys(row, feature) or closest(key, present, most=1, cutoff=0.75)), None)
+
+
+def _other_keys(row: Mapping[str, Any], feature: str) -> list[str]:
+    return [key for key in OTHER_KEYS[feature] if row.get(key) is not None]
 
 
 def _missing_keys(row: Mapping[str, Any], format: str, missing: list[str], settings: DataSettings) -> str:
     other = row_format(row, settings)
     if other is not None:
-        return f"mixed formats: this row is {other}, most rows of the split are {format} (without {names_of(missing)} here)"
+        return f"mixed formats: this row is {other}, most rows of the split are {format} (without {_quoted(missing)} here)"
     null = [key for key in missing if key in row]
-    text = f"missing key {names_of(missing)}" if not null else f"{names_of(null)} is null"
-    close = [c for key in missing for c in difflib.get_close_matches(key, [str(k) for k in row], n=1) if c not in missing]
-    return f"{text} ({format} format); the row has {names_of(row)}" + (f". Is {names_of(close)} misspelt?" if close else "")
+    text = f"{_quoted(null)} is null" if null else f"missing key {_quoted(missing)}"
+    close = [name for key in missing for name in closest(key, map(str, row), most=1) if name not in missing]
+    hint = f". Is {_quoted(close)} misspelt?" if close else ""
+    return f"{text} ({format} format); the row has {_quoted(row) or 'no keys'}{hint}"
 
 
 def _messages_problem(messages: Any, key: str) -> str | None:
@@ -199,46 +215,33 @@ def _messages_problem(messages: Any, key: str) -> str | None:
     if not messages:
         return f"{key!r} is an empty list, expected at least one message"
     for i, message in enumerate(messages):
-        at = f"{key}[{i}]"
-        if not isinstance(message, Mapping):
-            return f"{at} is {_kind(message)}, expected an object with 'role' and 'content'"
-        if not isinstance(message.get("role"), str):
-            return f"{at}: 'role' is {_kind(message['role'])}, expected a string" if "role" in message else f"{at}: {_no_role(message)}"
-        content = message.get("content")
-        if content is None and not message.get("tool_calls"):
-            return f"{at}: 'content' is {'null' if 'content' in message else 'missing'}, expected a string"
-        if content is not None and not isinstance(content, str):
-            parts = " (join the text parts to one string)" if isinstance(content, list) else ""
-            return f"{at}: 'content' is {_kind(content)}, expected a string{parts}"
+        if problem := _message_problem(message):
+            return f"{key}[{i}]{problem}"
     return None
 
 
-def _no_role(message: Mapping[str, Any]) -> str:
-    if "from" in message and "value" in message:
-        return "'from' and 'value' are ShareGPT's names, expected 'role' (user for human, assistant for gpt) and 'content'"
-    return "missing key 'role'"
-
-
-def _tools_problem(row: Mapping[str, Any]) -> str | None:
-    tools = row.get("tools")
-    if tools is None or isinstance(tools, (list, tuple)):
-        return None
-    return f"'tools' is {_kind(tools)}, expected a list of tool descriptions"
-
-
-def messages_of(row: Mapping[str, Any], format: str, settings: DataSettings) -> list[Mapping[str, Any]]:
-    """The conversation of a chat or completions row; a completion is a user/assistant pair."""
-    if format == "chat":
-        return list(row[settings.chat_feature])
-    return [
-        {"role": "user", "content": row[settings.prompt_feature]},
-        {"role": "assistant", "content": row[settings.completion_feature]},
-    ]
-
-
-_KINDS = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+def _message_problem(message: Any) -> str | None:
+    if not isinstance(message, Mapping):
+        return f" is {_kind(message)}, expected an object with 'role' and 'content'"
+    if "role" not in message and "from" in message and "value" in message:
+        return ": 'from' and 'value' are ShareGPT's names, expected 'role' (user for human, assistant for gpt) and 'content'"
+    if "role" not in message:
+        return ": missing key 'role'"
+    if not isinstance(message["role"], str):
+        return f": 'role' is {_kind(message['role'])}, expected a string"
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        return f": 'content' is {'null' if 'content' in message else 'missing'}, expected a string"
+    if content is not None and not isinstance(content, str):
+        return f": 'content' is {_kind(content)}, expected a string{' (join the text parts to one string)' * isinstance(content, list)}"
+    return None
 
 
 def _kind(value: Any) -> str:
     """The JSON name of a value's type; for values that are not from JSON, Python's."""
     return _KINDS.get(type(value), f"of type {type(value).__name__}")
+
+
+def _quoted(keys: Iterable[Any]) -> str:
+    names: Sequence[str] = [repr(str(key)[:40]) for key in keys]
+    return listed(names, most=8)

@@ -34,14 +34,14 @@ def test_equal_reasons_stand_once_with_all_their_lines():
 
 
 TRY = [
-    ({"prompt": "a", "response": "b"}, " Try completion_feature='response'."),
-    ({"question": "a", "answer": "b", "id": 1}, " Try prompt_feature='question', completion_feature='answer'."),
-    ({"promt": "a", "completion": "b"}, " Try prompt_feature='promt'."),
-    ({"Text": "a"}, " Try text_feature='Text'."),
-    ({"conversations": []}, " Try chat_feature='conversations'."),
+    ({"prompt": "a", "response": "b"}, "Try completion_feature='response'."),
+    ({"question": "a", "answer": "b", "id": 1}, "Try prompt_feature='question', completion_feature='answer'."),
+    ({"promt": "a", "completion": "b"}, "Try prompt_feature='promt'."),
+    ({"Text": "a"}, "Try text_feature='Text'."),
+    ({"conversations": []}, "Try chat_feature='conversations'."),
     (
         {"instruction": "a", "input": "b", "output": "c"},
-        " Try prompt_feature='instruction', completion_feature='output' ('input' is not used then).",
+        "Try prompt_feature='instruction', completion_feature='output' ('input' is not used then).",
     ),
     ({"a": 1, "b": 2}, ""),
     ({"prompt": None, "completion": "a"}, ""),
@@ -55,7 +55,7 @@ def test_keys_of_other_data_sets_are_recognized(row, hint):
 
 
 def test_keys_that_are_set_already_count_as_they_are():
-    assert feature_hint({"q": "a", "answer": "b"}, DataSettings(prompt_feature="q")) == " Try completion_feature='answer'."
+    assert feature_hint({"q": "a", "answer": "b"}, DataSettings(prompt_feature="q")) == "Try completion_feature='answer'."
 
 
 def test_every_feature_has_other_names():

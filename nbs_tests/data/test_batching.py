@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulltune_nb.data import Batch, BatchOrder, Example, Split, collate, evaluation_batches
+from fulltune_nb.data import Batch, Example, Split, StepBatches, collate, evaluation_batches
 from fulltune_nb.errors import ConfigError, DataError
 
 
@@ -29,7 +29,7 @@ rows_of_any_size = st.lists(st.integers(1, 60), min_size=1, max_size=50).filter(
 @settings(max_examples=300, deadline=None)
 def test_every_trainable_row_is_seen_exactly_once_per_epoch(lengths, batch_size, accumulation, seed):
     split = make_split(lengths)
-    order = BatchOrder(split, batch_size, seed, accumulation)
+    order = StepBatches(split, batch_size=batch_size, seed=seed, grad_accumulation_steps=accumulation)
     trainable = [i for i, length in enumerate(lengths) if length > 1]
     for epoch in range(2):
         steps = order.epoch(epoch)
@@ -46,30 +46,30 @@ def test_every_row_is_seen_once_for_each_small_size_and_batch_size(size):
     split = make_split([2 + (7 * i) % 11 for i in range(size)])
     for batch_size in range(1, 9):
         for accumulation in range(1, 5):
-            steps = BatchOrder(split, batch_size, 0, accumulation).epoch(0)
+            steps = StepBatches(split, batch_size=batch_size, seed=0, grad_accumulation_steps=accumulation).epoch(0)
             assert sorted(row for step in steps for batch in step for row in batch) == list(range(size))
 
 
 def test_order_is_a_function_of_seed_and_epoch_only():
     split = make_split(range(2, 40))
-    order = BatchOrder(split, 4, 7)
+    order = StepBatches(split, batch_size=4, seed=7)
     second = order.epoch(1)
     np.random.seed(3)
     order.epoch(0)
-    assert order.epoch(1) == second == BatchOrder(split, 4, 7).epoch(1)
-    assert len({str(BatchOrder(split, 4, seed).epoch(e)) for seed in (7, 8) for e in (0, 1)}) == 4
+    assert order.epoch(1) == second == StepBatches(split, batch_size=4, seed=7).epoch(1)
+    assert len({str(StepBatches(split, batch_size=4, seed=seed).epoch(e)) for seed in (7, 8) for e in (0, 1)}) == 4
 
 
 def test_order_stays_the_same_in_later_versions():
     # A run that is resumed after an update of numpy must go on in the same order: these values may not change.
-    steps = BatchOrder(make_split([5, 9, 3, 7, 8, 4, 6]), 2, seed=0, grad_accumulation_steps=2).epoch(0)
+    steps = StepBatches(make_split([5, 9, 3, 7, 8, 4, 6]), batch_size=2, seed=0, grad_accumulation_steps=2).epoch(0)
     assert steps == [[(2, 5), (0, 6)], [(4, 1), (3,)]]
 
 
 def test_rows_of_a_batch_have_about_the_same_length():
     random = np.random.RandomState(0)
     split = make_split(random.randint(2, 400, 1000))
-    batches = [batch for step in BatchOrder(split, 4, 0).epoch(0) for batch in step]
+    batches = [batch for step in StepBatches(split, batch_size=4, seed=0).epoch(0) for batch in step]
     spread = [np.ptp(split.lengths[list(batch)]) for batch in batches]
     assert np.mean(spread) < 10
     lengths = [split.lengths[list(batch)].mean() for batch in batches]
@@ -78,7 +78,7 @@ def test_rows_of_a_batch_have_about_the_same_length():
 
 def test_partial_batch_is_not_always_made_of_the_longest_rows():
     split = make_split(range(2, 13))
-    last = [BatchOrder(split, 4, 0).epoch(e)[-1][-1] for e in range(40)]
+    last = [StepBatches(split, batch_size=4, seed=0).epoch(e)[-1][-1] for e in range(40)]
     assert all(len(rows) == 3 for rows in last)
     assert {10 in rows for rows in last} == {True, False} and {0 in rows for rows in last} == {True, False}
 
@@ -89,28 +89,7 @@ WRONG_NUMBERS = [("batch_size", 0), ("batch_size", "4"), ("seed", -1), ("seed", 
 @pytest.mark.parametrize("name, value", WRONG_NUMBERS)
 def test_number_out_of_range_is_an_error_that_names_it(name, value):
     with pytest.raises(ConfigError, match=name):
-        BatchOrder(make_split([3, 4]), **{"batch_size": 1, "seed": 0, name: value})
-
-
-# ---------------------------------------------------------------- shapes
-
-
-def test_shapes_of_an_epoch_are_few():
-    random = np.random.RandomState(1)
-    split = make_split(random.lognormal(4, 0.6, 1500).astype(int) + 2)
-    batches = [collate(split, rows) for step in BatchOrder(split, 4, 0).epoch(0) for rows in step]
-    assert len({batch.inputs.shape[1] for batch in batches}) <= 12
-    per_length = {}
-    for batch in batches:
-        per_length.setdefault(batch.inputs.shape, set()).add(len(batch.targets))
-    assert max(len(counts) for counts in per_length.values()) <= 16
-
-
-def test_batches_of_skewed_lengths_have_little_padding():
-    random = np.random.RandomState(1)
-    split = make_split(random.lognormal(4, 0.6, 1500).astype(int) + 2)
-    batches = [collate(split, rows) for step in BatchOrder(split, 4, 0).epoch(0) for rows in step]
-    assert 1 - sum(b.real_tokens for b in batches) / sum(b.padded_tokens for b in batches) < 0.15
+        StepBatches(make_split([3, 4]), **{"batch_size": 1, "seed": 0, name: value})
 
 
 # ---------------------------------------------------------------- arrays

@@ -2,7 +2,8 @@
 
 import pytest
 
-from fulltune_nb.data.rows import detect_format, messages_of, row_format, row_problem
+from fulltune_nb.data.encode import messages_of
+from fulltune_nb.data.rows import detect_format, row_format, row_problem
 from fulltune_nb.data.settings import DataSettings
 
 DEFAULT = DataSettings()

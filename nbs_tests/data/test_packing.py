@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulltune_nb.data import BatchOrder, PackedOrder, collate
+from fulltune_nb.data import StepBatches, collate
 from fulltune_nb.data.batches import best_fit
 from fulltune_nb.errors import ConfigError
 from nbs_tests.data.test_batching import make_split
@@ -58,6 +58,12 @@ def test_rows_of_many_skewed_lengths_are_nearly_full():
 # ---------------------------------------------------------------- order
 
 
+def packed(split, batch_size, seed=0, accumulation=1, capacity=CAPACITY):
+    return StepBatches(
+        split, batch_size=batch_size, seed=seed, grad_accumulation_steps=accumulation, packing=True, max_seq_length=capacity
+    )
+
+
 def assert_every_trainable_example_once(split, order, batch_size, accumulation):
     steps = order.epoch(0)
     assert len(steps) == order.steps_per_epoch
@@ -75,7 +81,7 @@ def assert_every_trainable_example_once(split, order, batch_size, accumulation):
 @settings(max_examples=200, deadline=None)
 def test_every_trainable_example_is_seen_exactly_once_per_epoch(lengths, batch_size, accumulation, seed):
     split = make_split(lengths)
-    order = PackedOrder(split, batch_size, seed, accumulation, CAPACITY)
+    order = packed(split, batch_size, seed, accumulation)
     assert_every_trainable_example_once(split, order, batch_size, accumulation)
     batches = [collate(split, rows, order.shape(rows)) for step in order.epoch(1) for rows in step]
     assert sum(batch.num_tokens for batch in batches) == split.trained_tokens
@@ -86,35 +92,35 @@ def test_every_example_is_seen_once_for_each_small_size_and_batch_size(size):
     split = make_split([2 + (7 * i) % 41 for i in range(size)])
     for batch_size in range(1, 6):
         for accumulation in range(1, 4):
-            order = PackedOrder(split, batch_size, 0, accumulation, CAPACITY)
+            order = packed(split, batch_size, 0, accumulation)
             assert_every_trainable_example_once(split, order, batch_size, accumulation)
 
 
 def test_order_is_a_function_of_seed_and_epoch_only():
     split = make_split([2 + i % 9 for i in range(60)])
-    order = PackedOrder(split, 2, 7, max_seq_length=30)
+    order = packed(split, 2, 7, capacity=30)
     second = order.epoch(1)
     np.random.seed(3)
     order.epoch(0)
-    assert order.epoch(1) == second == PackedOrder(split, 2, 7, max_seq_length=30).epoch(1)
-    assert len({str(PackedOrder(split, 2, seed, max_seq_length=30).epoch(e)) for seed in (7, 8) for e in (0, 1)}) == 4
+    assert order.epoch(1) == second == packed(split, 2, 7, capacity=30).epoch(1)
+    assert len({str(packed(split, 2, seed, capacity=30).epoch(e)) for seed in (7, 8) for e in (0, 1)}) == 4
 
 
 def test_examples_of_one_length_change_their_neighbours_from_epoch_to_epoch():
     split = make_split([5] * 40)
-    rows = [{frozenset(row) for step in PackedOrder(split, 2, 0, 1, 20).epoch(e) for batch in step for row in batch} for e in range(2)]
+    rows = [{frozenset(row) for step in packed(split, 2, capacity=20).epoch(e) for batch in step for row in batch} for e in range(2)]
     assert len(rows[0] & rows[1]) < 5
 
 
 def test_order_stays_the_same_in_later_versions():
-    # As for BatchOrder: a run that is resumed after an update must go on in the same order.
-    steps = PackedOrder(make_split([5, 9, 3, 7, 8, 4, 6, 5]), 2, 0, 2, max_seq_length=14).epoch(0)
+    # As without packing: a run that is resumed after an update must go on in the same order.
+    steps = packed(make_split([5, 9, 3, 7, 8, 4, 6, 5]), 2, accumulation=2, capacity=14).epoch(0)
     assert steps == [[((5, 2), (3, 7)), ((1, 0), (4, 6))]]
 
 
 def test_an_example_longer_than_a_row_is_an_error_that_names_it():
     with pytest.raises(ConfigError, match=r"train\.jsonl:2 has 9 tokens"):
-        PackedOrder(make_split([5, 9, 3]), 2, 0, max_seq_length=8)
+        packed(make_split([5, 9, 3]), 2, capacity=8)
 
 
 def test_packing_needs_fewer_positions_than_buckets_of_skewed_lengths():
@@ -123,8 +129,8 @@ def test_packing_needs_fewer_positions_than_buckets_of_skewed_lengths():
     def positions(order):
         return sum(collate(split, rows, order.shape(rows)).padded_tokens for step in order.epoch(0) for rows in step)
 
-    packed = positions(PackedOrder(split, 2, 0, max_seq_length=512))
-    assert packed < 1.03 * (split.lengths - 1).sum() and packed < 0.9 * positions(BatchOrder(split, 16, 0))
+    needed = positions(packed(split, 2, capacity=512))
+    assert needed < 1.03 * (split.lengths - 1).sum() and needed < 0.9 * positions(StepBatches(split, batch_size=16, seed=0))
 
 
 # ---------------------------------------------------------------- arrays

@@ -72,7 +72,7 @@ def test_bad_line_is_reported_with_file_and_line_and_the_others_are_read(tmp_pat
 def test_utf16_file_is_one_problem(tmp_path, encoding):
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     split = read(tmp_path, (mark + '{"text": "a"}\n' * 30).encode(encoding))
-    assert len(split.problems) == 1 and "train.jsonl:1: not UTF-8 but UTF-16" in split.problems[0]
+    assert len(split.problems) == 1 and "train.jsonl: not UTF-8 but UTF-16" in split.problems[0]
 
 
 @pytest.mark.parametrize("content, said", [(b"", "an empty file"), (b"\n\n", "only 2 blank lines"), (b"\xef\xbb\xbf", "an empty file")])
@@ -237,7 +237,7 @@ def test_row_in_memory_that_is_no_dict_is_a_problem_by_number():
 
 @pytest.mark.parametrize("name, meant", [("validation", "valid"), ("tests", "test"), ("Train", "train"), ("dev", "valid")])
 def test_unknown_split_is_an_error_with_the_nearest_name(name, meant):
-    with pytest.raises(DataError, match=f"Unknown split '{name}'.*{meant!r} meant"):
+    with pytest.raises(DataError, match=f"Unknown split '{name}'.*Did you mean {meant!r}"):
         read_memory({name: [{"text": "a"}]})
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulltune_nb.data import BatchOrder, PackedOrder, collate, evaluation_batches, evaluation_shapes
-from fulltune_nb.data.shapes import MAX_BUCKETS, MAX_SHAPES, choose_buckets, choose_shapes, padded_count
+from fulltune_nb.data import StepBatches, collate, evaluation_batches, evaluation_shapes
+from fulltune_nb.data.batches import MAX_BUCKETS, MAX_SHAPES, choose_buckets, choose_shapes
 from nbs_tests.data.test_batching import make_split
 
 
@@ -34,17 +34,6 @@ def test_buckets_of_very_many_lengths_are_few_and_close():
     assert 1 - lengths.sum() / padded < 0.1  # 0.0956 is the least that 12 lengths can reach here
 
 
-@given(st.integers(1, 10**6))
-def test_padded_count_is_close_above_and_within_its_limit(count):
-    padded = padded_count(count, 2 * 10**6)
-    assert count <= padded <= max(count * 1.125 + 8, 8) and padded % 8 == 0
-    assert padded_count(count, count) == count
-
-
-def test_padded_counts_are_few():
-    assert len({padded_count(count, 10**6) for count in range(1, 4097)}) <= 60
-
-
 # ---------------------------------------------------------------- shapes of a whole run
 
 
@@ -66,11 +55,10 @@ def shapes_of(batches):
 @settings(max_examples=150, deadline=None)
 def test_every_batch_of_every_epoch_fits_into_one_of_few_shapes(lengths, batch_size, trained, seed, packing):
     split = make_split(lengths, seed, trained)
-    order = PackedOrder(split, batch_size, seed, max_seq_length=64) if packing else BatchOrder(split, batch_size, seed)
+    order = StepBatches(split, batch_size=batch_size, seed=seed, packing=packing, max_seq_length=64)
     batches = batches_of(split, order, 4)
     assert sum(batch.num_tokens for batch in batches) == 4 * split.trained_tokens
     assert len(shapes_of(batches)) <= MAX_SHAPES
-    assert max(batch.inputs.size for batch in batches) <= order.shapes.largest[0] * order.shapes.largest[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -78,7 +66,7 @@ def test_every_batch_of_every_epoch_fits_into_one_of_few_shapes(lengths, batch_s
 @pytest.mark.parametrize("packing", [False, True], ids=["bucketed", "packed"])
 def test_a_thousand_different_lengths_have_sixteen_shapes_and_little_padding(batch_size, trained, packing):
     split = make_split(range(2, 1002), trained=trained)
-    order = PackedOrder(split, batch_size, 0, max_seq_length=1002) if packing else BatchOrder(split, batch_size, 0)
+    order = StepBatches(split, batch_size=batch_size, seed=0, packing=packing, max_seq_length=1002)
     batches = batches_of(split, order, 3)
     assert len(shapes_of(batches)) <= MAX_SHAPES
     assert 1 - sum(batch.real_tokens for batch in batches) / sum(batch.padded_tokens for batch in batches) < 0.15

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
-from fulltune_nb.data import Example, PackedOrder, Split, collate
+from fulltune_nb.data import Example, Split, StepBatches, collate
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.decoder import Decoder, causal_mask, within_segments
 from fulltune_nb.models.families import read_config
@@ -57,6 +57,11 @@ def assert_same(found, reference) -> None:
         assert mx.linalg.norm(array) < 1e-6 or distance(gradients[name], array) < 1e-5, name
 
 
+def packed_batches(split, batch_size, capacity):
+    batches = StepBatches(split, batch_size=batch_size, seed=0, packing=True, max_seq_length=capacity)
+    return [batch for step in range(batches.steps_per_epoch) for batch in batches.of_step(step)]
+
+
 def distance(found, expected):
     return float(mx.linalg.norm(found - expected) / mx.maximum(mx.linalg.norm(expected), 1e-30))
 
@@ -67,7 +72,7 @@ def test_packed_loss_and_gradients_equal_those_of_each_example_alone(case, check
     raw = CASES[case]
     decoder = random_decoder(raw)
     split = random_split(raw["vocab_size"], [12, 7, 20, 3, 2, 16, 9, 5, 11])
-    packed = [collate(split, rows) for step in PackedOrder(split, 2, 0, 1, 32).epoch(0) for rows in step]
+    packed = packed_batches(split, 2, 32)
     assert max(batch.segments.max() for batch in packed) >= 2 and len(packed) > 1
     alone = [collate(split, (index,)) for index in range(len(split))]
     assert_same(loss_and_gradients(WholeGraph(decoder, checkpoint), *packed), loss_and_gradients(WholeGraph(decoder), *alone))
@@ -78,7 +83,7 @@ def test_the_layerwise_backward_pass_keeps_packed_examples_apart_too(case):
     raw = CASES[case]
     decoder = random_decoder(raw)
     split = random_split(raw["vocab_size"], [12, 7, 20, 3, 2, 16, 9])
-    packed = [collate(split, rows) for step in PackedOrder(split, 2, 0, 1, 32).epoch(0) for rows in step]
+    packed = packed_batches(split, 2, 32)
     alone = [collate(split, (index,)) for index in range(len(split))]
     expected_loss, expected = loss_and_gradients(WholeGraph(decoder), *alone)
     expected = {name: np.array(array) for name, array in expected.items()}
@@ -101,7 +106,7 @@ def test_on_large_arrays_too(family):
     raw = {"model_type": family, **SMALL, **window, "hidden_size": 32, "tie_word_embeddings": False}
     decoder = random_decoder(raw)
     split = random_split(raw["vocab_size"], [90, 70, 33, 20, 120, 64, 31, 12, 2])
-    packed = [collate(split, rows) for step in PackedOrder(split, 4, 0, 1, 160).epoch(0) for rows in step]
+    packed = packed_batches(split, 4, 160)
     alone = [collate(split, (index,)) for index in range(len(split))]
     assert_same(loss_and_gradients(WholeGraph(decoder), *packed), loss_and_gradients(WholeGraph(decoder), *alone))
 
@@ -151,8 +156,7 @@ def packed_trainer(make_trainer, **settings):
 
 def test_a_packed_epoch_trains_on_every_example_once_and_ends_there(make_trainer):
     trainer = packed_trainer(make_trainer, epochs=2, iters=None)
-    rows = PackedOrder(trainer.data.train, 1, 0, 1, 96).batches_per_epoch
-    assert trainer.total_steps == 2 * trainer.steps_per_epoch == 2 * rows < 30
+    assert trainer.total_steps == 2 * trainer.steps_per_epoch < 30
     seen = []
     while not trainer.done:
         seen += [row for batch in trainer.batches.of_step(trainer.step_count) for row in batch.rows]
