@@ -14,8 +14,6 @@ from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.panels.loop import Background, Hold, let_go
 
-# -- conversation: A conversation with one model or two: what was asked and answered, and how it looks
-
 TURNS_SHOWN = 50
 """Turns on the page; earlier ones are counted."""
 CHARACTERS_SHOWN = 20_000
@@ -146,12 +144,12 @@ def _cell_text(answer: Answer) -> str:
     return "\n".join(part for part in parts if part)
 
 
-# -- answering: Answers written piece by piece behind the cells of a notebook, or in plain Python while one waits
+# -- answering: piece by piece behind the cells of a notebook, or in plain Python while one waits --------------------------
 
 UNEXPECTED = "Something unexpected. `await panel.wait()` raises it with its traceback; Regenerate tries again."
 
 
-class Answering:
+class Answering(Background):
     """Has models answer the turns of a conversation, one turn after the other, all models side by side.
 
     Attributes:
@@ -174,36 +172,28 @@ class Answering:
             settings: gives the system prompt and the settings of `stream_chat`, when an answer begins.
             changed: called after every piece with False, and with True when a turn begins or ends.
         """
+        super().__init__()
         self.models = tuple(models)
         self.conversation = conversation
         self.error: BaseException | None = None
         self._settings, self._changed = settings, changed
         self._thread = threading.get_ident()
-        self._turn: Turn | None = None
         self._stopping = False
-        self._background = Background(self.stop)
-
-    # -- threads and event loops ----------------------------------------------------------------------------------
 
     def post(self, action: Callable[[], Any]) -> None:
         """Has `action` called on the thread that made this object: at once there, soon from any other."""
         if threading.get_ident() == self._thread:
             action()
         else:
-            self._background.post(action)
+            super().post(action)
 
-    def later(self, seconds: float, action: Callable[[], Any]) -> None:
+    def soon(self, seconds: float, action: Callable[[], Any]) -> None:
         """Has `action` called after some time; at once where no event loop runs. On the own thread only."""
-        self._background.capture()
-        if self._background.later(seconds, action) is None:
+        self.capture_event_loop()
+        if self.later(seconds, action) is None:
             action()
 
     # -- what can be done, on the own thread -----------------------------------------------------------------------
-
-    @property
-    def busy(self) -> bool:
-        """Whether something is being answered or waits for it."""
-        return self._background.busy
 
     def ask(self, prompt: str) -> Turn:
         """Adds a turn and sees that it is answered: in the background, or at once where no event loop runs."""
@@ -235,6 +225,10 @@ class Answering:
                 if answer.state == "waiting":
                     answer.state = "stopped"
 
+    def interrupt(self) -> None:
+        """The notebook's stop button ends an answer too."""
+        self.stop()
+
     def clear(self) -> None:
         """Stops, and forgets the conversation."""
         self.stop()
@@ -247,7 +241,7 @@ class Answering:
         Raises:
             Exception: the last answer's own error.
         """
-        await self._background.wait(self.stop)
+        await self._wait_for_task(self.stop)
         if self.error is not None:
             raise self.error
 
@@ -255,17 +249,17 @@ class Answering:
 
     def _begin(self) -> None:
         self.error = None
-        self._background.capture()
-        if not self._background.in_event_loop:
+        self.capture_event_loop()
+        if not self.in_event_loop:
             asyncio.run(self._work())
         elif not self.busy:
-            self._background.start(self._work(), "fulltune_nb chat")
+            self._begin_task(self._work(), "fulltune_nb chat")
         self._changed(True)
 
     async def _work(self) -> None:
         try:
             while turn := next((turn for turn in self.conversation.turns if turn.open), None):
-                self._stopping, self._turn = False, turn
+                self._stopping = False
                 await self._answer(turn)
                 self._changed(True)
         except asyncio.CancelledError:  # the event loop is closing
@@ -273,14 +267,13 @@ class Answering:
         except BaseException as error:  # a task's exceptions are shown nowhere: kept for `wait` and for the panel
             self.error = error
         finally:
-            self._turn = None
-            self._background.leave()
-            self._background.later(0, lambda: self._changed(True))  # when the task is done
+            self._stop_listening()
+            self.later(0, lambda: self._changed(True))  # when the task is done
 
     async def _answer(self, turn: Turn) -> None:
         hold = Hold(model.model for model in self.models)
         try:
-            self._background.watch()
+            self._listen()
             if hold.running:
                 turn.note = "The model is being trained: this is answered at the end of the step under way."
                 self._changed(True)
@@ -289,7 +282,7 @@ class Answering:
             if not self._stopping:
                 await self._write(turn)
         except KeyboardInterrupt:  # where the watch could not be set, as in a plain script
-            if not self._background.in_event_loop:
+            if not self.in_event_loop:
                 raise
         finally:
             hold.release()
@@ -320,7 +313,7 @@ class Answering:
                     if not answer.open:
                         del streams[which]
                 self._changed(False)
-                self._background.watch()  # a kernel exchanges the handler whenever a cell begins or ends
+                self._listen()  # a kernel exchanges the handler whenever a cell begins or ends
                 await let_go()
         finally:
             for stream in streams.values():

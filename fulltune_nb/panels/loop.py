@@ -13,67 +13,36 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fulltune_nb.errors import TrainingError
-from fulltune_nb.training.history import EvalReport, StepReport
+from fulltune_nb.training.history import StepReport
 from fulltune_nb.training.signals import StoppedAtOnce, Termination, interrupts_deferred
 from fulltune_nb.training.trainer import Trainer
 
-# -- interrupts: Hearing the notebook's stop button while runs go on behind the cells
+Shared = TypeVar("Shared")
 
-_watches: list[InterruptWatch] = []
+PAUSE_SECONDS = 0.001
+"""How long the event loop is let go after a step or a piece. With 0 a button needs four steps to be heard."""
+
+# -- interrupts: the notebook's stop button, heard while work goes on behind the cells ----------------------------------
+
+listening: list[Background] = []
+"""Whose work SIGINT is to end."""
 _previous: Any = signal.SIG_IGN  # the handler that was there before ours
 
 
-class InterruptWatch:
-    """Turns SIGINT into a call for as long as it watches.
-
-    Attributes:
-        forwards: whether the handler from before is called too; False while the cell awaits this very run.
-    """
-
-    def __init__(self, on_interrupt: Callable[[], Any]):
-        self.on_interrupt = on_interrupt
-        self.forwards = True
-
-    def watch(self) -> None:
-        """Takes SIGINT over, unless that is already so. Only the main thread can; elsewhere nothing happens."""
-        global _previous
-        current = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or current is None:  # None: not a handler of Python's
-            return
-        if self not in _watches:
-            _watches.append(self)
-        if current is not hear:
-            _previous = current
-            signal.signal(signal.SIGINT, hear)
-
-    def leave(self, loop_ends: bool = False) -> None:
-        """Ends this watch; the last one puts back the handler from before.
-
-        Args:
-            loop_ends: the event loop is about to end, and with it the handler that `asyncio.run` had for it: Python's own is put
-                back, unless SIGINT was ignored.
-        """
-        if self in _watches:
-            _watches.remove(self)
-            if not _watches and signal.getsignal(signal.SIGINT) is hear:
-                dead = loop_ends and callable(_previous)
-                signal.signal(signal.SIGINT, signal.default_int_handler if dead else _previous)
-
-
 def hear(number: int = signal.SIGINT, frame: Any = None) -> None:
-    """Tells every watch, and the handler from before. Python's own one is left out: it would raise in the event loop.
+    """The SIGINT handler: tells all that listen, and the handler from before, unless a cell waits for just this work.
 
-    It may be put back by a kernel when all watches are over; then it only passes on.
+    Python's own handler is left out: it would raise in the event loop. A kernel may put this one back when nobody listens any more;
+    then it only passes on.
     """
-    watches = list(_watches)
-    for watch in watches:
-        watch.on_interrupt()
-    is_own = _previous is signal.default_int_handler and watches
-    if callable(_previous) and not is_own and all(watch.forwards for watch in watches):
+    told = list(listening)
+    for background in told:
+        background.interrupt()
+    is_own = _previous is signal.default_int_handler and told
+    if callable(_previous) and not is_own and not any(background.waiting for background in told):
         _previous(number, frame)
 
 
@@ -90,10 +59,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)
 
 
-# -- background: Work behind the cells of a notebook: one asyncio task on the kernel's event loop, and the interrupts
-
-PAUSE_SECONDS = 0.001
-"""How long the event loop is let go after a step or a piece. With 0 a button needs four steps to be heard."""
+# -- work behind the cells -----------------------------------------------------------------------------------------------
 
 
 async def let_go() -> None:
@@ -102,21 +68,24 @@ async def let_go() -> None:
 
 
 class Background:
-    """At most one task at a time, in the event loop that ran where this was last captured."""
+    """Work behind the cells: at most one asyncio task at a time, and its interrupts. Base of what trains and of what answers.
 
-    def __init__(self, on_interrupt: Callable[[], Any]):
-        """
-        Args:
-            on_interrupt: called for SIGINT while the work is watched.
-        """
-        self._watch = InterruptWatch(on_interrupt)
+    Attributes:
+        waiting: how many cells wait for the end of the task.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = 0
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task | None = None
-        self._waiting = 0  # cells that wait for the end
-        self.capture()
+        self.capture_event_loop()
 
-    def capture(self) -> None:
-        """Remembers the event loop that is running here, the kernel's. To be called on the thread of the work."""
+    def interrupt(self) -> None:
+        """What SIGINT asks for while the task works."""
+        raise NotImplementedError
+
+    def capture_event_loop(self) -> None:
+        """Remembers the event loop that is running here, the kernel's. To be called on the main thread."""
         try:
             self._event_loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -133,52 +102,63 @@ class Background:
         return self._task is not None and not self._task.done()
 
     def post(self, action: Callable[[], Any]) -> None:
-        """Has `action` called on the thread of the work when it next lets go; from any thread. At once without an event loop."""
+        """Has `action` called on the main thread when the task next lets go; from any thread. At once without an event loop."""
         if self.in_event_loop:
             self._event_loop.call_soon_threadsafe(action)
         else:
             action()
 
     def later(self, seconds: float, action: Callable[[], Any]) -> asyncio.TimerHandle | None:
-        """Has `action` called after some time; None where no event loop runs. On the thread of the work only."""
+        """Has `action` called after some time; None where no event loop runs. On the main thread only."""
         return self._event_loop.call_later(seconds, action) if self.in_event_loop else None
 
-    def start(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Begins a task; there must be an event loop, and no task going on."""
+    # -- for subclasses, on the main thread -------------------------------------------------------------------------------
+
+    def _begin_task(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Begins the task; there must be an event loop, and no task going on."""
         self._task = self._event_loop.create_task(work, name=name)
 
-    def watch(self) -> None:
-        """Takes SIGINT over. To be called before every piece of work: a kernel exchanges the handler when a cell begins or ends."""
-        self._watch.watch()
+    def _listen(self) -> None:
+        """Takes SIGINT over, unless that is already so. To be called before every piece of work: a kernel exchanges the handler
+        whenever a cell begins or ends. Only the main thread can; elsewhere nothing happens."""
+        global _previous
+        current = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or current is None:  # None: not a handler of Python's
+            return
+        if self not in listening:
+            listening.append(self)
+        if current is not hear:
+            _previous = current
+            signal.signal(signal.SIGINT, hear)
 
-    def leave(self) -> None:
-        """Gives SIGINT back at the end of the work, unless a cell waits for it, which does that then."""
+    def _stop_listening(self) -> None:
+        """At the end of the work, unless a cell waits for it, which does this then. The last one puts back the handler from before."""
         loop_ends = self._task is not None and self._task.cancelling() > 0  # nothing else cancels the task
-        if loop_ends or not self._waiting:
-            self._watch.leave(loop_ends)
+        if self not in listening or (self.waiting and not loop_ends):
+            return
+        listening.remove(self)
+        if not listening and signal.getsignal(signal.SIGINT) is hear:
+            # With its event loop, the handler that `asyncio.run` had for it ends too: then Python's own comes back.
+            dead = loop_ends and callable(_previous)
+            signal.signal(signal.SIGINT, signal.default_int_handler if dead else _previous)
 
-    async def wait(self, give_up: Callable[[], Any]) -> None:
-        """Returns at the end of the task; at once where none goes on.
-
-        An interrupt meanwhile is the work's alone. When the wait is cancelled, `give_up()` is called.
-        """
+    async def _wait_for_task(self, give_up: Callable[[], Any]) -> None:
+        """Returns at the end of the task. An interrupt meanwhile is the work's alone; when the wait is cancelled, `give_up()` is called."""
         while self.busy:
-            self._waiting += 1
-            self._watch.forwards = False
-            self._watch.watch()
+            self.waiting += 1
+            self._listen()
             try:
                 await asyncio.wait({self._task})
             except asyncio.CancelledError:
                 give_up()
                 raise
             finally:
-                self._waiting -= 1
-                self._watch.forwards = self._waiting == 0
+                self.waiting -= 1
                 if not self.busy:
-                    self.leave()
+                    self._stop_listening()
 
 
-# -- loop: Driving a trainer from the event loop of a notebook's kernel: the run goes on while other cells and 
+# -- the run of a trainer --------------------------------------------------------------------------------------------------
 
 _loops: weakref.WeakSet[TrainLoop] = weakref.WeakSet()
 
@@ -186,8 +166,8 @@ _loops: weakref.WeakSet[TrainLoop] = weakref.WeakSet()
 def loop_of(trainer: Trainer) -> TrainLoop:
     """The one loop of a trainer, which everything that drives it shares. To be called on the main thread.
 
-    It stands among the trainer's listeners and so lives and goes with the trainer. (In a dictionary with weak keys, a loop's
-    last error would keep the trainer for ever by its traceback.)
+    It stands among the trainer's listeners and so lives and goes with it. (In a dictionary with weak keys, a loop's last error would
+    keep the trainer for ever by its traceback.)
     """
     loop = next((listener for listener in trainer.listeners if isinstance(listener, TrainLoop)), None)
     if loop is None:
@@ -198,17 +178,17 @@ def loop_of(trainer: Trainer) -> TrainLoop:
     return loop
 
 
-def running_loop(model: Any) -> TrainLoop | None:
-    """The loop that is training a model at this moment, if any."""
-    return next((loop for loop in list(_loops) if loop.running and loop.trainer.lm.model is model), None)
-
-
 def loops_of(model: Any) -> list[TrainLoop]:
     """All loops that train a model, running or not."""
     return [loop for loop in list(_loops) if loop.trainer.lm.model is model]
 
 
-class TrainLoop:
+def running_loop(model: Any) -> TrainLoop | None:
+    """The loop that is training a model at this moment, if any."""
+    return next((loop for loop in loops_of(model) if loop.running), None)
+
+
+class TrainLoop(Background):
     """Starts, pauses and ends the run of one trainer. Use `loop_of`, which gives each trainer one.
 
     When a run begins or ends, the trainer's listeners are told: `on_change(trainer)`.
@@ -216,64 +196,40 @@ class TrainLoop:
     Attributes:
         trainer: the trainer that is driven.
         between_steps: async functions awaited before the first and after each step of a run.
-        shared: what all panels of the trainer share, by its class.
+        goal: the step count at which the current run, or the last one, ends.
+        pausing: whether no further step is wanted; what happens between steps should come to an end.
         error: what ended the last run, or None.
         interrupted: whether the last run was ended by an interrupt.
     """
 
     def __init__(self, trainer: Trainer):
+        super().__init__()
         self.trainer = trainer
         self.between_steps: list[Callable[[], Awaitable[None]]] = []
-        self.shared: dict[type, Any] = {}
+        self.goal = 0
+        self.pausing = True
         self.error: BaseException | None = None
         self.interrupted = False
-        self._goal = 0
-        self._paused = True
-        self._background = Background(self._interrupt)
-        self._termination = Termination(self._interrupt)
+        self._shared: dict[type, Any] = {}
+        self._termination = Termination(self.interrupt)
+
+    def shared(self, kind: Callable[[TrainLoop], Shared]) -> Shared:
+        """What all panels of the trainer share, one of each class: `kind(loop)`, made when it is first asked for."""
+        if kind not in self._shared:
+            self._shared[kind] = kind(self)
+        return self._shared[kind]
 
     @property
     def running(self) -> bool:
         """Whether steps are being taken, one after the other."""
-        return self._background.busy and self._wants_more()
-
-    @property
-    def pause_asked(self) -> bool:
-        """Whether no further step is wanted, though one may be under way: what happens between steps should come to an end."""
-        return self._paused
-
-    @property
-    def goal(self) -> int:
-        """The step count at which the current run, or the last one, ends."""
-        return self._goal
+        return self.busy and self._wants_more()
 
     def _wants_more(self) -> bool:
-        trainer = self.trainer
-        return not self._paused and not trainer.stopped_early and trainer.step_count < self._goal
+        return not self.pausing and not self.trainer.stopped_early and self.trainer.step_count < self.goal
 
-    # -- from other threads ---------------------------------------------------------------------------------------
-
-    def capture_event_loop(self) -> None:
-        """Remembers the event loop that is running here, the kernel's."""
-        self._background.capture()
-
-    @property
-    def in_event_loop(self) -> bool:
-        """Whether there is an event loop that a run could go on in."""
-        return self._background.in_event_loop
-
-    def post(self, action: Callable[[], Any]) -> None:
-        """Has `action` called on the main thread, between two steps; from any thread, such as that of a button's callback.
-
-        Without an event loop it is called at once.
-        """
-        self._background.post(action)
-
-    def later(self, seconds: float, action: Callable[[], Any]) -> asyncio.TimerHandle | None:
-        """Has `action` called on the main thread after some time; None where no event loop runs. On the main thread only."""
-        return self._background.later(seconds, action)
-
-    # -- run and pause --------------------------------------------------------------------------------------------
+    def tell_change(self) -> None:
+        """Has everything that shows the run look anew."""
+        self.trainer.tell("on_change")
 
     def start(self, n: int | None = None) -> None:
         """Begins to train in the background, to the end of the run or `n` more steps. While a run goes on, only its end changes.
@@ -294,15 +250,19 @@ class TrainLoop:
         if other is not None and other is not self:
             raise TrainingError(f"This model is being trained already, by {other.trainer!r}. Pause that run first.")
         self.error, self.interrupted, trainer.interrupted = None, False, False
-        self._goal = trainer.total_steps if n is None else min(trainer.total_steps, trainer.step_count + n)
-        self._paused = False
-        if not self._background.busy:  # else: the run goes on, or was paused a moment ago and takes this up
-            self._background.start(self._drive(), "fulltune_nb training")
+        self.goal = trainer.total_steps if n is None else min(trainer.total_steps, trainer.step_count + n)
+        self.pausing = False
+        if not self.busy:  # else: the run goes on, or was paused a moment ago and takes this up
+            self._begin_task(self._run(), "fulltune_nb training")
         self.tell_change()
 
     def pause(self) -> None:
         """Ends the run after the step that is under way; `start` goes on from there."""
-        self._paused = True
+        self.pausing = True
+
+    def interrupt(self) -> None:
+        """As `pause`, and the history and the checkpoint tell of it."""
+        self.pausing = self.interrupted = True
 
     async def wait(self) -> None:
         """Returns when the run is over: paused, done or interrupted. At once where none goes on.
@@ -312,16 +272,16 @@ class TrainLoop:
         Raises:
             Exception: the run's own error.
         """
-        await self._background.wait(self.pause)
+        await self._wait_for_task(self.pause)
         if self.error is not None:
             raise self.error
 
-    async def _drive(self) -> None:
+    async def _run(self) -> None:
         steps = self.trainer.steps()
         try:
             await self._between_steps()
             while self._wants_more():
-                self._background.watch()
+                self._listen()
                 self._termination.watch()
                 with interrupts_deferred():
                     next(steps, None)
@@ -336,38 +296,28 @@ class TrainLoop:
         except BaseException as error:  # a task's exceptions are shown nowhere: kept for `wait` and for the panels
             self.error = error
         finally:
-            self._paused = True
-            steps.close()  # the trainer's state is the run's ending from here on
-            self._end()
+            self.pausing = True
+            steps.close()
+            self._end_run()
 
     async def _between_steps(self) -> None:
-        self._background.watch()
+        self._listen()
         for function in list(self.between_steps):
             await function()
 
-    def _interrupt(self) -> None:
-        self._paused = self.interrupted = True
-
-    def _end(self) -> None:
+    def _end_run(self) -> None:
         trainer = self.trainer
-        self._background.leave()
+        self._stop_listening()
         try:
             if self.interrupted and self.error is None:
                 trainer.interrupted = True
-                message = f"interrupted; paused after step {trainer.step_count} of {trainer.total_steps}"
-                trainer.event("pause", message)
+                trainer.event("pause", f"interrupted; paused after step {trainer.step_count} of {trainer.total_steps}")
                 if trainer.run_dir:
                     trainer.save()
         except Exception as error:
             self.error = error
         self.tell_change()
         self._termination.leave()  # last: SIGTERM, if it has arrived, takes effect
-
-    def tell_change(self) -> None:
-        """Has everything that shows the run look anew."""
-        self.trainer.tell("on_change")
-
-    # -- one thing at a time, between the steps of a run -----------------------------------------------------------
 
     def step(self, n: int = 1) -> StepReport | None:
         """Takes `n` steps here and now, with evaluations and checkpoints when due; returns the last report, None when done.
@@ -382,20 +332,6 @@ class TrainLoop:
         self.tell_change()
         return reports[-1] if reports else None
 
-    def evaluate(self, split: str = "valid") -> EvalReport:
-        """Evaluates a whole split, between two steps of a run that goes on."""
-        return self.trainer.evaluate(split)
-
-    def save(self) -> Path:
-        """Writes a checkpoint, between two steps of a run that goes on."""
-        return self.trainer.save()
-
-    def __repr__(self) -> str:
-        state = "running" if self.running else "paused"
-        return f"TrainLoop({state}, {self.trainer!r})"
-
-
-# -- hold: Holding a training run between two steps while something else uses its model
 
 class Hold:
     """Keeps the weights of some models as they are, from when `ready` returns until `release`.
@@ -430,6 +366,6 @@ class Hold:
 
     async def _halt(self, loop: TrainLoop) -> None:
         self._halted.add(loop)
-        while not self._released and not loop.pause_asked:
+        while not self._released and not loop.pausing:
             await let_go()
         self._halted.discard(loop)

@@ -1,20 +1,24 @@
-"""A panel in its cell: the widgets, and what stands in for them in a notebook that was closed.
+"""What all panels share: widgets in a cell, controls that call the panel's methods, and a record for when the widgets are gone.
 
-A notebook keeps no widgets when it is closed, but it keeps outputs. So beside its widgets a panel puts HTML into an output of its
-own, hidden by a style rule for as long as the widgets are on the page: without them, after closing and reopening or as a web
-page, it is seen. Nothing but CSS does this.
+A notebook keeps no widgets when it is closed, but it keeps outputs. So beside its widgets a panel puts a record into outputs of its
+own, hidden by a style rule while the widgets are on the page. Without them, after closing and reopening or as a web page, it is seen.
 """
 
 from __future__ import annotations
 
+import threading
 import uuid
-from typing import Any, Protocol
+import weakref
+from base64 import b64encode
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import ipywidgets as widgets
 
-from fulltune_nb.panels.progress import current_cell
-
-# -- style: Rules for the look of all panels, in any theme: where the keyboard is can be seen, and so can that t
+from fulltune_nb.errors import FulltuneError
+from fulltune_nb.html import NO_MATH, esc
+from fulltune_nb.panels.progress import in_kernel
 
 _CLASS = "fulltune-styled"
 _PLACE = f".{_CLASS}" * 4  # so often that it outweighs the rules of ipywidgets, which forbid some fields an outline
@@ -25,78 +29,221 @@ _RULES = f"""<style>
 {_PLACE}.jupyter-widgets-disconnected::after {{ content: "{_GONE}"; padding: 4px 0 }}
 </style>"""
 
-
-def styled(box: widgets.Box) -> widgets.Box:
-    """The same box of a whole panel; the rules have been added, which take no room."""
-    box.add_class(_CLASS)
-    box.children = (*box.children, widgets.HTML(_RULES, tooltip="Rules for the look", layout=widgets.Layout(display="none")))
-    return box
+_OUT_OF_MEMORY = "Memory ran out. Make the trainer anew with a smaller batch_size or max_seq_length, or with grad_checkpoint=True."
+_UNEXPECTED = (
+    "panel.error holds the error with its traceback. If the model's state is in doubt, go back to the last checkpoint with Trainer.resume."
+)
 
 
-# -- showing: A panel in its cell: the widgets, and what stands in for them in a notebook that was closed
-
-class Closable(Protocol):
-    """A panel."""
-
-    def close(self) -> None:
-        """Takes the panel away."""
+# -- the base -------------------------------------------------------------------------------------------------------------
 
 
-_shown: dict[str, tuple[str, list[Closable]]] = {}  # cell id -> its execution, the panels shown in it
+class Panel:
+    """Base of `TrainPanel`, `DataPanel` and `ChatPanel`.
 
-
-class Showing:
-    """Where one panel is shown.
+    A control's callback may come on another thread than the cells', and during a step. So it only posts: `_post` says how an action
+    reaches the thread that may do it, `_act` does it there and keeps its error for the panel to show.
 
     Attributes:
-        widget: what is shown.
+        widget: all the panel's widgets in a box.
+        mark: class of that box, of this panel alone.
+        closed: whether the panel was taken away.
     """
 
-    def __init__(self, widget: widgets.DOMWidget):
+    MADE_BY: ClassVar[str]
+    """How a user makes such a panel, for messages."""
+    ERROR: ClassVar[type[FulltuneError]]
+    """What a closed panel raises."""
+
+    def __init__(self, widget: widgets.Box):
         self.widget = widget
-        self._mark = f"fulltune-{uuid.uuid4().hex[:12]}"
-        self._handle: Any = None
-        widget.add_class(self._mark)
+        self.closed = False
+        self.mark = f"fulltune-{uuid.uuid4().hex[:12]}"
+        self._control_error: BaseException | None = None
+        self._entries: set[widgets.Widget] = set()  # fields whose entry has not been taken in yet
+        self._putting: tuple[int, widgets.Widget] | None = None  # the thread that puts a value into a field, and the field
+        widget.add_class(_CLASS).add_class(self.mark)
+        rules = widgets.HTML(_RULES, tooltip="Rules for the look", layout=widgets.Layout(display="none"))
+        widget.children = (*widget.children, rules)
 
-    def show(self, panel: Closable, page: str, line: str) -> None:
-        """Displays the widgets and their stand-in. A panel that the same cell showed when it was run before is closed.
+    def close(self) -> None:
+        """Takes the panel away; whatever it does comes to an end."""
+        if not self.closed:
+            self.closed = True
+            self._end()
+            close_all(self.widget)
 
-        Args:
-            panel: whose widgets these are.
-            page: HTML that says what the panel says, escaped.
-            line: the same in a line of plain text.
+    def _end(self) -> None:
+        """Ends what the panel does, when it is closed."""
+
+    def _let_go(self) -> None:
+        """Drops what is large: the notebook's list of outputs holds the panels of cells that were run again for ever."""
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise self.ERROR(f"This panel is closed. Make a new one: {self.MADE_BY}.")
+
+    # -- controls -------------------------------------------------------------------------------------------------------
+
+    def connect(self, control: widgets.Widget, method: Callable[..., Any], *args: Any) -> None:
+        """Has a press of a button call `method(*args)`, or what is entered into a field `method(*args, value)`.
+
+        The control does not hold the method's object: widgets live until they are closed.
         """
+        here, bound = weakref.ref(self), weakref.WeakMethod(method)
+
+        def heard(change: Any) -> None:
+            panel, call = here(), bound()
+            if panel is None or call is None or panel.closed or panel._putting == (threading.get_ident(), control):
+                return
+            if isinstance(control, widgets.Button):
+                panel._post(partial(call, *args))
+            else:
+                panel._entries.add(control)
+                panel._post(partial(panel._enter, control, partial(call, *args, change.new)))
+
+        if isinstance(control, widgets.Button):
+            control.on_click(heard)
+        else:
+            control.observe(heard, "value")
+
+    def _enter(self, control: widgets.Widget, action: Callable[[], Any]) -> None:
+        self._entries.discard(control)
+        action()
+
+    def put(self, control: widgets.ValueWidget, value: Any) -> None:
+        """Shows a value in a field, which is no entry. What was entered a moment ago stays until it has been taken in."""
+        if control not in self._entries:
+            self._putting = threading.get_ident(), control
+            try:
+                control.value = value
+            finally:
+                self._putting = None
+
+    def _post(self, action: Callable[[], Any]) -> None:
+        """Has a control's action done on the thread where it may be."""
+        self._act(action)
+
+    def _act(self, action: Callable[[], Any]) -> None:
+        """Does what a control asks for; an error is shown in the panel, where it would else be lost."""
+        if self.closed:
+            return
+        self._control_error = None
+        try:
+            action()
+        except Exception as error:
+            self._control_error = error
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Shows how things stand now, and `_control_error`."""
+
+    # -- in a cell --------------------------------------------------------------------------------------------------------
+
+    def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        _close_earlier(panel)
-        display(self.widget)
-        bundle = self._bundle(page, line)
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:  # shown in a second cell too: both outputs are renewed together
-            display(bundle, raw=True, display_id=self._handle.display_id)
+        self._check_open()
+        _close_earlier(self)
+        display({**self.widget._repr_mimebundle_(), "text/plain": repr(self)}, raw=True)
+        self._place_record()
 
-    def renew(self, page: str, line: str) -> None:
-        """Changes the stand-in, wherever the panel is shown."""
-        if self._handle is not None:
-            self._handle.update(self._bundle(page, line), raw=True)
-
-    def _bundle(self, page: str, line: str) -> dict[str, str]:
-        rule = f"<style>body:has(.{self._mark}) .{self._mark}-record {{ display: none; }}</style>"
-        return {"text/html": f'{rule}<div class="{self._mark}-record">{page}</div>', "text/plain": line}
+    def _place_record(self) -> None:
+        """Puts the panel's record into the cell being executed."""
 
 
-def _close_earlier(panel: Closable) -> None:
+_panels: dict[str, tuple[str, list[weakref.ref[Panel]]]] = {}  # id of a cell -> its execution, the panels shown by that
+
+
+def _close_earlier(panel: Panel) -> None:
+    """A cell that is run again has replaced what it showed: the panels shown by its last execution are closed."""
     cell, execution = current_cell() or ("", "")
     if not cell:
         return
-    earlier, panels = _shown.get(cell, ("", []))
+    earlier, panels = _panels.get(cell, ("", []))
     if earlier != execution:
-        for old in panels:
-            if old is not panel:
+        for reference in panels:
+            if (old := reference()) is not None and old is not panel:
                 old.close()
+                old._let_go()
         panels = []
-    _shown[cell] = (execution, [*panels, panel])
+    _panels[cell] = (execution, [*panels, weakref.ref(panel)])
+
+
+def current_cell() -> tuple[str, str] | None:
+    """The cell being executed as (its id, the id of this execution), "" where the front end does not tell; None without kernel."""
+    if not in_kernel():
+        return None
+    from IPython import get_ipython
+
+    try:
+        parent = get_ipython().get_parent()
+    except AttributeError:  # kernels of others
+        return "", ""
+    return str(parent.get("metadata", {}).get("cellId") or ""), str(parent.get("header", {}).get("msg_id") or "")
+
+
+# -- the record -----------------------------------------------------------------------------------------------------------
+
+_MOVED = "The record of this panel stands further down, where a later cell put it."
+_EMPTY = {"text/html": "", "text/plain": ""}
+
+
+class Record:
+    """Outputs of a cell that stay in the notebook's file: a table, and a picture above it where wanted.
+
+    Hidden while the panel's widgets stand in the same cell, or, where there is no picture, anywhere on the page.
+
+    Args:
+        mark: class of the panel's box.
+        with_picture: whether there is a picture.
+    """
+
+    def __init__(self, mark: str, with_picture: bool = False):
+        self._name = f"{mark}-record"
+        beside = f".jp-OutputArea:has(.{mark}) .jp-OutputArea-child"
+        both = f"{beside}:has(.{self._name}), {beside}:has(+ .jp-OutputArea-child .{self._name})"  # the picture stands before the table
+        self._rule = f"<style>{both if with_picture else f'body:has(.{mark}) .{self._name}'} {{ display: none; }}</style>"
+        self._with_picture = with_picture
+        self._picture: Any = None
+        self._table: Any = None
+        self._cell: tuple[str, str] | None = None
+
+    @property
+    def placed(self) -> bool:
+        """Whether there is a cell that holds the record."""
+        return self._table is not None
+
+    def place(self, page: str, line: str) -> None:
+        """Moves the record into the cell being executed, with this content until it is renewed. Without a kernel nothing happens."""
+        cell = current_cell()
+        if cell is None or (self.placed and cell == self._cell):
+            return
+        from IPython.display import display
+
+        if self.placed:
+            self.renew(_MOVED, _MOVED)
+        self._cell = cell
+        if self._with_picture:
+            self._picture = display(_EMPTY, raw=True, display_id=True)
+        self._table = display(self._bundle(page, line), raw=True, display_id=True)
+
+    def renew(self, page: str, line: str, png: bytes = b"") -> None:
+        """Changes what the record says.
+
+        Args:
+            page: HTML, escaped.
+            line: the same in a line of plain text.
+            png: the picture; empty for none.
+        """
+        if self._picture is not None:
+            picture = {"image/png": b64encode(png).decode(), "text/plain": line} if png else _EMPTY
+            self._picture.update(picture, raw=True, metadata={"image/png": {"alt": line}} if png else {})
+        if self._table is not None:
+            self._table.update(self._bundle(page, line), raw=True)
+
+    def _bundle(self, page: str, line: str) -> dict[str, str]:
+        return {"text/html": f'{self._rule}<div class="{self._name}">{page}</div>', "text/plain": line}
 
 
 def close_all(widget: widgets.Widget) -> None:
@@ -109,3 +256,17 @@ def close_all(widget: widgets.Widget) -> None:
         widget._click_handlers.callbacks.clear()
     widget._msg_callbacks.callbacks.clear()
     widget.close()
+
+
+def error_html(error: BaseException) -> str:
+    """An error and what to do about it."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, FulltuneError):
+        advice = ""  # these say so themselves
+    elif isinstance(error, MemoryError) or any(words in text.lower() for words in ("out of memory", "malloc", "unable to allocate")):
+        advice = _OUT_OF_MEMORY
+    else:
+        advice = _UNEXPECTED
+    style = "border:1px solid #D55E00;border-left-width:6px;padding:6px 10px;margin:4px 0;white-space:pre-wrap;"
+    style += "word-break:normal;overflow-wrap:anywhere;line-height:1.4"
+    return f'<pre role="alert" class="{NO_MATH}" style="{style}">⚠ {esc(text, limit=4000)}{chr(10) if advice else ""}{esc(advice)}</pre>'

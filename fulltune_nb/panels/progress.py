@@ -4,25 +4,22 @@ The environment variable `FULLTUNE_PROGRESS` chooses: `auto` (the default), `ter
 run by papermill is a notebook too; set `plain` there for lines that a log can hold.
 
 Shown values: the loss is the mean over the trained tokens of the last `config.steps_per_report` steps, the speed is that of these
-steps, the peak is the largest of the run, and the time left counts evaluations and saving too.
+steps, the peak is the largest of the run, and the time left counts evaluations and saving too. How a run ended is `trainer.state`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
-from base64 import b64encode
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import NO_MATH, SHOWN_IN_MB, cut, esc, facts, human_bytes, table
-from fulltune_nb.panels.tabs import Samples
-from fulltune_nb.training.history import History
-from fulltune_nb.training.trainer import Trainer
-
-# -- progress: What `Trainer.run` shows by default: a bar in a terminal, one changing output in a notebook, plain l
+from fulltune_nb.html import SHOWN_IN_MB, esc, facts, human_bytes, table
+from fulltune_nb.training.history import StepReport
 
 VARIABLE = "FULLTUNE_PROGRESS"
 REFRESH_SECONDS = 1.0  # a notebook's output changes no more often
@@ -73,27 +70,77 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+class Pace:
+    """Loss and speed over the latest steps of a run, and the time it will still take.
+
+    Args:
+        steps: how many of the latest count.
+        reports: those there are already.
+    """
+
+    def __init__(self, steps: int, reports: Iterable[StepReport] = ()):
+        self.recent: deque[StepReport] = deque(reports, maxlen=max(1, steps))
+        self._first: tuple[int, float] | None = None  # a step's number, and when it ended
+        self._ended: tuple[int, float] | None = None  # the latest
+
+    def add(self, report: StepReport) -> None:
+        """Takes in a step that has just ended."""
+        self.recent.append(report)
+        self._ended = report.step, time.monotonic()
+        self._first = self._first or self._ended
+
+    def rest(self) -> None:
+        """The time from here to the next step does not count: the run begins or ends."""
+        self._first = self._ended = None
+
+    @property
+    def last(self) -> StepReport | None:
+        """The latest step."""
+        return self.recent[-1] if self.recent else None
+
+    @property
+    def loss(self) -> float:
+        """Mean over the trained tokens, in nats; NaN before the first step."""
+        tokens = sum(report.tokens for report in self.recent)
+        return sum(report.loss * report.tokens for report in self.recent) / tokens if tokens else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Trained tokens a second, within steps; NaN before the first."""
+        seconds = sum(report.seconds for report in self.recent)
+        return sum(report.tokens for report in self.recent) / seconds if seconds else math.nan
+
+    def seconds_left(self, steps: int) -> float:
+        """Seconds that so many more steps will take, with all that comes between steps; NaN before the first step.
+
+        The first step, which compiles, counts only while it is alone.
+        """
+        if self._ended is not None and self._ended[0] > self._first[0]:
+            return steps * (self._ended[1] - self._first[1]) / (self._ended[0] - self._first[0])
+        return steps * self.last.seconds if self.last else math.nan
+
+
 class _Progress:
     """Takes the reports in; the three shapes show them, with a `show_...` method for each that the trainer calls.
 
     Attributes:
         target: the step count at which this run ends or pauses.
+        pace: of its latest steps.
         peak: largest number of bytes in use so far.
     """
 
     def __init__(self) -> None:
         self.target = 0
         self.peak = 0
-        self._recent: deque = deque(maxlen=1)
+        self.pace = Pace(1)
         self._started: float | None = None
-        self._first_step: tuple[int, float] | None = None
 
     # -- what the trainer calls -----------------------------------------------------------------------------------
 
     def on_start(self, trainer: Any, target: int | None = None) -> None:
         """Before the first step of a `run`; `target` is the step count at which it will end."""
         self.target = trainer.total_steps if target is None else target
-        self._recent = deque(maxlen=trainer.config.steps_per_report)
+        self.pace = Pace(trainer.config.steps_per_report)
         self._started = time.monotonic()
         self.show_start(trainer)
         for event in _unseen_events(trainer):
@@ -102,10 +149,8 @@ class _Progress:
     def on_step(self, trainer: Any, report: Any) -> None:
         """After a step."""
         self._ensure_started(trainer)
-        self._recent.append(report)
+        self.pace.add(report)
         self.peak = max(self.peak, report.peak_memory)
-        if self._first_step is None:
-            self._first_step = (report.step, time.monotonic())
         self.show_step(trainer, report)
 
     def on_eval(self, trainer: Any, report: Any) -> None:
@@ -132,35 +177,14 @@ class _Progress:
         if self._started is None:  # used as a callback by something that does not announce its start
             self.on_start(trainer)
 
-    # -- what is known --------------------------------------------------------------------------------------------
-
-    @property
-    def loss(self) -> float:
-        """Mean loss over the trained tokens of the recent steps, in nats."""
-        tokens = sum(report.tokens for report in self._recent)
-        return sum(report.loss * report.tokens for report in self._recent) / tokens
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Trained tokens a second in the recent steps."""
-        return sum(report.tokens for report in self._recent) / max(sum(report.seconds for report in self._recent), 1e-9)
-
     @property
     def elapsed(self) -> float:
         """Seconds since the start of the run."""
-        return time.monotonic() - (self._started if self._started is not None else time.monotonic())
+        return time.monotonic() - self._started
 
-    def seconds_left(self, step: int) -> float:
-        """Expected seconds from after `step` to the target. The first step, which compiles, counts only while it is alone."""
-        first, at = self._first_step
-        pace = (time.monotonic() - at) / (step - first) if step > first else self._recent[-1].seconds
-        return pace * (self.target - step)
-
-    def ending(self, trainer: Any) -> str:
-        """How the run ended, in a word or two."""
-        if trainer.done:
-            return "stopped early" if getattr(trainer, "stopped_early", False) else "done"
-        return "paused" if trainer.interrupted or trainer.step_count >= self.target else "stopped by an error"
+    def left(self, trainer: Any) -> str:
+        """Expected time to the target."""
+        return clock(self.pace.seconds_left(self.target - trainer.step_count)) if self.pace.recent else "?"
 
 
 def _unseen_events(trainer: Any) -> list:
@@ -189,8 +213,8 @@ class PlainProgress(_Progress):
         if due or time.monotonic() - self._last_line >= SILENCE_SECONDS:
             self._line(
                 trainer,
-                f"loss {self.loss:.3f}, lr {report.learning_rate:.2e}, {self.tokens_per_second:.0f} tokens/s, "
-                f"peak {memory_size(report.peak_memory)}, {clock(self.seconds_left(report.step))} left",
+                f"loss {self.pace.loss:.3f}, lr {report.learning_rate:.2e}, {self.pace.tokens_per_second:.0f} tokens/s, "
+                f"peak {memory_size(report.peak_memory)}, {self.left(trainer)} left",
             )
 
     def show_eval(self, trainer: Any, report: Any) -> None:
@@ -203,7 +227,7 @@ class PlainProgress(_Progress):
         self._line(trainer, event.message)
 
     def show_end(self, trainer: Any) -> None:
-        self._line(trainer, f"{self.ending(trainer)} after {clock(self.elapsed)}, peak {memory_size(self.peak)}")
+        self._line(trainer, f"{trainer.state} after {clock(self.elapsed)}, peak {memory_size(self.peak)}")
 
 
 def _eval_text(report: Any) -> str:
@@ -228,7 +252,7 @@ class TerminalProgress(_Progress):
         self._bar = tqdm(total=self.target, initial=trainer.step_count, file=sys.stderr, bar_format=_BAR, **size)
 
     def show_step(self, trainer: Any, report: Any) -> None:
-        text = f"loss {self.loss:.3f}, lr {report.learning_rate:.2e}, {self.tokens_per_second:.0f} tokens/s"
+        text = f"loss {self.pace.loss:.3f}, lr {report.learning_rate:.2e}, {self.pace.tokens_per_second:.0f} tokens/s"
         self._bar.set_postfix_str(text, refresh=False)  # tqdm itself decides when there is time to draw
         self._bar.update(report.step - self._bar.n)
 
@@ -276,12 +300,11 @@ class NotebookProgress(_Progress):
         self._refresh(trainer)
 
     def show_end(self, trainer: Any) -> None:
-        self._draw(trainer, f"{self.ending(trainer)} after {clock(self.elapsed)}")
+        self._draw(trainer, f"{trainer.state} after {clock(self.elapsed)}")
 
     def _refresh(self, trainer: Any) -> None:
         if time.monotonic() - self._drawn >= REFRESH_SECONDS:
-            left = clock(self.seconds_left(trainer.step_count)) if self._recent else "?"
-            self._draw(trainer, f"{clock(self.elapsed)} so far, {left} left")
+            self._draw(trainer, f"{clock(self.elapsed)} so far, {self.left(trainer)} left")
 
     def _draw(self, trainer: Any, state: str) -> None:
         self._drawn = time.monotonic()
@@ -303,117 +326,11 @@ class NotebookProgress(_Progress):
         return {"text/html": "".join(parts), "text/plain": text}
 
     def _values(self):
-        if not self._recent:
+        if not self.pace.recent:
             return
-        report = self._recent[-1]
+        report = self.pace.recent[-1]
         yield "epoch", f"{report.epoch:.2f}"
-        yield "loss", f"{self.loss:.4f} (mean of the last {len(self._recent)} steps)"
+        yield "loss", f"{self.pace.loss:.4f} (mean of the last {len(self.pace.recent)} steps)"
         yield "learning rate", f"{report.learning_rate:.2e}"
-        yield "speed", f"{self.tokens_per_second:,.0f} tokens/s"
+        yield "speed", f"{self.pace.tokens_per_second:,.0f} tokens/s"
         yield "peak memory", memory_size(self.peak)
-
-
-# -- record: The static record of a run in its notebook: a PNG and a table that need neither a kernel nor widgets
-
-PANEL_CLASS = "fulltune-panel"  # of a panel's box
-_CLASS = "fulltune-record"
-_HIDDEN = (  # the picture is the output before the table
-    f"<style>.jp-OutputArea:has(.{PANEL_CLASS}) .jp-OutputArea-child:has(+ .jp-OutputArea-child .{_CLASS}),"
-    f" .jp-OutputArea:has(.{PANEL_CLASS}) .jp-OutputArea-child:has(.{_CLASS}) {{ display: none; }}</style>"
-)
-_ROWS = 12  # evaluations, events and samples that are listed
-
-
-def current_cell() -> tuple[str, str] | None:
-    """The cell being executed as (its id, the id of this execution), "" where the front end does not tell; None without kernel."""
-    if not in_kernel():
-        return None
-    from IPython import get_ipython
-
-    try:
-        parent = get_ipython().get_parent()
-    except AttributeError:  # kernels of others
-        return "", ""
-    return str(parent.get("metadata", {}).get("cellId") or ""), str(parent.get("header", {}).get("msg_id") or "")
-
-
-class Record:
-    """Two outputs in one cell, and in which cell they are."""
-
-    def __init__(self) -> None:
-        self._handles: tuple[Any, Any] | None = None
-        self._cell: tuple[str, str] | None = None
-
-    @property
-    def placed(self) -> bool:
-        """Whether there is a cell that holds the record."""
-        return self._handles is not None
-
-    def place_here(self, note: str) -> None:
-        """From now on, the record stands in the cell being executed; until it is renewed with `note` in its place."""
-        cell = current_cell()
-        if cell is None or (self.placed and cell == self._cell):
-            return
-        from IPython.display import display
-
-        if self._handles:
-            self._handles[0].update({"text/html": "", "text/plain": ""}, raw=True)
-            self._handles[1].update(_text("The record of this run stands further down, where a cell waited for it."), raw=True)
-        self._cell = cell
-        self._handles = tuple(display(bundle, raw=True, display_id=True) for bundle in ({"text/html": "", "text/plain": ""}, _text(note)))
-
-    def renew(self, png: bytes, page: str, line: str) -> None:
-        """Puts the picture and the table in.
-
-        Args:
-            png: the picture.
-            page: HTML of the table, escaped.
-            line: the same in a line of plain text.
-        """
-        if self._handles:
-            picture, alternative = {"image/png": b64encode(png).decode(), "text/plain": line}, {"image/png": {"alt": line}}
-            self._handles[0].update(picture, raw=True, metadata=alternative)
-            self._handles[1].update({"text/html": f'<div class="{_CLASS}">{_HIDDEN}{page}</div>', "text/plain": line}, raw=True)
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"text/html": f'<div class="{_CLASS}">{_HIDDEN}{text}</div>', "text/plain": text}
-
-
-def record_html(trainer: Trainer, state: str, samples: Samples) -> str:
-    """What there is to say about a run, as tables of bounded length."""
-    history = trainer.history
-    parts = [facts(f"{state.capitalize()} at step {trainer.step_count:,} of {trainer.total_steps:,}", _summary(trainer, history))]
-    evals = history.evals[-_ROWS:]
-    if evals:
-        rows = [(f"{r.step:,}", r.split, f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.tokens:,}") for r in evals]
-        caption = _caption("Evaluations", len(history.evals), len(evals))
-        parts.append(table(("step", "split", "loss", "perplexity", "tokens"), rows, caption))
-    events = history.events[-_ROWS:]
-    if events:
-        rows = [(f"{r.step:,}", r.kind.replace("_", " "), cut(r.message)) for r in events]
-        parts.append(table(("step", "event", ""), rows, _caption("Events", len(history.events), len(events))))
-    if samples.rows:
-        parts.append(samples.to_html(_ROWS))
-    return f'<div class="{NO_MATH}">{"".join(parts)}</div>'
-
-
-def _summary(trainer: Trainer, history: History) -> list[tuple[str, object]]:
-    steps = history.steps
-    rows: list[tuple[str, object]] = [("optimizer", trainer.config.optimizer), ("run_dir", cut(str(trainer.run_dir or "none")))]
-    if not steps:
-        return [("steps", "none taken yet"), *rows]
-    seconds = sum(report.seconds for report in steps)
-    tokens = sum(report.tokens for report in steps)
-    return [
-        ("epoch", f"{steps[-1].epoch:.2f}"),
-        ("loss, first and last", f"{steps[0].loss:.4f} → {steps[-1].loss:.4f}"),
-        ("next learning rate", f"{trainer.learning_rate:.3g}"),
-        ("trained tokens", f"{tokens:,} in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"),
-        ("peak memory", human_bytes(max(report.peak_memory for report in steps))),
-        *rows,
-    ]
-
-
-def _caption(what: str, there: int, shown: int) -> str:
-    return what if there == shown else f"{what}: the last {shown} of {there:,}"

@@ -87,7 +87,7 @@ def what_is_drawn() -> Iterator[tuple[str, float, Callable[[], Any]]]:
     yield "history of 20,000 steps, plots", 10.0, lambda: [p(history).figure.canvas.draw() for p in (ft.plot_loss, ft.plot_memory)]
     long_history(trainer.history)
     panel = ft.TrainPanel(trainer)
-    yield "training panel, a refresh after 20,000 steps", 0.02, panel._view.refresh
+    yield "training panel, a refresh after 20,000 steps", 0.02, panel.refresh
 
 
 def import_seconds() -> float:

@@ -20,6 +20,7 @@ from fulltune_nb.panels.chat import ChatPanel
 from fulltune_nb.panels.conversation import TURNS_SHOWN, Answer, Conversation, Turn
 from fulltune_nb.panels.loop import loop_of
 from nbs_tests.data.test_lens import ATTACK, Page
+from nbs_tests.panels.conftest import until
 from nbs_tests.panels.test_data import all_widgets
 
 
@@ -28,46 +29,25 @@ def lm(make_lm):
     return make_lm()
 
 
-@pytest.fixture
-def make_panel():
-    made = []
-
-    def make(*models, **settings):
-        made.append(ChatPanel(*models, **{"max_tokens": 12, **settings}))
-        return made[-1]
-
-    yield make
-    for panel in made:
-        panel.close()
-
-
 def user(*prompts):
     return [{"role": "user", "content": prompt} for prompt in prompts]
-
-
-async def until(condition, seconds=20.0):
-    for _ in range(int(seconds / 0.005)):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came to that")
 
 
 # -- asking and answering ---------------------------------------------------------------------------------------------
 
 
-def test_in_plain_python_the_answer_is_there_when_send_returns(lm, make_panel):
-    panel = make_panel(lm)
+def test_in_plain_python_the_answer_is_there_when_send_returns(lm, chat_of):
+    panel = chat_of(lm)
     panel.send("the quick fox")
     assert panel.conversation.turns[0].answers[0].text == lm.chat(user("the quick fox"), max_tokens=12)
     assert panel.conversation.turns[0].answers[0].state == "done" and not panel.busy
 
 
-def test_in_an_event_loop_it_is_written_piece_by_piece_while_other_code_runs(lm, make_panel):
+def test_in_an_event_loop_it_is_written_piece_by_piece_while_other_code_runs(lm, chat_of):
     seen = []
 
     async def main():
-        panel = make_panel(lm)
+        panel = chat_of(lm)
         panel.send("the quick fox")
         assert panel.busy and panel.conversation.turns[0].answers[0].text == ""
         while panel.busy:
@@ -82,8 +62,8 @@ def test_in_an_event_loop_it_is_written_piece_by_piece_while_other_code_runs(lm,
     assert len(lengths) > 3 and all(answer.text.startswith(text) for text in seen)
 
 
-def test_the_conversation_goes_on_with_its_system_prompt(lm, make_panel, monkeypatch):
-    panel, asked = make_panel(lm, system="Be brief."), []
+def test_the_conversation_goes_on_with_its_system_prompt(lm, chat_of, monkeypatch):
+    panel, asked = chat_of(lm, system="Be brief."), []
     stream = lm.stream_chat
     monkeypatch.setattr(lm, "stream_chat", lambda messages, **settings: asked.append((messages, settings)) or stream(messages, **settings))
     panel.send("one")
@@ -99,9 +79,9 @@ def test_the_conversation_goes_on_with_its_system_prompt(lm, make_panel, monkeyp
     assert [m["content"] for m in messages] == ["one", first, "two"] and settings["temperature"] == 0.7 and settings["top_p"] == 0.9
 
 
-def test_prompts_sent_meanwhile_are_answered_in_order(lm, make_panel):
+def test_prompts_sent_meanwhile_are_answered_in_order(lm, chat_of):
     async def main():
-        panel = make_panel(lm)
+        panel = chat_of(lm)
         for prompt in ("one", "two", "three"):
             panel.send(prompt)
         await panel.wait()
@@ -113,9 +93,9 @@ def test_prompts_sent_meanwhile_are_answered_in_order(lm, make_panel):
     assert turns[1].answers[0].text == lm.chat(messages, max_tokens=12)
 
 
-def test_stop_keeps_what_is_there_and_leaves_the_rest_unasked(lm, make_panel):
+def test_stop_keeps_what_is_there_and_leaves_the_rest_unasked(lm, chat_of):
     async def main():
-        panel = make_panel(lm, max_tokens=400)
+        panel = chat_of(lm, max_tokens=400)
         panel.send("one")
         panel.send("two")
         await until(lambda: panel.conversation.turns[0].answers[0].text)
@@ -130,8 +110,8 @@ def test_stop_keeps_what_is_there_and_leaves_the_rest_unasked(lm, make_panel):
     assert "stopped before its end" in panel.controls.log.value and not panel.controls.live.value
 
 
-def test_regenerate_answers_the_last_prompt_anew(lm, make_panel):
-    panel = make_panel(lm)
+def test_regenerate_answers_the_last_prompt_anew(lm, chat_of):
+    panel = chat_of(lm)
     with pytest.raises(GenerationError, match="Send a prompt first"):
         panel.regenerate()
     panel.send("one")
@@ -141,9 +121,9 @@ def test_regenerate_answers_the_last_prompt_anew(lm, make_panel):
     assert after is not before and after.text == before.text and len(panel.conversation.turns) == 1
 
 
-def test_clear_forgets_and_ends_what_is_being_written(lm, make_panel):
+def test_clear_forgets_and_ends_what_is_being_written(lm, chat_of):
     async def main():
-        panel = make_panel(lm, max_tokens=2000)
+        panel = chat_of(lm, max_tokens=2000)
         panel.send("one")
         await until(lambda: panel.conversation.turns[0].answers[0].text)
         panel.clear()
@@ -157,21 +137,21 @@ def test_clear_forgets_and_ends_what_is_being_written(lm, make_panel):
     asyncio.run(main())
 
 
-def test_prompts_without_a_word_are_refused(lm, make_panel):
+def test_prompts_without_a_word_are_refused(lm, chat_of):
     for prompt in ("", "  \n", None, 3):
         with pytest.raises(GenerationError, match="at least one word"):
-            make_panel(lm).send(prompt)
+            chat_of(lm).send(prompt)
 
 
 # -- two models -------------------------------------------------------------------------------------------------------
 
 
-def test_two_models_answer_one_prompt_side_by_side(make_lm, make_panel):
+def test_two_models_answer_one_prompt_side_by_side(make_lm, chat_of):
     base, tuned = make_lm(), make_lm(hidden_size=16)
     seen = []
 
     async def main():
-        panel = make_panel(base, tuned)
+        panel = chat_of(base, tuned)
         panel.send("the quick fox")
         while panel.busy:
             seen.append(tuple(len(answer.text) for answer in panel.conversation.turns[0].answers))
@@ -187,8 +167,8 @@ def test_two_models_answer_one_prompt_side_by_side(make_lm, make_panel):
     assert html.index("<b>Base</b>") < html.index("<b>Tuned</b>")
 
 
-def test_each_model_reads_its_own_answers(make_lm, make_panel):
-    panel = make_panel(make_lm(), make_lm(hidden_size=16))
+def test_each_model_reads_its_own_answers(make_lm, chat_of):
+    panel = chat_of(make_lm(), make_lm(hidden_size=16))
     panel.send("one")
     turn = Turn("two", [Answer(), Answer()])
     panel.conversation.turns.append(turn)
@@ -196,7 +176,7 @@ def test_each_model_reads_its_own_answers(make_lm, make_panel):
         assert panel.conversation.messages(which, turn)[1]["content"] == panel.conversation.turns[0].answers[which].text
 
 
-def test_one_models_error_leaves_the_other_its_answer(make_lm, make_panel, monkeypatch):
+def test_one_models_error_leaves_the_other_its_answer(make_lm, chat_of, monkeypatch):
     base, tuned = make_lm(), make_lm(hidden_size=16)
 
     def broken(messages, **settings):
@@ -206,7 +186,7 @@ def test_one_models_error_leaves_the_other_its_answer(make_lm, make_panel, monke
     monkeypatch.setattr(tuned, "stream_chat", broken)
 
     async def main():
-        panel = make_panel(base, tuned)
+        panel = chat_of(base, tuned)
         panel.send("one")
         with pytest.raises(ZeroDivisionError):
             await panel.wait()
@@ -233,12 +213,12 @@ def test_the_same_model_twice_and_things_that_are_no_models_are_refused(lm, make
 # -- while training ---------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_during_training_comes_from_the_weights_of_one_step(make_trainer, make_panel):
+def test_an_answer_during_training_comes_from_the_weights_of_one_step(make_trainer, chat_of):
     trainer = make_trainer(iters=400, steps_per_eval=1000)
     steps = set()
 
     async def main():
-        panel, loop = make_panel(trainer.lm), loop_of(trainer)
+        panel, loop = chat_of(trainer.lm), loop_of(trainer)
         loop.start()
         await until(lambda: trainer.step_count >= 3)
         panel.send("the quick fox")
@@ -265,12 +245,12 @@ def test_an_answer_during_training_comes_from_the_weights_of_one_step(make_train
     assert turn.answers[0].text == twin.lm.chat(user("the quick fox"), max_tokens=12)
 
 
-def test_training_ends_with_the_same_losses_as_without_a_chat(make_trainer, make_panel):
+def test_training_ends_with_the_same_losses_as_without_a_chat(make_trainer, chat_of):
     plain, chatted = make_trainer(iters=12), make_trainer(iters=12)
     plain.run()
 
     async def main():
-        panel = make_panel(chatted.lm)
+        panel = chat_of(chatted.lm)
         loop_of(chatted).start()
         for prompt in ("one", "two"):
             panel.send(prompt)
@@ -281,11 +261,11 @@ def test_training_ends_with_the_same_losses_as_without_a_chat(make_trainer, make
     assert [r.loss for r in chatted.history.steps] == [r.loss for r in plain.history.steps]
 
 
-def test_a_pause_during_an_answer_ends_the_run_at_once_and_the_answer_goes_on(make_trainer, make_panel):
+def test_a_pause_during_an_answer_ends_the_run_at_once_and_the_answer_goes_on(make_trainer, chat_of):
     trainer = make_trainer(iters=400)
 
     async def main():
-        panel, loop = make_panel(trainer.lm, max_tokens=200), loop_of(trainer)
+        panel, loop = chat_of(trainer.lm, max_tokens=200), loop_of(trainer)
         loop.start()
         panel.send("one")
         answer = panel.conversation.turns[0].answers[0]
@@ -307,11 +287,11 @@ def test_a_pause_during_an_answer_ends_the_run_at_once_and_the_answer_goes_on(ma
     asyncio.run(main())
 
 
-def test_two_panels_on_a_model_in_training_take_turns(make_trainer, make_panel):
+def test_two_panels_on_a_model_in_training_take_turns(make_trainer, chat_of):
     trainer = make_trainer(iters=400)
 
     async def main():
-        one, two = make_panel(trainer.lm), make_panel(trainer.lm)
+        one, two = chat_of(trainer.lm), chat_of(trainer.lm)
         loop_of(trainer).start()
         one.send("one")
         two.send("two")
@@ -326,13 +306,13 @@ def test_two_panels_on_a_model_in_training_take_turns(make_trainer, make_panel):
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_shown_with_what_to_do_and_raised_by_wait(lm, make_panel, monkeypatch):
+def test_an_error_is_shown_with_what_to_do_and_raised_by_wait(lm, chat_of, monkeypatch):
     refused = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template = f"{{% for m in messages %}}{refused}{{{{ m['content'] }}}}{{% endfor %}}"
     monkeypatch.setattr(lm.tokenizer, "chat_template", template)
 
     async def main():
-        panel = make_panel(lm, system="Be brief.")
+        panel = chat_of(lm, system="Be brief.")
         panel.send("one")
         with pytest.raises(GenerationError, match="no system"):
             await panel.wait()
@@ -345,15 +325,15 @@ def test_an_error_is_shown_with_what_to_do_and_raised_by_wait(lm, make_panel, mo
     asyncio.run(main())
 
 
-def test_a_base_models_borrowed_template_is_told(make_lm, make_tokenizer, make_panel):
+def test_a_base_models_borrowed_template_is_told(make_lm, make_tokenizer, chat_of):
     lm = make_lm()
     lm.tokenizer = make_tokenizer()
-    assert "has no chat template" in make_panel(lm).controls.status.value
+    assert "has no chat template" in chat_of(lm).controls.status.value
 
 
-def test_an_interrupt_stops_the_answer_and_wait_returns(lm, make_panel):
+def test_an_interrupt_stops_the_answer_and_wait_returns(lm, chat_of):
     async def main():
-        panel = make_panel(lm, max_tokens=2000)
+        panel = chat_of(lm, max_tokens=2000)
         panel.send("one")
         answer = panel.conversation.turns[0].answers[0]
         await until(lambda: answer.text)
@@ -380,9 +360,9 @@ def press_enter(panel, text):
     panel.controls.line.value = text
 
 
-def test_enter_sends_and_empties_the_field(lm, make_panel):
+def test_enter_sends_and_empties_the_field(lm, chat_of):
     async def main():
-        panel = make_panel(lm)
+        panel = chat_of(lm)
         press_enter(panel, "one")
         assert panel.controls.line.value == ""
         await panel.wait()
@@ -393,7 +373,7 @@ def test_enter_sends_and_empties_the_field(lm, make_panel):
         await until(lambda: len(panel.conversation.turns) == 2)
         await panel.wait()
         assert panel.conversation.turns[1].prompt == "two"
-        await asyncio.sleep(2 * module._ENTER_SECONDS)
+        await asyncio.sleep(2 * module.ENTER_SECONDS)
         assert len(panel.conversation.turns) == 2
 
     asyncio.run(main())
@@ -403,9 +383,9 @@ def off(panel):
     return [getattr(panel.controls, name).disabled for name in ("send", "stop", "regenerate", "clear")]
 
 
-def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_nothing(lm, make_panel):
+def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_nothing(lm, chat_of):
     async def main():
-        panel = make_panel(lm, max_tokens=500)
+        panel = chat_of(lm, max_tokens=500)
         controls = panel.controls
         assert off(panel) == [False, True, True, True]
         controls.line.value = "one"
@@ -427,8 +407,8 @@ def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_nothing(l
     asyncio.run(main())
 
 
-def test_prompts_of_several_lines_have_a_field_of_their_own(lm, make_panel):
-    panel = make_panel(lm)
+def test_prompts_of_several_lines_have_a_field_of_their_own(lm, chat_of):
+    panel = chat_of(lm)
     panel.controls.line.value = "begun"
     panel.controls.several_lines.value = True
     assert panel.controls.lines.value == "begun" and panel.controls.line.layout.display == "none"
@@ -437,7 +417,7 @@ def test_prompts_of_several_lines_have_a_field_of_their_own(lm, make_panel):
     assert panel.conversation.turns[0].prompt == "one\ntwo" and panel.controls.lines.value == ""
 
 
-def test_callbacks_on_another_thread_leave_mlx_to_the_own_one(lm, make_panel, monkeypatch):
+def test_callbacks_on_another_thread_leave_mlx_to_the_own_one(lm, chat_of, monkeypatch):
     threads, stream = [], lm.stream_chat
 
     def watched(messages, **settings):
@@ -447,7 +427,7 @@ def test_callbacks_on_another_thread_leave_mlx_to_the_own_one(lm, make_panel, mo
     monkeypatch.setattr(lm, "stream_chat", watched)
 
     async def main():
-        panel = make_panel(lm)
+        panel = chat_of(lm)
         panel.controls.line.value = "one"
         thread = threading.Thread(target=panel.controls.send.click)
         thread.start()
@@ -461,8 +441,8 @@ def test_callbacks_on_another_thread_leave_mlx_to_the_own_one(lm, make_panel, mo
     assert answer.text == lm.chat(user("one"), max_tokens=12) and threads == [threading.get_ident()]
 
 
-def test_the_transcript_is_there_to_copy(lm, make_panel):
-    panel = make_panel(lm)
+def test_the_transcript_is_there_to_copy(lm, chat_of):
+    panel = chat_of(lm)
     panel.send("one")
     answer = panel.conversation.turns[0].answers[0].text
     assert panel.transcript == f"You:\none\n\nModel:\n{answer}"
@@ -471,8 +451,8 @@ def test_the_transcript_is_there_to_copy(lm, make_panel):
     assert panel.controls.transcript.value == panel.transcript and panel.controls.transcript.layout.display is None
 
 
-def test_every_control_has_a_description_or_a_tooltip(lm, make_panel):
-    for widget in all_widgets(make_panel(lm).widget):
+def test_every_control_has_a_description_or_a_tooltip(lm, chat_of):
+    for widget in all_widgets(chat_of(lm).widget):
         if not isinstance(widget, widgets.Box):
             assert widget.tooltip
             assert getattr(widget, "description", "none") or isinstance(widget, (widgets.HTML, widgets.Textarea))
@@ -482,16 +462,16 @@ def test_every_control_has_a_description_or_a_tooltip(lm, make_panel):
 
 
 @pytest.mark.parametrize("text", [ATTACK, "\x1b[31mred\x1b[0m", "$5 and $10 $$x$$", "</pre></div><b>out"])
-def test_prompts_and_answers_cannot_bring_markup_into_the_page(lm, make_panel, text, monkeypatch):
+def test_prompts_and_answers_cannot_bring_markup_into_the_page(lm, chat_of, text, monkeypatch):
     def answer(messages, **settings):
         yield text
         raise GenerationError(text)
 
     monkeypatch.setattr(lm, "stream_chat", answer)
-    panel = make_panel(lm, names=[text])
+    panel = chat_of(lm, names=[text])
     panel.send(text)
     panel.notes.append(text)
-    panel._refresh()
+    panel.refresh()
     for html in (panel.controls.log.value, panel.controls.status.value, panel._repr_html_()):
         page = Page(html.replace("<br>", ""))
         assert not page.tags & {"img", "script"} and "\x1b" not in html and "\u202e" not in html
@@ -505,12 +485,12 @@ def test_long_answers_and_long_conversations_are_shown_within_bounds():
     assert len(conversation.to_html()) < 60_000 and f"the last {TURNS_SHOWN} of 501 turns" in conversation.to_html()
 
 
-def test_the_page_is_redrawn_no_more_often_than_it_should(lm, make_panel, monkeypatch):
+def test_the_page_is_redrawn_no_more_often_than_it_should(lm, chat_of, monkeypatch):
     monkeypatch.setattr(module, "REDRAW_SECONDS", 1000.0)
     drawn = []
 
     async def main():
-        panel = make_panel(lm, max_tokens=100)
+        panel = chat_of(lm, max_tokens=100)
         panel.controls.live.observe(lambda change: drawn.append(change.new), "value")
         panel.send("one")
         await panel.wait()
@@ -558,7 +538,7 @@ def test_a_closed_panel_holds_no_model(make_lm, monkeypatch):
     assert gone() is None and panel.conversation.turns
 
 
-def test_repr_is_one_line_and_importing_needs_no_kernel(lm, make_panel):
-    assert repr(make_panel(lm)) == "ChatPanel(Model, 0 turns)" and "nothing said yet" in make_panel(lm)._repr_html_()
+def test_repr_is_one_line_and_importing_needs_no_kernel(lm, chat_of):
+    assert repr(chat_of(lm)) == "ChatPanel(Model, 0 turns)" and "nothing said yet" in chat_of(lm)._repr_html_()
     code = "import sys, fulltune_nb.panels.chat; print('IPython.display' in sys.modules and sys.modules['IPython'].get_ipython())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() in ("None", "False")

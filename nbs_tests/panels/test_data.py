@@ -14,7 +14,8 @@ from PIL import Image
 from fulltune_nb.data import load_data
 from fulltune_nb.data import look as search
 from fulltune_nb.errors import ConfigError, DataError
-from fulltune_nb.panels.data import FILTERS, HEIGHT, WIDTH, DataPanel, LengthPlot, lengths_text, whole_lengths
+from fulltune_nb.panels.controls import PICTURE_HEIGHT, PICTURE_WIDTH
+from fulltune_nb.panels.data import FILTERS, DataPanel, LengthPlot, lengths_text, whole_lengths
 from nbs_tests.data.test_lens import ATTACK, Page
 
 PAIRS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(6)]
@@ -46,38 +47,39 @@ def test_the_examples_can_be_gone_through(panel, data):
     assert panel.index == 0
     for expected in [*range(1, 8), 7]:
         panel.next()
-        assert panel.index == panel._index.value == expected
+        assert panel.index == panel.controls.index.value == expected
     panel.show(3)
-    assert panel.example is data.train[3] and data.train[3].source in panel._status.value
+    assert panel.example is data.train[3] and data.train[3].source in panel.controls.status.value
     panel.show(split="test")
-    assert panel.example is data.test[0] and panel._split.value == "test"  # index 3 is not there
+    assert panel.example is data.test[0] and panel.controls.split.value == "test"  # index 3 is not there
 
 
 def test_controls_do_what_the_methods_do(panel, data):
-    panel._next.click()
-    panel._next.click()
-    panel._previous.click()
-    assert panel.index == panel._index.value == 1
-    panel._index.value = 4
+    panel.controls.next.click()
+    panel.controls.next.click()
+    panel.controls.previous.click()
+    assert panel.index == panel.controls.index.value == 1
+    panel.controls.index.value = 4
     assert panel.example is data.train[4]
-    panel._search.value = "IT IS 2"
-    assert panel.index == 2 and panel.rows.tolist() == [2] and "hit 1 of 1" in panel._status.value
-    panel._search.value = ""
-    panel._filter.value = "cut off"
+    panel.controls.search.value = "IT IS 2"
+    assert panel.index == 2 and panel.rows.tolist() == [2] and "hit 1 of 1" in panel.controls.status.value
+    panel.controls.search.value = ""
+    panel.controls.filter.value = "cut off"
     assert panel.index == 6 and panel.rows.tolist() == [6]
-    panel._split.value = "valid"
+    panel.controls.split.value = "valid"
     assert panel.example is data.valid[0]
 
 
 def test_buttons_stand_still_at_the_ends(panel):
-    assert panel._previous.disabled and not panel._next.disabled
+    assert panel.controls.previous.disabled and not panel.controls.next.disabled
     panel.show(7)
-    assert panel._next.disabled and not panel._previous.disabled
+    assert panel.controls.next.disabled and not panel.controls.previous.disabled
 
 
 def test_search_counts_hits_and_shows_the_first(panel):
     assert panel.search("fox") == [6]
-    assert panel.index == 6 and "first of 60 in this row" in panel._lens.value and "<mark><b>fox</b></mark>" in panel._lens.value
+    shown = panel.controls.lens.value
+    assert panel.index == 6 and "first of 60 in this row" in shown and "<mark><b>fox</b></mark>" in shown
     assert panel.search("no such text") == [] and "0 hits" in panel.status
     assert panel.index == 6  # nothing to go to
     assert panel.search("") == [] and panel.hits is None and len(panel.rows) == 8
@@ -120,9 +122,9 @@ def test_filter_of_rows_not_trained_on_and_of_warnings(make_tokenizer):
 
 def test_rows_in_several_splits_are_told_at_the_row_and_in_the_checks(panel):
     panel.show(5)
-    assert "The same text stands in test:1" in panel._lens.value
+    assert "The same text stands in test:1" in panel.controls.lens.value
     panel.show(0)
-    assert "The same text" not in panel._lens.value  # within its own split only
+    assert "The same text" not in panel.controls.lens.value  # within its own split only
     html = panel.checks.to_html()
     for part in ("train in test", "train:6 = test:1", "train in valid", "train:7 = valid:1"):
         assert part in html
@@ -141,12 +143,12 @@ def test_wrong_requests_are_refused_and_say_what_there_is(panel):
 
 def test_an_error_of_a_control_is_shown_in_the_panel(panel, monkeypatch):
     monkeypatch.setattr(panel, "example_html", lambda: 1 / 0)
-    panel._next.click()
-    assert "ZeroDivisionError" in panel._status.value and 'role="alert"' in panel._status.value
+    panel.controls.next.click()
+    assert "ZeroDivisionError" in panel.controls.status.value and 'role="alert"' in panel.controls.status.value
 
 
 def test_controls_may_be_used_from_another_thread(panel):
-    threads = [threading.Thread(target=panel._next.click) for _ in range(4)]
+    threads = [threading.Thread(target=panel.controls.next.click) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -175,10 +177,10 @@ def test_rows_sources_and_queries_cannot_bring_markup_into_the_page(tokenizer, t
     data.notes.append(text)
     panel = DataPanel(data)
     panel.search(text)
-    panel._tabs.selected_index = 2
+    panel.controls.tabs.selected_index = 2
     html = panel._repr_html_()
-    for page in (html, panel._lens.value, panel._status.value, panel._checks.value, panel._lengths.value):
-        tags = Page(page.replace("<br>", "").replace(f'width="{WIDTH}" height="{HEIGHT}">', "></img>")).tags
+    for page in (html, panel.controls.lens.value, panel.controls.status.value, panel.controls.checks.value, panel.controls.lengths.value):
+        tags = Page(page.replace("<br>", "").replace(f'width="{PICTURE_WIDTH}" height="{PICTURE_HEIGHT}">', "></img>")).tags
         assert tags <= {"div", "b", "u", "s", "span", "pre", "mark", "details", "summary", "img", *TABLE}
         assert "onerror=alert(1)>" not in page and "\x1b" not in page and "\u202e" not in page
     assert html.count("<img") == 1  # the picture of the lengths
@@ -190,19 +192,19 @@ TABLE = {"table", "caption", "thead", "tbody", "tr", "th", "td", "ul", "li"}
 def test_a_row_of_a_megabyte_is_shown_within_bounds(tokenizer):
     panel = DataPanel(load_data({"train": [{"text": "fox " * 250_000}]}, tokenizer))
     panel.search("fox")
-    assert len(panel._lens.value) < 200_000 and len(panel._repr_html_()) < 400_000
-    assert "first of 250,000 in this row" in panel._lens.value
+    assert len(panel.controls.lens.value) < 200_000 and len(panel._repr_html_()) < 400_000
+    assert "first of 250,000 in this row" in panel.controls.lens.value
 
 
 def test_rows_in_memory_may_hold_what_json_cannot(tokenizer):
     panel = DataPanel(load_data({"train": [{"text": "a fox", ("key",): {1, 2}}]}, tokenizer))
-    assert "Row as read" in panel._lens.value and "(&#x27;key&#x27;,)" in panel._lens.value
+    assert "Row as read" in panel.controls.lens.value and "(&#x27;key&#x27;,)" in panel.controls.lens.value
 
 
 def test_closing_leaves_no_widgets_and_no_callbacks(data):
     before = set(_instances)
     panel = DataPanel(data)
-    button = panel._next
+    button = panel.controls.next
     panel.close()
     panel.close()
     assert set(_instances) <= before
@@ -225,12 +227,12 @@ def test_lengths_say_what_the_cut_costs(data):
 
 
 def test_the_picture_is_drawn_when_looked_at_and_follows_the_split(panel):
-    assert panel._image.value == b""
-    panel._tabs.selected_index = 1
-    first = panel._image.value
-    assert Image.open(io.BytesIO(first)).size == (WIDTH, HEIGHT)
+    assert panel.controls.picture.value == b""
+    panel.controls.tabs.selected_index = 1
+    first = panel.controls.picture.value
+    assert Image.open(io.BytesIO(first)).size == (PICTURE_WIDTH, PICTURE_HEIGHT)
     panel.show(split="test")
-    assert panel._image.value != first and panel._lengths.value.count("None is cut") == 1
+    assert panel.controls.picture.value != first and panel.controls.lengths.value.count("None is cut") == 1
 
 
 def test_lengths_from_one_token_to_many_thousands_can_be_drawn(tokenizer):

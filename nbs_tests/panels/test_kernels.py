@@ -57,13 +57,13 @@ def test_step_advances_by_exactly_one(kernel, panel, way):
 
 
 def test_tabs_that_look_inside_compute_on_the_main_thread_between_steps(kernel, panel, way):
-    tabs, losses = kernel.value("[panel.controls.tabs.model_id, panel._view.looks._looks[1].losses.model_id]")
+    tabs, losses = kernel.value("[panel.controls.tabs.model_id, panel.tabs['Batch'].losses.model_id]")
     kernel.press(panel["run"])
     kernel.enter(tabs, selected_index=2)
-    until(lambda: "updates survive rounding" in kernel.value("panel._view.looks._looks[0].page.value"))
+    until(lambda: "updates survive rounding" in kernel.value("panel.tabs['Updates'].page.value"))
     kernel.enter(tabs, selected_index=3)
     kernel.press(losses)
-    until(lambda: "losses by the weights after step" in kernel.value("panel._view.looks._looks[1].page.value"))
+    until(lambda: "losses by the weights after step" in kernel.value("panel.tabs['Batch'].page.value"))
     assert kernel.value("[panel.loop.running, panel.error, len(trainer.optimizers.observers)]") == [True, None, 0]
     kernel.press(panel["pause"])
     until(lambda: not kernel.value("panel.loop.running"))
@@ -111,12 +111,12 @@ def test_an_interrupt_between_cells_pauses_and_the_losses_stay_the_same(kernel, 
 
 @pytest.mark.parametrize("pause_seconds", [0.001, 0.2], ids=["mostly in steps", "mostly between steps"])
 def test_an_interrupt_of_the_cell_that_waits_pauses_and_is_no_error(kernel, panel, pause_seconds):
-    kernel.run(f"from fulltune_nb.panels import background; background.PAUSE_SECONDS = {pause_seconds}")
+    kernel.run(f"from fulltune_nb.panels import loop; loop.PAUSE_SECONDS = {pause_seconds}")
     waiting = kernel.send("panel.start(); await panel.wait(); print('over')")
     time.sleep(0.7)
     kernel.interrupt()
     cell = kernel.outcome(waiting)
-    kernel.run("background.PAUSE_SECONDS = 0.001")
+    kernel.run("loop.PAUSE_SECONDS = 0.001")
     assert cell.status == "ok" and "over" in cell.text, cell.error
     assert kernel.value("trainer.interrupted and not panel.loop.running")
     kernel.run("panel.start(2); await panel.wait()")

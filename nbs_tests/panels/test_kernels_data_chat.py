@@ -20,7 +20,7 @@ def ids(kernel, names):
 @pytest.fixture
 def data_panel(kernel):
     kernel.run("trainer = make_trainer(); panel = ft.DataPanel(trainer.data); panel", cell_id="the data panel's")
-    yield ids(kernel, ("panel", ("_next", "_previous", "_search", "_split", "_filter", "_index")))
+    yield ids(kernel, ("panel.controls", ("next", "previous", "search", "split", "filter", "index")))
     kernel.run("panel.close()")
 
 
@@ -42,15 +42,15 @@ def answers(kernel):
 
 def test_rows_are_browsed_and_searched_while_training_goes_on(kernel, data_panel, way):
     kernel.run("training = TrainPanel(trainer); training.start()")
-    kernel.press(data_panel["_next"])
+    kernel.press(data_panel["next"])
     until(lambda: kernel.value("panel.index") == 1)
-    kernel.enter(data_panel["_index"], value=7)
+    kernel.enter(data_panel["index"], value=7)
     until(lambda: kernel.value("panel.index") == 7)
-    kernel.enter(data_panel["_search"], value="the quick")
+    kernel.enter(data_panel["search"], value="the quick")
     until(lambda: kernel.value("panel.query") == "the quick")
     found = kernel.value("[i for i, example in enumerate(trainer.data.train) if 'the quick' in example.text]")
     assert kernel.value("list(map(int, panel.rows))") == found
-    kernel.enter(data_panel["_split"], index=1)
+    kernel.enter(data_panel["split"], index=1)
     until(lambda: kernel.value("panel.split") == "valid")
     taken = kernel.value("trainer.step_count")
     until(lambda: kernel.value("trainer.step_count") > taken)

@@ -12,23 +12,16 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.insight import Forgetting, GenerationScore, UpdateMeter
-from fulltune_nb.panels import tabs as batch_tab
-from fulltune_nb.panels import tabs as callbacks_tab
-from fulltune_nb.panels import tabs as looks
-from fulltune_nb.panels import tabs as updates_tab
-from fulltune_nb.panels.tabs import BatchTab, CallbacksTab, UpdatesTab, spikes
-from nbs_tests.panels.test_train_panel import HOSTILE, in_loop, panel_of, settled, until  # noqa: F401  a fixture among them
+from fulltune_nb.panels import tabs as module
+from fulltune_nb.panels.tabs import UpdatesTab, spikes
+from nbs_tests.panels.conftest import HOSTILE, in_loop, settled, until
 
-LOG, SAMPLES, UPDATES, BATCH, CALLBACKS = range(5)
+TITLES = ("Log", "Samples", "Updates", "Batch", "Callbacks")
 
 
-def look_of(panel, number):
-    return panel._view.looks._looks[number - UPDATES]
-
-
-def show(panel, number):
-    panel.controls.tabs.selected_index = number
-    return look_of(panel, number)
+def show(panel, title):
+    panel.controls.tabs.selected_index = TITLES.index(title)
+    return panel.tabs.get(title)
 
 
 def meters(trainer):
@@ -38,31 +31,31 @@ def meters(trainer):
 # -- tabs -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_tabs_are_named_and_all_their_controls_too(make_trainer, panel_of):  # noqa: F811
+def test_the_tabs_are_named_and_all_their_controls_too(make_trainer, panel_of):
     panel = panel_of(make_trainer())
-    assert tuple(panel.controls.tabs.titles) == ("Log", "Samples", "Updates", "Batch", "Callbacks")
-    for number in (UPDATES, BATCH, CALLBACKS):
-        for name, widget in vars(look_of(panel, number)).items():
+    assert tuple(panel.controls.tabs.titles) == TITLES
+    for tab in panel.tabs.values():
+        for name, widget in vars(tab).items():
             if isinstance(widget, ipywidgets.ValueWidget | ipywidgets.Button):
                 assert widget.tooltip and (isinstance(widget, ipywidgets.HTML) or widget.description), name
 
 
 @in_loop
-async def test_nothing_is_computed_while_the_tabs_are_closed(make_trainer, panel_of, monkeypatch):  # noqa: F811
+async def test_nothing_is_computed_while_the_tabs_are_closed(make_trainer, panel_of, monkeypatch):
     trainer, done = make_trainer(iters=100_000), []
-    for module, name in ((batch_tab, "spikes"), (batch_tab, "token_losses"), (updates_tab, "survival_html"), (callbacks_tab, "_view")):
+    for name in ("spikes", "token_losses", "survival_html", "view_of"):
         monkeypatch.setattr(module, name, lambda *_, name=name: done.append(name))
     panel = panel_of(trainer)
     panel.start()
     await until(lambda: trainer.step_count > 15)
     assert not done and not trainer.optimizers.observers
-    panel.controls.tabs.selected_index = SAMPLES
+    show(panel, "Samples")
     await until(lambda: trainer.step_count > 30)
     assert not done and not trainer.optimizers.observers
 
 
 @in_loop
-async def test_an_open_tab_is_renewed_between_steps_and_seldom(make_trainer, panel_of, monkeypatch):  # noqa: F811
+async def test_an_open_tab_is_renewed_between_steps_and_seldom(make_trainer, panel_of, monkeypatch):
     trainer, renewed, in_step = make_trainer(iters=100_000), [], []
     step = trainer.step
 
@@ -76,31 +69,31 @@ async def test_an_open_tab_is_renewed_between_steps_and_seldom(make_trainer, pan
     monkeypatch.setattr(trainer, "step", watched)
     renew = UpdatesTab.renew
     monkeypatch.setattr(UpdatesTab, "renew", lambda tab: (renewed.append(bool(in_step)), renew(tab)))
-    monkeypatch.setattr(looks, "MIN_SECONDS", 0.1)
+    monkeypatch.setattr(module, "MIN_SECONDS", 0.1)
     panel = panel_of(trainer)
-    show(panel, UPDATES)
+    show(panel, "Updates")
     panel.start()
     started = asyncio.get_running_loop().time()
     await until(lambda: len(renewed) >= 5)
     assert asyncio.get_running_loop().time() - started > 0.3 and not any(renewed)
-    shown = look_of(panel, UPDATES).page.value
+    shown = panel.tabs["Updates"].page.value
     panel.pause()
     await settled(panel)
-    await until(lambda: f"Step {meters(trainer)[0].steps[-1]:,}:" in look_of(panel, UPDATES).page.value)
+    await until(lambda: f"Step {meters(trainer)[0].steps[-1]:,}:" in panel.tabs["Updates"].page.value)
     assert "updates survive rounding" in shown
 
 
 @in_loop
-async def test_an_error_of_a_tab_is_shown_and_the_run_goes_on(make_trainer, panel_of, monkeypatch):  # noqa: F811
+async def test_an_error_of_a_tab_is_shown_and_the_run_goes_on(make_trainer, panel_of, monkeypatch):
     def fail(*_):
         raise ValueError("a tab's own")
 
     trainer = make_trainer(iters=100_000)
     panel = panel_of(trainer)
     panel.start()
-    show(panel, UPDATES)
+    show(panel, "Updates")
     await until(lambda: trainer.step_count > 3)
-    monkeypatch.setattr(updates_tab, "survival_html", fail)
+    monkeypatch.setattr(module, "survival_html", fail)
     await until(lambda: "a tab's own" in panel.controls.error.value.replace("&#x27;", "'"))
     assert panel.loop.running
 
@@ -111,7 +104,7 @@ async def test_closing_a_panel_with_an_open_tab_leaves_nothing(make_trainer):
     trainer = make_trainer(iters=100_000)
     panels = [ft.TrainPanel(trainer), ft.TrainPanel(trainer)]
     for panel in panels:
-        show(panel, UPDATES).always.value = True
+        show(panel, "Updates").always.value = True
     panels[0].start()
     await until(lambda: trainer.step_count > 3)
     panels[0].close()
@@ -124,8 +117,8 @@ async def test_closing_a_panel_with_an_open_tab_leaves_nothing(make_trainer):
 
 def test_a_panel_with_an_open_tab_that_is_dropped_does_not_keep_its_trainer(make_trainer):
     panel = ft.TrainPanel(make_trainer())
-    for number in (BATCH, CALLBACKS, UPDATES):
-        show(panel, number)
+    for title in panel.tabs:
+        show(panel, title)
     trainer = weakref.ref(panel.trainer)
     panel.step()
     del panel
@@ -136,30 +129,30 @@ def test_a_panel_with_an_open_tab_that_is_dropped_does_not_keep_its_trainer(make
 # -- updates --------------------------------------------------------------------------------------------------------
 
 
-def test_updates_are_measured_while_the_tab_is_open(make_trainer, panel_of):  # noqa: F811
+def test_updates_are_measured_while_the_tab_is_open(make_trainer, panel_of):
     panel = panel_of(make_trainer(iters=30))
-    tab = show(panel, UPDATES)
+    tab = show(panel, "Updates")
     assert "nothing measured yet" in tab.page.value and "the next one is step 1 of 30" in tab.page.value
     panel.step(12)
     assert "Step 11:" in tab.page.value and "2 steps measured" in tab.page.value and "layers.0" in tab.page.value
     assert "the next one is step 21" in tab.page.value
-    panel.controls.tabs.selected_index = LOG
+    show(panel, "Log")
     panel.step(10)
-    show(panel, UPDATES)
+    show(panel, "Updates")
     assert "2 steps measured" in tab.page.value
     tab.always.value = True
-    panel.controls.tabs.selected_index = LOG
+    show(panel, "Log")
     assert meters(panel.trainer)
     tab.every.value = 2
     panel.step(4)
-    show(panel, UPDATES)
+    show(panel, "Updates")
     assert "4 steps measured" in tab.page.value  # 23 and 25
 
 
 @pytest.mark.parametrize("picture", ["update_ratio", "gradient_norm", "weight_norm"])
-def test_the_picture_can_be_of_any_number(make_trainer, panel_of, picture):  # noqa: F811
+def test_the_picture_can_be_of_any_number(make_trainer, panel_of, picture):
     panel = panel_of(make_trainer())
-    tab = show(panel, UPDATES)
+    tab = show(panel, "Updates")
     tab.every.value = 1
     panel.step(3)
     survival = tab.page.value
@@ -169,21 +162,21 @@ def test_the_picture_can_be_of_any_number(make_trainer, panel_of, picture):  # n
     assert tab.page.value.count("<rect") == survival.count("<rect") > 9
 
 
-def test_where_rounding_eats_the_updates_the_switch_is_named(make_trainer, panel_of):  # noqa: F811
+def test_where_rounding_eats_the_updates_the_switch_is_named(make_trainer, panel_of):
     panel = panel_of(make_trainer(weights="bfloat16", rounding="nearest", learning_rate=1e-6))
-    tab = show(panel, UPDATES)
+    tab = show(panel, "Updates")
     assert 'role="alert"' not in tab.page.value
     panel.step()
     assert 'role="alert"' in tab.page.value and "TrainConfig(rounding=&quot;stochastic&quot;)" in tab.page.value
     kept = panel_of(make_trainer(weights="bfloat16", rounding="stochastic", learning_rate=1e-6))
-    tab = show(kept, UPDATES)
+    tab = show(kept, "Updates")
     kept.step()
     assert 'role="alert"' not in tab.page.value and "Step 1:" in tab.page.value
 
 
-def test_a_meter_attached_in_code_is_shown_in_place_of_the_panels_own(make_trainer, panel_of):  # noqa: F811
+def test_a_meter_attached_in_code_is_shown_in_place_of_the_panels_own(make_trainer, panel_of):
     panel = panel_of(make_trainer())
-    tab = show(panel, UPDATES)
+    tab = show(panel, "Updates")
     meter = UpdateMeter(every=3).attach(panel.trainer)
     panel.step(4)
     assert len(meters(panel.trainer)) == 1 and "attached in code" in tab.page.value and "Step 4:" in tab.page.value
@@ -193,26 +186,26 @@ def test_a_meter_attached_in_code_is_shown_in_place_of_the_panels_own(make_train
     assert len(meters(panel.trainer)) == 1 and not tab.every.disabled
 
 
-def test_two_panels_share_a_meter_and_its_settings(make_trainer, panel_of):  # noqa: F811
+def test_two_panels_share_a_meter_and_its_settings(make_trainer, panel_of):
     trainer = make_trainer()
     one, two = panel_of(trainer), panel_of(trainer)
-    show(one, UPDATES).every.value = 1
-    other = show(two, UPDATES)
+    show(one, "Updates").every.value = 1
+    other = show(two, "Updates")
     one.step(2)
     assert len(meters(trainer)) == 1 and other.every.value == 1
-    assert other.page.value == look_of(one, UPDATES).page.value
-    one.controls.tabs.selected_index = LOG
+    assert other.page.value == one.tabs["Updates"].page.value
+    show(one, "Log")
     assert meters(trainer)
-    two.controls.tabs.selected_index = LOG
+    show(two, "Log")
     assert not meters(trainer)
 
 
 @in_loop
-async def test_measuring_does_not_change_the_run(make_trainer, panel_of):  # noqa: F811
+async def test_measuring_does_not_change_the_run(make_trainer, panel_of):
     straight = make_trainer()
     straight.run()
     panel = panel_of(make_trainer())
-    show(panel, UPDATES).every.value = 1
+    show(panel, "Updates").every.value = 1
     panel.start()
     await panel.wait()
     assert [r.loss for r in panel.trainer.history.steps] == [r.loss for r in straight.history.steps]
@@ -221,10 +214,10 @@ async def test_measuring_does_not_change_the_run(make_trainer, panel_of):  # noq
 # -- batches --------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_shows_its_rows_and_a_press_their_losses(make_trainer, panel_of):  # noqa: F811
+def test_a_step_shows_its_rows_and_a_press_their_losses(make_trainer, panel_of):
     panel = panel_of(make_trainer())
     panel.step(3)
-    tab = show(panel, BATCH)
+    tab = show(panel, "Batch")
     assert "Step 3 (its loss was" in tab.page.value and 'class="trained"' in tab.page.value
     tab.step.value = 2
     tab.rows.click()
@@ -254,31 +247,31 @@ def test_the_steps_that_stand_out_are_those_above_their_neighbours():
     assert spikes([report(1, float("nan")), report(2, 1.0)]) == []
 
 
-def test_choosing_a_step_that_stands_out_shows_its_rows(make_trainer, panel_of):  # noqa: F811
+def test_choosing_a_step_that_stands_out_shows_its_rows(make_trainer, panel_of):
     panel = panel_of(make_trainer())
     panel.step(8)
-    tab = show(panel, BATCH)
+    tab = show(panel, "Batch")
     label, step = tab.spikes.options[1]
     tab.spikes.value = step
     assert tab.step.value == step and f"Step {step} (its loss was" in tab.page.value and label.startswith(f"step {step}: loss")
 
 
-def test_rows_without_room_are_counted(make_trainer, panel_of, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(batch_tab, "_TOKENS", 1)
-    monkeypatch.setattr(batch_tab, "_LISTED", 2)
+def test_rows_without_room_are_counted(make_trainer, panel_of, monkeypatch):
+    monkeypatch.setattr(module, "TOKENS", 1)
+    monkeypatch.setattr(module, "LISTED", 2)
     panel = panel_of(make_trainer(batch_size=4))
-    tab = show(panel, BATCH)
+    tab = show(panel, "Batch")
     for press in (tab.rows, tab.losses):
         press.click()
         assert "3 more rows, not drawn" in tab.page.value and "2 more rows, not listed" in tab.page.value
 
 
 @in_loop
-async def test_losses_pressed_while_a_run_goes_on_come_between_steps_and_do_not_change_it(make_trainer, panel_of):  # noqa: F811
+async def test_losses_pressed_while_a_run_goes_on_come_between_steps_and_do_not_change_it(make_trainer, panel_of):
     straight = make_trainer(iters=60)
     straight.run()
     panel = panel_of(make_trainer(iters=60))
-    tab = show(panel, BATCH)
+    tab = show(panel, "Batch")
     panel.start()
     await until(lambda: panel.trainer.step_count > 2)
     tab.losses.click()
@@ -290,9 +283,9 @@ async def test_losses_pressed_while_a_run_goes_on_come_between_steps_and_do_not_
 # -- callbacks --------------------------------------------------------------------------------------------------------
 
 
-def test_attached_callbacks_are_shown_and_renewed(make_trainer, panel_of):  # noqa: F811
+def test_attached_callbacks_are_shown_and_renewed(make_trainer, panel_of):
     panel = panel_of(make_trainer(steps_per_eval=4))
-    tab = show(panel, CALLBACKS)
+    tab = show(panel, "Callbacks")
     assert "insight.Forgetting(" in tab.page.value
     forgetting = Forgetting(["the quick"], "lazy dogs and foxes", max_tokens=3).attach(panel.trainer)
     score = GenerationScore(panel.trainer.data.valid[:2], max_tokens=3).attach(panel.trainer)
@@ -306,24 +299,23 @@ def test_attached_callbacks_are_shown_and_renewed(make_trainer, panel_of):  # no
     assert "insight.Forgetting(" in tab.page.value and forgetting.steps == [0, 4]
 
 
-def test_a_callback_that_cannot_be_shown_says_so(make_trainer, panel_of):  # noqa: F811
+def test_a_callback_that_cannot_be_shown_says_so(make_trainer, panel_of):
     class Broken:
         def _repr_html_(self):
             raise ValueError(HOSTILE)
 
     panel = panel_of(make_trainer())
     panel.trainer.listeners.append(Broken())
-    tab = show(panel, CALLBACKS)
+    tab = show(panel, "Callbacks")
     assert "Broken cannot be shown: ValueError" in tab.page.value and "<img" not in tab.page.value
-    assert isinstance(tab, CallbacksTab) and isinstance(look_of(panel, BATCH), BatchTab)
 
 
 @in_loop
-async def test_another_tab_leaves_an_error_in_place(make_trainer, panel_of):  # noqa: F811
+async def test_another_tab_leaves_an_error_in_place(make_trainer, panel_of):
     panel = panel_of(make_trainer())
     panel.controls.learning_rate.value = -1.0
     await until(lambda: "larger than 0" in panel.controls.error.value)
-    for number in (UPDATES, BATCH, LOG):
-        show(panel, number)
+    for title in ("Updates", "Batch", "Log"):
+        show(panel, title)
         await asyncio.sleep(0.01)
     assert "larger than 0" in panel.controls.error.value

@@ -14,9 +14,9 @@ import weakref
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.panels import loop as background
-from fulltune_nb.panels import loop as interrupts
+from fulltune_nb.panels import loop as module
 from fulltune_nb.panels.loop import loop_of, running_loop
+from nbs_tests.panels.conftest import until
 
 
 def losses(trainer):
@@ -210,7 +210,7 @@ def test_an_interrupt_in_a_step_pauses_when_it_is_whole_and_evaluated(make_train
         loop = loop_of(trainer)
         AtStep(trainer, 3, interrupt)
         loop.start()
-        await (loop.wait() if waited else asyncio.wait({loop._background._task}))
+        await (loop.wait() if waited else until(lambda: not loop.busy))
         assert trainer.step_count == 3 and trainer.interrupted and loop.interrupted
         assert trainer.history[-1].kind == "pause" and trainer.history.evals[-1].step == 3
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -225,7 +225,7 @@ def test_an_interrupt_in_a_step_pauses_when_it_is_whole_and_evaluated(make_train
 
 @pytest.mark.parametrize("waited", [True, False], ids=["while a cell waits", "between cells"])
 def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, monkeypatch, waited):
-    monkeypatch.setattr(background, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.05)
     trainer = make_trainer(iters=1000)
 
     async def main():
@@ -233,7 +233,7 @@ def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, mon
         loop = loop_of(trainer)
         AtStep(trainer, 3, lambda: asyncio.get_running_loop().call_later(0.02, interrupt))
         loop.start()
-        await (loop.wait() if waited else asyncio.wait({loop._background._task}))
+        await (loop.wait() if waited else until(lambda: not loop.busy))
         assert trainer.step_count == 3 and trainer.interrupted
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
@@ -241,7 +241,7 @@ def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, mon
 
 
 def test_an_interrupt_cancels_a_cell_that_awaits_something_else_and_pauses(make_trainer, monkeypatch):
-    monkeypatch.setattr(background, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.05)
     trainer = make_trainer(iters=1000)
 
     async def main():
@@ -258,13 +258,20 @@ def test_an_interrupt_cancels_a_cell_that_awaits_something_else_and_pauses(make_
     assert trainer.step_count == 3
 
 
-def test_a_handler_put_back_late_by_the_kernel_does_no_harm(monkeypatch):
-    calls = []
-    monkeypatch.setattr(interrupts, "_previous", lambda *_: calls.append("previous"))
-    interrupts.hear()
-    assert calls == ["previous"]
-    monkeypatch.setattr(interrupts, "_previous", signal.SIG_IGN)
-    interrupts.hear()
+@pytest.mark.parametrize("before", ["a handler", "ignored"])
+def test_a_handler_put_back_late_by_the_kernel_passes_on_to_the_one_before(make_trainer, before):
+    calls, trainer = [], make_trainer()
+
+    async def main():
+        signal.signal(signal.SIGINT, signal.SIG_IGN if before == "ignored" else lambda *_: calls.append("before"))
+        loop_of(trainer).start(1)
+        await loop_of(trainer).wait()
+        signal.signal(signal.SIGINT, module.hear)
+        interrupt()
+
+    asyncio.run(main())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert calls == ([] if before == "ignored" else ["before"])
 
 
 def test_two_runs_at_a_time_are_both_paused_by_an_interrupt(make_trainer, sigint_ignored):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import os
 import re
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import fulltune_nb as ft
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.panels import progress as module
 from fulltune_nb.panels.progress import NotebookProgress, PlainProgress, TerminalProgress, clock, progress
@@ -42,23 +45,18 @@ class FakeTrainer:
         self.callback, self.moment = callback, moment
         self.config = SimpleNamespace(steps_per_report=every)
         self.total_steps, self.step_count = total, 0
-        self.history, self.done, self.interrupted = History(), False, False
+        self.history, self.state = History(), "done"
 
-    def run(self, n=None, seconds=1.0, error=None):
+    def run(self, n=None, seconds=1.0):
         target = self.total_steps if n is None else self.step_count + n
         self.callback.on_start(self, target)
-        try:
-            while self.step_count < target:
-                self.step(seconds)
-                if error and self.step_count == 3:
-                    raise error
-        finally:
-            self.callback.on_end(self)
+        while self.step_count < target:
+            self.step(seconds)
+        self.callback.on_end(self)
 
     def step(self, seconds=1.0):
         self.moment.now += seconds
         self.step_count += 1
-        self.done = self.step_count == self.total_steps
         loss = 4.0 - self.step_count / 10
         report = StepReport(self.step_count, self.step_count / 20, loss, 100, 1e-5, 1.0, seconds, 100 / seconds, 520_000_000)
         self.history.append(report)
@@ -169,19 +167,12 @@ def test_what_happened_before_the_run_is_told_at_its_start_once(moment, capsys):
     assert out.count("weights were bfloat16") == 1 and out.count("learning rate changed") == 1 and "interrupted" not in out
 
 
-@pytest.mark.parametrize("total, n, interrupted, word", [(5, None, False, "done"), (9, 5, False, "paused"), (9, 3, True, "paused")])
-def test_the_last_line_says_how_the_run_ended(moment, capsys, total, n, interrupted, word):
-    trainer = FakeTrainer(PlainProgress(), moment, total=total)
-    trainer.interrupted = interrupted
-    trainer.run(n)
-    assert f": {word} after" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_an_error_is_not_called_an_end(moment, capsys):
+@pytest.mark.parametrize("state", ["paused", "done", "stopped early", "failed"])
+def test_the_last_line_says_how_the_trainer_says_that_the_run_ended(moment, capsys, state):
     trainer = FakeTrainer(PlainProgress(), moment)
-    with pytest.raises(ValueError):
-        trainer.run(error=ValueError("nan"))
-    assert "step 3/30: stopped by an error" in capsys.readouterr().out
+    trainer.state = state
+    trainer.run(3)
+    assert f"step 3/30: {state} after 0:03" in capsys.readouterr().out.splitlines()[-1]
 
 
 # -- terminal -----------------------------------------------------------------------------------------------------
@@ -263,7 +254,7 @@ def test_a_notebook_ends_with_a_record_that_tells_everything(moment, shown):
     trainer.evaluate()
     trainer.event("learning_rate", "changed")
     trainer.callback.on_save(trainer, "runs/a")
-    trainer.interrupted = True
+    trainer.state = "paused"
     trainer.callback.on_end(trainer)
     page, text = shown.bundles[-1]["text/html"], shown.bundles[-1]["text/plain"]
     for part in ("step 20 of 1,200: paused after 0:00", "0.52 GB", "10,000 tokens/s", "2.5000", "12.180", "changed", "runs/a", "1.00"):
@@ -301,6 +292,45 @@ def test_a_run_shows_its_progress_without_being_asked(make_trainer, monkeypatch,
     expected = ["valid loss", "saved", "loss", "valid loss", "loss", "paused after"]
     expected += ["learning rate changed", "loss", "valid loss", "saved", "done after"]
     assert len(lines) == len(expected) and all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
+
+
+def test_an_error_is_not_called_an_end(make_trainer, monkeypatch, capsys):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "plain")
+    trainer = make_trainer()
+    trainer.lm.model.norm.weight = trainer.lm.model.norm.weight * float("nan")
+    with pytest.raises(ft.errors.NonFiniteError):
+        trainer.run()
+    assert "step 0/8: failed after" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("end, word", [("pause", "paused"), ("stop", "paused"), ("fail", "failed"), (None, "done")])
+def test_a_run_of_the_panel_ends_in_plain_lines_as_it_does_in_the_panel(make_trainer, panel_of, monkeypatch, capsys, end, word):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "plain")
+    panel = panel_of(make_trainer(iters=40))
+
+    class AtStep3:
+        def on_step(self, trainer, report):
+            if report.step == 3 and end == "fail":
+                raise ValueError("on purpose")
+            if report.step == 3 and end:
+                panel.loop.post(getattr(panel.controls, end).click)
+
+    async def main():
+        panel.trainer.listeners.append(AtStep3())
+        panel.start()
+        with contextlib.suppress(ValueError):
+            await panel.wait()
+
+    asyncio.run(main())
+    steps = panel.trainer.step_count
+    assert f"step {steps}/40: {word} after" in capsys.readouterr().out.splitlines()[-1]
+    assert repr(panel) == f"TrainPanel({word}, step {steps} of 40)" and f"{word}</b>" in panel.controls.status.value
+    assert panel.trainer.state == word and bool(panel.error) == (end == "fail")
+
+
+def test_progress_needs_no_front_end():
+    code = "import sys, fulltune_nb.panels.progress; print([m for m in ('ipywidgets', 'IPython', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_progress_can_be_turned_off(make_trainer, monkeypatch, capsys):

@@ -1,0 +1,212 @@
+"""The widgets of the panels by name and how they stand. What they do is said where the panels are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ipywidgets as widgets
+
+from fulltune_nb.panels.live_plot import HEIGHT, WIDTH
+
+PICTURE_WIDTH, PICTURE_HEIGHT = 640, 260  # pixels of the data panel's picture
+
+
+def button(description: str, tooltip: str, icon: str = "", style: str = "", toggles: bool = False) -> Any:
+    """A button as wide as its text; one that `toggles` stays pressed until it is pressed again."""
+    kind = widgets.ToggleButton if toggles else widgets.Button
+    return kind(description=description, tooltip=tooltip, icon=icon, button_style=style, layout=widgets.Layout(width="auto"))
+
+
+def field(kind: type[widgets.DOMWidget], description: str, tooltip: str, layout: str | dict[str, str], **settings: Any) -> Any:
+    """A control with a label: of some kind, `layout` wide, with the kind's own settings."""
+    placed = widgets.Layout(**({"width": layout} if isinstance(layout, str) else layout))
+    return kind(description=description, tooltip=tooltip, style={"description_width": "initial"}, layout=placed, **settings)
+
+
+def row(*children: widgets.Widget) -> widgets.HBox:
+    """Controls beside one another; a narrow page breaks the row."""
+    return widgets.HBox(children, layout=widgets.Layout(flex_flow="row wrap", align_items="center", overflow="visible"))
+
+
+def column(*children: widgets.Widget, max_width: int) -> widgets.VBox:
+    """All widgets of a panel, above one another; `max_width` in pixels."""
+    return widgets.VBox(children, layout=widgets.Layout(width="100%", max_width=f"{max_width}px", overflow="visible"))
+
+
+def scrolled(child: widgets.Widget, height: str = "420px") -> widgets.Box:
+    """A box with a scroll bar where it is needed; browsers let the keyboard reach what scrolls."""
+    # No tooltip here: with one, ipywidgets 8.1.9 fails to show a box at all. What is in it has one.
+    return widgets.Box([child], layout=widgets.Layout(max_height=height, overflow="auto", display="block"))
+
+
+class TrainControls:
+    """Every widget of a panel by name; `box` holds them all.
+
+    Args:
+        splits: names of what can be evaluated.
+        can_save: whether the trainer has a place for checkpoints.
+    """
+
+    def __init__(self, splits: Sequence[str], can_save: bool):
+        self._make_buttons(can_save)
+        self._make_fields(splits)
+        self._make_displays()
+        samples = row(self.prompts, self.sample_every, self.max_tokens, self.sample_now)
+        self.tabs = widgets.Tab([scrolled(self.log, "220px"), widgets.VBox([samples, scrolled(self.samples, "220px")])])
+        self.tabs.titles = ("Log", "Samples")
+        self.box = column(
+            row(self.run, self.pause, self.step, self.step_count, self.step_n, self.stop),
+            row(self.split, self.evaluate, self.save, self.learning_rate),
+            self.progress,
+            self.status,
+            self.error,
+            self.plot,
+            self.tabs,
+            max_width=WIDTH + 20,
+        )
+        self.box.add_class("fulltune-panel")
+
+    def _make_buttons(self, can_save: bool) -> None:
+        self.run = button("Run", "Train to the end of the run", "play", "primary")
+        self.pause = button("Pause", "Pause after the step under way; Run goes on from there", "pause")
+        self.step = button("Step", "Take one optimizer step", "step-forward")
+        self.step_n = button("Step N", "Take the number of steps given beside", "fast-forward")
+        self.evaluate = button("Evaluate", "Loss and perplexity of the chosen split, all of it, now", "check")
+        where = "Write a checkpoint into the run directory" if can_save else "Nowhere to save: make the trainer with run_dir='runs/a'"
+        self.save = button("Save", where, "save")
+        self.save.disabled = not can_save
+        more = ", and write a checkpoint" if can_save else ""
+        self.stop = button("Stop", f"End this run after the step under way{more}; Run would still go on from there", "stop")
+        self.sample_now = button("Sample now", "Have the prompts answered now", "comment")
+
+    def _make_fields(self, splits: Sequence[str]) -> None:
+        chosen = "valid" if "valid" in splits else splits[0]
+        self.split = field(widgets.Dropdown, "split", "What Evaluate looks at", "130px", options=list(splits), value=chosen)
+        number, whenever = widgets.BoundedIntText, {"continuous_update": False}
+        self.step_count = field(number, "N", "Steps that Step N takes", "110px", value=10, min=1, max=10**9)
+        self.learning_rate = field(
+            widgets.FloatText, "learning rate", "Rate of the next step; can be changed while paused, and the schedule goes on from it",
+            "220px", step=None, **whenever,
+        )  # fmt: skip
+        self.prompts = field(
+            widgets.Textarea, "prompts", "Prompts the model answers while it learns, one a line", {"width": "60%", "min_width": "280px"},
+            placeholder="one prompt a line", rows=3, **whenever,
+        )  # fmt: skip
+        tooltip = "Steps from one answer to the next; 0 for never"
+        self.sample_every = field(number, "every", tooltip, "130px", value=0, min=0, max=10**9, **whenever)
+        self.max_tokens = field(number, "tokens", "Tokens of an answer at most", "130px", value=64, min=1, max=10**6, **whenever)
+
+    def _make_displays(self) -> None:
+        self.progress = field(widgets.IntProgress, "progress", "Steps taken of all", "100%", min=0, max=1)
+        self.status = widgets.HTML(tooltip="Where the run stands")
+        self.error = widgets.HTML(tooltip="The last error", layout=widgets.Layout(display="none"))
+        size = {"width": f"{WIDTH}px", "height": f"{HEIGHT}px", "min_height": f"{HEIGHT}px"}  # before there is a picture too
+        # No tooltip here: with one, ipywidgets 8.1.9 fails to show an image at all. The line above says in words what it shows.
+        self.plot = widgets.Image(format="png", layout=widgets.Layout(**size, max_width="100%", object_fit="contain"))
+        self.log = widgets.HTML(tooltip="What happened, newest first")
+        self.samples = widgets.HTML(tooltip="Answers while learning, newest first")
+
+    def add_tab(self, title: str, content: widgets.Widget) -> None:
+        """Puts a further tab behind those there are."""
+        titles = self.tabs.titles
+        self.tabs.children = (*self.tabs.children, content)
+        self.tabs.titles = (*titles, title)
+
+
+class DataControls:
+    """Every widget of a data panel by name; `box` holds them all.
+
+    Args:
+        splits: names of the splits.
+        filters: which rows there are to choose from.
+    """
+
+    def __init__(self, splits: Sequence[str], filters: Sequence[str]):
+        self.split = field(widgets.Dropdown, "split", "Which split to look at", "130px", options=splits)
+        self.filter = field(widgets.Dropdown, "rows", "Which of its rows to go through", "210px", options=filters)
+        tooltip = "Rows whose text has this in it, upper and lower case being the same; Enter searches, empty ends the search"
+        self.search = field(widgets.Text, "search", tooltip, "280px", placeholder="text, then Enter", continuous_update=False)
+        self.previous = button("Previous", "The row before, of those chosen", "chevron-left")
+        self.next = button("Next", "The next row, of those chosen", "chevron-right")
+        self.index = field(widgets.BoundedIntText, "index", "Go to this row, as in data.train[index]", "130px", min=0, max=0)
+        self.status = widgets.HTML(tooltip="Where this row stands")
+        self.lens = widgets.HTML(tooltip="The row, token by token")
+        self.lengths = widgets.HTML(tooltip="Lengths in words")
+        # Without a tooltip, which ipywidgets 8.1 cannot show on pictures: it shows an error instead. The words below say the same.
+        size = {"width": f"{PICTURE_WIDTH}px", "height": f"{PICTURE_HEIGHT}px", "max_width": "100%", "object_fit": "contain"}
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(**size))
+        self.checks = widgets.HTML(tooltip="What was found in the data set")
+        browse = widgets.VBox([row(self.previous, self.next, self.index, self.status), scrolled(self.lens)])
+        self.tabs = widgets.Tab([browse, widgets.VBox([self.picture, self.lengths]), scrolled(self.checks)])
+        self.tabs.titles = ("Rows", "Lengths", "Checks")
+        self.box = column(row(self.split, self.filter, self.search), self.tabs, max_width=900)
+
+
+class ChatControls:
+    """Every widget of a chat panel by name; `box` holds them all.
+
+    Args:
+        models: how many there are.
+        system, max_tokens, temperature, top_p: what the fields hold at first.
+    """
+
+    def __init__(self, models: int, system: str, max_tokens: int, temperature: float, top_p: float):
+        self._make_settings(system, max_tokens, temperature, top_p)
+        self._make_prompt()
+        self.stop = button("Stop", "End the answer that is being written; what is there stays", "stop")
+        self.regenerate = button("Regenerate", "Answer the last prompt anew; with temperature 0 the answer is the same", "refresh")
+        self.clear = button("Clear", "Forget the conversation", "trash")
+        self.show_transcript = button("Transcript", "The conversation as plain text, to select and copy", "copy", toggles=True)
+        tooltip = "The conversation as plain text: click into it, then select all and copy"
+        self.transcript = field(widgets.Textarea, "transcript", tooltip, {"width": "100%", "display": "none"}, rows=8)
+        self.log = widgets.HTML(tooltip="The conversation so far", layout=widgets.Layout(flex="0 0 auto", width="auto"))
+        self.live = widgets.HTML(tooltip="The answer being written", layout=widgets.Layout(flex="0 0 auto", width="auto"))
+        self.status = widgets.HTML(tooltip="What is going on")
+        # In reverse, so that the page stays at the bottom while an answer grows: no script does that here.
+        talk = {"display": "flex", "flex_flow": "column-reverse", "max_height": "460px", "overflow": "auto"}
+        self.box = column(
+            widgets.Box([self.live, self.log], layout=widgets.Layout(**talk)),
+            self.status,
+            row(self.line, self.lines, self.several_lines, self.send),
+            row(self.stop, self.regenerate, self.clear, self.show_transcript),
+            row(self.temperature, self.top_p, self.max_tokens, self.system),
+            self.transcript,
+            max_width=760 if models == 1 else 1000,
+        )
+
+    def _make_settings(self, system: str, max_tokens: int, temperature: float, top_p: float) -> None:
+        number = widgets.BoundedFloatText
+        tooltip = "0: always the likeliest token; 1: as the model's own probabilities say; more: wilder"
+        self.temperature = field(number, "temperature", tooltip, "160px", value=temperature, min=0.0, max=1e9, step=0.1)
+        tooltip = "Draw among the fewest likeliest tokens that hold this much probability; 1: among all"
+        self.top_p = field(number, "top-p", tooltip, "120px", value=top_p, min=0.0, max=1.0, step=0.05)
+        tooltip = "Tokens after which an answer ends in any case"
+        self.max_tokens = field(widgets.BoundedIntText, "max tokens", tooltip, "160px", value=max_tokens, min=1, max=10**9)
+        self.system = field(
+            widgets.Textarea, "system prompt", "Put before the conversation, from the next answer on; many models have learned to heed it",
+            {"flex": "1 1 300px", "width": "auto"}, value=system, placeholder="none", rows=2, continuous_update=False,
+        )  # fmt: skip
+
+    def _make_prompt(self) -> None:
+        # Not sent letter by letter: while the kernel is busy, letters and Enter would come in another order than typed.
+        rest, whole = {"flex": "1 1 300px", "width": "auto"}, {"continuous_update": False}
+        tooltip, hint = "The prompt; Enter sends it", "Ask something; Enter sends"
+        self.line = field(widgets.Text, "prompt", tooltip, rest, placeholder=hint, **whole)
+        tooltip, hint = "The prompt, of several lines; the Send button sends it", "Ask something; the Send button sends"
+        self.lines = field(widgets.Textarea, "prompt", tooltip, {**rest, "display": "none"}, placeholder=hint, rows=4, **whole)
+        tooltip = "A field for prompts of several lines; Enter then begins a new line"
+        self.several_lines = button("Lines", tooltip, "align-left", toggles=True)
+        self.send = button("Send", "Ask the model", "paper-plane", "primary")
+
+    @property
+    def entered(self) -> widgets.Text | widgets.Textarea:
+        """The field that is used for prompts now."""
+        return self.lines if self.several_lines.value else self.line
+
+    def swap_fields(self) -> None:
+        """Shows the field of one line or that of several; what was typed goes along."""
+        shown, hidden = (self.lines, self.line) if self.several_lines.value else (self.line, self.lines)
+        if hidden.value:
+            shown.value, hidden.value = hidden.value, ""
+        shown.layout.display, hidden.layout.display = None, "none"

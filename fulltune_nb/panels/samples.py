@@ -1,0 +1,123 @@
+"""Answers to some prompts, taken again and again while a model learns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fulltune_nb.errors import ConfigError, FulltuneError
+from fulltune_nb.html import NO_MATH, cut, table
+from fulltune_nb.panels.loop import TrainLoop
+from fulltune_nb.settings import whole_number
+
+KEPT = 2000
+SHOWN = 60
+_ANSWER_CHARACTERS = 1500  # of an answer that are shown
+_FIELD_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer."""
+
+    step: int
+    """Optimizer steps taken before it."""
+    prompt: str
+    answer: str
+    """As far as it went: to its end, to `max_tokens`, or to where a pause cut it off."""
+
+
+class Samples:
+    """The prompts of one trainer and what the model has answered so far; all its panels share them: `loop.shared(Samples)`.
+
+    Attributes:
+        prompts: texts. Where the data are chats or completions, each is asked as a user's message; with plain text it is continued.
+        every: steps from one taking to the next, beginning before the first step; 0 for never.
+        max_tokens: tokens of an answer at most.
+        rows: the answers, oldest first; the latest 2,000.
+        wanted: whether they are to be answered at the next opportunity.
+        version: grows with every change of `rows`.
+    """
+
+    def __init__(self, loop: TrainLoop):
+        self._loop = loop
+        self.prompts: tuple[str, ...] = ()
+        self.every = 0
+        self.max_tokens = 64
+        self.rows: deque[Sample] = deque(maxlen=KEPT)
+        self.wanted = False
+        self.version = 0
+        self._last_step = -1
+        loop.between_steps.append(self.take_when_due)
+
+    def set(self, prompts: Sequence[str] | None = None, every: int | None = None, max_tokens: int | None = None) -> None:
+        """Changes what is given.
+
+        Raises:
+            ConfigError: prompts that are no texts, or numbers out of range.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts or ()):
+            raise ConfigError(f"prompts: expected a list of texts, got {prompts!r:.80}.")
+        every = self.every if every is None else whole_number("sample_every", every)
+        max_tokens = self.max_tokens if max_tokens is None else whole_number("max_tokens", max_tokens, 1)
+        self.prompts = self.prompts if prompts is None else tuple(prompt for prompt in prompts if prompt.strip())
+        self.every, self.max_tokens = every, max_tokens
+
+    @property
+    def prompts_text(self) -> str | None:
+        """The prompts one a line, as a text field holds them; None where it cannot: line breaks within one, or 20,000 characters."""
+        text = "\n".join(self.prompts)
+        return text if len(text) < _FIELD_CHARACTERS and text.count("\n") == max(0, len(self.prompts) - 1) else None
+
+    async def take_when_due(self) -> None:
+        """Answers all prompts if it is time, letting go of the event loop after every piece. A pause cuts it off."""
+        step = self._loop.trainer.step_count
+        due = self.wanted or (self.every > 0 and step % self.every == 0 and step != self._last_step)
+        if not due or not self.prompts:
+            return
+        for _ in self._answer_all():
+            await asyncio.sleep(0)
+            if self._loop.pausing:
+                return
+
+    def take(self) -> list[Sample]:
+        """Answers all prompts here and now."""
+        for _ in self._answer_all():
+            pass
+        return list(self.rows)[-len(self.prompts) :] if self.prompts else []
+
+    def _answer_all(self) -> Iterator[None]:
+        """Yields after every piece of text; the answer is in `rows` from its first piece on."""
+        self.wanted, self._last_step = False, self._loop.trainer.step_count
+        for prompt in self.prompts:
+            step, answer = self._loop.trainer.step_count, ""
+            self.rows.append(Sample(step, prompt, answer))
+            try:
+                for piece in self._stream(prompt):
+                    answer += piece
+                    self._replace_last(Sample(step, prompt, answer))
+                    yield
+            except FulltuneError as error:  # a prompt that cannot be used must not end the run
+                self._replace_last(Sample(step, prompt, f"{answer}[{type(error).__name__}: {error}]"))
+                yield
+
+    def _replace_last(self, sample: Sample) -> None:
+        self.rows[-1] = sample
+        self.version += 1
+
+    def _stream(self, prompt: str) -> Iterator[str]:
+        trainer, settings = self._loop.trainer, {"max_tokens": self.max_tokens, "temperature": 0.0}
+        if trainer.data.train.format == "text":
+            return trainer.lm.stream(prompt, **settings)
+        return trainer.lm.stream_chat([{"role": "user", "content": prompt}], **settings)
+
+    def to_html(self, shown: int = SHOWN) -> str:
+        """The latest answers as a table, newest first."""
+        if not self.rows:
+            return f'<div class="{NO_MATH}">no samples yet</div>'
+        latest = list(self.rows)[-shown:][::-1]
+        rows = [(f"{sample.step:,}", cut(sample.prompt), cut(sample.answer, _ANSWER_CHARACTERS)) for sample in latest]
+        more = f"<div>… and {len(self.rows) - len(latest):,} before them</div>" if len(self.rows) > len(latest) else ""
+        return table(("step", "prompt", "answer"), rows, "Samples, newest first") + more
