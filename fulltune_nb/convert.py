@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import WeightsError
+from fulltune_nb.files import atomic_path
 from fulltune_nb.html import human_bytes
-from fulltune_nb.models.folder import atomic_path
 from fulltune_nb.models.model_file import metadata_path, read_metadata, write_metadata
 from fulltune_nb.tensor_files import check_ending, open_npz, open_safetensors, write_npz, write_safetensors
 

@@ -24,7 +24,8 @@ from fulltune_nb.data.rows import row_problem
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, WeightsError
 from fulltune_nb.models.families import FAMILIES
-from fulltune_nb.models.folder import _config_of, read_tensors, weight_files
+from fulltune_nb.models.folder import read_config_file, weight_files
+from fulltune_nb.tensor_files import read_tensors
 from fulltune_nb.training.run import read_state
 from nbs_tests.models.parity import RAW
 
@@ -108,7 +109,7 @@ def test_any_values_as_settings(path, content):
 def test_any_values_as_a_model_config(path, changes, family):
     path("config.json").write_text(json.dumps({**RAW, "model_type": family, **changes}))
     try:
-        _config_of(path("config.json"))
+        read_config_file(path("config.json"))
     except ModelError as error:
         assert "config.json" in str(error)
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fulltune_nb.errors import ModelError, WeightsError
-from fulltune_nb.models.folder import hf_tensors, write_tensors
+from fulltune_nb.models.folder import hf_tensors
 from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.tensor_files import write_tensors
 from nbs_tests.models.model_cases import FAMILIES, SMALL
 from nbs_tests.models.parity import LOGITS_TOLERANCE, need_torch, relative_error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fulltune_nb.errors import FulltuneError
 from fulltune_nb.experiments.execution import NotebookError, execute
 from fulltune_nb.experiments.runs import OUTCOME, REQUEST
-from fulltune_nb.models.folder import write_text
+from fulltune_nb.files import write_text
 
 
 def main(folder: Path) -> int:

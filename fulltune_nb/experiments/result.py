@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.models.folder import write_text
+from fulltune_nb.files import write_text
 from fulltune_nb.training.card import versions
 from fulltune_nb.training.history import EvalReport
 from fulltune_nb.training.trainer import Trainer

@@ -24,9 +24,9 @@ from typing import Any
 from fulltune_nb import html
 from fulltune_nb.experiments.parameters import label, varied
 from fulltune_nb.experiments.result import FILE, read_result
+from fulltune_nb.files import write_text
 from fulltune_nb.frames import frame
 from fulltune_nb.html import cut, table
-from fulltune_nb.models.folder import write_text
 from fulltune_nb.panels.progress import VARIABLE, clock, in_kernel
 from fulltune_nb.training.history import History
 from fulltune_nb.training.run import read_metrics

@@ -1,6 +1,7 @@
-"""Writing weights: single files, and complete Hugging Face model folders.
+"""Hugging Face model folders: reading one, laying a model file over the weights, and writing one.
 
-Files are written beside their place, flushed to the disk and renamed, so that what stands under a name is always whole.
+Weights come from safetensors files only. Files are written beside their place, flushed to the disk and renamed, so that what stands under
+a name is always whole.
 """
 
 from __future__ import annotations
@@ -8,30 +9,35 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
-from fulltune_nb.errors import ModelError, WeightsError
-from fulltune_nb.files import Checksum, atomic_path, begin_checksum, flush_to_disk, is_within, write_parts, write_text
+from fulltune_nb.errors import ModelError, WeightsError, listed
+from fulltune_nb.files import Checksum, flush_to_disk, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import FAMILIES, ModelConfig, hf_names, read_config, to_hf
-from fulltune_nb.tensor_files import UNREADABLE, check_ending, check_weights_file
+from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
+from fulltune_nb.tokenizer import save_tokenizer
 
-# -- loading: Reading a Hugging Face model folder: `config.json` and safetensors, and model files laid on top
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+SHARD_BYTES = 5_000_000_000
 _MAX_JSON = 100_000_000  # bytes of a config or an index that are read
 _SHOWN = 10  # tensors named in an error message
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older checkpoints stored; recomputed here
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------------------
 
 
 def resolve_model_path(model: str) -> Path:
@@ -76,7 +82,7 @@ def load_decoder(folder: Path, dtype: str | None = None) -> Decoder:
     """
     target = _target_dtype(dtype)
     check_links(folder)
-    config = _config_of(folder / "config.json")
+    config = read_config_file(folder / "config.json")
     arrays = _read_folder(folder)
     for setting, count in (("num_hidden_layers", config.num_layers), ("num_local_experts", config.num_experts)):
         if count > len(arrays):  # before that many layers are made
@@ -88,7 +94,12 @@ def load_decoder(folder: Path, dtype: str | None = None) -> Decoder:
     return model
 
 
-def _config_of(path: Path) -> ModelConfig:
+def read_config_file(path: Path) -> ModelConfig:
+    """A `config.json`.
+
+    Raises:
+        ModelError: as in `read_json` and `read_config`, or a setting of the wrong kind.
+    """
     raw = read_json(path)
     try:
         return read_config(raw, str(path))
@@ -113,7 +124,7 @@ def check_links(folder: Path) -> None:
             raise ModelError(f"{path} is a link out of the model folder, to {target}. Nothing was read. Put the file itself there.")
 
 
-def load_folder_weights(model: Decoder, folder: Path, dtype: mx.Dtype | None = None) -> None:
+def load_folder_weights(model: Decoder, folder: Path) -> None:
     """Fills the model with a folder's weights.
 
     Raises:
@@ -121,7 +132,7 @@ def load_folder_weights(model: Decoder, folder: Path, dtype: mx.Dtype | None = N
         WeightsError: tensors missing, unexpected or mis-shaped; the model is as before.
     """
     check_links(folder)
-    assign_tensors(model, _read_folder(folder), str(folder), dtype)
+    assign_tensors(model, _read_folder(folder), str(folder))
 
 
 def _read_folder(folder: Path) -> dict[str, mx.array]:
@@ -192,33 +203,8 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def read_tensors(path: Path) -> dict[str, mx.array]:
-    """The tensors of a `.safetensors` or `.npz` file, not evaluated yet.
-
-    Raises:
-        WeightsError: the file cannot be read, is damaged, or has another ending. Pickled objects in an npz are refused.
-    """
-    check_ending(path)
-    if not path.exists():
-        raise WeightsError(f"No weights file at {path}.")
-    try:
-        check_weights_file(path)  # before MLX sees it: its own reader trusts what a header says
-        arrays = mx.load(str(path))
-    except UNREADABLE as error:
-        why = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
-        if why.startswith("cannot be read as"):
-            raise
-        raise WeightsError(f"{path} cannot be read as {path.suffix[1:]}: {why} If it is cut short, copy it again.") from error
-    return dict(arrays)
-
-
 def assign_tensors(
-    model: Decoder,
-    arrays: MutableMapping[str, mx.array],
-    where: str,
-    dtype: mx.Dtype | None = None,
-    partial: bool = False,
-    keep_dtypes: bool = False,
+    model: Decoder, arrays: MutableMapping[str, mx.array], where: str, dtype: mx.Dtype | None = None, keep_dtypes: bool = False
 ) -> None:
     """Puts tensors with Hugging Face names into the model, after all names and shapes have been checked.
 
@@ -227,7 +213,6 @@ def assign_tensors(
         arrays: Hugging Face name -> array; emptied on the way, so that no tensor is in memory in two dtypes for long.
         where: file or folder, for messages.
         dtype: what they become; None keeps float32 and bfloat16 and makes other ones (float16, float64) float32.
-        partial: a file that holds only some of the tensors is fine.
         keep_dtypes: each becomes what the model's tensor of its name is now, whatever `dtype` says.
 
     Raises:
@@ -240,17 +225,19 @@ def assign_tensors(
         if _has_own_head(model.config, given):
             raise WeightsError(f"{where} has an lm_head.weight that differs from its embeddings, but the model's head is tied to them.")
         given[_EMBEDDING] = given.pop(_HEAD)  # the same values; some checkpoints name only the head
-    missing = [] if partial else sorted(set(names) - set(given))
-    unexpected = sorted(set(given) - set(names))
-    mis_shaped = [
-        f"{name}: {tuple(array.shape)} instead of {tuple(ours[names[name]].shape)}"
-        for name, array in given.items()
-        if name in names and array.shape != ours[names[name]].shape
-    ]
-    if missing or unexpected or mis_shaped:
-        raise WeightsError(_tensor_problems(where, missing, unexpected, mis_shaped))
+    problems = {
+        "missing": sorted(names.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - names.keys()),
+        "of another shape": [
+            f"{name}: {tuple(array.shape)} instead of {tuple(ours[names[name]].shape)}"
+            for name, array in given.items()
+            if name in names and array.shape != ours[names[name]].shape
+        ],
+    }
+    if lines := [f"  {len(found)} tensors {what}: {listed(found, _SHOWN)}" for what, found in problems.items() if found]:
+        raise WeightsError("\n".join([f"{where} does not fit the model its config.json describes:", *lines]))
     if not_float := [f"{name}: {array.dtype}" for name, array in given.items() if not mx.issubdtype(array.dtype, mx.floating)]:
-        raise WeightsError(f"{where}: floating-point weights are needed, found {_listed(not_float)}.")
+        raise WeightsError(f"{where}: floating-point weights are needed, found {listed(not_float, _SHOWN)}.")
     arrays.clear()
     for name in list(given):
         array = given.pop(name)
@@ -284,82 +271,12 @@ def _target_dtype(dtype: str | None) -> mx.Dtype | None:
     raise ModelError(f"dtype must be one of {', '.join(DTYPES)} or None (the checkpoint's own), found {dtype!r}.{reason}")
 
 
-def _tensor_problems(where: str, missing: list[str], unexpected: list[str], mis_shaped: list[str]) -> str:
-    lines = [f"{where} does not fit the model its config.json describes:"]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mis_shaped)):
-        if names:
-            lines.append(f"  {len(names)} tensors {title}: {_listed(names)}")
-    return "\n".join(lines)
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-# -- saving: Writing weights: single files, and complete Hugging Face model folders
-
-SHARD_BYTES = 5_000_000_000
-_CODES = {
-    mx.float64: "F64", mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.complex64: "C64", mx.bool_: "BOOL",
-    mx.int64: "I64", mx.int32: "I32", mx.int16: "I16", mx.int8: "I8",
-    mx.uint64: "U64", mx.uint32: "U32", mx.uint16: "U16", mx.uint8: "U8",
-}  # fmt: skip
-_DTYPE_NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
+# ---- writing -------------------------------------------------------------------------------------------------------------------
 
 
 def hf_tensors(model: Decoder) -> dict[str, mx.array]:
     """The model's arrays under their Hugging Face names."""
     return {to_hf(name, model.config.family): array for name, array in tree_flatten(model.parameters())}
-
-
-def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Tensors into a `.safetensors` or `.npz` file, atomically.
-
-    bfloat16 stands in an npz as `mx.savez` writes it, which `mx.load` reads back; numpy alone does not know it.
-
-    Raises:
-        WeightsError: another ending, or the file cannot be written.
-    """
-    check_ending(path)
-    try:
-        with atomic_path(path) as temporary:
-            if path.suffix == ".npz":
-                mx.savez(str(temporary), **tensors)
-            else:
-                write_parts(temporary, _safetensors(tensors, metadata))
-    except (OSError, RuntimeError) as error:
-        raise WeightsError(f"{path} could not be written: {error}. Check free space and permissions.") from error
-
-
-def begin_checksum_of(tensors: Mapping[str, mx.array]) -> Checksum:
-    """The SHA-256 of the safetensors file that `write_tensors` makes of these tensors, computed in a thread from now on."""
-    return begin_checksum(_safetensors(tensors))
-
-
-def _safetensors(tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
-    """What a safetensors file consists of. `mx.save_safetensors` would leave no way to a checksum but reading the file again."""
-    mx.eval(list(tensors.values()))
-    return [_header(tensors, {"format": "mlx", **(metadata or {})}), *map(_bytes_of, tensors.values())]
-
-
-def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, array in tensors.items():
-        offsets = [offset, offset + array.nbytes]
-        header[name] = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
-        offset = offsets[1]
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(array: mx.array) -> memoryview:
-    """An array's bytes in C order; its own memory where it lies there in that order, a copy where not."""
-    known = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # numpy knows no bfloat16
-    return memoryview(np.ascontiguousarray(np.asarray(known)).reshape(-1).view(np.uint8))
 
 
 def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> None:
@@ -380,19 +297,20 @@ def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> 
 def save_folder(
     folder: Path,
     model: Decoder,
-    save_tokenizer: Callable[[str], Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     generation_config: dict | None = None,
     texts: Mapping[str, str] | None = None,
     with_checksums: bool = False,
 ) -> dict[str, Checksum]:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
-    `config.json` is the source's own, with the tying of the embeddings and the dtype written out.
+    `config.json` is the source's own, with the tying of the embeddings and the dtype written out. It comes last: without it, nothing
+    takes the folder for a model.
 
     Args:
         folder: new or empty.
         model: the weights.
-        save_tokenizer: writes the tokenizer's files into the folder of that path, or None.
+        tokenizer: written where given.
         generation_config: written where given.
         texts: further files, by name.
         with_checksums: whether they are computed; that holds the weights' memory until it is done.
@@ -411,8 +329,8 @@ def save_folder(
         tensors = hf_tensors(model)
         written = _write_shards(folder, tensors)
         checksums = {name: begin_checksum_of(shard) for name, shard in written.items()} if with_checksums else {}
-        if save_tokenizer is not None:
-            save_tokenizer(str(folder))
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
             for path in folder.iterdir():
                 if path.is_file() and path.name not in written:
                     flush_to_disk(path)
@@ -447,7 +365,7 @@ def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
         if config.get(key) is None:
             config[key] = value
     written = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # the dialect of the source
-    config.update({key: _DTYPE_NAMES[dtype] for key in written})
+    config.update(dict.fromkeys(written, str(dtype).removeprefix("mlx.core.")))
     return config
 
 
@@ -468,25 +386,8 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, Mapping[str, mx.array]]:
-    """The weights' files. Returns what stands in each."""
-    shards = _split(tensors)
-    if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", shards[0])
-        return {"model.safetensors": shards[0]}
-    weight_map, written = {}, {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / name, shard)
-        written[name] = shard
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    return written
-
-
-def _split(tensors: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
+def _write_shards(folder: Path, tensors: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+    """The weights' files, and an index where they are several. Returns the tensors of each file."""
     shards: list[dict[str, mx.array]] = [{}]
     size = 0
     for name, array in tensors.items():
@@ -495,4 +396,14 @@ def _split(tensors: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
             size = 0
         shards[-1][name] = array
         size += array.nbytes
-    return shards
+    count = len(shards)
+    files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)] if count > 1 else ["model.safetensors"]
+    written = dict(zip(files, shards, strict=True))
+    for file, shard in written.items():
+        write_tensors(folder / file, shard)
+    if count > 1:
+        total = sum(array.nbytes for array in tensors.values())
+        weight_map = {name: file for file, shard in written.items() for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    return written

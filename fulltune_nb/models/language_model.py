@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
 from fulltune_nb.models.generation import Ends, GenerationSettings, answer_many, stream_answer
-from fulltune_nb.tokenizer import load_tokenizer, save_tokenizer
+from fulltune_nb.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
         from transformers import PreTrainedTokenizerBase
@@ -260,7 +259,7 @@ class LanguageModel:
         if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
         texts = self.card.files() if self.card is not None else {}
-        save_folder(folder, self.model, partial(save_tokenizer, self.tokenizer), self.generation_config, texts)
+        save_folder(folder, self.model, self.tokenizer, self.generation_config, texts)
         return folder
 
     def __repr__(self) -> str:

@@ -19,10 +19,10 @@ from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
 from fulltune_nb.files import write_text
-from fulltune_nb.models.folder import hf_tensors, write_tensors
+from fulltune_nb.models.folder import hf_tensors
 from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.system_info import package_versions
-from fulltune_nb.tensor_files import check_ending, safetensors_metadata
+from fulltune_nb.tensor_files import check_ending, safetensors_metadata, write_tensors
 
 EXPORT_NOTE = "fulltune_nb.json"
 """File in an exported model folder that says what it was trained on, and which files were written."""

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_page(result: Any) -> Path:
     """The table and the plot as one HTML file in the sweep's folder."""
-    from fulltune_nb.models.folder import write_text
+    from fulltune_nb.files import write_text
 
     path = result.out_dir / "sweep.html"
     head = '<!doctype html><meta charset="utf-8"><title>Sweep</title><body style="font-family:sans-serif">'

@@ -22,7 +22,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,9 @@ from fulltune_nb.files import (
     wait_for_removals,
     write_text,
 )
-from fulltune_nb.models.folder import begin_checksum_of, check_not_source, read_tensors, save_folder, write_tensors
+from fulltune_nb.models.folder import check_not_source, save_folder
 from fulltune_nb.models.language_model import LanguageModel
-from fulltune_nb.tokenizer import save_tokenizer
+from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 
@@ -614,6 +613,6 @@ def save_model(folder: Path, lm: LanguageModel, optimizer_arrays: Mapping[str, m
     size = sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
 
     def save(place: Path) -> dict[str, Checksum]:
-        return save_folder(place, lm.model, partial(save_tokenizer, lm.tokenizer), lm.generation_config, with_checksums=True)
+        return save_folder(place, lm.model, lm.tokenizer, lm.generation_config, with_checksums=True)
 
     return write_checkpoint(folder, save, size, optimizer_arrays, state)

@@ -18,8 +18,7 @@ from fulltune_nb.data.dataset import DataSet, load_data
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
-from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_json
+from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
 from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.system_info import package_versions
 from fulltune_nb.training.config import TrainConfig
@@ -264,8 +263,7 @@ def _model_of(folder: Path, source: str | None, lm: LanguageModel | None, force:
         lm = load_model(folder)
         lm.source = source
         return lm
-    path = folder / "config.json"
-    stored = read_config(read_json(path), str(path))
+    stored = read_config_file(folder / "config.json")
     differences = [
         f"{name} was {value!r} and is {getattr(lm.config, name)!r}"
         for name, value in vars(stored).items()

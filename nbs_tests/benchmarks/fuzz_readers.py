@@ -20,8 +20,7 @@ with atheris.instrument_imports(include=["fulltune_nb", "yaml", "zipfile"]):  # 
     from fulltune_nb.data.rows import row_problem
     from fulltune_nb.data.settings import DataSettings
     from fulltune_nb.errors import FulltuneError
-    from fulltune_nb.models.folder import read_tensors
-    from fulltune_nb.tensor_files import open_npz, open_safetensors
+    from fulltune_nb.tensor_files import open_npz, open_safetensors, read_tensors
     from fulltune_nb.training.config import TrainConfig
 
 from nbs_tests.test_fuzz import _good

@@ -66,12 +66,14 @@ def begin(folder: Path, run_dir: Path | None) -> Trainer:
 
 def digest(trainer: Trainer) -> str:
     """Checksum of weights and optimizer state."""
-    from fulltune_nb.models.folder import _bytes_of, hf_tensors
+    from fulltune_nb.models.folder import hf_tensors
+    from fulltune_nb.tensor_files import tensors_of
 
     sha = hashlib.sha256()
-    for name, array in sorted({**hf_tensors(trainer.lm.model), **trainer._optimizers.state_arrays()}.items()):
-        sha.update(name.encode())
-        sha.update(_bytes_of(array))
+    arrays = {**hf_tensors(trainer.lm.model), **trainer._optimizers.state_arrays()}
+    for tensor in tensors_of(dict(sorted(arrays.items()))):
+        sha.update(tensor.name.encode())
+        sha.update(b"".join(tensor.chunks()))
     return sha.hexdigest()
 
 

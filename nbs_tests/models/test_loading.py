@@ -11,7 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import ModelError, WeightsError
-from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, read_tensors, resolve_model_path, weight_files
+from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, resolve_model_path, weight_files
+from fulltune_nb.tensor_files import read_tensors
 from nbs_tests.models.model_cases import random_ids
 from nbs_tests.models.parity import (
     EMBEDDING,

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import stat
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors import safe_open
 
+from fulltune_nb import tensor_files
 from fulltune_nb.errors import ModelError, WeightsError
-from fulltune_nb.files import atomic_path, write_text
+from fulltune_nb.files import atomic_path
 from fulltune_nb.models import folder as saving
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
-from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, save_folder, write_tensors
+from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, save_folder
+from fulltune_nb.tensor_files import write_tensors
 from nbs_tests.models.model_cases import CASES, LLAMA3, SMALL, random_ids
 from nbs_tests.models.parity import RAW, need_torch, relative_error, tensors_of
 
@@ -45,11 +46,11 @@ def config_of(folder) -> dict:
 # ---- the folder ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_complete_and_holds_nothing_else(tmp_path):
+def test_a_folder_is_complete_and_holds_nothing_else(make_tokenizer, tmp_path):
     decoder = decoder_of()
     folder = tmp_path / "a" / "out"
-    save_folder(folder, decoder, lambda path: write_text(Path(path) / "tokenizer.json", "{}"), {"eos_token_id": [1, 2]})
-    expected = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    save_folder(folder, decoder, make_tokenizer(), {"eos_token_id": [1, 2]})
+    expected = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(os.listdir(folder)) == expected
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
 
@@ -199,8 +200,9 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def fail_to_save_tokenizer(path):
-    raise OSError("disk full")
+class UnwritableTokenizer:
+    def save_pretrained(self, path):
+        raise OSError("disk full")
 
 
 @pytest.mark.parametrize("there_before", [True, False])
@@ -208,7 +210,7 @@ def test_a_failed_save_leaves_no_half_model(there_before, tmp_path):
     if there_before:
         (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="could not be written: disk full"):
-        save_folder(tmp_path / "out", decoder_of(), fail_to_save_tokenizer)
+        save_folder(tmp_path / "out", decoder_of(), UnwritableTokenizer())
     assert os.listdir(tmp_path) == (["out"] if there_before else [])
     assert not there_before or os.listdir(tmp_path / "out") == []
     saved(tmp_path)  # and the next try is not refused
@@ -222,7 +224,7 @@ def break_writing(monkeypatch, error):
             file.write(b"half")
         raise error
 
-    monkeypatch.setattr(saving, "write_parts", write_half)
+    monkeypatch.setattr(tensor_files, "write_parts", write_half)
     monkeypatch.setattr(mx, "savez", write_half)
 
 
