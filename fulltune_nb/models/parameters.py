@@ -6,7 +6,7 @@ against the name it has in Hugging Face checkpoints, such as `model.layers.0.mlp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -61,6 +61,11 @@ def holder_of(module: nn.Module, name: str) -> tuple[Any, str | int]:
     for part in path:
         holder = holder[int(part) if isinstance(holder, list) else part]
     return holder, int(last) if isinstance(holder, list) else last
+
+
+def holders_of(module: nn.Module, names: Iterable[str]) -> dict[str, tuple[Any, str | int]]:
+    """`holder_of` for several names."""
+    return {name: holder_of(module, name) for name in names}
 
 
 def select_trainable(model: Decoder, train_only: Sequence[str], freeze: Sequence[str]) -> None:

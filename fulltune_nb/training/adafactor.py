@@ -2,15 +2,14 @@
 
 The state of a matrix (R, C) is R + C numbers. But they are means over the whole gradient, so that a row cannot be updated before
 all rows have been seen: once for the means, and once more for the size of the update where that is clipped (`clip_threshold`). A
-`TensorUpdate` takes a gradient in pieces of rows, pass by pass, and then updates them in pieces; nothing of the matrix's size is held.
+gradient is therefore observed in pieces of rows, pass by pass, and then updated in pieces; nothing of the matrix's size is held.
 
 A stack of matrices (E, R, C), as of experts, is E parameters, each with means and clipping of its own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,64 +17,9 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.errors import TrainingError
-from fulltune_nb.training.rules import Shape, Slot, State, put, take
+from fulltune_nb.training.rules import Piece, Rule, Shape, Slot, State, Tensor, cut, put, take
 
 _compiled = partial(mx.compile, shapeless=True)
-Scalars = dict[str, float]
-
-
-class Adafactor:
-    """The rule; what it computes is what `mlx.optimizers.Adafactor` does, without relative steps.
-
-    With `beta_1` there is a first moment of the parameter's size too.
-    """
-
-    by_rows = False
-
-    def __init__(self, settings: Mapping[str, Any]):
-        self.eps, self.clip_threshold, self.decay_rate = settings["eps"], settings["clip_threshold"], settings["decay_rate"]
-        self.beta_1, self.scale_parameter = settings["beta_1"], settings["scale_parameter"]
-        self.passes = 1 if self.clip_threshold is None else 2
-
-    def in_place(self, weight_decay: float) -> bool:
-        return False
-
-    def slots(self, shape: Shape) -> dict[str, Slot]:
-        if len(shape) >= 2:
-            own = {"exp_avg_sq_row": Slot(shape[:-1]), "exp_avg_sq_col": Slot((*shape[:-2], shape[-1]))}
-        else:
-            own = {"exp_avg_sq": Slot(shape)}
-        return own if self.beta_1 is None else {**own, "exp_avg": Slot(shape)}
-
-    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Scalars:
-        return {"beta_2": 1.0 - step**self.decay_rate, "rate": learning_rate, "decay": weight_decay, "scale": gradient_scale}
-
-    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Scalars) -> tuple[mx.array, State]:
-        """A vector; matrices go through `TensorUpdate`."""
-        squares = _squares(g, mx.array(scalars["scale"]))
-        mean = _moved(state["exp_avg_sq"], squares + self.eps[0], scalars["beta_2"])
-        weights = mx.rsqrt(mean)
-        rate = scalars["rate"] * self.parameter_scale(mx.square(p.astype(mx.float32)), p.size)
-        factor = self.clip_factor(mx.square(weights) * squares, p.size)
-        new, moment = self.step(p, g, weights, state.get("exp_avg"), rate, factor, scalars)
-        return new, {"exp_avg_sq": mean} | ({} if moment is None else {"exp_avg": moment})
-
-    def parameter_scale(self, squares: mx.array, size: int) -> Any:
-        """Factor on the learning rate. `squares`: of the parameter, summed here."""
-        return mx.maximum(self.eps[1], mx.sqrt(squares.sum() / size)) if self.scale_parameter else 1.0
-
-    def clip_factor(self, squares: mx.array, size: int) -> Any:
-        """Factor on the update that keeps its root mean square below the threshold. `squares`: of the update, summed here."""
-        return 1.0 if self.clip_threshold is None else 1.0 / mx.maximum(1.0, mx.sqrt(squares.sum() / size) / self.clip_threshold)
-
-    def step(self, p, g, weights, moment: mx.array | None, rate, factor, scalars: Scalars) -> tuple[mx.array, mx.array | None]:
-        """The parameter (float32), and the first moment where there is one. `weights`: of the size of g, which they multiply."""
-        kept = mx.array(1.0 - scalars["decay"] * rate, dtype=mx.float32)
-        size = mx.array(rate * factor * scalars["scale"], dtype=mx.float32)
-        if moment is None:
-            return _descend(p, g, weights, kept, size), None
-        moment = _first_moment(moment, g, weights, mx.array(self.beta_1), mx.array((1.0 - self.beta_1) * size))
-        return kept * p.astype(mx.float32) - moment, moment
 
 
 @dataclass
@@ -91,85 +35,198 @@ class _Matrix:
     parameter_squares: dict[int, mx.array] = field(default_factory=dict)
     update_squares: dict[int, mx.array] = field(default_factory=dict)
     column_sums: Any = 0.0
-    row_weights: mx.array | None = None
-    """(R,): the update is gradient * row_weights * column_weights * factor."""
-    column_weights: mx.array | None = None
+    row_means: mx.array | None = None
+    """(R,), the new ones, known after the first pass; so are the next three."""
+    mean: mx.array | None = None
+    """Of all elements."""
+    column_means: mx.array | None = None
+    """(C,)"""
     rate: Any = 0.0
     factor: Any = 1.0
+    """Known after the second pass, if there is one."""
+    is_stored: bool = False
+    """Whether the new means are in the state."""
+
+    def weights(self, first: int, count: int) -> tuple[mx.array, mx.array]:
+        """Of some rows, and of the columns (C,): the update is gradient * row weights * column weights * factor."""
+        return mx.rsqrt(self.row_means[first : first + count] / self.mean), mx.rsqrt(self.column_means)
 
 
-class TensorUpdate:
-    """The update of one tensor of matrices in one step.
+@dataclass
+class _Step:
+    """One step, for tensors of one group."""
 
-    Rows are those of the matrix (R, C) that the tensor (..., C) is seen as; a piece of rows lies within one matrix of a stack.
+    beta_2: float
+    rate: float
+    decay: float
+    scale: float
+    """Of the gradients."""
+    matrices: dict[tuple[str, int], _Matrix] = field(default_factory=dict)
+    """Those seen so far, by tensor and place in a stack."""
 
-    Args:
-        rule: of the tensor.
-        shape: of the tensor, two dimensions or more.
-        state: of the tensor; the new means are put into it when the first pass over a matrix is done.
-        scalars: of the step.
+    def matrix(self, tensor: Tensor, rows: slice) -> tuple[_Matrix, int]:
+        """The matrix that some rows of a tensor lie in, and where it begins."""
+        index = rows.start // tensor.array.shape[-2]
+        return self.matrices.setdefault((tensor.name, index), _Matrix()), index * tensor.array.shape[-2]
+
+
+class Adafactor(Rule):
+    """What `mlx.optimizers.Adafactor` computes, without relative steps.
+
+    With `beta_1` there is a first moment of the parameter's size too.
     """
 
-    def __init__(self, rule: Adafactor, shape: Shape, state: State, scalars: Scalars):
-        self._rule, self._state, self._scalars = rule, state, scalars
-        self._rank, self._rows, self._columns = len(shape), shape[-2], shape[-1]
-        self._matrices = [_Matrix() for _ in range(math.prod(shape[:-2]))]
+    by_rows = False
+    temporary_bytes = (3, 9)
 
-    def passes_left(self, rows: slice) -> int:
-        """How often the gradients of all rows of this matrix have still to be observed."""
-        return self._rule.passes - self._matrices[rows.start // self._rows].passes
+    def __init__(self, settings: Mapping[str, Any]):
+        self.eps, self.clip_threshold, self.decay_rate = settings["eps"], settings["clip_threshold"], settings["decay_rate"]
+        self.beta_1, self.scale_parameter = settings["beta_1"], settings["scale_parameter"]
+        self.passes = 1 if self.clip_threshold is None else 2
 
-    @property
-    def changed(self) -> bool:
-        """Whether new means were put into the state."""
-        return any(matrix.passes for matrix in self._matrices)
+    def slots(self, shape: Shape) -> dict[str, Slot]:
+        if len(shape) >= 2:
+            own = {"exp_avg_sq_row": Slot(shape[:-1]), "exp_avg_sq_col": Slot((*shape[:-2], shape[-1]))}
+        else:
+            own = {"exp_avg_sq": Slot(shape)}
+        return own if self.beta_1 is None else {**own, "exp_avg": Slot(shape)}
 
-    def observe(self, p: mx.array, g: mx.array, rows: slice) -> None:
-        """Take in some rows of parameter and gradient. Each row once in a pass, in any order; evaluated when it returns."""
-        index = rows.start // self._rows
-        matrix, first = self._matrices[index], rows.start - index * self._rows
-        squares = _squares(g, mx.array(self._scalars["scale"]))
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> _Step:
+        return _Step(1.0 - step**self.decay_rate, learning_rate, weight_decay, gradient_scale)
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: _Step) -> tuple[mx.array, State]:
+        """A vector after the step; of a matrix all rows have to be observed first."""
+        squares = _squares(g, mx.array(scalars.scale))
+        mean = _moved(state["exp_avg_sq"], squares + self.eps[0], scalars.beta_2)
+        weights = mx.rsqrt(mean)
+        rate = scalars.rate * self._parameter_scale(mx.square(p.astype(mx.float32)), p.size)
+        factor = self._clip_factor(mx.square(weights) * squares, p.size)
+        new, moment = self._descended(p, g, weights, state.get("exp_avg"), rate, factor, scalars)
+        return new, {"exp_avg_sq": mean, **moment}
+
+    def pieces(self, tensors: Sequence[Tensor], scalars: _Step) -> list[Piece]:
+        vectors = [tensor for tensor in tensors if tensor.array.ndim < 2]
+        found = super().pieces(vectors, scalars)
+        for tensor in (tensor for tensor in tensors if tensor.array.ndim >= 2):
+            self._observe_whole_matrices(tensor, scalars)
+            found += [Piece(tensor, rows, self, scalars, in_place=False) for rows in _cut_matrices(tensor)]
+        return found
+
+    def observe(self, tensor: Tensor, scalars: _Step) -> None:
+        for rows in _cut_matrices(tensor):
+            self._observe(Piece(tensor, rows, self, scalars, in_place=False))
+
+    def result(self, piece: Piece) -> tuple[mx.array, State]:
+        if piece.rows is None:
+            return super().result(piece)
+        matrix, begin = piece.scalars.matrix(piece.tensor, piece.rows)
+        g, moment = piece.gradient, piece.tensor.state.get("exp_avg")  # the other slots are means
+        moment = None if moment is None else take(moment, moment.ndim, piece.rows)
+        row_weights, column_weights = matrix.weights(piece.rows.start - begin, piece.rows.stop - piece.rows.start)
+        weights = row_weights[:, None] * column_weights
+        return self._descended(piece.weight, g, weights, moment, matrix.rate, matrix.factor, piece.scalars)
+
+    def update_batch(self, batch: Sequence[Piece]) -> None:
+        for piece in batch:
+            if piece.rows is not None:
+                self._store_means(piece)
+        super().update_batch(batch)
+
+    def _descended(self, p, g, weights, moment, rate, factor, step: _Step) -> tuple[mx.array, State]:
+        """The parameter (float32), and the first moment where there is one. `weights`: of the size of g, which they multiply."""
+        kept = mx.array(1.0 - step.decay * rate, dtype=mx.float32)
+        size = mx.array(rate * factor * step.scale, dtype=mx.float32)
+        if moment is None:
+            return _descend(p, g, weights, kept, size), {}
+        moment = _first_moment(moment, g, weights, mx.array(self.beta_1), mx.array((1.0 - self.beta_1) * size))
+        return kept * p.astype(mx.float32) - moment, {"exp_avg": moment}
+
+    def _parameter_scale(self, squares: mx.array, size: int) -> Any:
+        """Factor on the learning rate. `squares`: of the parameter, summed here."""
+        return mx.maximum(self.eps[1], mx.sqrt(squares.sum() / size)) if self.scale_parameter else 1.0
+
+    def _clip_factor(self, squares: mx.array, size: int) -> Any:
+        """Factor on the update that keeps its root mean square below the threshold. `squares`: of the update, summed here."""
+        return 1.0 if self.clip_threshold is None else 1.0 / mx.maximum(1.0, mx.sqrt(squares.sum() / size) / self.clip_threshold)
+
+    # -- the passes -----------------------------------------------------------------------------------------------
+
+    def _observe_whole_matrices(self, tensor: Tensor, step: _Step) -> None:
+        """All passes over matrices whose whole gradient is here and of which nothing was observed yet."""
+        rows, size = tensor.rows, tensor.array.shape[-2]
+        for own in (slice(row, row + size) for row in range(rows.start, rows.stop, size)):
+            matrix, begin = step.matrix(tensor, own)
+            if begin == own.start and own.stop <= rows.stop:
+                while matrix.passes < self.passes:
+                    for part in cut(own, tensor.array.shape[-1]):
+                        self._observe(Piece(tensor, part, self, step, in_place=False))
+            if matrix.passes < self.passes:
+                raise TrainingError(
+                    f"rows of {tensor.name}: adafactor has to observe the gradients of all rows, {self.passes} times, before some can be"
+                    " updated. Call observe(...) for all of them first, or give the whole gradient."
+                )
+
+    def _observe(self, piece: Piece) -> None:
+        """Takes in some rows: each once in a pass, in any order; evaluated."""
+        (matrix, begin), g = piece.scalars.matrix(piece.tensor, piece.rows), piece.gradient
+        rows, first = piece.tensor.array.shape[-2], piece.rows.start - begin
+        squares = _squares(g, mx.array(piece.scalars.scale))
         if matrix.passes == 0:
             matrix.row_sums[first] = squares.sum(axis=1)
             matrix.column_sums = matrix.column_sums + squares.sum(axis=0)
-            if self._rule.scale_parameter:
-                matrix.parameter_squares[first] = mx.square(p.astype(mx.float32)).sum(axis=1)
+            if self.scale_parameter:
+                matrix.parameter_squares[first] = mx.square(piece.weight.astype(mx.float32)).sum(axis=1)
             mx.eval(matrix.row_sums[first], matrix.column_sums, matrix.parameter_squares)
         else:
-            in_row = (squares * mx.square(matrix.column_weights)).sum(axis=1)
-            matrix.update_squares[first] = in_row * mx.square(matrix.row_weights[first : first + g.shape[0]])
+            row_weights, column_weights = matrix.weights(first, g.shape[0])
+            in_row = (squares * mx.square(column_weights)).sum(axis=1)
+            matrix.update_squares[first] = in_row * mx.square(row_weights)
             mx.eval(matrix.update_squares[first])
         matrix.seen += g.shape[0]
-        if matrix.seen > self._rows:
-            raise TrainingError(f"{matrix.seen} rows of a matrix with {self._rows} were observed in one pass: each must come once.")
-        if matrix.seen == self._rows:
-            self._end_pass(index, matrix)
+        if matrix.seen > rows:
+            raise TrainingError(f"{matrix.seen} rows of a matrix with {rows} were observed in one pass: each must come once.")
+        if matrix.seen == rows:
+            matrix.seen, matrix.passes = 0, matrix.passes + 1
+            if matrix.passes == 1:
+                self._find_means(piece, matrix)
+            else:
+                matrix.factor = self._clip_factor(_joined(matrix.update_squares), rows * g.shape[-1])
+                mx.eval(matrix.factor)
 
-    def apply(self, p: mx.array, g: mx.array, moment: mx.array | None, rows: slice) -> tuple[mx.array, mx.array | None]:
-        """Some rows of the parameter (float32) after the step, and of the first moment; lazy."""
-        index = rows.start // self._rows
-        matrix, first = self._matrices[index], rows.start - index * self._rows
-        weights = matrix.row_weights[first : first + g.shape[0], None] * matrix.column_weights
-        return self._rule.step(p, g, weights, moment, matrix.rate, matrix.factor, self._scalars)
+    def _find_means(self, piece: Piece, matrix: _Matrix) -> None:
+        """The end of the first pass."""
+        step, (rows, columns) = piece.scalars, piece.tensor.array.shape[-2:]
+        old_row, old_column = _old_means(piece.tensor, piece.rows.start // rows)
+        matrix.row_means = _moved(old_row, _joined(matrix.row_sums) / columns + self.eps[0], step.beta_2)
+        matrix.mean = matrix.row_means.mean()
+        matrix.column_means = _moved(old_column, matrix.column_sums / rows + self.eps[0], step.beta_2)
+        matrix.rate = step.rate * self._parameter_scale(_joined(matrix.parameter_squares), rows * columns)
+        mx.eval(matrix.row_means, matrix.mean, matrix.column_means, matrix.rate)
 
-    def _end_pass(self, index: int, matrix: _Matrix) -> None:
-        matrix.seen = 0
-        matrix.passes += 1
-        size = self._rows * self._columns
-        if matrix.passes == 2:
-            matrix.factor = self._rule.clip_factor(_joined(matrix.update_squares), size)
-            mx.eval(matrix.factor)
-            return
-        eps, beta, state, rank = self._rule.eps[0], self._scalars["beta_2"], self._state, self._rank
-        own, one = slice(index * self._rows, (index + 1) * self._rows), slice(index, index + 1)
-        row = _moved(take(state["exp_avg_sq_row"], rank, own), _joined(matrix.row_sums) / self._columns + eps, beta)
-        column = _moved(take(state["exp_avg_sq_col"], rank - 1, one)[0], matrix.column_sums / self._rows + eps, beta)
-        matrix.row_weights, matrix.column_weights = mx.rsqrt(row / row.mean()), mx.rsqrt(column)
-        matrix.rate = self._scalars["rate"] * self._rule.parameter_scale(_joined(matrix.parameter_squares), size)
-        mx.eval(row, column, matrix.row_weights, matrix.column_weights, matrix.rate)
-        state["exp_avg_sq_row"] = put(state["exp_avg_sq_row"], rank, own, row)
-        state["exp_avg_sq_col"] = put(state["exp_avg_sq_col"], rank - 1, one, column[None])
-        mx.eval(state["exp_avg_sq_row"], state["exp_avg_sq_col"])
+    def _store_means(self, piece: Piece) -> None:
+        """Puts new means into the state, when the first rows of a matrix are updated."""
+        tensor, (matrix, begin) = piece.tensor, piece.scalars.matrix(piece.tensor, piece.rows)
+        if not matrix.is_stored:
+            rank, rows = tensor.array.ndim, tensor.array.shape[-2]
+            own, index, state = slice(begin, begin + rows), begin // rows, tensor.state
+            state["exp_avg_sq_row"] = put(state["exp_avg_sq_row"], rank, own, matrix.row_means)
+            state["exp_avg_sq_col"] = put(state["exp_avg_sq_col"], rank - 1, slice(index, index + 1), matrix.column_means[None])
+            mx.eval(state["exp_avg_sq_row"], state["exp_avg_sq_col"])
+            matrix.is_stored = True
+
+
+def _cut_matrices(tensor: Tensor) -> Iterator[slice]:
+    """The rows of a tensor's gradient in pieces that lie within one matrix each."""
+    rows, size = tensor.rows, tensor.array.shape[-2]
+    for row in range(rows.start, rows.stop, size):
+        yield from cut(slice(row, min(row + size, rows.stop)), tensor.array.shape[-1])
+
+
+def _old_means(tensor: Tensor, index: int) -> tuple[mx.array, mx.array]:
+    """The means of the rows (R,) and columns (C,) of one matrix of a stack."""
+    rank, rows = tensor.array.ndim, tensor.array.shape[-2]
+    row = take(tensor.state["exp_avg_sq_row"], rank, slice(index * rows, (index + 1) * rows))
+    return row, take(tensor.state["exp_avg_sq_col"], rank - 1, slice(index, index + 1))[0]
 
 
 def _joined(by_row: Mapping[int, mx.array]) -> mx.array:

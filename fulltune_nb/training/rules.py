@@ -1,138 +1,28 @@
-"""Optimizer state in 8 bits: an average of gradients, or of their squares, as codes with a scale for each block.
+"""How tensors are updated: the arithmetic of each optimizer, what it keeps between steps, and the pieces it works in.
 
-A block is up to 256 neighbours in a row. Both codes are finer for small numbers than for large ones, because in one block there are
-gradients of very different size:
-
-- first moment: x = s d |d|, d = (code - 128) / 127, s the largest |x|. The smallest is s / 16129; with equal steps it would be
-  s / 127, and much of a block would be 0.
-- second moment: x = s (code / 255)^4, code at least 1. The square root of it divides the update, so that a code of 0 would make
-  that of a weight with small gradients arbitrarily large; equal steps diverge.
-
-Arithmetic is float32; only what is kept is rounded, to the nearest code.
+A rule updates many tensors in one call. What float32 arithmetic needs no memory for is updated whole and in place. Anything else is
+worked on in pieces that fit into a cache, so that what is computed on the way stays small: a tensor (..., C) is seen as a matrix
+(R, C), and a piece is some of its R rows. Pieces are dealt out to the streams that a device has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers
 
-from fulltune_nb.cpu import num_streams, on_cpu
-
-# -- pieces: Tensors in pieces of rows, so that what is computed on the way stays small, and where a model keeps 
-
+from fulltune_nb.cpu import AdamUpdate, Kernels, num_streams, on_cpu, sole, streams_for
+from fulltune_nb.training.rounding import round_to
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor, or some of its rows."""
-
-    name: str
-    size: int
-    """Elements."""
-    rows: slice | None = None
-    """Rows of the matrix that the tensor is seen as; None: the tensor as it is."""
-    before: int = 0
-    """Row of the tensor that is the first one of the gradient at hand."""
-    in_place: bool = False
-    """It needs no memory of its own."""
-    native: tuple[float, ...] | None = None
-    """What kernels of our own need to know of the step; None: MLX updates it."""
-
-
-def matrix_rows(shape: Shape, places: slice | None) -> tuple[int, int]:
-    """First and last (excluded) row of the matrix that a tensor is seen as, from places on its first axis; None: all."""
-    per_place = math.prod(shape[1:-1])
-    return (places.start * per_place, places.stop * per_place) if places else (0, math.prod(shape[:-1]))
-
-
-def first_row(piece: Piece) -> int:
-    """Where a piece begins in the matrix that its tensor is seen as."""
-    return 0 if piece.rows is None else piece.rows.start
-
-
-def piece_size() -> int:
-    """Elements of a piece. On the CPU one that fits into the cache; elsewhere enough to keep a GPU busy."""
-    return 2**20 if on_cpu() else 2**24
-
-
-def cut(start: int, stop: int, columns: int) -> Iterator[slice]:
-    """The rows from `start` to `stop` in pieces of about `piece_size()` elements."""
-    step = max(1, piece_size() // columns)
-    for row in range(start, stop, step):
-        yield slice(row, min(row + step, stop))
-
-
-def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that are evaluated together: a piece for each stream, more where they are small or need no memory."""
-    most = piece_size() * num_streams()
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        own = piece.size // 8 if piece.in_place else piece.size
-        if batch and size + own > most:
-            yield batch
-            batch, size = [], 0
-        batch.append(piece)
-        size += own
-    if batch:
-        yield batch
-
-
-def take(array: mx.array, rank: int, rows: slice) -> mx.array:
-    """Some rows of what is kept for a tensor of this rank: (..., *) -> (rows, *)."""
-    return _as_rows(array, rank)[rows]
-
-
-def put(array: mx.array, rank: int, rows: slice, part: mx.array) -> mx.array:
-    """`array` with some rows replaced; lazy. Evaluated, it is in the memory of `array` unless something else holds that."""
-    changed = mx.slice_update(_as_rows(array, rank), part, mx.array([rows.start]), axes=[0])
-    return changed if changed.shape == array.shape else changed.reshape(array.shape)
-
-
-def _as_rows(array: mx.array, rank: int) -> mx.array:
-    if rank == 2:
-        return array
-    shape = array.shape
-    return array.reshape(math.prod(shape[: rank - 1]), *shape[rank - 1 :])
-
-
-class Place:
-    """Where a model keeps a parameter, given by its module path."""
-
-    def __init__(self, model: nn.Module, name: str):
-        *path, last = name.split(".")
-        self._holder: Any = model
-        for part in path:
-            self._holder = self._holder[int(part) if isinstance(self._holder, list) else part]
-        self._key = int(last) if isinstance(self._holder, list) else last
-
-    @property
-    def array(self) -> mx.array:
-        return self._holder[self._key]
-
-    @array.setter
-    def array(self, array: mx.array) -> None:
-        self._holder[self._key] = array
-
-
-# -- update_rules: How one tensor is updated: the arithmetic of each optimizer as pure functions, and what it keeps bet
-
 State = dict[str, mx.array]
-
-_compiled = partial(mx.compile, shapeless=True)
-
-
-def _scalar(value: float) -> mx.array:
-    return mx.array(value, dtype=mx.float32)
+Scalars = Any
+"""What a rule's `begin` makes of a step's numbers."""
 
 
 @dataclass(frozen=True)
@@ -148,24 +38,235 @@ class Slot:
         return math.prod(self.shape) * self.dtype.size
 
 
-class UpdateRule(Protocol):
-    """An optimizer, seen from one tensor. Rules hold no state; `begin` is called once a step."""
+@dataclass(eq=False)
+class Tensor:
+    """A parameter that is about to be updated, with its gradient."""
 
-    by_rows: bool
+    name: str
+    """Module path."""
+    holder: Any
+    """Module, dict or list of the model that holds the parameter, at `key`."""
+    key: Any
+    state: State
+    """Changed in place."""
+    gradient: mx.array
+    """Of the whole tensor, or of some places on its first axis."""
+    places: slice | None = None
+    """These places; None: all."""
+    rounding: int | None = None
+    """Key of stochastic rounding; None rounds to the nearest."""
+
+    @property
+    def array(self) -> mx.array:
+        """The parameter."""
+        return self.holder[self.key]
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the matrix (R, C) that the gradient is of."""
+        shape = self.array.shape
+        per_place = math.prod(shape[1:-1])
+        return slice(self.places.start * per_place, self.places.stop * per_place) if self.places else slice(0, math.prod(shape[:-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A tensor, or some of its rows, in a step. Its arrays are taken from the model when they are asked for."""
+
+    tensor: Tensor
+    rows: slice | None
+    """Of the matrix (R, C); None: the tensor as it is."""
+    rule: Rule
+    scalars: Scalars
+    in_place: bool
+    """The update needs no memory of its own."""
+
+    @property
+    def first_row(self) -> int:
+        """Where the piece begins in the matrix of all rows."""
+        return self.rows.start if self.rows else 0
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        array = self.tensor.array
+        return (self.rows.stop - self.rows.start) * array.shape[-1] if self.rows else array.size
+
+    @property
+    def weight(self) -> mx.array:
+        """The parameter's rows (r, C), or the parameter as it is."""
+        return take(self.tensor.array, self.tensor.array.ndim, self.rows)
+
+    @property
+    def gradient(self) -> mx.array:
+        """Before clipping."""
+        before = self.tensor.rows.start if self.rows else 0
+        own = slice(self.rows.start - before, self.rows.stop - before) if self.rows else None
+        return take(self.tensor.gradient, self.tensor.gradient.ndim, own)
+
+    @property
+    def state(self) -> State:
+        """The slots' rows; for rules that work by rows, where every slot has the parameter's rows."""
+        return {name: take(array, self.tensor.array.ndim, self.rows) for name, array in self.tensor.state.items()}
+
+
+def take(array: mx.array, rank: int, rows: slice | None) -> mx.array:
+    """Some rows of what is kept for a tensor of this rank: (..., *) -> (rows, *); all of it as it is where `rows` is None."""
+    return array if rows is None else _as_rows(array, rank)[rows]
+
+
+def put(array: mx.array, rank: int, rows: slice, part: mx.array) -> mx.array:
+    """`array` with some rows replaced; lazy. Evaluated, it is in the memory of `array` unless something else holds that."""
+    changed = mx.slice_update(_as_rows(array, rank), part, mx.array([rows.start]), axes=[0])
+    return changed if changed.shape == array.shape else changed.reshape(array.shape)
+
+
+def _as_rows(array: mx.array, rank: int) -> mx.array:
+    return array if rank == 2 else array.reshape(-1, *array.shape[rank - 1 :])
+
+
+def piece_size() -> int:
+    """Elements of a piece. On the CPU one that fits into the cache; elsewhere enough to keep a GPU busy."""
+    return 2**20 if on_cpu() else 2**24
+
+
+def cut(rows: slice, columns: int) -> Iterator[slice]:
+    """Rows in pieces of about `piece_size()` elements."""
+    step = max(1, piece_size() // columns)
+    return (slice(row, min(row + step, rows.stop)) for row in range(rows.start, rows.stop, step))
+
+
+def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that are evaluated together: a piece for each stream, more where they are small or need no memory."""
+    most, batch, size = piece_size() * num_streams(), [], 0
+    for piece in pieces:
+        own = piece.size // 8 if piece.in_place else piece.size
+        if batch and size + own > most:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += own
+    if batch:
+        yield batch
+
+
+class Rule:
+    """An optimizer's rule. It holds no state: what belongs to a step is in the scalars, what outlives it in the tensors."""
+
+    by_rows = True
     """Rows are updated independently of each other: `apply` may be called with some rows of p, g and every slot, and gives bit
     for bit what it gives for all at once. A row is what has one place on all axes but the last; slots have the same rows."""
-
-    def in_place(self, weight_decay: float) -> bool:
-        """Whether float32 parameters and state are updated with no memory besides their own."""
+    passes = 0
+    """How often `observe` has to see all rows of a matrix before some of them can be updated."""
+    change: Callable[[mx.array, mx.array, State, Scalars], mx.array] | None = None
+    """p, g, state, scalars -> what `apply` adds to a float32 p, before any rounding; float32, lazy. Any rows of the tensors will do.
+    None: only the difference of float32 numbers is known."""
+    temporary_bytes = (0, 0)
+    """Of an element that is worked on, for float32 and for bfloat16 parameters: arrays on the way to the new ones, as measured."""
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """Name -> array kept for a parameter of this shape."""
+        raise NotImplementedError
 
-    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Any:
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Scalars:
         """The scalars of a step, for all tensors with this learning rate and weight decay. `step` counts from 1."""
+        raise NotImplementedError
 
-    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Any) -> tuple[mx.array, State]:
+    def in_place(self, scalars: Scalars) -> bool:
+        """Whether float32 parameters and state are updated with no memory besides their own."""
+        return False
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Scalars) -> tuple[mx.array, State]:
         """The parameter (float32, not rounded) and the state after the step; lazy."""
+        raise NotImplementedError
+
+    def observe(self, tensor: Tensor, scalars: Scalars) -> None:
+        """Take in some rows of a gradient that will be updated later; nothing of the tensor changes."""
+
+    def pieces(self, tensors: Sequence[Tensor], scalars: Scalars) -> list[Piece]:
+        """Tensors as they are where that needs little or no memory, else pieces of them."""
+        found, most, in_place = [], piece_size(), self.in_place(scalars)
+        for tensor in tensors:
+            array = tensor.array
+            own = in_place and all(a.dtype == mx.float32 for a in (array, *tensor.state.values()))
+            if tensor.places is None and (own or not self.by_rows or array.ndim < 2 or array.size <= most):
+                found.append(Piece(tensor, None, self, scalars, own))
+            else:
+                found += [Piece(tensor, rows, self, scalars, False) for rows in cut(tensor.rows, array.shape[-1])]
+        return found
+
+    def update(self, pieces: Sequence[Piece], before: Callable[[list[Piece]], None], after: Callable[[list[Piece]], None]) -> None:
+        """Update parameters and state; evaluated when it returns.
+
+        Args:
+            pieces: of tensors of this rule.
+            before: is told of pieces that are about to be updated together.
+            after: is told of them when they are.
+        """
+        for batch in batches(pieces):
+            before(batch)
+            self.update_batch(batch)
+            after(batch)
+
+    def update_batch(self, batch: Sequence[Piece]) -> None:
+        """Update some pieces at the same time, by MLX."""
+        whole, parts = [], []
+        for piece, stream in zip(batch, streams_for([piece.size for piece in batch]), strict=True):
+            tensor = piece.tensor
+            with mx.stream(stream):
+                new, state = self.result(piece)
+                if (dtype := tensor.array.dtype) != mx.float32:
+                    new = round_to(new, dtype, tensor.rounding, first=piece.first_row * tensor.array.shape[-1])
+                if piece.rows is None:
+                    # Model and state take the new arrays before anything is evaluated: only their graph then holds the old ones, so
+                    # that evaluation may write into these.
+                    tensor.holder[tensor.key] = new
+                    tensor.state.update(state)
+                    whole.append(tensor)
+                else:
+                    parts.append((piece, new, state))
+        # The parameters first: Lion's new one reads the old moment, whose memory is free only after that.
+        mx.eval([tensor.array for tensor in whole], [new for _, new, _ in parts])
+        mx.eval([tensor.state for tensor in whole], [state for *_, state in parts])
+        for piece, new, state in parts:
+            tensor, rank = piece.tensor, piece.tensor.array.ndim
+            tensor.holder[tensor.key] = put(tensor.array, rank, piece.rows, new)
+            tensor.state.update({slot: put(tensor.state[slot], rank, piece.rows, part) for slot, part in state.items()})
+        mx.eval([(piece.tensor.array, piece.tensor.state) for piece, *_ in parts])
+
+    def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
+        """Bytes that an update of tensors in this dtype needs besides parameters, gradients and state, at most.
+
+        None in place. Else the new parameters of all pieces that are worked on at a time, in their own dtype, and some float32 arrays for
+        a piece on each stream.
+        """
+        dtypes = {dtype, *(slot.dtype for shape in shapes for slot in self.slots(shape).values())}
+        if dtypes == {mx.float32} and self.in_place(self.begin(1, 0.0, weight_decay, 1.0)):
+            return 0
+        piece, streams, sizes = piece_size(), num_streams(), [math.prod(shape) for shape in shapes]
+        together = min(sum(sizes), piece * streams)
+        pieces = (min(piece, size - begin) for size in sizes for begin in range(0, size, piece)[:streams])
+        in_work = sum(sorted(pieces, reverse=True)[:streams])
+        return 2 * together + self.temporary_bytes[dtype != mx.float32] * min(in_work, together)
+
+    def largest_piece(self, shape: Shape) -> int:
+        """Elements of the largest piece of a tensor."""
+        return min(math.prod(shape), piece_size())
+
+    def result(self, piece: Piece) -> tuple[mx.array, State]:
+        """A piece (float32, not rounded) and its state after the step; lazy, nothing is changed."""
+        return self.apply(piece.weight, piece.gradient, piece.state, piece.scalars)
+
+
+_compiled = partial(mx.compile, shapeless=True)
+
+
+def _scalar(value: float) -> mx.array:
+    return mx.array(value, dtype=mx.float32)
+
+
+def _scalars(*values: float) -> tuple[mx.array, ...]:
+    return tuple(map(_scalar, values))
 
 
 @_compiled
@@ -204,33 +305,15 @@ def _lion_step(p, g, m, keep, take, kept, rate) -> mx.array:
     return kept * p.astype(mx.float32) - rate * mx.sign(keep * m + take * g.astype(mx.float32))
 
 
-# Updates themselves, before they are added and rounded; what `change` methods give.
-
-
-@_compiled
-def _adam_change(p, m, v, keep, rate, root, eps) -> mx.array:
-    return (keep - 1.0) * p - rate * m / (mx.sqrt(v) * root + eps)
-
-
-@_compiled
-def _lion_change(p, g, m, keep, take, kept, rate) -> mx.array:
-    return (kept - 1.0) * p - rate * mx.sign(keep * m + take * g.astype(mx.float32))
-
-
-class Adam:
+class Adam(Rule):
     """Adam (Kingma & Ba 2015), bias-corrected as in PyTorch; AdamW (Loshchilov & Hutter 2019) when `decoupled`.
 
     Not decoupled, weight decay is added to the gradient, as `torch.optim.Adam` does.
     """
 
-    by_rows = True
-
     def __init__(self, settings: Mapping[str, Any], decoupled: bool):
         self.betas, self.eps, self.bias_correction = settings["betas"], settings["eps"], settings.get("bias_correction", True)
-        self.decoupled = decoupled
-
-    def in_place(self, weight_decay: float) -> bool:
-        return self.decoupled or not weight_decay  # else the decayed gradient is an array of its own
+        self.decoupled, self.temporary_bytes = decoupled, (16, 16) if decoupled else (20, 20)
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {"m": Slot(shape), "v": Slot(shape)}
@@ -239,50 +322,84 @@ class Adam:
         b1, b2 = self.betas
         correction1, correction2 = (1.0 - b1**step, 1.0 - b2**step) if self.bias_correction else (1.0, 1.0)
         decay_now = weight_decay if self.decoupled else 0.0
-        l2 = None if self.decoupled or not weight_decay else (_scalar(weight_decay), _scalar(gradient_scale))
+        l2 = None if self.decoupled or not weight_decay else _scalars(weight_decay, gradient_scale)
         scale = 1.0 if l2 else gradient_scale  # the decayed gradient is scaled already
         m, v = (b1, (1.0 - b1) * scale), (b2, 1.0 - b2, scale)
         p = (1.0 - learning_rate * decay_now, learning_rate / correction1, 1.0 / math.sqrt(correction2), self.eps)
-        lazily = {name: tuple(map(_scalar, values)) for name, values in (("m", m), ("v", v), ("p", p))}
-        return {"l2": l2, **lazily, "native": None if l2 else (*m, *v, *p)}
+        return {"l2": l2, "m": _scalars(*m), "v": _scalars(*v), "p": _scalars(*p), "numbers": (*m, *v, *p)}
+
+    def in_place(self, scalars: dict[str, Any]) -> bool:
+        return scalars["l2"] is None  # else the decayed gradient is an array of its own
 
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
-        if scalars["l2"]:
-            g = _decayed_gradient(p, g, *scalars["l2"])
-        m = _average(state["m"], g, *scalars["m"])
-        v = _average_of_squares(state["v"], g, *scalars["v"])
+        m, v = self._moments(p, g, state, scalars)
         return _adam_step(p, m, v, *scalars["p"]), {"m": m, "v": v}
 
     def change(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> mx.array:
-        """What `apply` adds to a float32 p, before any rounding; float32, lazy. Any rows of the tensors will do."""
-        after = self.apply(p, g, state, scalars)[1]
-        return _adam_change(p, after["m"], after["v"], *scalars["p"])
+        (m, v), (keep, *step) = self._moments(p, g, state, scalars), scalars["p"]
+        return _adam_step(p, m, v, keep - 1.0, *step)
+
+    def _moments(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, mx.array]:
+        if scalars["l2"]:
+            g = _decayed_gradient(p, g, *scalars["l2"])
+        return _average(state["m"], g, *scalars["m"]), _average_of_squares(state["v"], g, *scalars["v"])
 
 
-class SGD:
+class KernelAdam(Adam):
+    """`Adam`, where float32 parameters are updated by the CPU's kernel: one pass over memory on all cores, with the same bits."""
+
+    def __init__(self, settings: Mapping[str, Any], decoupled: bool, kernels: Kernels):
+        super().__init__(settings, decoupled)
+        self.kernels = kernels
+
+    def pieces(self, tensors: Sequence[Tensor], scalars: dict[str, Any]) -> list[Piece]:
+        in_place = self.in_place(scalars)
+        own = [tensor for tensor in tensors if in_place and tensor.array.dtype == mx.float32]
+        others = [tensor for tensor in tensors if not (in_place and tensor.array.dtype == mx.float32)]
+        pieces = [Piece(tensor, tensor.rows if tensor.places else None, self, scalars, in_place=True) for tensor in own]
+        return pieces + super().pieces(others, scalars)
+
+    def update_batch(self, batch: Sequence[Piece]) -> None:
+        own = [piece for piece in batch if piece.in_place]
+        tensors = [piece.tensor for piece in own]
+        # Model and state take the new arrays before these are evaluated: then nothing but their graph holds the old ones.
+        arrays = sole([array for tensor in tensors for array in (tensor.array, tensor.state["m"], tensor.state["v"])])
+        for i, tensor in enumerate(tensors):
+            tensor.holder[tensor.key], tensor.state["m"], tensor.state["v"] = arrays[3 * i : 3 * i + 3]
+        gradients = [mx.contiguous(tensor.gradient.astype(mx.float32)) for tensor in tensors]
+        mx.eval(arrays, gradients)
+        updates = []
+        for i, (piece, g) in enumerate(zip(own, gradients, strict=True)):
+            p, m, v = arrays[3 * i : 3 * i + 3]
+            updates.append(AdamUpdate(p, g, m, v, first=piece.first_row * p.shape[-1]))
+        if updates:
+            self.kernels.adam(updates, own[0].scalars["numbers"])
+        super().update_batch([piece for piece in batch if not piece.in_place])
+
+
+class SGD(Rule):
     """Stochastic gradient descent with momentum, dampening and Nesterov's look ahead, as `mlx.optimizers.SGD`."""
 
-    by_rows = True
+    temporary_bytes = (12, 12)
 
     def __init__(self, settings: Mapping[str, Any]):
         self.momentum, self.dampening, self.nesterov = settings["momentum"], settings["dampening"], settings["nesterov"]
-
-    def in_place(self, weight_decay: float) -> bool:
-        return not weight_decay
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {"v": Slot(shape)} if self.momentum else {}
 
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
-        l2 = (_scalar(weight_decay), _scalar(gradient_scale)) if weight_decay else None
-        scale = 1.0 if l2 else gradient_scale
+        scale = 1.0 if weight_decay else gradient_scale  # the decayed gradient is scaled already
         return {
-            "l2": l2,
-            "v": (_scalar(self.momentum), _scalar((1.0 - self.dampening) * scale)),
-            "plain": (_scalar(learning_rate * scale),),
-            "momentum": (_scalar(learning_rate),),
-            "nesterov": (_scalar(learning_rate * scale), _scalar(learning_rate * self.momentum)),
+            "l2": _scalars(weight_decay, gradient_scale) if weight_decay else None,
+            "v": _scalars(self.momentum, (1.0 - self.dampening) * scale),
+            "plain": _scalars(learning_rate * scale),
+            "momentum": _scalars(learning_rate),
+            "nesterov": _scalars(learning_rate * scale, learning_rate * self.momentum),
         }
+
+    def in_place(self, scalars: dict[str, Any]) -> bool:
+        return scalars["l2"] is None
 
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
         if scalars["l2"]:
@@ -295,70 +412,53 @@ class SGD:
         return _descend(p, v, *scalars["momentum"]), {"v": v}
 
     def change(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> mx.array:
-        """As `Adam.change`."""
         if scalars["l2"]:
             g, scalars = _decayed_gradient(p, g, *scalars["l2"]), {**scalars, "l2": None}
         return self.apply(mx.zeros_like(p), g, state, scalars)[0]  # apart from the decay, p is only added to
 
 
-class Lion:
+class Lion(Rule):
     """Lion (Chen et al. 2023): the sign of an average of gradients."""
 
-    by_rows = True
+    temporary_bytes = (8, 8)
 
     def __init__(self, settings: Mapping[str, Any]):
         self.betas = settings["betas"]
-
-    def in_place(self, weight_decay: float) -> bool:
-        return True
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
         return {"m": Slot(shape)}
 
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
         b1, b2 = self.betas
-        return {
-            "p": (
-                _scalar(b1),
-                _scalar((1.0 - b1) * gradient_scale),
-                _scalar(1.0 - learning_rate * weight_decay),
-                _scalar(learning_rate),
-            ),
-            "m": (_scalar(b2), _scalar((1.0 - b2) * gradient_scale)),
-        }
+        p = _scalars(b1, (1.0 - b1) * gradient_scale, 1.0 - learning_rate * weight_decay, learning_rate)
+        return {"p": p, "m": _scalars(b2, (1.0 - b2) * gradient_scale)}
+
+    def in_place(self, scalars: dict[str, Any]) -> bool:
+        return True
 
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
         return _lion_step(p, g, state["m"], *scalars["p"]), {"m": _average(state["m"], g, *scalars["m"])}
 
     def change(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> mx.array:
-        """As `Adam.change`."""
-        return _lion_change(p, g, state["m"], *scalars["p"])
+        keep, take, kept, rate = scalars["p"]
+        return _lion_step(p, g, state["m"], keep, take, kept - 1.0, rate)
 
 
-class MlxRule:
-    """An optimizer of `mlx.optimizers`, one tensor at a time, in float32.
-
-    Args:
-        optimizer: its `learning_rate`, `weight_decay` and step are set anew for every step.
-        per_matrix: a stack of matrices (E, out, in) is treated as E parameters.
-    """
+class Muon(Rule):
+    """Muon (Jordan 2024) as `mlx.optimizers.Muon`, in float32; a stack of matrices (E, R, C) is treated as E parameters."""
 
     by_rows = False
 
-    def __init__(self, optimizer: mlx.optimizers.Optimizer, per_matrix: bool = False):
-        self.optimizer, self.per_matrix = optimizer, per_matrix
-
-    def in_place(self, weight_decay: float) -> bool:
-        return False
+    def __init__(self, settings: Mapping[str, Any]):
+        own = {name: settings[name] for name in ("momentum", "nesterov", "ns_steps")}
+        self.optimizer = mlx.optimizers.Muon(learning_rate=0.0, **own)  # rate, decay and step are set anew for every step
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
-        probe: State = {}
-        self.optimizer.init_single(mx.zeros(shape, dtype=mx.float32), probe)  # lazy: nothing is allocated
-        return {name: Slot(array.shape) for name, array in probe.items()}
+        return {"v": Slot(shape)}
 
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
-        scalars = {"step": mx.array(step, dtype=mx.uint64), "learning_rate": _scalar(learning_rate)}
-        return {"state": scalars, "weight_decay": weight_decay, "scale": None if gradient_scale == 1.0 else _scalar(gradient_scale)}
+        state = {"step": mx.array(step, dtype=mx.uint64), "learning_rate": _scalar(learning_rate)}
+        return {"state": state, "weight_decay": weight_decay, "scale": None if gradient_scale == 1.0 else _scalar(gradient_scale)}
 
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
         self.optimizer.state.update(scalars["state"])
@@ -366,115 +466,15 @@ class MlxRule:
         p, g = p.astype(mx.float32), g.astype(mx.float32)
         if scalars["scale"] is not None:
             g = g * scalars["scale"]
-        if not (self.per_matrix and p.ndim > 2):
+        if p.ndim == 2:
             state = dict(state)
             return self.optimizer.apply_single(g, p, state), state
-        states = [{name: array[i] for name, array in state.items()} for i in range(p.shape[0])]
-        p = mx.stack([self.optimizer.apply_single(g[i], p[i], states[i]) for i in range(p.shape[0])])
-        return p, {name: mx.stack([one[name] for one in states]) for name in state}
+        matrices = [self.apply(p[i], g[i], {"v": state["v"][i]}, {**scalars, "scale": None}) for i in range(p.shape[0])]
+        return mx.stack([p for p, _ in matrices]), {"v": mx.stack([state["v"] for _, state in matrices])}
 
+    def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
+        sizes = [math.prod(shape) for shape in shapes]
+        return 8 * min(sum(sizes), max(*sizes, piece_size() * num_streams()))
 
-# -- eight_bit: Optimizer state in 8 bits: an average of gradients, or of their squares, as codes with a scale for e
-
-LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
-SMALL = 4096
-"""Tensors of fewer elements keep their state in float32; so do vectors, and matrices whose rows have no fitting block."""
-
-_SMALLEST_NORMAL = 1.1754944e-38  # 1 / x overflows below a quarter of it; such a block counts as zeros
-
-
-
-def block_size(columns: int) -> int | None:
-    """The largest divisor of a row's length that is at most 256; None where there is none of at least 16."""
-    return next((size for size in range(min(LARGEST_BLOCK, columns), SMALLEST_BLOCK - 1, -1) if columns % size == 0), None)
-
-
-class EightBit:
-    """A rule that works by rows, with its state in 8 bits: `m` as a first moment, `v` as a second one."""
-
-    by_rows = True
-
-    def __init__(self, rule: UpdateRule):
-        self.rule = rule
-
-    def in_place(self, weight_decay: float) -> bool:
-        return False
-
-    def slots(self, shape: Shape) -> dict[str, Slot]:
-        own = self.rule.slots(shape)
-        block = block_size(shape[-1]) if len(shape) >= 2 and math.prod(shape) >= SMALL else None
-        if block is None:
-            return own
-        scales = {f"{name}_scale": Slot((*shape[:-1], shape[-1] // block)) for name in own}
-        return {name: Slot(shape, mx.uint8) for name in own} | scales
-
-    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Any:
-        return self.rule.begin(step, learning_rate, weight_decay, gradient_scale)
-
-    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Any) -> tuple[mx.array, State]:
-        names = [name for name in state if not name.endswith("_scale")]
-        if len(names) == len(state):
-            return self.rule.apply(p, g, state, scalars)
-        decoded = {name: _CODES[name].decode(state[name], state[f"{name}_scale"]) for name in names}
-        p, decoded = self.rule.apply(p, g, decoded, scalars)
-        new: State = {}
-        for name in names:
-            new[name], new[f"{name}_scale"] = _CODES[name].encode(decoded[name], state[f"{name}_scale"].shape)
-        return p, new
-
-
-@dataclass(frozen=True)
-class BlockCode:
-    """Codes of 8 bits with a scale for each block, which is the largest size in it."""
-
-    largest: Callable[[mx.array], mx.array]
-    """(blocks, block) float32 -> (blocks,)"""
-    to_codes: Callable[[mx.array], mx.array]
-    """Values over their block's scale, float32 -> uint8."""
-    from_codes: Callable[[mx.array], mx.array]
-    """uint8 -> values over their block's scale, float32."""
-
-    def decode(self, codes: mx.array, scales: mx.array) -> mx.array:
-        """(..., C) uint8, (..., C / block) -> (..., C) float32."""
-        return (self.from_codes(codes).reshape(scales.size, -1) * scales.reshape(-1, 1)).reshape(codes.shape)
-
-    def encode(self, x: mx.array, scales: Shape) -> tuple[mx.array, mx.array]:
-        """(..., C) float32 -> (..., C) uint8 and their scales (..., C / block)."""
-        blocks = x.reshape(math.prod(scales), -1)  # (blocks, block)
-        largest = self.largest(blocks)
-        codes = self.to_codes(blocks * _inverse(largest)[:, None])
-        return codes.reshape(x.shape), largest.reshape(scales)
-
-
-@_compiled
-def _inverse(largest: mx.array) -> mx.array:
-    return mx.where(largest >= _SMALLEST_NORMAL, 1.0 / largest, 0.0)
-
-
-@_compiled
-def _signed_square(codes: mx.array) -> mx.array:
-    d = codes.astype(mx.float32) * (1.0 / 127.0) - (128.0 / 127.0)
-    return d * mx.abs(d)
-
-
-@_compiled
-def _signed_codes(x: mx.array) -> mx.array:
-    return (mx.sign(x) * (127.0 * mx.sqrt(mx.abs(x))) + 128.5).astype(mx.uint8)  # astype cuts off: 1 to 255
-
-
-@_compiled
-def _fourth_power(codes: mx.array) -> mx.array:
-    d = mx.square(codes.astype(mx.float32) * (1.0 / 255.0))
-    return d * d
-
-
-@_compiled
-def _root_codes(x: mx.array) -> mx.array:
-    return mx.maximum((255.0 * mx.sqrt(mx.sqrt(x)) + 0.5).astype(mx.uint8), 1)
-
-
-SIGNED_CODE = BlockCode(lambda blocks: mx.maximum(mx.max(blocks, axis=-1), -mx.min(blocks, axis=-1)), _signed_codes, _signed_square)
-"""Of a first moment."""
-ROOT_CODE = BlockCode(lambda blocks: mx.max(blocks, axis=-1), _root_codes, _fourth_power)
-"""Of a second moment: nothing is below 0."""
-_CODES = {"m": SIGNED_CODE, "v": ROOT_CODE}
+    def largest_piece(self, shape: Shape) -> int:
+        return math.prod(shape)

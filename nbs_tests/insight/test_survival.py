@@ -219,7 +219,6 @@ def test_thirty_two_layers_and_many_steps_are_drawn_in_bounded_room():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
 def test_layer_by_layer_and_in_pieces_it_reads_the_same_as_over_the_whole_graph(make_trainer, monkeypatch, optimizer):
-    monkeypatch.setattr("fulltune_nb.training.optimizers.piece_size", lambda: 700)
     monkeypatch.setattr("fulltune_nb.training.rules.piece_size", lambda: 700)
     found = {}
     for backward in ("whole", "layerwise"):

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from fulltune_nb.training.config import optimizer_settings
+from fulltune_nb.training.eight_bit import ROOT_CODE, SIGNED_CODE, EightBit, block_size
 from fulltune_nb.training.optimizers import make_rule
-from fulltune_nb.training.rules import ROOT_CODE, SIGNED_CODE, EightBit, block_size
 
 
 def numbers(seed=0, rows=32, columns=512):

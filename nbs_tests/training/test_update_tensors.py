@@ -86,15 +86,13 @@ def test_the_size_of_the_pieces_changes_nothing(name, dtype, monkeypatch):
     expected = train_at_once(dtype, config := config_of(name))
     for size in (1, 1000, 5000):
         monkeypatch.setattr("fulltune_nb.training.rules.piece_size", lambda size=size: size)
-        monkeypatch.setattr("fulltune_nb.training.optimizers.piece_size", lambda size=size: size)
         assert_identical(train_at_once(dtype, config), expected)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [*BY_ROWS, "adafactor"])
 def test_weights_and_state_stay_in_their_memory_and_the_predicted_bytes_are_enough_besides(name, dtype, monkeypatch):
-    for module in ("rules", "optimizers"):
-        monkeypatch.setattr(f"fulltune_nb.training.{module}.piece_size", lambda: 2**16)
+    monkeypatch.setattr("fulltune_nb.training.rules.piece_size", lambda: 2**16)
     model = nn.Sequential(nn.Embedding(4096, 1024), nn.Linear(1024, 2048, bias=False))
     model.layers[1].weight = model.layers[1].weight.reshape(4, 512, 1024)  # a stack
     model.set_dtype(dtype)
