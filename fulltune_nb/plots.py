@@ -1,4 +1,4 @@
-"""Histories as matplotlib plots: loss and memory over the steps.
+"""Histories and other numbers as matplotlib plots: loss, memory, curves, heat maps.
 
 Made for a notebook and for a paper alike: a figure made here is white with dark text in any theme, curves differ in line
 style and marker besides colour, and axes given by the caller keep the caller's style.
@@ -24,32 +24,33 @@ from fulltune_nb.html import PALETTE, SHOWN_IN_MB
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 
 if TYPE_CHECKING:
-        from matplotlib.axes import Axes
-        from matplotlib.figure import Figure
-
-# -- plots: Histories as matplotlib plots: loss and memory over the steps
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of the palette, the colours that stand out from white (contrast 3:1 and more).
 _BLUE, _GREEN, _PINK, _VERMILLION = PALETTE[0], PALETTE[2], PALETTE[3], PALETTE[5]
-_GREY = "#666666"
-_EVAL_LOOKS = {"valid": (_VERMILLION, "o", "--"), "test": (_GREEN, "s", "none"), "train": (_PINK, "D", ":")}
+_GREY, _LIGHT_GREY = "#666666", "#bbbbbb"
+_COLOURS = (_BLUE, _VERMILLION, _GREEN, _PINK, "#222222")
+_DASHES = ("-", "--", ":")
+_MARKERS = "osD^v"
+_EVAL_STYLES = {"valid": (_VERMILLION, "o", "--"), "test": (_GREEN, "s", "none"), "train": (_PINK, "D", ":")}
 _OWN_STYLE = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "white"),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), "#222222"),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "legend.edgecolor": "#cccccc",
-    "grid.color": "#bbbbbb",
+    "grid.color": _LIGHT_GREY,
     "axes.axisbelow": True,
     "font.size": 10.0,
 }
+_LOSS = "loss (nats per token)"
 _SMOOTHED_FROM = 20  # steps; fewer need no second line
 _MARKED_UP_TO = 40  # steps; more would make a row of dots of the line
 _LABELLED_EVENTS = 12  # more labels would cover each other
 _OPEN_FIGURES = 10
-_RUN_COLOURS = (_BLUE, _VERMILLION, _GREEN, _PINK, "#222222")
-_DASHES = ("-", "--", ":")
-_POINTS = 2000  # of a training curve
-_CURVES = 12  # runs with looks of their own; more cannot be told apart
+_POINTS = 2000  # of a run's training curve
+_RUNS = 12  # with looks of their own; more cannot be told apart
+_TICKS = 32  # labels on an axis at most
 _own_figures: deque = deque()  # weak references to the figures made here that pyplot may still hold
 
 
@@ -68,9 +69,12 @@ def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
         if steps:
             _draw_training_loss(ax, steps)
         for split in dict.fromkeys(report.split for report in evals):
-            _draw_evaluations(ax, split, [report for report in evals if report.split == split])
+            colour, marker, line = _EVAL_STYLES.get(split, (_GREY, "^", "--"))
+            size = 8 if line == "none" else 5  # larger, so as to show around a point of a curve at the same place
+            style = {"color": colour, "marker": marker, "markersize": size, "linestyle": line, "linewidth": 1.5}
+            ax.plot(*_series([report for report in evals if report.split == split], "loss"), label=split, zorder=4, **style)
         _draw_events(ax, events, steps)
-        return _finish(ax, "loss (nats per token)", empty=not steps and not evals)
+        return _over_steps(ax, _LOSS, empty=not steps and not evals)
 
 
 def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
@@ -91,44 +95,43 @@ def plot_memory(history: Iterable[Any], ax: Axes | None = None) -> Axes:
             active, cache = _series(steps, "active_memory")[1], _series(steps, "cache_memory")[1]
             if np.nanmax([peak, active + cache], initial=0.0) < SHOWN_IN_MB:
                 scale, unit = 1e6, "MB"
-            sparse = {"markevery": max(1, len(x) // 12), "markersize": 4, "linewidth": 1.5}
+            sparse = {"markevery": _every(x), "markersize": 4, "linewidth": 1.5}
             ax.plot(x, peak / scale, color=_VERMILLION, marker="o", label="peak within the step", **sparse)
             ax.plot(x, (active + cache) / scale, color=_GREY, marker="^", linestyle=":", label="after it, with MLX's cache", **sparse)
             ax.plot(x, active / scale, color=_BLUE, marker="s", linestyle="--", label="after it, in use", **sparse)
             ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend above the curves
         _draw_events(ax, events, steps)
-        return _finish(ax, f"memory ({unit})", empty=not steps)
+        return _over_steps(ax, f"memory ({unit})", empty=not steps)
 
 
-def plot_runs(runs: Mapping[str, Iterable[Any]], ax: Axes | None = None, training: bool = False) -> Axes:
+def plot_runs(
+    runs: Mapping[str, Iterable[Any]] | Iterable[tuple[str, Iterable[Any]]], ax: Axes | None = None, training: bool = False
+) -> Axes:
     """Several runs side by side: validation loss of each, or the moving mean of its training loss where it has none.
 
     Args:
-        runs: a name for the legend -> the run's history. The first `_CURVES` have colours and marks of their own; further ones
-            are drawn grey and counted.
+        runs: a name for the legend -> the run's history; pairs of both where runs may have the same name. The first 12 have colours and
+            marks of their own; further ones are drawn grey and counted.
         ax: where to draw; a new figure where left out.
         training: show the moving mean of the training loss beside the validation loss too.
 
     Raises:
         ConfigError: a history is not a list of reports.
     """
-    return draw_runs(runs.items(), ax, training)
-
-
-def draw_runs(runs: Iterable[tuple[str, Iterable[Any]]], ax: Axes | None = None, training: bool = False) -> Axes:
-    """What `plot_runs` draws, of pairs of name and history: runs may have the same name."""
-    drawn = [(name, curves) for name, history in runs if (curves := _curves_of_run(history, training))]
+    pairs = runs.items() if isinstance(runs, Mapping) else runs
+    drawn = [(name, curves) for name, history in pairs if (curves := _curves_of_run(history, training))]
     with drawing(ax) as ax:
         for number, (name, curves) in enumerate(drawn):
             for kind, x, loss in curves:
-                if number < _CURVES:
-                    shown = one_line(name).lstrip("_") or "run"  # a legend hides what begins with _
-                    ax.plot(x, loss, label=shown if len(curves) == 1 else f"{shown}, {kind}", **_look_of_run(number, kind, len(x)))
-                else:
-                    ax.plot(x, loss, color="#bbbbbb", linewidth=0.8, zorder=1)
-        if len(drawn) > _CURVES:
-            ax.plot([], [], color="#bbbbbb", label=f"{len(drawn) - _CURVES:,} more")
-        return _finish(ax, "loss (nats per token)", empty=not drawn)
+                if number >= _RUNS:
+                    ax.plot(x, loss, color=_LIGHT_GREY, linewidth=0.8, zorder=1)
+                    continue
+                label = one_line(name).lstrip("_") or "run"  # a legend hides what begins with _
+                label += f", {kind}" if len(curves) > 1 else ""
+                ax.plot(x, loss, label=label, **_style(number, x, 1.5 if kind == "valid" else 0.9))
+        if len(drawn) > _RUNS:
+            ax.plot([], [], color=_LIGHT_GREY, label=f"{len(drawn) - _RUNS:,} more")
+        return _over_steps(ax, _LOSS, empty=not drawn)
 
 
 def _curves_of_run(history: Iterable[Any], training: bool) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -138,23 +141,89 @@ def _curves_of_run(history: Iterable[Any], training: bool) -> list[tuple[str, np
     curves = []
     if steps and (training or not valid):
         x, loss = _series(steps, "loss")
-        smooth = moving_mean(loss, max(5, len(x) // 40) // 2 * 2 + 1)
         every = slice(None, None, -max(1, len(x) // _POINTS))  # from the end, which always shows
-        curves.append(("training", x[every][::-1], smooth[every][::-1]))
+        curves.append(("training", x[every][::-1], moving_mean(loss, _window(loss))[every][::-1]))
     return curves + ([("valid", *_series(valid, "loss"))] if valid else [])
 
 
-def _look_of_run(number: int, kind: str, length: int) -> dict[str, Any]:
-    """A run's curves have one colour; that of its validation losses is the bolder one, with marks."""
-    own = {"color": _RUN_COLOURS[number % len(_RUN_COLOURS)], "linestyle": _DASHES[number % 3]}
-    marks = {"marker": "osD^v"[number % 5], "markersize": 4, "markevery": max(1, length // 12)}
-    return {**own, **marks, "linewidth": 1.5 if kind == "valid" else 0.9}
+def curves(
+    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    log_x: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """A line for each (name, x, y); what is not finite leaves a gap."""
+    with drawing(ax) as ax:
+        for number, (name, x, y) in enumerate(series):
+            values = np.asarray(y, dtype=np.float64)
+            ax.plot(np.asarray(x), np.where(np.isfinite(values), values, np.nan), label=one_line(name), **_style(number, values))
+        if log_x:
+            ax.set_xscale("log")
+        return _finish(ax, x_label, y_label, title, empty=not any(len(y) for _, _, y in series), legend=len(series) > 1)
+
+
+def heat_map(
+    values: np.ndarray,
+    rows: Sequence[object],
+    columns: Sequence[object],
+    labels: tuple[str, str, str],
+    title: str = "",
+    limits: tuple[float | None, float | None] = (None, None),
+    ax: Axes | None = None,
+) -> Axes:
+    """Numbers (R, C) as a picture, the first row on top, with a scale beside it; NaN stays white.
+
+    Args:
+        values: (R, C).
+        rows, columns: what stands at the ticks; of many, some evenly spread.
+        labels: of the upright axis, the lying one, and the scale.
+        title: above.
+        limits: of the scale; None: the smallest and largest value.
+        ax: where to draw; a new figure where left out.
+    """
+    with drawing(ax) as ax:
+        values = np.asarray(values, dtype=np.float64)
+        if values.size:
+            image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=limits[0], vmax=limits[1])
+            ax.figure.colorbar(image, ax=ax, label=labels[2])
+        for axis, names in ((ax.yaxis, rows), (ax.xaxis, columns)):
+            every = max(1, math.ceil(len(names) / _TICKS))
+            shown = [one_line(name, 24) for name in names[::every]]
+            axis.set_ticks(range(0, len(names), every), shown, fontsize="x-small", parse_math=False)
+        ax.tick_params(axis="x", rotation=90 if sum(map(len, shown)) > 90 else 0)
+        return _finish(ax, labels[1], labels[0], title, empty=not values.size, grid=False, legend=False)
+
+
+def small_maps(maps: Sequence[np.ndarray], names: Sequence[str], title: str) -> Figure:
+    """Many maps of one size in a grid, each with its own scale from 0."""
+    columns = min(8, max(1, len(maps)))
+    lines = math.ceil(len(maps) / columns)
+    with drawing(None) as ax:
+        figure = ax.figure
+        ax.remove()
+        figure.set_size_inches(1.3 * columns, 1.45 * lines + 0.4)
+        for place, (values, name) in enumerate(zip(maps, names, strict=True), 1):
+            own = figure.add_subplot(lines, columns, place, xticks=[], yticks=[])
+            own.imshow(values, interpolation="nearest", cmap="viridis", vmin=0.0)
+            own.set_title(one_line(name), fontsize="x-small", parse_math=False)
+        figure.suptitle(one_line(title, 90), fontsize="medium", parse_math=False)
+        return figure
+
+
+def mark(ax: Axes, x: float, text: str) -> None:
+    """A dotted upright line with a word at it; none where `text` is empty."""
+    ax.axvline(x, color=_GREY, linestyle=":", linewidth=1.2, zorder=1)
+    if text:
+        place = {"xy": (x, 1.0), "xycoords": ax.get_xaxis_transform(), "xytext": (-2, -2), "textcoords": "offset points"}
+        ax.annotate(text, rotation=90, ha="right", va="top", fontsize="x-small", color=_GREY, parse_math=False, **place)
 
 
 def one_line(text: object, limit: int = 48) -> str:
     """Foreign text for a figure: one line, cut, with a box for each character that matplotlib's font has not.
 
-    Where `$` would begin a formula, turn that off (`parse_math`) or escape it.
+    Where `$` would begin a formula, `parse_math` is turned off.
     """
     line = "".join(c if ord(c) in _glyphs() else "□" for c in " ".join(str(text).split()))
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
@@ -201,6 +270,11 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return smooth
 
 
+def _window(values: np.ndarray) -> int:
+    """Of the moving mean; odd: as many steps before as after."""
+    return max(5, len(values) // 40) // 2 * 2 + 1
+
+
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +313,7 @@ def _draw_training_loss(ax: Axes, steps: list[StepReport]) -> None:
     faint = {"linewidth": 0.7, "alpha": 0.45} if smoothed else {"linewidth": 1.5}
     ax.plot(x, loss, color=_BLUE, marker="." if len(x) <= _MARKED_UP_TO else "none", markersize=4, label="training", zorder=2, **faint)
     if smoothed:
-        window = max(5, len(x) // 40) // 2 * 2 + 1  # odd: as many steps before as after
+        window = _window(loss)
         ax.plot(x, moving_mean(loss, window), color=_BLUE, linewidth=2.0, label=f"training, mean of {window} steps", zorder=3)
     broken = x[~np.isfinite(loss)]
     if len(broken):
@@ -248,25 +322,14 @@ def _draw_training_loss(ax: Axes, steps: list[StepReport]) -> None:
         ax.plot(broken, np.full_like(broken, 0.03), "x", color=_VERMILLION, transform=bottom, label=label, zorder=5)
 
 
-def _draw_evaluations(ax: Axes, split: str, reports: list[EvalReport]) -> None:
-    colour, marker, line = _EVAL_LOOKS.get(split, (_GREY, "^", "--"))
-    x, loss = _series(reports, "loss")
-    size = 8 if line == "none" else 5  # larger, so as to show around a point of a curve at the same place
-    ax.plot(x, loss, color=colour, marker=marker, markersize=size, linestyle=line, linewidth=1.5, label=split, zorder=4)
-
-
 def _draw_events(ax: Axes, events: list[Event], steps: list[StepReport]) -> None:
     """A dotted line and a word for each step at which something happened; step 0 is where every run begins."""
-    labels: dict[int, list[str]] = {}
+    labels: dict[int, dict[str, None]] = {}
     for event in events:
         if event.step > 0:
-            labels.setdefault(event.step, []).append(_event_label(event, steps))
+            labels.setdefault(event.step, {})[_event_label(event, steps)] = None
     for step, words in labels.items():
-        ax.axvline(step, color=_GREY, linestyle=":", linewidth=1.2, zorder=1)
-        if len(labels) <= _LABELLED_EVENTS:
-            place = {"xy": (step, 1.0), "xycoords": ax.get_xaxis_transform(), "xytext": (-2, -2), "textcoords": "offset points"}
-            place["parse_math"] = False  # a kind of event is any text, and may have dollar signs in it
-            ax.annotate(", ".join(dict.fromkeys(words)), rotation=90, ha="right", va="top", fontsize="x-small", color=_GREY, **place)
+        mark(ax, step, ", ".join(words) if len(labels) <= _LABELLED_EVENTS else "")
     if len(labels) > _LABELLED_EVENTS:
         ax.plot([], [], color=_GREY, linestyle=":", label=f"{len(labels):,} events")
 
@@ -278,118 +341,32 @@ def _event_label(event: Event, steps: list[StepReport]) -> str:
     return event.kind.replace("_", " ")
 
 
-def _finish(ax: Axes, label: str, empty: bool) -> Axes:
-    ax.set_xlabel("optimizer step")
-    ax.set_ylabel(label)
+def _style(number: int, values: Sequence, width: float = 1.5) -> dict[str, Any]:
+    """Colour, dashes and marks of the `number`-th curve."""
+    marks = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4, "markevery": _every(values)}
+    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": width, **marks}
+
+
+def _every(values: Sequence) -> int:
+    """For a dozen marks on a curve."""
+    return max(1, len(values) // 12)
+
+
+def _over_steps(ax: Axes, label: str, empty: bool) -> Axes:
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(True, linewidth=0.6, alpha=0.5)
-    if empty:
-        ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", va="center")
-    elif ax.get_legend_handles_labels()[0]:
-        for text in ax.legend(fontsize="small").get_texts():
-            text.set_parse_math(False)
-    return ax
+    return _finish(ax, "optimizer step", label, empty=empty)
 
 
-# -- charts: Curves and heat maps of any numbers as matplotlib Axes, in the style of `plots`: what the insight ob
-
-_COLOURS = (PALETTE[0], PALETTE[5], PALETTE[2], PALETTE[3], "#666666", PALETTE[1])
-_LINES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "x")
-_TICKS = 32  # labels on an axis at most: more would cover each other
-_NAME = 48  # characters of a label
-
-
-def plain(text: object, limit: int = _NAME) -> str:
-    """`one_line`, without the `$` between which matplotlib reads formulas."""
-    return one_line(text, limit).replace("$", r"\$")
-
-
-def curves(
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    x_label: str,
-    y_label: str,
-    title: str = "",
-    log_x: bool = False,
-    ax: Axes | None = None,
-) -> Axes:
-    """A line for each (name, x, y); what is not finite leaves a gap."""
-    with drawing(ax) as ax:
-        for number, (name, x, y) in enumerate(series):
-            values = np.asarray(y, dtype=np.float64)
-            looks = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _LINES[number % len(_LINES)], "linewidth": 1.5}
-            markers = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4, "markevery": max(1, len(values) // 12)}
-            ax.plot(np.asarray(x), np.where(np.isfinite(values), values, np.nan), label=plain(name), **looks, **markers)
-        if log_x:
-            ax.set_xscale("log")
-        if len(series) > 1:
-            ax.legend(fontsize="small")
-        ax.grid(True, linewidth=0.6, alpha=0.5)
-        return _labelled(ax, x_label, y_label, title, empty=not any(len(y) for _, _, y in series))
-
-
-def mark(ax: Axes, x: float, text: str) -> None:
-    """A dotted upright line with a word at it."""
-    ax.axvline(x, color="#666666", linestyle=":", linewidth=1.2, zorder=1)
-    place = {"xy": (x, 1.0), "xycoords": ax.get_xaxis_transform(), "xytext": (-2, -2), "textcoords": "offset points"}
-    ax.annotate(plain(text), rotation=90, ha="right", va="top", fontsize="x-small", **place)
-
-
-def heat_map(
-    values: np.ndarray,
-    rows: Sequence[object],
-    columns: Sequence[object],
-    labels: tuple[str, str, str],
-    title: str = "",
-    limits: tuple[float | None, float | None] = (None, None),
-    ax: Axes | None = None,
-) -> Axes:
-    """Numbers (R, C) as a picture, the first row on top, with a scale beside it; NaN stays white.
-
-    Args:
-        values: (R, C).
-        rows, columns: what stands at the ticks; of many, some evenly spread.
-        labels: of the upright axis, the lying one, and the scale.
-        title: above.
-        limits: of the scale; None: the smallest and largest value.
-        ax: where to draw; a new figure where left out.
-    """
-    with drawing(ax) as ax:
-        values = np.asarray(values, dtype=np.float64)
-        if values.size:
-            image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=limits[0], vmax=limits[1])
-            ax.figure.colorbar(image, ax=ax, label=labels[2])
-        for axis, names in ((ax.yaxis, rows), (ax.xaxis, columns)):
-            every = max(1, math.ceil(len(names) / _TICKS))
-            axis.set_ticks(range(0, len(names), every), [plain(name, 24) for name in names[::every]], fontsize="x-small")
-        wide = sum(len(plain(name, 24)) for name in columns[:: max(1, math.ceil(len(columns) / _TICKS))]) > 90
-        ax.tick_params(axis="x", rotation=90 if wide else 0)
-        return _labelled(ax, labels[1], labels[0], title, empty=not values.size)
-
-
-def _labelled(ax: Any, x_label: str, y_label: str, title: str, empty: bool) -> Any:
+def _finish(ax: Axes, x_label: str, y_label: str, title: str = "", *, empty: bool, grid: bool = True, legend: bool = True) -> Axes:
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     if title:
-        ax.set_title(plain(title, 90), fontsize="medium")
+        ax.set_title(one_line(title, 90), fontsize="medium", parse_math=False)
+    if grid:
+        ax.grid(True, linewidth=0.6, alpha=0.5)
     if empty:
         ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", va="center")
+    elif legend and ax.get_legend_handles_labels()[0]:
+        for text in ax.legend(fontsize="small").get_texts():
+            text.set_parse_math(False)
     return ax
-
-
-def small_maps(maps: Sequence[np.ndarray], names: Sequence[str], title: str) -> Any:
-    """Many maps of one size in a grid, each with its own scale from 0: a figure."""
-    columns = min(8, max(1, len(maps)))
-    lines = math.ceil(len(maps) / columns)
-    with drawing(None) as ax:
-        figure = ax.figure
-        ax.remove()
-        figure.set_size_inches(1.3 * columns, 1.45 * lines + 0.4)
-        for place, (values, name) in enumerate(zip(maps, names, strict=True)):
-            own = figure.add_subplot(lines, columns, place + 1)
-            own.imshow(values, interpolation="nearest", cmap="viridis", vmin=0.0)
-            own.set_title(plain(name), fontsize="x-small")
-            own.set_xticks([])
-            own.set_yticks([])
-        figure.suptitle(plain(title, 90), fontsize="medium")
-        return figure

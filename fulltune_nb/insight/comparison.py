@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,20 +14,20 @@ import yaml
 
 from fulltune_nb.errors import CheckpointError, ConfigError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, counted, cut, esc, human_bytes, table
-from fulltune_nb.training.history import History
+from fulltune_nb.html import NO_MATH, counted, cut, esc, human_bytes, more, table
+from fulltune_nb.training.history import History, RunSummary
 from fulltune_nb.training.run import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
-        from fulltune_nb.plots import Axes
+    from fulltune_nb.plots import Axes
 
 _RESULTS = 12  # entries of result.json that the table shows
 _SETTING = 120  # characters of a value
 
 
 @dataclass
-class Run:
+class ComparedRun:
     """What a run's folder tells; what is missing there is empty, and noted."""
 
     name: str
@@ -39,21 +38,20 @@ class Run:
     """Of `result.json`, where there is one."""
     notes: list[str] = field(default_factory=list)
 
-    def summary(self) -> dict[str, Any]:
-        """The figures of the table; None for what is not known."""
-        steps, evals = self.history.steps, self.history.evals
-        valid = [r for r in evals if r.split == "valid" and math.isfinite(r.loss)]
-        test = [r for r in evals if r.split == "test"]
-        seconds, tokens = sum(r.seconds for r in steps), sum(r.tokens for r in steps)
+    def results(self) -> dict[str, Any]:
+        """The figures of the table, None for what is not known; then single values of `result.json`, under `result.<name>`."""
+        summary = RunSummary.of(self.history)
+        last, best = summary.last_evals, summary.best_evals
         return {
-            "steps": steps[-1].step if steps else 0,
-            "last_loss": steps[-1].loss if steps else None,
-            "best_valid_loss": min((r.loss for r in valid), default=None),
-            "last_valid_loss": valid[-1].loss if valid else None,
-            "test_loss": test[-1].loss if test else None,
-            "tokens_per_second": tokens / seconds if seconds else None,
-            "peak_memory": max((r.peak_memory for r in steps), default=None),
-            "seconds": seconds,
+            "steps": summary.steps,
+            "last_loss": summary.last_loss,
+            "best_valid_loss": best["valid"].loss if "valid" in best else None,
+            "last_valid_loss": last["valid"].loss if "valid" in last else None,
+            "test_loss": last["test"].loss if "test" in last else None,
+            "tokens_per_second": summary.tokens_per_second,
+            "peak_memory": summary.peak_memory,
+            "seconds": summary.seconds,
+            **{f"result.{name}": value for name, value in _flat(self.result).items()},
         }
 
 
@@ -61,10 +59,10 @@ class Comparison:
     """What `compare` returns.
 
     Attributes:
-        runs: a `Run` for each folder, in their order.
+        runs: a `ComparedRun` for each folder, in their order.
     """
 
-    def __init__(self, runs: Sequence[Run]):
+    def __init__(self, runs: Sequence[ComparedRun]):
         self.runs = list(runs)
 
     @property
@@ -77,45 +75,38 @@ class Comparison:
     @property
     def results(self) -> dict[str, list[Any]]:
         """Figure -> its value in each run: from the metrics, and single values of `result.json`, under `result.<name>`."""
-        found = [{**run.summary(), **{f"result.{k}": v for k, v in _flat(run.result).items()}} for run in self.runs]
+        found = [run.results() for run in self.runs]
         names = dict.fromkeys(name for own in found for name in own)
         return {name: [own.get(name) for own in found] for name in names}
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a line for each run: its results, then the settings that differ.
 
-        Raises:
-            MissingDependencyError: pandas is not installed.
+        Raises `MissingDependencyError` without pandas.
         """
         columns = {"run": [run.name for run in self.runs], **self.results, **{f"config.{k}": v for k, v in self.differences.items()}}
         return frame((dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)), list(columns))
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Training losses, smoothed, and validation losses of all runs.
+        """Training losses, smoothed, and validation losses of all runs, on `ax` or a new figure."""
+        from fulltune_nb.plots import plot_runs
 
-        Args:
-            ax: where to draw; a new figure where left out.
-        """
-        from fulltune_nb.plots import draw_runs
-
-        return draw_runs([(run.name, run.history) for run in self.runs], ax, training=True)
+        return plot_runs([(run.name, run.history) for run in self.runs], ax, training=True)
 
     def __repr__(self) -> str:
         return f"Comparison({counted(len(self.runs), 'run')}, {len(self.differences)} settings differ)"
 
     def _repr_html_(self) -> str:
-        names = [run.name for run in self.runs]
-        results = self.results
+        names, results = [run.name for run in self.runs], self.results
         shown = [name for name in results if not name.startswith("result.")]
         told = [results[name] for name in shown]
         own = [name for name in results if name.startswith("result.") and results[name] not in told]
-        shown += own[:_RESULTS]
+        shown, hidden = shown + own[:_RESULTS], more(len(own) - _RESULTS, "entries of result.json, in .results")
         rows = [(name.replace("_", " "), *(_readable(name, value) for value in results[name])) for name in shown]
-        more = f"<div>… and {len(own) - _RESULTS} more entries of result.json, in .results</div>" if len(own) > _RESULTS else ""
         differing = [(name, *(cut(str(value), _SETTING) for value in values)) for name, values in self.differences.items()]
         settings = table(("setting", *names), differing, "Settings that differ") if differing else "<div>All settings are the same.</div>"
         notes = "".join(f"<div>⚠ {esc(run.name)}: {esc(note)}</div>" for run in self.runs for note in run.notes)
-        return f'<div class="{NO_MATH}">{table(("", *names), rows, "Results")}{more}{settings}{notes}</div>'
+        return f'<div class="{NO_MATH}">{table(("", *names), rows, "Results")}{hidden}{settings}{notes}</div>'
 
 
 def compare(runs: Sequence[str | os.PathLike | Trainer] | Mapping[str, str | os.PathLike | Trainer]) -> Comparison:
@@ -142,9 +133,9 @@ def compare(runs: Sequence[str | os.PathLike | Trainer] | Mapping[str, str | os.
     ])
 
 
-def _of_trainer(trainer: Trainer, number: int) -> Run:
+def _of_trainer(trainer: Trainer, number: int) -> ComparedRun:
     name = trainer.run_dir.name if trainer.run_dir else f"trainer {number}"
-    return Run(name, trainer.run_dir, trainer.config.to_dict(), History(trainer.history))
+    return ComparedRun(name, trainer.run_dir, trainer.config.to_dict(), History(trainer.history))
 
 
 def _name(path: Path, paths: Sequence[Path | None]) -> str:
@@ -157,8 +148,8 @@ def _name(path: Path, paths: Sequence[Path | None]) -> str:
     return str(path)
 
 
-def _read(path: Path, name: str) -> Run:
-    run = Run(name, path)
+def _read(path: Path, name: str) -> ComparedRun:
+    run = ComparedRun(name, path)
     there = [file for file in (METRICS_FILE, CONFIG_FILE, RESULT_FILE) if (path / file).is_file()]
     if not there:
         what = "no such folder" if not path.is_dir() else f"the folder holds neither {METRICS_FILE} nor {CONFIG_FILE} nor {RESULT_FILE}"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import regex
@@ -19,40 +20,16 @@ from fulltune_nb.settings import whole_number
 from fulltune_nb.training.callbacks import Attachable
 
 if TYPE_CHECKING:
-        from fulltune_nb.plots import Axes
-
-# -- regex: Patterns from data, matched within a time: a pattern can be written, by mistake or on purpose, that 
-
-SECONDS = 1.0
-_LONGEST = 4000
-"""Characters of a pattern: reading one takes time too, which nothing bounds."""
-
-
-def full_match(pattern: str, text: str, seconds: float = SECONDS) -> tuple[float, str]:
-    """1.0 where the pattern matches the whole text, blanks at its ends aside, else 0.0; and why it could not be tried, or "".
-
-    Patterns are those of Python's `re` (of the `regex` package, which takes these); `.` matches line breaks too.
-    """
-    if len(pattern) > _LONGEST:
-        return 0.0, f"the pattern has {len(pattern):,} characters, more than the {_LONGEST:,} that are tried"
-    try:
-        return float(regex.fullmatch(pattern, text.strip(), flags=regex.DOTALL, timeout=seconds) is not None), ""
-    except TimeoutError:
-        return 0.0, f"the pattern took longer than {seconds:g} s"
-    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
-        return 0.0, f"the pattern cannot be used: {error}"
-
-
-# -- generation_score: Scoring what a model writes: answers to the rows of a split, each judged by a metric, with the wrong
+    from fulltune_nb.plots import Axes
 
 Metric = str | Callable[..., Any]
-_SHOWN = 20
-_CHARACTERS = 600
+_SHOWN = 20  # wrong answers in a cell
+_CHARACTERS = 600  # of a text there
 _KEYS = {"prompt": "prompt", "completion": "completion", "chat": "messages"}
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """One row, the model's answer, and what it is worth."""
 
     source: str
@@ -69,13 +46,13 @@ class GenerationReport:
     """What `evaluate_generation` returns.
 
     Attributes:
-        answers: an `Answer` for each row, in their order.
+        answers: a `ScoredAnswer` for each row, in their order.
         metric: its name.
         seconds: wall-clock time, judging included.
         step: optimizer steps before it, where a callback took it; else None.
     """
 
-    def __init__(self, answers: Sequence[Answer], metric: str, seconds: float, step: int | None = None):
+    def __init__(self, answers: Sequence[ScoredAnswer], metric: str, seconds: float, step: int | None = None):
         self.answers, self.metric, self.seconds, self.step = list(answers), metric, seconds, step
 
     @property
@@ -84,24 +61,16 @@ class GenerationReport:
         return sum(answer.score for answer in self.answers) / len(self.answers)
 
     @property
-    def wrong(self) -> list[Answer]:
+    def wrong(self) -> list[ScoredAnswer]:
         """Answers that got less than 1."""
         return [answer for answer in self.answers if not answer.score >= 1]
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a line for each row.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
-        return frame((vars(answer) for answer in self.answers), list(Answer.__dataclass_fields__))
+        """A pandas DataFrame with a line for each row. Raises `MissingDependencyError` without pandas."""
+        return frame((vars(answer) for answer in self.answers), list(ScoredAnswer.__dataclass_fields__))
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The scores, from the best to the worst.
-
-        Args:
-            ax: where to draw; a new figure where left out.
-        """
+        """The scores, from the best to the worst, on `ax` or a new figure."""
         from fulltune_nb.plots import curves
 
         scores = sorted((answer.score for answer in self.answers), reverse=True)
@@ -157,10 +126,10 @@ def evaluate_generation(
     started = time.perf_counter()
     tools = [question.row.get("tools") for question in questions]
     texts = lm.chat_many([question.messages for question in questions], batch_size, tools, max_tokens=max_tokens, **settings)
-    answers = []
-    for question, text in zip(questions, texts, strict=True):
-        score, note = judge(text, question.expected, question.row)
-        answers.append(Answer(question.source, question.prompt, question.expected, text, score, note))
+    answers = [
+        ScoredAnswer(question.source, question.prompt, question.expected, text, *judge(text, question.expected, question.row))
+        for question, text in zip(questions, texts, strict=True)
+    ]
     return GenerationReport(answers, metric if isinstance(metric, str) else _name(metric), time.perf_counter() - started)
 
 
@@ -210,20 +179,12 @@ class GenerationScore(Attachable):
         trainer.event("generation", f"{report.metric} {report.score:.4f} over {len(report.answers):,} answers")
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a line for each row and step.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
+        """A pandas DataFrame with a line for each row and step. Raises `MissingDependencyError` without pandas."""
         lines = ({"step": report.step, **vars(answer)} for report in self.reports for answer in report.answers)
-        return frame(lines, ["step", *Answer.__dataclass_fields__])
+        return frame(lines, ["step", *ScoredAnswer.__dataclass_fields__])
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The score over the steps.
-
-        Args:
-            ax: where to draw; a new figure where left out.
-        """
+        """The score over the steps, on `ax` or a new figure."""
         from fulltune_nb.plots import curves
 
         name = self.metric if isinstance(self.metric, str) else _name(self.metric)
@@ -285,6 +246,26 @@ def _question(row: Any, number: int, features: Mapping[str, str]) -> _Question:
 
 # -- judging ----------------------------------------------------------------------------------------------------------
 
+SECONDS = 1.0
+"""Patterns come from data, and one can be written, by mistake or on purpose, that takes for ever."""
+_LONGEST = 4000  # characters of a pattern: reading one takes time too, which nothing bounds
+
+
+def full_match(pattern: str, text: str, seconds: float = SECONDS) -> tuple[float, str]:
+    """1.0 where the pattern matches the whole text, blanks at its ends aside, else 0.0; and why it could not be tried, or "".
+
+    Patterns are those of Python's `re` (of the `regex` package, which takes these); `.` matches line breaks too.
+    """
+    if len(pattern) > _LONGEST:
+        return 0.0, f"the pattern has {len(pattern):,} characters, more than the {_LONGEST:,} that are tried"
+    try:
+        return float(regex.fullmatch(pattern, text.strip(), flags=regex.DOTALL, timeout=seconds) is not None), ""
+    except TimeoutError:
+        return 0.0, f"the pattern took longer than {seconds:g} s"
+    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+        return 0.0, f"the pattern cannot be used: {error}"
+
+
 _Judge = Callable[[str, str, Mapping[str, Any]], tuple[float, str]]
 
 
@@ -301,10 +282,8 @@ def _judge(metric: Metric) -> _Judge:
 
 
 def _own(metric: Callable[..., Any]) -> _Judge:
-    import inspect
-
     try:
-        places = [p for p in inspect.signature(metric).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        places = [p for p in signature(metric).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         takes_row = len([p for p in places if p.default is p.empty]) >= 3
     except (TypeError, ValueError):  # a built-in function that does not tell
         takes_row = False

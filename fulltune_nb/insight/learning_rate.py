@@ -109,20 +109,15 @@ class LearningRateSearch:
         return notes
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame with a line for each step.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
+        """A pandas DataFrame with a line for each step. Raises `MissingDependencyError` without pandas."""
         columns = {"learning_rate": self.rates, "loss": self.losses, "smoothed": self.smoothed, "survival": self.survival}
         cells = zip(*(values.tolist() for values in columns.values()), strict=True)
         return frame((dict(zip(columns, line, strict=True)) for line in cells), list(columns))
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Loss against the rate, with the suggestion; and, in the lower corner of a bfloat16 model, where rounding eats updates.
+        """Loss against the rate, with the suggestion, and below which rate rounding eats a bfloat16 model's updates.
 
-        Args:
-            ax: where to draw; a new figure where left out.
+        Drawn on `ax` or a new figure.
         """
         from fulltune_nb.plots import curves, mark
 

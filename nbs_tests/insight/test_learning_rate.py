@@ -55,15 +55,15 @@ def test_an_interrupt_on_the_way_leaves_everything_as_before(make_trainer, monke
     trainer = make_trainer()
     trainer.step()
     before, calls = everything(trainer), []
-    real = trainer.optimizers.update
+    real = trainer.optimizers.update_tensors
 
-    def update(*arguments):
-        real(*arguments)
+    def update(*arguments, **settings):
+        real(*arguments, **settings)
         calls.append(1)
         if len(calls) == 3:
             raise error
 
-    monkeypatch.setattr(trainer.optimizers, "update", update)
+    monkeypatch.setattr(trainer.optimizers, "update_tensors", update)
     with pytest.raises(error):
         ft.find_lr(trainer, steps=12)
     assert everything(trainer) == before
