@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb import svg
 from fulltune_nb.data.encode import Example
@@ -20,6 +20,7 @@ from fulltune_nb.insight.updates import block_of
 from fulltune_nb.models.decoder import Decoder, attention_shares
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.settings import whole_number
+from fulltune_nb.training.layerwise import backward_through
 from fulltune_nb.training.loss import cross_entropy
 from fulltune_nb.training.trainer import Trainer
 
@@ -313,12 +314,9 @@ def lens_logits(model: Decoder, x: mx.array) -> mx.array:
     return model.head(model.norm(x)).astype(mx.float32)
 
 
-Gradients = dict[str, float]
-
-
 def gradients(
     model: Decoder, tokens: np.ndarray, trained: np.ndarray, stream: Sequence[mx.array]
-) -> tuple[float, Gradients, np.ndarray]:
+) -> tuple[float, dict[str, float], np.ndarray]:
     """Loss over the trained tokens and its gradient, block by block from the last.
 
     Args:
@@ -332,54 +330,29 @@ def gradients(
         stream (L + 1, T), by block and position.
     """
     rotation, masks = model.context(len(tokens))
-    places = mx.array(np.flatnonzero(trained).astype(np.int32) - 1)
-    targets = mx.array(tokens[trained].astype(np.int32))
+    ids = mx.array(tokens.astype(np.int32))[None]
+    places, targets = mx.array(np.flatnonzero(trained).astype(np.int32) - 1), ids[0, mx.array(np.flatnonzero(trained))]
     weights = mx.full(targets.shape, 1.0 / targets.size)
 
     def loss_of(x: mx.array) -> mx.array:
         return cross_entropy(model.norm(x)[0][places], model.head_weights(), targets, weights)
 
-    norms, per_token = {}, []
-    last = _Part(model, lambda path: path.split(".")[0] in ("norm", "lm_head", "embed_tokens"))
-    loss, slope, head = last.back(loss_of, stream[-1], mx.array(1.0))
-    norms |= {name: _norm(array) for name, array in head.items() if not name.startswith("embed_tokens")}
-    per_token.append(slope)
+    ends = {name: model[name] for name in ("norm", "lm_head", "embed_tokens") if name in model}
+    loss, (slope,), head = backward_through(ends, loss_of, [stream[-1]], mx.array(1.0))
+    mx.eval(loss, slope, head)
+    norms, slopes = {name: _norm(array) for name, array in head.items() if not name.startswith("embed_tokens")}, [slope]
     for layer in reversed(range(len(model.layers))):
         block, mask = model.layers[layer], masks[layer]
-        part = _Part(block, lambda path: True)
-        _, slope, own = part.back(lambda x, block=block, mask=mask: block(x, rotation, mask), stream[layer], slope)
-        norms |= {f"layers.{layer}.{name}": _norm(array) for name, array in own.items()}
-        per_token.append(slope)
-    ids = mx.array(tokens.astype(np.int32))[None]
-    first = _Part(model, lambda path: path.startswith("embed_tokens"))
-    _, _, own = first.back(lambda _: model.embed(ids, model.compute_dtype), mx.zeros((1,)), slope)
+        through = partial(block, rotation=rotation, mask=mask)
+        (slope,), own = backward_through({f"layers.{layer}": block}, through, [stream[layer]], slope)[1:]
+        mx.eval(slope, own)
+        norms |= {name: _norm(array) for name, array in own.items()}
+        slopes.append(slope)
+    own = backward_through({"embed_tokens": model.embed_tokens}, lambda: model.embed(ids, model.compute_dtype), [], slope)[2]
     for name, array in own.items():  # a tied embedding has a second gradient, from the head
         norms[name] = _norm(array + head[name] if name in head else array)
-    by_position = np.stack([np.linalg.norm(np.array(one[0].astype(mx.float32)), axis=-1) for one in reversed(per_token)])
+    by_position = np.stack([np.linalg.norm(np.array(one[0].astype(mx.float32)), axis=-1) for one in reversed(slopes)])
     return loss.item(), norms, by_position
-
-
-class _Part:
-    """The trainable tensors of a module whose path fits, to be differentiated by."""
-
-    def __init__(self, module: Any, fits: Callable[[str], bool]):
-        self._module = module
-        self._tensors = {name: array for name, array in tree_flatten(module.trainable_parameters()) if fits(name)}
-
-    def back(self, function: Callable, x: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        """Value of `function(x)`, the gradient of x, and of each tensor, for the gradient of the value; all evaluated."""
-        names = list(self._tensors)
-
-        def with_tensors(x: mx.array, *arrays: mx.array) -> mx.array:
-            self._module.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-            return function(x)
-
-        try:
-            values, slopes = mx.vjp(with_tensors, [x, *self._tensors.values()], [cotangent])
-        finally:
-            self._module.update(tree_unflatten(list(self._tensors.items())))
-        mx.eval(values, slopes)
-        return values[0], slopes[0], dict(zip(names, slopes[1:], strict=True))
 
 
 def _norm(array: mx.array) -> float:
