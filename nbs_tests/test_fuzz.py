@@ -26,7 +26,7 @@ from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelErr
 from fulltune_nb.models.families import FAMILIES
 from fulltune_nb.models.folder import read_config_file, weight_files
 from fulltune_nb.tensor_files import read_tensors
-from fulltune_nb.training.run import read_state
+from fulltune_nb.training.state import read_state
 from nbs_tests.models.parity import RAW
 
 HEALTH = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]

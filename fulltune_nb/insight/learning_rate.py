@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, facts
 from fulltune_nb.insight.updates import UpdateMeter, survival
 from fulltune_nb.settings import whole_number
-from fulltune_nb.training.rehearsal import Step, rehearsal
 from fulltune_nb.training.schedule import final_share
 from fulltune_nb.training.trainer import Trainer
 
@@ -166,7 +165,7 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     rounded = sorted(dtypes - {"float32"})
     rates, losses, survivals = [], [], []
     meter = UpdateMeter(every=1, sample=_SAMPLE) if rounded else None
-    with rehearsal(trainer) as step:
+    with trainer.rehearsal() as step:
         trainer.optimizers.observers += [meter] if meter else []
         for rate, loss, share in _sweep(step, np.geomspace(lowest, highest, steps).tolist(), meter):
             rates.append(rate)
@@ -179,11 +178,11 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic, stays)
 
 
-def _sweep(step: Step, rates: Sequence[float], meter: UpdateMeter | None) -> Iterator[tuple[float, float, float]]:
+def _sweep(step: Callable[[float], float], rates: Sequence[float], meter: UpdateMeter | None) -> Iterator[tuple[float, float, float]]:
     """Rate, loss before the update, share of the updates that survived; ends where the loss is not finite."""
     for number, rate in enumerate(rates, 1):
         try:
-            loss = step(rate).loss
+            loss = step(rate)
         except NonFiniteError:  # all is taken back anyway
             yield rate, math.inf, math.nan
             return

@@ -12,7 +12,6 @@ import mlx.core as mx
 from fulltune_nb.cpu import Kernels, streams_for
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
-from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.parameters import Arrays
 from fulltune_nb.training.optimizers import Optimizers
 
@@ -110,28 +109,3 @@ def check_finite(number: int, loss: float, norm: float, batches: Sequence[Batch]
         f"step {number}: the loss is {loss} and the gradient's norm {norm}; nothing was updated. The batch's rows: {rows}."
         " Look at these rows, lower the learning rate, or set max_grad_norm."
     )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step tells about itself."""
-
-    loss: float
-    """Mean over the step's trained tokens, before the update."""
-    grad_norm: float
-    """Of all gradients together, before clipping."""
-
-
-def take_step(
-    model: Decoder, engine: Engine, optimizers: Optimizers, number: int, batches: Sequence[Batch], rate: float, max_norm: float | None
-) -> StepResult:
-    """Forward, backward, update."""
-    gradients = engine.gradients(number, batches)
-    scale = 1.0 if max_norm is None else clip_scale(gradients.norm(), max_norm)
-    gradients.check_finite()
-    optimizers.begin_step(rate, scale)
-    for piece in gradients.pieces(optimizers):
-        optimizers.update_tensors(model, piece.gradients, rows=piece.rows)
-        del piece  # before the next one is computed
-    optimizers.end_step()
-    return StepResult(gradients.loss, gradients.norm())

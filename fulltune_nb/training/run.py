@@ -1,419 +1,54 @@
-"""The folder of a run: settings, reports, events, checkpoints, the best weights.
+"""The folder of a run: settings, reports, events, checkpoints, the best weights; writing it, and finding the run of a folder again.
 
     run_dir/config.yaml       the settings
     run_dir/metrics.jsonl     one line a report of a step or an evaluation
     run_dir/events.jsonl      one line an event, of everything that ever happened to the run
-    run_dir/checkpoints/      step-000000/, step-000100/, ...: see checkpoint.py
+    run_dir/checkpoints/      step-000000/, step-000100/, ...: model folders with the optimizer's state and the run's position
     run_dir/best/             a model folder: the weights with the lowest validation loss
-    run_dir/result.json       what came out, when the run is done: see result.py
-    run_dir/run.lock          there while a process has the run in its hands: see run_lock.py
+    run_dir/result.json       what came out, when the run is done
+    run_dir/run.lock          there while a process has the run in its hands
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
+import math
 import os
 import re
-import shutil
-import socket
-import time
-import uuid
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import psutil
-from mlx.utils import tree_flatten
-
-from fulltune_nb.errors import CheckpointError, ConfigError, FulltuneError, ModelError
-from fulltune_nb.files import (
-    Checksum,
-    append_line,
-    check_space,
-    flush_to_disk,
-    put_in_place,
-    remove_folder,
-    sha256_of,
-    tidy,
-    wait_for_removals,
-    write_text,
-)
-from fulltune_nb.models.folder import check_not_source, save_folder
-from fulltune_nb.models.language_model import LanguageModel
-from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
+from fulltune_nb.data.dataset import DataSet, load_data
+from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, listed
+from fulltune_nb.files import append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
+from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
+from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
-
-# -- run_lock: One run directory, one trainer: a lock that its process holds, and that ends with the process howeve
-
-LOCK_FILE = "run.lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_held: weakref.WeakValueDictionary[tuple[int, int], RunLock] = weakref.WeakValueDictionary()  # by the file's device and number
-
-
-class RunLock:
-    """The lock of a run directory. Let go by `release`, when nothing refers to it any more, or when the process ends.
-
-    A trainer of the same process that takes the directory up again, as when a cell is run twice, takes the lock over; `check`
-    then tells the one before.
-
-    Args:
-        folder: the run directory, which exists.
-
-    Attributes:
-        note: what to tell about a process that ended without letting go; None where there was none.
-        is_ours: False once a later trainer of this process has taken it over.
-
-    Raises:
-        CheckpointError: another process holds it, or the file cannot be written.
-    """
-
-    def __init__(self, folder: Path):
-        self.path = folder / LOCK_FILE
-        self.note: str | None = None
-        self.is_ours = True
-        try:
-            descriptor = self._open()
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error}. Give a run_dir that can be written to.") from error
-        self._release = weakref.finalize(self, _let_go, descriptor, self.path, os.getpid())
-        status = os.fstat(descriptor)
-        _held[status.st_dev, status.st_ino] = self
-
-    def _open(self) -> int:
-        while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if (before := self._of_this_process(descriptor)) is not None:
-                    before.is_ours = False
-                    os.close(descriptor)
-                    descriptor = before._hand_over()
-                    return descriptor
-                owner = _owner(descriptor)
-                self._lock(descriptor, owner)
-                if not self._is_at_its_place(descriptor):
-                    os.close(descriptor)  # its holder let go and removed it in this moment
-                    continue
-                if owner:
-                    self.note = f"taken over from {_describe(owner)}, which ended without letting go"
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, (json.dumps(_this_process()) + "\n").encode(), 0)
-                return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-
-    def _of_this_process(self, descriptor: int) -> RunLock | None:
-        status = os.fstat(descriptor)
-        before = _held.get((status.st_dev, status.st_ino))
-        return before if before is not None and before._release.alive and before._release.peek()[2][2] == os.getpid() else None
-
-    def _hand_over(self) -> int:
-        return self._release.detach()[2][0]
-
-    def _lock(self, descriptor: int, owner: dict[str, Any]) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS and not _may_be_alive(owner):
-                return
-            if error.errno not in (*_NO_LOCKS, errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            gone = f" If that process is gone, remove {self.path}." if error.errno in _NO_LOCKS else ""
-            raise CheckpointError(
-                f"{self.path.parent} is in use by {_describe(owner)}. Two runs never share a run_dir: end that process (in a notebook,"
-                f" shut its kernel down), or give another run_dir.{gone}"
-            ) from None
-
-    def _is_at_its_place(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-
-    def check(self) -> None:
-        """
-        Raises:
-            CheckpointError: a later trainer of this process has taken the directory over.
-        """
-        if not self.is_ours:
-            raise CheckpointError(
-                f"{self.path.parent} has been taken up by a later trainer of this process; go on with that one."
-            )
-
-    def release(self) -> None:
-        """Lets go; nothing happens where that is done already."""
-        self._release()
-
-
-def _let_go(descriptor: int, path: Path, process: int) -> None:
-    if os.getpid() != process:  # a forked child has the parent's lock before it, not one of its own
-        return
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        pass
-    os.close(descriptor)
-
-
-def _this_process() -> dict[str, Any]:
-    return {
-        "process": os.getpid(),
-        "process_started": psutil.Process().create_time(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def _owner(descriptor: int) -> dict[str, Any]:
-    """What the file says; empty where it says nothing that can be read."""
-    try:
-        owner = json.loads(os.pread(descriptor, 10_000, 0))
-    except (ValueError, RecursionError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _describe(owner: dict[str, Any]) -> str:
-    if not owner:
-        return "another process"
-    return f"process {owner.get('process')} on {str(owner.get('host'))[:80]}, which holds it since {str(owner.get('since'))[:40]}"
-
-
-def _may_be_alive(owner: dict[str, Any]) -> bool:
-    if not owner:
-        return False
-    if owner.get("host") != socket.gethostname():
-        return True
-    try:
-        return abs(psutil.Process(owner["process"]).create_time() - owner["process_started"]) < 1
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return False
-
-
-# -- checkpoint: Checkpoints: a model folder with the optimizer's state and the run's position beside it, whole or no
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer.json"
-MANIFEST_FILE = "manifest.json"
-FOLDER_NAME = r"step-\d{6,}"
-_NAME = re.compile(r"step-(\d{6,})")
-_SMALL_FILES = 2**24  # bytes kept free for the tokenizer, the history and the like
-_MAX_JSON = 2**30  # bytes of a manifest or a state that are read
-
-
-def checkpoint_name(step: int) -> str:
-    """`step-000100` for step 100."""
-    return f"step-{step:06d}"
-
-
-def write_checkpoint(
-    folder: Path,
-    save_model: Callable[[Path], Mapping[str, Checksum]],
-    model_bytes: int,
-    optimizer_arrays: Mapping[str, mx.array],
-    state: Mapping[str, Any],
-) -> Path:
-    """Writes a checkpoint under its final name, replacing one of the same name.
-
-    Args:
-        folder: where it will stand.
-        save_model: writes a model folder into the empty folder it is given and returns the checksums (by file name) of what
-            it has them for.
-        model_bytes: size of the weights.
-        optimizer_arrays: the optimizer's state, of any dtypes.
-        state: everything else, as JSON values.
-
-    Raises:
-        CheckpointError: it cannot be written; what stood there before is untouched.
-    """
-    partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        needed = model_bytes + sum(array.nbytes for array in optimizer_arrays.values()) + _SMALL_FILES
-        check_space(folder.parent, needed, "a checkpoint")
-        partial.mkdir(parents=True)
-        # The largest file's checksum takes longest, so it is begun before anything is written.
-        of_optimizer = {OPTIMIZER_FILE: begin_checksum_of(optimizer_arrays)} if optimizer_arrays else {}
-        checksums = {**save_model(partial), **of_optimizer}
-        if optimizer_arrays:
-            write_tensors(partial / OPTIMIZER_FILE, optimizer_arrays)
-        write_text(partial / STATE_FILE, json.dumps(state, allow_nan=False))
-        manifest = {path.name: _sha256(path, checksums.get(path.name)) for path in sorted(partial.iterdir())}
-        write_text(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
-        flush_to_disk(partial)
-        put_in_place(partial, folder)
-    except (OSError, FulltuneError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder} could not be written: {error}. Earlier checkpoints are untouched. Make room or correct the permissions;"
-            " then save again."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _sha256(path: Path, known: Checksum | None) -> str:
-    return sha256_of(path) if known is None else known()
-
-
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(_NAME.fullmatch(folder.name).group(1))
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest step first."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
-
-
-def keep_newest(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep`."""
-    for path in list_checkpoints(folder)[:-keep]:
-        remove_folder(path)
-
-
-def leave_later(folder: Path, step: int) -> None:
-    """Sets the newest checkpoint of a later step aside as `left-step-...`; other later ones, and what was left before, go."""
-    later = [path for path in list_checkpoints(folder) if step_of(path) > step]
-    if not later:
-        return
-    before = [path for path in folder.iterdir() if _NAME.fullmatch(path.name.removeprefix("left-")) and path.name.startswith("left-")]
-    kept = set_aside(later[-1], "left")
-    for path in [*later[:-1], *(path for path in before if path != kept)]:
-        remove_folder(path)
-
-
-def set_aside(folder: Path, why: str) -> Path:
-    """Gives a checkpoint another name, `<why>-step-000100`, so that it counts no more; one of that name is removed."""
-    place = folder.with_name(f"{why}-{folder.name}")
-    put_in_place(folder, place)
-    return place
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint, after every file has been compared with the manifest.
-
-    Raises:
-        CheckpointError: something is missing, damaged, or not what was written.
-    """
-    try:
-        check_files(folder)
-        state = _read_json(folder / STATE_FILE)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
-    problem = _state_problem(state)
-    if problem is None and _NAME.fullmatch(folder.name) and state["step"] != step_of(folder):
-        problem = f"it says step {state['step']}, its folder's name says another"
-    if problem is not None:
-        raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {problem}. Go back to an earlier checkpoint.")
-    return state
-
-
-def check_files(folder: Path) -> None:
-    """Compares a checkpoint's files with its manifest.
-
-    Raises:
-        CheckpointError: one differs, is a link, is missing in the folder or in the manifest, or the manifest names others.
-        OSError, ValueError: the manifest, or a file, cannot be read.
-    """
-    manifest = _read_json(folder / MANIFEST_FILE)
-    if not isinstance(manifest, dict) or not manifest or not all(isinstance(digest, str) for digest in manifest.values()):
-        raise CheckpointError(f"{folder / MANIFEST_FILE} is not a list of files and their sha256.")
-    for name in manifest:
-        if os.path.basename(name) != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{folder / MANIFEST_FILE} names a file outside the folder: {name!r}. Nothing was read.")
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
-    if missing := sorted(manifest.keys() - there):
-        raise CheckpointError(f"{folder} lacks files that its manifest names: {', '.join(missing[:5])}.")
-    if unknown := sorted(there - manifest.keys()):
-        raise CheckpointError(f"{folder} has files that its manifest does not name: {', '.join(unknown[:5])}. Move them elsewhere.")
-    for name, digest in manifest.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is a link or no file at all; a checkpoint holds its files itself. Nothing of it was read.")
-        if sha256_of(path) != digest:
-            raise CheckpointError(f"{path} is not the file that was written: its sha256 differs from the manifest's.")
-
-
-def _read_json(path: Path) -> Any:
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.name} is missing, or a link or no file")
-    if path.stat().st_size > _MAX_JSON:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, more than the {_MAX_JSON:,} that are read")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error
-
-
-_STATE_TYPES: dict[str, tuple[type, ...]] = {
-    "step": (int,), "rate_factor": (int, float), "patience": (dict,), "config": (dict,), "model_source": (str, type(None)),
-    "data": (dict,), "history": (list,), "random": (list,), "versions": (dict,), "optimizer_steps_before": (int,),
-    "backward": (str,),
-}  # fmt: skip
-
-
-def _state_problem(state: Any) -> str | None:
-    if not isinstance(state, dict):
-        return f"expected a JSON object, found a {type(state).__name__}"
-    for name, types in _STATE_TYPES.items():
-        if name not in state:
-            return f"{name!r} is missing"
-        if not isinstance(state[name], types) or isinstance(state[name], bool):
-            return f"{name!r} is {str(state[name])[:60]!r}"
-    if state["backward"] not in ("whole", "layerwise"):
-        return f"'backward' is {state['backward'][:60]!r}"
-    if state["step"] < 0:
-        return f"'step' is {state['step']}"
-    if len(state["random"]) != 2 or not all(isinstance(half, int) and 0 <= half < 2**32 for half in state["random"]):
-        return f"'random' is {str(state['random'])[:60]}"
-    if not isinstance(state["data"].get("fingerprint"), str) or not isinstance(state["data"].get("source"), (str, type(None))):
-        return "'data' has no fingerprint or a wrong source"
-    patience = state["patience"]
-    counts = (patience.get("waited"), patience.get("last_step"))
-    if not isinstance(patience.get("best_loss", ""), (int, float, type(None))) or not all(isinstance(count, int) for count in counts):
-        return f"'patience' is {str(state['patience'])[:60]}"
-    return None
-
-
-def read_optimizer(folder: Path) -> dict[str, mx.array]:
-    """The optimizer's arrays of a checkpoint, evaluated; empty where the optimizer keeps none."""
-    path = folder / OPTIMIZER_FILE
-    arrays = read_tensors(path) if path.exists() else {}
-    mx.eval(list(arrays.values()))
-    return arrays
-
-
-def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
-    """The newest checkpoint of a run that is whole.
-
-    Returns:
-        Its folder, its state, and for each newer one that had to be passed over, why.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    damaged: dict[Path, str] = {}
-    for folder in reversed(list_checkpoints(run_dir / "checkpoints")):
-        try:
-            return folder, read_state(folder), damaged
-        except CheckpointError as error:
-            damaged[folder] = str(error)
-    passed_over = "".join(f"\n  {reason}" for reason in damaged.values())
-    raise CheckpointError(f"No whole checkpoint in {run_dir / 'checkpoints'}. Give the run_dir of a run that was saved.{passed_over}")
-
-
-# -- run_directory: The folder of a run: settings, reports, events, checkpoints, the best weights
+from fulltune_nb.training.lock import RunLock
+from fulltune_nb.training.state import (
+    FOLDER_NAME,
+    TrainerState,
+    checkpoint_name,
+    list_checkpoints,
+    newest_whole,
+    read_optimizer,
+    set_aside,
+    step_of,
+    versions,
+    write_checkpoint,
+)
 
 CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "events.jsonl", "result.json"
 Entry = StepReport | EvalReport | Event
-_LINES_NAMED = 5
+_CHANGE_NO_WEIGHT = {
+    "steps_per_report", "steps_per_eval", "val_batches", "test_batches", "save_every", "keep", "on_save_error", "patience",
+}  # fmt: skip
+"""Settings that may change within a run: they say what is looked at and kept."""
+
+
+# ---- what others read of a run, without its lock
 
 
 def holds_run(path: Path) -> bool:
@@ -448,9 +83,39 @@ def read_metrics(path: Path) -> tuple[History, list[str]]:
         return history, [f"{METRICS_FILE} cannot be read: {error}"]
     if not bad:
         return history, []
-    lines = ", ".join(map(str, bad[:_LINES_NAMED])) + (f" and {len(bad) - _LINES_NAMED:,} more" if len(bad) > _LINES_NAMED else "")
     what = "1 line is no report and was" if len(bad) == 1 else f"{len(bad):,} lines are no reports and were"
-    return history, [f"{METRICS_FILE}: {what} passed over (line {lines})"]
+    return history, [f"{METRICS_FILE}: {what} passed over (line {listed(bad)})"]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a `result.json` says; nothing where there is none, or it is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
+    """Writes `result.json` into a run's folder; what already stands there under other names stays.
+
+    NaN and infinities, which JSON has not, become null.
+    """
+    path = folder / RESULT_FILE
+    text = json.dumps({**read_result(path), **_finite(result)}, indent=1, allow_nan=False)
+    write_text(path, text + "\n")
+    return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---- writing a run
 
 
 class RunDirectory:
@@ -461,11 +126,16 @@ class RunDirectory:
         notes: what was found and put right when it was opened.
     """
 
-    def __init__(self, path: Path, lock: RunLock):
+    def __init__(self, path: Path):
         self.path = path
-        self.notes = [lock.note] if lock.note else []
-        self._lock = lock
+        self._lock = RunLock(path)
         self._unwritten: list[Entry] = []
+        self.notes = [self._lock.note] if self._lock.note else []
+        try:
+            self.notes += tidy(self.path / "checkpoints", rf"(damaged-|left-)?{FOLDER_NAME}")
+            self.notes += tidy(self.path, "best|metrics|events|result|config")
+        except OSError as error:
+            self.notes.append(f"what a killed write left could not be removed: {error}")
 
     @classmethod
     def create(cls, path: str | os.PathLike, config: TrainConfig, source: str | None = None) -> RunDirectory:
@@ -484,18 +154,23 @@ class RunDirectory:
             check_not_source(path, source, "run_dir")
             made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(path)
-            if holds_run(path):
-                lock.release()
-                raise CheckpointError(f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or give a new run_dir.")
-            config.to_yaml(path / CONFIG_FILE)
-            (path / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-            if made:
-                flush_to_disk(path.parent)
+            directory = cls(path)
+            try:
+                if holds_run(path):
+                    raise CheckpointError(
+                        f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or by Trainer(..., resume=\"auto\");"
+                        " or give a new run_dir."
+                    )
+                config.to_yaml(path / CONFIG_FILE)
+                (path / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+                if made:
+                    flush_to_disk(path.parent)
+            except BaseException:
+                directory.close()
+                raise
         except (OSError, ConfigError, ModelError) as error:
             raise CheckpointError(f"run_dir {path} cannot be made: {error}") from error
-        directory = cls(path, lock)
-        directory._tidy()
+        directory._lock.keep()
         return directory
 
     @classmethod
@@ -507,19 +182,14 @@ class RunDirectory:
         """
         if not path.is_dir():
             raise CheckpointError(f"No whole checkpoint in {path / 'checkpoints'}: there is no such folder. Give the run_dir of a run.")
-        directory = cls(path, RunLock(path))
-        directory._tidy()
-        return directory
+        return cls(path)
 
-    def _tidy(self) -> None:
-        try:
-            self.notes += tidy(self.path / "checkpoints", rf"(damaged-|left-)?{FOLDER_NAME}")
-            self.notes += tidy(self.path, "best|metrics|events|result|config")
-        except OSError as error:
-            self.notes.append(f"what a killed write left could not be removed: {error}")
+    def keep(self) -> None:
+        """The run goes on here: a trainer of this process that had the folder before does not get it back."""
+        self._lock.keep()
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Lets go of the folder, or gives it back to the trainer that had it before."""
         wait_for_removals()  # whoever opens it next would find folders half removed
         self._lock.release()
 
@@ -528,16 +198,12 @@ class RunDirectory:
         """Whether no later trainer of this process has taken the folder over."""
         return self._lock.is_ours
 
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints there, oldest first."""
-        return list_checkpoints(self.path / "checkpoints")
+    def has_checkpoints(self) -> bool:
+        """Whether the run was saved at all."""
+        return bool(list_checkpoints(self.path / "checkpoints"))
 
-    def has_checkpoint(self, step: int) -> bool:
-        """Whether the state after a step is saved."""
-        return (self.path / "checkpoints" / checkpoint_name(step)).is_dir()
-
-    def save_checkpoint(self, lm: LanguageModel, optimizer_arrays: Mapping[str, mx.array], state: dict[str, Any], keep: int) -> Path:
-        """Writes the checkpoint of `state["step"]`, then removes all but the newest `keep`.
+    def save_checkpoint(self, lm: LanguageModel, state: TrainerState, keep: int) -> Path:
+        """Writes the checkpoint of a state whose weights the model holds, then removes all but the newest `keep`.
 
         Of checkpoints of later steps, which a trainer that went back has left, the last is set aside as `left-step-...`.
 
@@ -545,14 +211,21 @@ class RunDirectory:
             CheckpointError: it cannot be written; earlier ones are untouched.
         """
         self._lock.check()
-        folder = self.path / "checkpoints" / checkpoint_name(state["step"])
-        save_model(folder, lm, optimizer_arrays, state)
+        folder = self.path / "checkpoints"
+        written = folder / checkpoint_name(state.step)
+        write_checkpoint(written, lm, state)
         try:
-            leave_later(self.path / "checkpoints", state["step"])
-            keep_newest(self.path / "checkpoints", keep)
+            later = [path for path in list_checkpoints(folder) if step_of(path) > state.step]
+            if later:
+                left_before = [path for path in folder.iterdir() if re.fullmatch(f"left-{FOLDER_NAME}", path.name)]
+                kept = set_aside(later[-1], "left")
+                for path in [*later[:-1], *(path for path in left_before if path != kept)]:
+                    remove_folder(path)
+            for path in list_checkpoints(folder)[:-keep]:
+                remove_folder(path)
         except OSError as error:
-            raise CheckpointError(f"{folder} is written, but older checkpoints could not be removed: {error}") from error
-        return folder
+            raise CheckpointError(f"{written} is written, but older checkpoints could not be removed: {error}") from error
+        return written
 
     def save_best(self, lm: LanguageModel) -> None:
         """Makes the present weights the best ones.
@@ -561,7 +234,7 @@ class RunDirectory:
             CheckpointError: they cannot be written; the former best ones are untouched.
         """
         self._lock.check()
-        save_model(self.path / "best", lm, {}, {})
+        write_checkpoint(self.path / "best", lm)
 
     def append(self, entry: Entry) -> None:
         """One line into `metrics.jsonl`, or `events.jsonl`, handed to the system at once.
@@ -590,29 +263,173 @@ class RunDirectory:
         Raises:
             CheckpointError: it cannot be written.
         """
-        self._lock.check()
-        entries = [entry.to_dict() for entry in history if not isinstance(entry, Event)]
-        self.write_text(METRICS_FILE, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries))
+        lines = [json.dumps(entry.to_dict(), allow_nan=False) + "\n" for entry in history if not isinstance(entry, Event)]
+        self._write(METRICS_FILE, lambda: write_text(self.path / METRICS_FILE, "".join(lines)))
         self._unwritten = [entry for entry in self._unwritten if isinstance(entry, Event)]
 
-    def write_text(self, name: str, text: str) -> None:
-        """A file of the run, atomically.
+    def write_config(self, config: TrainConfig) -> None:
+        """The settings that the run goes on with.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        self._write(CONFIG_FILE, lambda: config.to_yaml(self.path / CONFIG_FILE))
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """What came out, into `result.json`.
 
         Raises:
             CheckpointError: it cannot be written.
         """
+        self._write(RESULT_FILE, lambda: write_result(self.path, result))
+
+    def _write(self, name: str, write: Callable[[], Any]) -> None:
         self._lock.check()
         try:
-            write_text(self.path / name, text)
-        except OSError as error:
+            write()
+        except (OSError, ConfigError) as error:
             raise CheckpointError(f"{self.path / name} could not be written: {error}. Checkpoints are untouched.") from error
 
 
-def save_model(folder: Path, lm: LanguageModel, optimizer_arrays: Mapping[str, mx.array], state: Mapping[str, Any]) -> Path:
-    """A checkpoint of a language model; see `write_checkpoint`."""
-    size = sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
+# ---- the run of a folder
 
-    def save(place: Path) -> dict[str, Checksum]:
-        return save_folder(place, lm.model, lm.tokenizer, lm.generation_config, with_checksums=True)
 
-    return write_checkpoint(folder, save, size, optimizer_arrays, state)
+class StoredRun:
+    """The run of a folder, at its newest whole checkpoint; locked. What of model, data and settings goes with it is found here.
+
+    Args:
+        run_dir: the folder given to the `Trainer` that began the run.
+        force: go on even though data, model or settings differ from what the run began with.
+
+    Attributes:
+        directory: the folder.
+        checkpoint: the checkpoint's folder.
+        notes: what the user should hear about how it was found.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or another process has the run in its hands.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, force: bool):
+        self.directory, self._force = RunDirectory.open(Path(run_dir).expanduser()), force
+        try:
+            self.checkpoint, self._state, self._damaged = newest_whole(self.directory.path)
+        except BaseException:
+            self.directory.close()
+            raise
+        self.notes = list(self.directory.notes)
+        then, now = self._state["versions"], versions()
+        changed = [f"{name} was {str(then[name])[:40]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
+        if changed:
+            self.notes.append(
+                f"not the same versions as when the run was saved, so its numbers may differ in the last digits: {'; '.join(changed)}"
+            )
+
+    def __enter__(self) -> StoredRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.directory.close()
+
+    def config(self, given: TrainConfig | None = None) -> TrainConfig:
+        """The settings to go on with: those given, or those of the run's `config.yaml`.
+
+        Raises:
+            CheckpointError: they differ from the checkpoint's in a way that matters.
+        """
+        stored, path = TrainConfig.from_dict(self._state["config"]), self.directory.path / CONFIG_FILE
+        if given is None and not path.exists():
+            self.notes.append(f"{path} is missing; the settings stored in the checkpoint are used")
+            return stored
+        now, place = (given, "the config given") if given is not None else (TrainConfig.from_yaml(path).fill_from(stored), path)
+        before, after = stored.to_dict(), now.to_dict()
+        free = _CHANGE_NO_WEIGHT | ({"iters", "epochs"} if stored.lr_schedule in (None, "constant") else set())
+        changed = {name: f"{name} was {before[name]!r} and is {after[name]!r}" for name in before if before[name] != after[name]}
+        matters = [text for name, text in changed.items() if name not in free]
+        if matters and not self._force:
+            raise CheckpointError(
+                f"{place} has changed in a way that matters since the run was last saved: {'; '.join(matters)}. Put it back, give"
+                " force=True to go on with the new settings, or begin a run of its own with trainer.fork(run_dir, ...)."
+            )
+        if changed:
+            self.notes.append(f"settings changed in {CONFIG_FILE if given is None else 'the config given'}: {'; '.join(changed.values())}")
+        return now
+
+    def model(self, lm: LanguageModel | None) -> LanguageModel:
+        """The model with the checkpoint's weights: the one given, or a new one.
+
+        Raises:
+            CheckpointError: the one given is another model.
+        """
+        if lm is None:
+            lm = load_model(self.checkpoint)
+            lm.source = self._state["model_source"]
+            return lm
+        stored = read_config_file(self.checkpoint / "config.json")
+        differences = [
+            f"{name} was {value!r} and is {getattr(lm.config, name)!r}"
+            for name, value in vars(stored).items()
+            if name != "raw" and value != getattr(lm.config, name)
+        ]
+        if differences:
+            message = f"the model given is not the one of the run: {'; '.join(differences)}"
+            if not self._force:
+                raise CheckpointError(f"{message}. Give the same model or none, or force=True to go on with this one.")
+            self.notes.append(message)
+        load_folder_weights(lm.model, self.checkpoint)
+        return lm
+
+    def data(self, data: DataSet | str | os.PathLike | None, lm: LanguageModel, config: TrainConfig) -> DataSet:
+        """The run's data: as given, or from the folder it was in.
+
+        Raises:
+            CheckpointError: it is not there, or trains otherwise than the data of the run.
+        """
+        source = self._state["data"]["source"]
+        if data is None and source is None:
+            raise CheckpointError("The run's data was in memory, so it is not stored. Pass it again: Trainer.resume(run_dir, data=data).")
+        if data is None and not Path(source).is_dir():
+            raise CheckpointError(
+                f"The run's data was in {source}, where there is no folder now. Pass its new place or the data itself:"
+                " Trainer.resume(run_dir, data='new/place')."
+            )
+        if data is None or isinstance(data, (str, os.PathLike)):
+            data = load_data(source if data is None else data, lm.tokenizer, config=config)
+        if not isinstance(data, DataSet):
+            raise DataError(f"data: expected what load_data returns, or a folder, got {type(data).__name__}.")
+        self.notes += check_same_data(data, self._state["data"], self._force)
+        return data
+
+    def backward(self, config: TrainConfig) -> str | None:
+        """How the run began to compute gradients: chosen again with other memory about, it might differ, and so would the last digits.
+        None: the settings now say otherwise."""
+        same = all(getattr(config, name) == self._state["config"].get(name) for name in ("backward", "memory"))
+        return self._state["backward"] if same else None
+
+    def state(self) -> TrainerState:
+        """Where the run stands; the weights are in the model already."""
+        return TrainerState.from_json(self._state, read_optimizer(self.checkpoint))
+
+    def put_damaged_away(self) -> None:
+        """Gives newer checkpoints that are damaged another name, out of the way of those to come."""
+        for path, why in self._damaged.items():
+            try:
+                place = set_aside(path, "damaged").name
+            except OSError:
+                place = path.name
+            self.notes.append(f"passed over a damaged checkpoint, now called {place}: {why}")
+
+
+def check_same_data(data: DataSet, stored: Mapping[str, Any], force: bool) -> list[str]:
+    """A note where the data trains otherwise than the data of the run, and `force` is True.
+
+    Raises:
+        CheckpointError: `force` is False.
+    """
+    if data.fingerprint == stored["fingerprint"]:
+        return []
+    message = f"the data differs from what the run began with (fingerprint {data.fingerprint[:12]}, then {stored['fingerprint'][:12]})"
+    if not force:
+        raise CheckpointError(f"{message}. Give the same rows, settings and tokenizer, or force=True to go on with these.")
+    return [message]

@@ -1,194 +1,76 @@
-"""The trainer: one optimizer step at a time, whole after each, resumable from any checkpoint.
+"""The loop: one optimizer step at a time, whole after each, with evaluations and checkpoints when they are due.
 
 Randomness is a function of the seed and the position (epoch, step): nothing has to be remembered but where the run stands.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.cpu import cap_cache
+from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.encode import Example
-from fulltune_nb.errors import CheckpointError, DataError, TrainingError
+from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import select_trainable
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.gradients import Engine, take_step
+from fulltune_nb.training.gradients import clip_scale
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.plan import make_plan
-from fulltune_nb.training.run import RESULT_FILE, RunDirectory
+from fulltune_nb.training.run import RunDirectory, StoredRun, check_same_data, holds_run
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
-from fulltune_nb.training.state import Branching, Patience, check_whole, resume_run, state_of, step_failed, torn_reason, versions
+from fulltune_nb.training.state import (
+    Patience,
+    Snapshot,
+    TrainerState,
+    copied,
+    copy_of,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+    versions,
+)
 
 _METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
-
-# -- result: What came out of a run, as JSON values: `result.json` of its directory, for those who compare many r
-
-def result_of(trainer: Trainer) -> dict[str, Any]:
-    """Losses in nats, times in seconds, memory in bytes. What there was none of is null."""
-    steps, evals = trainer.history.steps, trainer.history.evals
-    valid = [report for report in evals if report.split == "valid"]
-    finite = [report for report in valid if math.isfinite(report.loss)]
-    tests = [report for report in evals if report.split == "test"]
-    return {
-        "steps": trainer.step_count,
-        "total_steps": trainer.total_steps,
-        "stopped_early": trainer.stopped_early,
-        "epochs": steps[-1].epoch if steps else 0.0,
-        "tokens": sum(report.tokens for report in steps),
-        "seconds_in_steps": sum(report.seconds for report in steps),
-        "peak_memory": max((report.peak_memory for report in steps), default=None),
-        "train_loss_last": _finite(steps[-1].loss) if steps else None,
-        "valid_last": _eval(valid[-1]) if valid else None,
-        "valid_best": _eval(min(finite, key=lambda report: report.loss)) if finite else None,
-        "test": _eval(tests[-1]) if tests else None,
-        "config": trainer.config.to_dict(),
-        "model_source": trainer.lm.source,
-        "num_parameters": trainer.lm.num_parameters,
-        "data": {"source": trainer.data.source, "fingerprint": trainer.data.fingerprint},
-        "versions": versions(),
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
+_NEW_SCHEDULE = {"learning_rate", "lr_schedule", "warmup"}
+_NEW_OPTIMIZER = {"optimizer", "optimizer_config", "train_only", "freeze"}
 
 
-def write_result(trainer: Trainer) -> None:
-    """Writes `result.json`, or anew, where the run is done and has a directory.
-
-    Raises:
-        CheckpointError: it cannot be written, and `on_save_error` is "stop".
-    """
-    if trainer._directory is None or not trainer.done:
-        return
-    try:
-        trainer._directory.write_text(RESULT_FILE, json.dumps(result_of(trainer), indent=1, allow_nan=False) + "\n")
-    except CheckpointError as error:
-        if trainer.config.on_save_error == "stop":
-            raise
-        trainer.event("save_failed", str(error))
-
-
-def _eval(report: EvalReport) -> dict[str, Any]:
-    return {"step": report.step, "loss": _finite(report.loss), "perplexity": _finite(report.perplexity), "tokens": report.tokens}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-# -- upkeep: What is due between two steps of a run: validation, the best weights, checkpoints, the result; and w
-
-class Upkeep:
-    """Does what is due after the steps of one trainer, each thing once.
-
-    Attributes:
-        saved_step: the step whose checkpoint was written last by this trainer, or that it was resumed from; -1 for none.
-        result_step: the step at which `result.json` was written; -1 for none.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self._trainer = trainer
-        self.forget()
-
-    def forget(self) -> None:
-        """After going back to an earlier state: what was written is not of this line."""
-        self.saved_step = self.result_step = -1
-
-    def do(self) -> None:
-        """Validation, checkpoint and result, if they are due at this step and not done yet."""
-        trainer = self._trainer
-        at_end = trainer.step_count == trainer.total_steps
-        if at_end or trainer.step_count % trainer.config.steps_per_eval == 0:
-            self._evaluate_valid()
-        if trainer.step_count and (trainer.done or trainer.step_count % trainer.config.save_every == 0):
-            with interrupts_deferred():
-                self.save_unless_saved()
-        if trainer.done and self.result_step != trainer.step_count:
-            write_result(trainer)
-            self.result_step = trainer.step_count
-
-    def evaluated(self) -> None:
-        """An evaluation after the end, such as a test, belongs into the result."""
-        if self.result_step == self._trainer.step_count:
-            write_result(self._trainer)
-
-    def save_unless_saved(self) -> None:
-        """A checkpoint of this step, where there is a directory and none was written."""
-        if self._trainer.run_dir and self.saved_step != self._trainer.step_count:
-            self._trying(self._trainer.save)
-
-    def _evaluate_valid(self) -> None:
-        """The validation that is due, once a step; keeps the best weights and counts towards `patience`."""
-        trainer, patience = self._trainer, self._trainer.patience
-        if trainer.data.valid is None or trainer.config.val_batches == 0 or patience.last_step == trainer.step_count:
-            return
-        loss = trainer.evaluate("valid", None if trainer.config.val_batches < 0 else trainer.config.val_batches).loss
-        with interrupts_deferred():
-            if patience.improved(trainer.step_count, loss):
-                if trainer.run_dir and trainer.step_count:
-                    self._trying(lambda: trainer._directory.save_best(trainer.lm))
-            elif trainer.stopped_early:
-                message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
-                trainer.event("early_stop", message)
-
-    def _trying(self, save: Callable[[], Any]) -> None:
-        trainer = self._trainer
-        try:
-            save()
-        except CheckpointError as error:
-            if trainer.config.on_save_error == "stop" or not trainer._directory.is_ours:
-                raise
-            trainer.event("save_failed", str(error))
-
-
-# -- trainer_view: What a trainer shows in a cell
-
-def trainer_html(trainer: Trainer) -> str:
-    """Where it stands, as a table."""
-    last = trainer.history.steps[-1].loss if trainer.history.steps else None
-    per_epoch = trainer.steps_per_epoch
-    return facts(
-        "Trainer",
-        [
-            ("step", f"{trainer.step_count:,} of {trainer.total_steps:,}"),
-            ("epoch", f"{trainer.step_count / per_epoch:.2f} ({per_epoch:,} steps each)"),
-            ("last loss", "none yet" if last is None else f"{last:.4f}"),
-            ("next learning rate", f"{trainer.learning_rate:.3g}"),
-            ("optimizer", trainer.config.optimizer),
-            ("run_dir", trainer.run_dir or "none: nothing is written"),
-        ],
-    )
-
-
-# -- trainer: The trainer: one optimizer step at a time, whole after each, resumable from any checkpoint
-
-class Trainer(Branching):
+class Trainer:
     """Trains every weight of a model, one whole step at a time.
 
     Attributes:
         lm: the language model; its weights change in place.
         data: the data set; `data.train` is trained on.
         config: the settings.
+        run_dir: where checkpoints and metrics go, or None.
+        history: every report and event so far, oldest first.
+        listeners: callbacks that are told of every report and event for as long as they stand here, in `run` and outside.
+        batches: the micro-batches of every step.
+        engine: computes the gradients.
+        optimizers: updates the weights; its `observers` see each tensor's update.
+        backward: "whole" or "layerwise": how gradients are computed, from `config.memory` and `config.backward`.
         step_count: optimizer steps taken.
         total_steps: steps of the whole run.
         patience: the count of validation losses.
         optimizer_steps_before: steps taken before the optimizer was begun anew, in a fork with another one.
-        backward: "whole" or "layerwise": how gradients are computed, from `config.memory` and `config.backward`.
         interrupted: whether the last `run` was ended by an interrupt.
     """
 
@@ -199,6 +81,7 @@ class Trainer(Branching):
         config: TrainConfig | None = None,
         run_dir: str | os.PathLike | None = None,
         force: bool = False,
+        resume: str | StoredRun | None = None,
     ):
         """
         Args:
@@ -206,17 +89,33 @@ class Trainer(Branching):
             data: needs a train split; its settings must agree with the config's.
             config: the settings; the defaults where left out.
             run_dir: a new folder for checkpoints and metrics, locked while this trainer lives; None writes nothing.
-            force: go on even where `preflight` says that the run does not fit into this machine's memory.
+            force: go on even where `preflight` says that the run does not fit into this machine's memory; with `resume`, even
+                though data, model or settings differ from what the run began with.
+            resume: "auto" goes on with the run that `run_dir` holds, from its newest checkpoint, and begins it where there is none.
 
         Raises:
             ConfigError: settings that disagree with the data's, or patterns that match nothing.
             DataError: no train split.
             MemoryLimitError: the run does not fit; the message says what would make it fit.
-            CheckpointError: `run_dir` already holds a run, or lies in the source model's folder.
+            CheckpointError: `run_dir` already holds a run (with `resume`: another one than this), or lies in the source model's folder.
         """
-        self._set_up(lm, data, config or TrainConfig(), force)
-        if run_dir is not None:
-            self._write_into(RunDirectory.create(run_dir, self.config, lm.source))
+        if data.train is None:
+            raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
+        config = (config or TrainConfig()).for_data(data.settings)
+        if resume not in (None, "auto") and not isinstance(resume, StoredRun):
+            raise ConfigError(f'resume: expected "auto" or None, got {resume!r:.80}. Trainer.resume(run_dir) goes on with a run.')
+        if resume == "auto" and run_dir is not None and holds_run(Path(run_dir).expanduser()):
+            with StoredRun(run_dir, force) as stored:
+                config = stored.config(config)
+                stored.data(data, lm, config)
+                self._begin(stored.model(lm), data, config, force, stored)
+            stored.directory.write_config(config)
+        elif isinstance(resume, StoredRun):
+            self._begin(lm, data, config, force, resume)
+        else:
+            self._begin(lm, data, config, force)
+            if run_dir is not None:
+                self._write_into(RunDirectory.create(run_dir, config, lm.source))
 
     @classmethod
     def resume(
@@ -239,25 +138,23 @@ class Trainer(Branching):
             CheckpointError: no whole checkpoint, a process that has the run in its hands, or (unless forced) a difference in data,
                 model or settings that matters.
         """
-        return resume_run(cls, run_dir, lm, data, force)
+        with StoredRun(run_dir, force) as stored:
+            config = stored.config()
+            lm = stored.model(lm)
+            return cls(lm, stored.data(data, lm, config), config, force=force, resume=stored)
 
-    def _set_up(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool = False, backward: str | None = None) -> None:
-        if data.train is None:
-            raise DataError("Training needs a train split; this data has none. Add train.jsonl (or the key 'train').")
-        config = config.for_data(data.settings)
+    def _begin(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool, stored: StoredRun | None = None) -> None:
+        """At step 0, or where a stored run stands."""
         self.lm, self.data, self.config = lm, data, config
+        self.history, self.listeners, self.patience = History(), [], Patience(config.patience)
+        self.step_count = self.optimizer_steps_before = 0
         self.interrupted = False
-        self.step_count = 0
-        self.optimizer_steps_before = 0
-        self.history = History()
-        self.listeners: list[Any] = []
-        self._callbacks: tuple[Any, ...] = ()
         self._directory: RunDirectory | None = None
-        self._loops, self._failed, self._metrics_fail = 0, False, False
+        self._callbacks: tuple[Any, ...] = ()
+        self._loops_open, self._failed, self._metrics_fail = 0, False, False
+        self._forget_what_is_written()
         lm.card = ModelCard(lm.source, data, config, self.history)
-        self._upkeep = Upkeep(self)
-        self.patience = Patience(config.patience)
-        plan = make_plan(lm, data, config, force, backward)
+        plan = make_plan(lm, data, config, force, stored and stored.backward(config))
         for kind, message in plan.notes:
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
@@ -267,18 +164,32 @@ class Trainer(Branching):
             mx.eval(lm.model.parameters())
         select_trainable(lm.model, config.train_only, config.freeze)
         cap_cache(lean=plan.gives_back)
-        self._optimizers = Optimizers(lm.model, config)
-        self._engine = plan.make_engine(lm.model)
+        self.optimizers = Optimizers(lm.model, config)
+        self.engine = plan.make_engine(lm.model)
+        if stored is not None:
+            self._go_on_with(stored)
+
+    def _go_on_with(self, stored: StoredRun) -> None:
+        self._directory = stored.directory
+        self._put_state(stored.state())
+        stored.put_damaged_away()
+        stored.directory.keep()
+        self._saved_step = self.step_count
+        for note in (*stored.notes, f"resumed at step {self.step_count} from {stored.checkpoint}"):
+            self.event("resume", note)
+
+    # -- where it stands ------------------------------------------------------------------------------------------
 
     @property
-    def optimizers(self) -> Optimizers:
-        """What updates the weights; its `observers` see each tensor's update."""
-        return self._optimizers
-
-    @property
-    def engine(self) -> Engine:
-        """What computes the gradients: forward and backward."""
-        return self._engine
+    def state(self) -> str:
+        """"ready" before the first step, "running", "paused", "done", "stopped early", or "failed" after an error."""
+        if self._loops_open:
+            return "running"
+        if self._failed or self._torn():
+            return "failed"
+        if self.done:
+            return "stopped early" if self.stopped_early else "done"
+        return "paused" if self.step_count or self.interrupted else "ready"
 
     @property
     def run_dir(self) -> Path | None:
@@ -300,28 +211,9 @@ class Trainer(Branching):
         """Whether the run has taken all its steps or was stopped early."""
         return self.stopped_early or self.step_count >= self.total_steps
 
-    @property
-    def state(self) -> str:
-        """"ready" before the first step, "running", "paused", "done", "stopped early", or "failed" after an error."""
-        if self._loops:
-            return "running"
-        if self._failed or torn_reason(self):
-            return "failed"
-        if self.done:
-            return "stopped early" if self.stopped_early else "done"
-        return "paused" if self.step_count or self.interrupted else "ready"
-
-    @contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """Within the block the state is "running"; an error that leaves it makes it "failed"."""
-        self._loops, self._failed = self._loops + 1, False
-        try:
-            yield
-        except Exception:
-            self._failed = True
-            raise
-        finally:
-            self._loops -= 1
+    def batch_at(self, step: int) -> list[Example]:
+        """The rows that step `step` trains on; counted as in its report (from 1), steps to come too."""
+        return self.batches.examples_of(step)
 
     # -- one step -------------------------------------------------------------------------------------------------
 
@@ -334,44 +226,101 @@ class Trainer(Branching):
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
         """
-        with self._under_way(), interrupts_deferred():
-            check_whole(self)
-            if self.step_count == 0 and self._directory and not self._directory.checkpoints():
+        with self._running(), interrupts_deferred():
+            self._check_whole()
+            if self.step_count == 0 and self._directory and not self._directory.has_checkpoints():
                 self.save()  # a run can always go back to where it began
-            started = time.perf_counter()
+            started, rate = time.perf_counter(), self.learning_rate
             mx.reset_peak_memory()
             batches = self.batches.of_step(self.step_count)
-            rate = self.learning_rate
             try:
-                limit = self.config.max_grad_norm
-                result = take_step(self.lm.model, self._engine, self._optimizers, self.step_count + 1, batches, rate, limit)
+                loss, norm = self._take_step(self.step_count + 1, batches, rate)
             except BaseException as error:
-                step_failed(self, error)
+                self._step_failed(error)
                 raise
+            seconds, tokens = time.perf_counter() - started, sum(batch.num_tokens for batch in batches)
             self.step_count += 1
-            report = self._report(result.loss, result.grad_norm, rate, sum(batch.num_tokens for batch in batches), started)
+            report = StepReport(
+                step=self.step_count,
+                epoch=self.step_count / self.steps_per_epoch,
+                loss=loss,
+                tokens=tokens,
+                learning_rate=rate,
+                grad_norm=norm,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                peak_memory=mx.get_peak_memory(),
+                active_memory=mx.get_active_memory(),
+                cache_memory=mx.get_cache_memory(),
+            )
             self.record(report)
         return report
 
-    def _report(self, loss: float, norm: float, rate: float, tokens: int, started: float) -> StepReport:
-        seconds = time.perf_counter() - started
-        return StepReport(
-            step=self.step_count,
-            epoch=self.step_count / self.batches.steps_per_epoch,
-            loss=loss,
-            tokens=tokens,
-            learning_rate=rate,
-            grad_norm=norm,
-            seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            peak_memory=mx.get_peak_memory(),
-            active_memory=mx.get_active_memory(),
-            cache_memory=mx.get_cache_memory(),
+    def _take_step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
+        """Forward, backward, clip and update of step `number`, counted from 1. Returns the loss, and the norm before clipping."""
+        limit = self.config.max_grad_norm
+        gradients = self.engine.gradients(number, batches)
+        scale = 1.0 if limit is None else clip_scale(gradients.norm(), limit)
+        gradients.check_finite()
+        self.optimizers.begin_step(learning_rate, scale)
+        for piece in gradients.pieces(self.optimizers):  # one with all of them, or layer by layer
+            self.optimizers.update_tensors(self.lm.model, piece.gradients, rows=piece.rows)
+            del piece  # before the next one is computed
+        self.optimizers.end_step()
+        return gradients.loss, gradients.norm()
+
+    def _step_failed(self, error: BaseException) -> None:
+        """The step in progress was left by `error`, which the caller raises again when this returns.
+
+        Raises:
+            TornStepError: `error`, its cause, came when a part of the weights had been updated. An interrupt stays one, and the next
+                use of the trainer raises this.
+        """
+        self.optimizers.abandon_step()
+        self.lm.torn = self._torn(error)
+        if self.lm.torn and isinstance(error, Exception):
+            raise TornStepError(self.lm.torn) from error
+
+    def _check_whole(self) -> None:
+        if reason := self._torn():
+            raise TornStepError(self.lm.torn or reason)
+
+    def _torn(self, error: BaseException | None = None) -> str | None:
+        """Why the weights are of no use, where a step was broken off (by `error`) between its first and its last update."""
+        if self.optimizers.step == self.step_count - self.optimizer_steps_before:
+            return None
+        why = f", by {type(error).__name__}{f': {error}' if str(error) else ''}" if error else ""
+        back = f"Trainer.resume({str(self.run_dir)!r})" if self.run_dir else "trainer.restore(a snapshot), or a new trainer"
+        return (
+            f"Step {self.step_count + 1} was broken off in the middle of its update{why}. Some weights are new and some old, so they are"
+            f" neither trained on, nor used, nor saved. What is on the disk is whole: go on with {back}."
         )
 
-    def batch_at(self, step: int) -> list[Example]:
-        """The rows that step `step` trains on; counted as in its report (from 1), steps to come too."""
-        return self.batches.examples_of(step)
+    @contextmanager
+    def rehearsal(self) -> Iterator[Callable[[float], float]]:
+        """A function that takes the next step with a learning rate and returns its loss; after the block all is as it was, bit for bit.
+
+        The steps are the trainer's own, with its data, its optimizer and its way to get gradients, but they are in no history and
+        move no schedule. Nothing is copied: while somebody holds the old arrays, updates are made in new memory. So the block needs
+        memory for a second set of weights and optimizer state.
+        """
+        before, taken = self._state(), 0
+        mx.eval(before.weights, before.optimizer_arrays)
+        observers, self.optimizers.observers = self.optimizers.observers, []
+
+        def step(learning_rate: float) -> float:
+            nonlocal taken
+            number, taken = self.step_count + taken, taken + 1
+            return self._take_step(number + 1, self.batches.of_step(number), learning_rate)[0]
+
+        try:
+            yield step
+        finally:
+            self.optimizers.end_step()  # one that failed on the way
+            self.optimizers.observers = observers
+            self.optimizers.load_state_arrays(before.optimizer_arrays)
+            self.lm.model.update(tree_unflatten(list(before.weights.items())))
+            set_random_state(before.random)
 
     # -- many steps -----------------------------------------------------------------------------------------------
 
@@ -381,18 +330,32 @@ class Trainer(Branching):
         Evaluates and saves when due, before the step's report is handed out.
         """
         target = self._target(n)
-        check_whole(self)
-        with self._under_way():
+        self._check_whole()
+        with self._running():
             if self.step_count or not self.done:
-                self._upkeep.do()  # what an interrupt kept from being done after the last step
+                self._evaluate_if_due()  # what an interrupt kept from being done after the last step
+                self._save_if_due()
             while self.step_count < target and not self.stopped_early:
                 report = self.step()
-                self._upkeep.do()
+                self._evaluate_if_due()
+                self._save_if_due()
                 yield report
 
     def _target(self, n: int | None) -> int:
         """The step count at which `n` more steps end."""
         return self.total_steps if n is None else min(self.total_steps, self.step_count + n)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Within the block the state is "running"; an error that leaves it makes it "failed"."""
+        self._loops_open, self._failed = self._loops_open + 1, False
+        try:
+            yield
+        except Exception:
+            self._failed = True
+            raise
+        finally:
+            self._loops_open -= 1
 
     def run(self, n: int | None = None, callbacks: Sequence[Any] = ()) -> None:
         """Trains to the end of the run, or `n` more steps; returns at once when the run is done.
@@ -414,24 +377,24 @@ class Trainer(Branching):
         """
         self.interrupted = False
         before, self._callbacks = self._callbacks, (*callbacks, *(make() for make in default_callbacks))
-        with termination_pauses():
-            try:
+        try:
+            with termination_pauses():
                 self.tell("on_start", self._target(n))
-                for _ in self.steps(n):
-                    pass
-            except StoppedAtOnce:
-                raise
-            except KeyboardInterrupt:
-                self.interrupted = True
-                self.event("pause", f"interrupted; paused after step {self.step_count} of {self.total_steps}")
-                self._upkeep.save_unless_saved()
-            finally:
                 try:
-                    self.tell("on_end")
+                    for _ in self.steps(n):
+                        pass
+                except StoppedAtOnce:
+                    raise
+                except KeyboardInterrupt:
+                    self.interrupted = True
+                    self.event("pause", f"interrupted; paused after step {self.step_count} of {self.total_steps}")
+                    self._save_unless_saved()
                 finally:
-                    self._callbacks = before
+                    self.tell("on_end")
+        finally:
+            self._callbacks = before
 
-    # -- evaluation, learning rate, saving ------------------------------------------------------------------------
+    # -- evaluation, learning rate --------------------------------------------------------------------------------
 
     def evaluate(self, split: str = "valid", batches: int | None = None) -> EvalReport:
         """Loss and perplexity over a split, every trained token counting the same.
@@ -445,8 +408,25 @@ class Trainer(Branching):
         """
         report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches)
         self.record(report)
-        self._upkeep.evaluated()
+        if self._result_step == self.step_count:
+            self._write_result()  # such as a test after the end
         return report
+
+    def _evaluate_if_due(self) -> None:
+        """Validation, once a step; keeps the best weights and counts towards `patience`."""
+        config, patience = self.config, self.patience
+        due = self.step_count == self.total_steps or self.step_count % config.steps_per_eval == 0
+        if due and patience.last_step != self.step_count and self.data.valid is not None and config.val_batches:
+            loss = self.evaluate("valid", None if config.val_batches < 0 else config.val_batches).loss
+            with interrupts_deferred():
+                self._best_is_due = patience.improved(self.step_count, loss)
+                if not self._best_is_due and self.stopped_early:
+                    message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
+                    self.event("early_stop", message)
+        if self._best_is_due and patience.last_step == self.step_count and self.run_dir and self.step_count:
+            with interrupts_deferred():
+                self._try_to_write(partial(self._directory.save_best, self.lm))
+                self._best_is_due = False
 
     @property
     def learning_rate(self) -> float:
@@ -463,6 +443,8 @@ class Trainer(Branching):
         self._rate.set(self.step_count, learning_rate)
         self.event("learning_rate", f"learning rate changed from {before:.6g} to {learning_rate:.6g}")
 
+    # -- saving ---------------------------------------------------------------------------------------------------
+
     def save(self) -> Path:
         """Writes a checkpoint into `run_dir/checkpoints` and returns its folder.
 
@@ -472,11 +454,173 @@ class Trainer(Branching):
         """
         if self._directory is None:
             raise TrainingError("This trainer has no run_dir, so there is nowhere to save. Make it with Trainer(..., run_dir='runs/a').")
-        check_whole(self)
-        path = self._directory.save_checkpoint(self.lm, self._optimizers.state_arrays(), state_of(self), self.config.keep)
-        self._upkeep.saved_step = self.step_count
+        path = self._directory.save_checkpoint(self.lm, self._state(), self.config.keep)
+        self._saved_step = self.step_count
         self.tell("on_save", path)
         return path
+
+    def _save_if_due(self) -> None:
+        """A checkpoint, and at the end of the run its result; each once a step."""
+        if self.step_count and (self.done or self.step_count % self.config.save_every == 0):
+            with interrupts_deferred():
+                self._save_unless_saved()
+        if self.done and self._result_step != self.step_count:
+            self._write_result()
+            self._result_step = self.step_count
+
+    def _save_unless_saved(self) -> None:
+        if self.run_dir and self._saved_step != self.step_count:
+            self._try_to_write(self.save)
+
+    def _write_result(self) -> None:
+        if self._directory is not None:
+            self._try_to_write(partial(self._directory.write_result, self.result()))
+
+    def _try_to_write(self, write: Callable[[], Any]) -> None:
+        """Where `on_save_error` is "continue", an event tells that something cannot be written."""
+        try:
+            write()
+        except CheckpointError as error:
+            if self.config.on_save_error == "stop" or not self._directory.is_ours:
+                raise
+            self.event("save_failed", str(error))
+
+    def _forget_what_is_written(self) -> None:
+        """Of a run that goes back, what was written is not of the line that begins now."""
+        self._saved_step = self._result_step = -1
+        self._best_is_due = False  # it has not been written since the best evaluation
+
+    def result(self) -> dict[str, Any]:
+        """What came of the run so far, as the JSON values of `result.json`: losses in nats, seconds, bytes; None for what there is not."""
+        return {
+            "steps": self.step_count,
+            "total_steps": self.total_steps,
+            "stopped_early": self.stopped_early,
+            **self.history.summary.to_dict(),
+            "config": self.config.to_dict(),
+            "model": self.lm.source,
+            "model_source": self.lm.source,
+            "num_parameters": self.lm.num_parameters,
+            "data": {"source": self.data.source, "fingerprint": self.data.fingerprint},
+            "run_dir": None if self.run_dir is None else str(self.run_dir),
+            "versions": versions(),
+            "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+
+    # -- the state: going back, branching off ---------------------------------------------------------------------
+
+    def _state(self) -> TrainerState:
+        """Where the run stands; the arrays are the trainer's own, which the next step changes."""
+        self._check_whole()
+        origin = {
+            "position": {"epoch": self.step_count // self.steps_per_epoch, "step_in_epoch": self.step_count % self.steps_per_epoch},
+            "learning_rate": self.learning_rate,
+            "backward": self.backward,
+            "config": self.config.to_dict(),
+            "model_source": self.lm.source,
+            "data": {"source": self.data.source, "fingerprint": self.data.fingerprint},
+            "versions": versions(),
+        }
+        return TrainerState(
+            step=self.step_count,
+            history=History(self.history),
+            rate_factor=self._rate.factor,
+            patience=self.patience.to_dict(),
+            random=random_state(),
+            optimizer_steps_before=self.optimizer_steps_before,
+            origin=origin,
+            optimizer_arrays=self.optimizers.state_arrays(),
+            weights=dict(tree_flatten(self.lm.model.parameters())),
+        )
+
+    def _put_state(self, state: TrainerState) -> None:
+        """Stands where a state says from now on; its arrays become the trainer's own.
+
+        Raises:
+            CheckpointError: the arrays do not fit, or the run is shorter; nothing is changed.
+        """
+        own = {name: (array.shape, array.dtype) for name, array in tree_flatten(self.lm.model.parameters())}
+        if state.weights and own != {name: (array.shape, array.dtype) for name, array in state.weights.items()}:
+            raise CheckpointError("the snapshot is of a model of another shape or dtype. Restore those of this trainer, or of forks of it.")
+        if state.step > self.total_steps:
+            raise CheckpointError(
+                f"the state is that of step {state.step:,}, but the run has {self.total_steps:,} steps in all. Give more iters or epochs."
+            )
+        self.optimizers.load_state_arrays(state.optimizer_arrays)
+        if state.weights:
+            self.lm.model.update(tree_unflatten(list(state.weights.items())))
+            mx.eval(self.lm.model.parameters())
+        self.history[:] = state.history
+        self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
+        self.lm.torn = None
+        self._failed = False
+        self._rate.factor = state.rate_factor
+        self.patience.load(state.patience)
+        set_random_state(state.random)
+        self._forget_what_is_written()
+        if self._directory:
+            self._directory.rewrite_metrics(self.history)
+
+    def snapshot(self, folder: str | os.PathLike | None = None) -> Snapshot:
+        """The present state, to go back to with `restore`.
+
+        Args:
+            folder: new or empty; the snapshot is a checkpoint there. None keeps it in memory, which takes as many bytes as weights
+                and optimizer state.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        return Snapshot.take(self._state(), self.lm, folder)
+
+    def restore(self, snapshot: Snapshot | str | os.PathLike, force: bool = False) -> None:
+        """Goes back, or forward, to a snapshot; history included. Training goes on from there bit for bit as it did then.
+
+        Args:
+            snapshot: what `snapshot` returned, here or in a fork, or the folder of a checkpoint.
+            force: even though the data is not that of the snapshot.
+
+        Raises:
+            CheckpointError: it is damaged or does not fit; nothing is changed.
+        """
+        if not isinstance(snapshot, (Snapshot, str, os.PathLike)):
+            raise TrainingError(f"restore takes what snapshot() returned, or the folder of a checkpoint; got {type(snapshot).__name__}.")
+        if not isinstance(snapshot, Snapshot):
+            snapshot = Snapshot(-1, Path(snapshot).expanduser(), 0)
+        state = snapshot.state.copied() if snapshot.path is None else read_checkpoint(snapshot.path, self.lm)
+        notes, here = check_same_data(self.data, state.origin["data"], force), self.step_count
+        self._put_state(state)
+        self.event("restore", "; ".join([f"went back from step {here} to step {self.step_count}", *notes]))
+
+    def fork(self, run_dir: str | os.PathLike | None = None, **changes: Any) -> Trainer:
+        """A trainer of its own that goes on from here with other settings, beside this one; the model is copied.
+
+        Args:
+            run_dir: a new folder for it; None writes nothing.
+            changes: settings by name, such as `learning_rate=3e-5`. With another optimizer, that begins anew.
+
+        Raises:
+            ConfigError: a setting that cannot be changed to that.
+            CheckpointError: `run_dir` already holds a run, or cannot be written.
+        """
+        state, config = self._state(), self.config.replace(**changes)
+        other = type(self)(copy_of(self.lm), self.data, config)
+        if other.total_steps < state.step:
+            raise ConfigError(f"the fork would have {other.total_steps} steps in all, but {state.step} are taken. Give more iters.")
+        new = {"optimizer_arrays": copied(state.optimizer_arrays), "weights": {}}
+        if changes.keys() & _NEW_SCHEDULE:
+            new["rate_factor"] = 1.0
+        if changes.keys() & _NEW_OPTIMIZER:
+            new |= {"optimizer_arrays": other.optimizers.state_arrays(), "optimizer_steps_before": state.step}
+        other._put_state(replace(state, **new))
+        if run_dir is not None:
+            other._write_into(RunDirectory.create(run_dir, other.config, self.lm.source))
+        what = ", ".join(f"{name}={value!r}" for name, value in changes.items()) or "nothing changed"
+        fresh = "; the optimizer begins anew" if changes.keys() & _NEW_OPTIMIZER else ""
+        other.event("fork", f"branched off {self.run_dir or 'a run'} at step {other.step_count}: {what}{fresh}")
+        if other.run_dir:
+            other.save()
+        return other
 
     # -- telling --------------------------------------------------------------------------------------------------
 
@@ -517,4 +661,17 @@ class Trainer(Branching):
         return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={self.run_dir and str(self.run_dir)!r})"
 
     def _repr_html_(self) -> str:
-        return trainer_html(self)
+        """Where it stands, as a table."""
+        last, per_epoch = self.history.summary.last_loss, self.steps_per_epoch
+        return facts(
+            "Trainer",
+            [
+                ("step", f"{self.step_count:,} of {self.total_steps:,}"),
+                ("state", self.state),
+                ("epoch", f"{self.step_count / per_epoch:.2f} ({per_epoch:,} steps each)"),
+                ("last loss", "none yet" if last is None else f"{last:.4f}"),
+                ("next learning rate", f"{self.learning_rate:.3g}"),
+                ("optimizer", self.config.optimizer),
+                ("run_dir", self.run_dir or "none: nothing is written"),
+            ],
+        )

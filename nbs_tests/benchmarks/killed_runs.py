@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from fulltune_nb.training.run import list_checkpoints
+from fulltune_nb.training.state import list_checkpoints
 from nbs_tests.benchmarks import small_run
 from nbs_tests.benchmarks.small_run import SIGKILL, begin, digest, fork, losses, run_to_end, send
 

@@ -70,7 +70,7 @@ def digest(trainer: Trainer) -> str:
     from fulltune_nb.tensor_files import tensors_of
 
     sha = hashlib.sha256()
-    arrays = {**hf_tensors(trainer.lm.model), **trainer._optimizers.state_arrays()}
+    arrays = {**hf_tensors(trainer.lm.model), **trainer.optimizers.state_arrays()}
     for tensor in tensors_of(dict(sorted(arrays.items()))):
         sha.update(tensor.name.encode())
         sha.update(b"".join(tensor.chunks()))

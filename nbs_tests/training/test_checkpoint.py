@@ -10,7 +10,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError
-from fulltune_nb.training import run as checkpoint_module
+from fulltune_nb.training import state as checkpoint_module
 from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_trainer import weights_of
 
@@ -46,7 +46,7 @@ def test_resume_finds_data_and_model_by_itself(make_lm, tokenizer, tmp_path):
     trainer.run(2)
     trainer.save()
     resumed = ft.Trainer.resume(tmp_path / "run")
-    assert resumed.lm.source == str(tmp_path / "base") and resumed.config == config
+    assert resumed.lm.source == str(tmp_path / "base") and resumed.config == trainer.config
     resumed.run()
     assert resumed.done
 

@@ -16,7 +16,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, FulltuneError, ModelError
 from fulltune_nb.models.model_file import export_folder, save_model_file
-from fulltune_nb.training.run import list_checkpoints, read_state
+from fulltune_nb.training.state import list_checkpoints, read_state
 from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_resuming import MASKED
 
@@ -97,7 +97,7 @@ def test_whatever_other_write_fails_is_an_error_that_names_the_file(make_trainer
     works = {
         "best": lambda: trainer._directory.save_best(trainer.lm),
         "metrics": lambda: trainer.evaluate("valid"),
-        "result": lambda: trainer._upkeep.evaluated(),
+        "result": lambda: trainer.evaluate("test"),
         "model file": lambda: save_model_file(tmp_path / "model.npz", trainer.lm),
         "export": lambda: export_folder(trainer.lm, tmp_path / "out", {}),
         "new run": lambda: ft.Trainer(make_lm(), trainer.data, trainer.config, tmp_path / f"new{next(counter)}"),

@@ -11,8 +11,8 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import TrainingError
-from fulltune_nb.training.run import list_checkpoints, read_state
 from fulltune_nb.training.signals import StoppedAtOnce, Termination, interrupts_deferred
+from fulltune_nb.training.state import list_checkpoints, read_state
 from nbs_tests.training.test_resuming import MASKED
 from nbs_tests.training.test_trainer import weights_of
 
@@ -105,7 +105,7 @@ def test_a_snapshot_repairs_a_trainer_whose_step_was_broken_off(make_trainer):
     straight.run()
     trainer.run(3)
     snapshot = trainer.snapshot()
-    trainer._optimizers.step += 1  # as an update leaves it that does not come to its end
+    trainer.optimizers.step += 1  # as an update leaves it that does not come to its end
     with pytest.raises(TrainingError, match="restore"):
         trainer.run()
     trainer.restore(snapshot)

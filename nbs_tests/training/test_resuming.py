@@ -12,7 +12,7 @@ import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError
 from fulltune_nb.models.folder import hf_tensors
 from fulltune_nb.training.config import OPTIMIZERS
-from fulltune_nb.training.run import read_optimizer, read_state
+from fulltune_nb.training.state import read_optimizer, read_state
 from nbs_tests.training.conftest import make_rows
 
 STEPS = 30
@@ -53,7 +53,7 @@ def test_from_every_checkpoint_the_next_step_is_the_one_that_was_taken(make_trai
         next(trainer.steps())
         following = source / "checkpoints" / f"step-{step + 1:06d}"
         state = read_state(following)
-        assert same_arrays(trainer._optimizers.state_arrays(), read_optimizer(following)), step
+        assert same_arrays(trainer.optimizers.state_arrays(), read_optimizer(following)), step
         assert same_arrays(hf_tensors(trainer.lm.model), mx.load(str(following / "model.safetensors"))), step
         then = [untimed(report) for report in ft.History.from_jsonable(state["history"]) if report.kind_of_report != "event"]
         assert [untimed(report) for report in trainer.history if report.kind_of_report != "event"] == then

@@ -11,12 +11,13 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ModelError
-from fulltune_nb.training.run import LOCK_FILE, RunLock, read_metrics
+from fulltune_nb.training.lock import LOCK_FILE, RunLock
+from fulltune_nb.training.run import read_metrics
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fulltune_nb.training.run import RunLock
+from fulltune_nb.training.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -186,3 +187,67 @@ def test_a_directory_deleted_under_a_run_is_made_anew_by_save(make_trainer, tmp_
     gc.collect()
     again = ft.Trainer.resume(tmp_path / "run", data=data)
     assert again.done and len(losses) == again.step_count
+
+
+def test_a_refused_second_trainer_leaves_the_living_one_its_folder(make_trainer, make_data, tmp_path):
+    living = make_trainer(run_dir=tmp_path / "run")
+    living.run(2)
+    living.save()
+    for refused in (
+        lambda: make_trainer(run_dir=tmp_path / "run"),
+        lambda: ft.Trainer.resume(tmp_path / "run", data=make_data(11, mask_prompt=True)),
+        lambda: ft.Trainer(living.lm, make_data(11, mask_prompt=True), living.config, tmp_path / "run", resume="auto"),
+    ):
+        with pytest.raises(CheckpointError, match="already holds a run|data differs"):
+            refused()
+    gc.collect()
+    living.run(1)
+    living.save()
+    assert (tmp_path / "run" / LOCK_FILE).exists() and living.step_count == 3
+
+
+def test_a_run_whose_folder_another_one_has_taken_writes_nothing_into_it(make_trainer, tmp_path):
+    first = make_trainer(run_dir=tmp_path / "run")
+    first.run(1)
+    os.rename(tmp_path / "run", tmp_path / "old")
+    second = make_trainer(run_dir=tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another run has begun there"):
+        first.step()
+    del first
+    gc.collect()
+    second.run(1)
+    assert (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_resume_auto_begins_a_run_and_goes_on_with_it(make_trainer, make_lm, make_data, tmp_path):
+    straight = make_trainer()
+    straight.run()
+    data, settings = make_data(10, mask_prompt=True), straight.config
+
+    def cell(**changes):
+        return ft.Trainer(make_lm(), data, settings.replace(**changes), tmp_path / "run", resume="auto")
+
+    assert cell().state == "ready"
+    cell().run(3)
+    cell(save_every=3).run()  # no checkpoint was written after its third step
+    trainer = cell(save_every=5)
+    assert trainer.step_count == 8 and trainer.state == "done"
+    assert [r.loss for r in trainer.history.steps] == [r.loss for r in straight.history.steps]
+    assert ft.TrainConfig.from_yaml(tmp_path / "run" / "config.yaml").save_every == 5
+    with pytest.raises(CheckpointError, match="config given has changed in a way that matters.*learning_rate was 0.001 and is 0.1"):
+        cell(learning_rate=0.1)
+    with pytest.raises(ft.ConfigError, match="resume: expected"):
+        ft.Trainer(make_lm(), data, settings, tmp_path / "run", resume=True)
+
+
+def test_an_evaluation_after_the_last_cell_takes_nothing_out_of_the_result(make_trainer, tmp_path):
+    from fulltune_nb.experiments.result import experiment_result, write_result
+
+    trainer, path = make_trainer(run_dir=tmp_path / "run", iters=2), tmp_path / "run" / "result.json"
+    before = trainer.evaluate("test")
+    trainer.run()
+    write_result(path.parent, experiment_result(trainer, before, trainer.evaluate("test"), "out"))
+    whole = json.loads(path.read_text())
+    assert whole["test_loss"] == whole["after"]["loss"] == whole["test"]["loss"] and whole["exported"] == "out"
+    trainer.evaluate("valid")
+    assert json.loads(path.read_text()).keys() == whole.keys()

@@ -6,7 +6,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ConfigError, TrainingError
-from fulltune_nb.training.run import list_checkpoints
+from fulltune_nb.training.state import list_checkpoints
 from nbs_tests.training.test_resuming import MASKED, same_arrays, untimed
 from nbs_tests.training.test_trainer import weights_of
 
@@ -69,14 +69,14 @@ def test_a_snapshot_that_does_not_fit_changes_nothing(make_trainer, make_lm, mak
     other = ft.Trainer(make_lm(hidden_size=16), make_data(10, **MASKED), trainer.config)
     sgd, rows = make_trainer(optimizer="sgd"), make_trainer(rows=11)
     rows.snapshot(tmp_path / "rows")
-    before, state = weights_of(trainer), trainer._optimizers.state_arrays()
+    before, state = weights_of(trainer), trainer.optimizers.state_arrays()
     for snapshot in (other.snapshot(), sgd.snapshot(), rows.snapshot(), tmp_path / "rows", tmp_path / "nothing"):
         with pytest.raises(CheckpointError):
             trainer.restore(snapshot)
     with pytest.raises(TrainingError, match="what snapshot"):
         trainer.restore(3)
     assert trainer.step_count == 2 and all(np.array_equal(array, before[name]) for name, array in weights_of(trainer).items())
-    assert same_arrays(trainer._optimizers.state_arrays(), state)
+    assert same_arrays(trainer.optimizers.state_arrays(), state)
 
 
 def test_a_snapshot_is_not_written_over_anything(make_trainer, tmp_path):

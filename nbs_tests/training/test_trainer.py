@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_rows(make_train
     trainer = make_trainer()
     trainer.run(2)
     before, good = weights_of(trainer), trainer.lm.model.layers[0].mlp.up_proj.weight
-    state = {name: np.array(array) for name, array in trainer._optimizers.state_arrays().items()}
+    state = {name: np.array(array) for name, array in trainer.optimizers.state_arrays().items()}
     trainer.lm.model.layers[0].mlp.up_proj.weight = good * math.nan
     with pytest.raises(NonFiniteError, match=r"step 3.*train:\d+"):
         trainer.step()
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_rows(make_train
     assert trainer.step_count == 2
     for name, array in weights_of(trainer).items():
         assert np.array_equal(array, before[name])
-    for name, array in trainer._optimizers.state_arrays().items():
+    for name, array in trainer.optimizers.state_arrays().items():
         assert np.array_equal(np.array(array), state[name])
     trainer.step()
 
