@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data import look as special_tokens
 from fulltune_nb.data.look import ADVICE, BOS_DOUBLED, BOS_MISSING, END_MISSING, END_NOT_TRAINED, EOS_DOUBLED, check_special_tokens
 from nbs_tests.data.chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3
 
@@ -62,8 +61,7 @@ def test_one_token_for_begin_and_end_is_checked_as_an_end(make_tokenizer):
     assert {name: list(rows) for name, rows in found.problems.items()} == {EOS_DOUBLED: [1]}
 
 
-def test_many_rows_give_what_each_gives_alone(make_tokenizer, monkeypatch):
-    monkeypatch.setattr(special_tokens, "_CHUNK_ROWS", 3)
+def test_many_rows_give_what_each_gives_alone(make_tokenizer):
     texts = ["a fox", "<s>a", "b</s></s>", "", "<s><s>", "c</s>d</s>", "e"]
     tokenizer = make_tokenizer(adds_bos=True)
     examples = load_data({"train": [{"text": text} for text in texts]}, tokenizer).train
