@@ -1,4 +1,7 @@
-"""Executing a notebook with no front end, in a Jupyter of its own, by papermill."""
+"""Executing a notebook with no front end, in a Jupyter of its own, by papermill.
+
+As a program, `python -m fulltune_nb.experiments.execution FOLDER`, it is the process of one run of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.errors import ConfigError, TrainingError
+from fulltune_nb.errors import ConfigError, FulltuneError, TrainingError
+from fulltune_nb.files import write_text
 
-_STARTS = 3
-"""Attempts to start a kernel. No cell has run by the time one fails."""
+REQUEST, OUTCOME = "request.json", "outcome.json"
+_STARTS = 3  # attempts to start a kernel; no cell has run by the time one fails
 _NOT_STARTED = "Kernel died before replying to kernel_info"
 
 
@@ -125,24 +129,19 @@ def _own_jupyter() -> Iterator[None]:
         # Its warning that TCP is not encrypted is for kernels elsewhere: this one talks to us within the machine.
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3 (ipykernel)", "language": "python"}))
-        folders = {f"JUPYTER_{kind}_DIR": str(Path(temporary, kind.lower())) for kind in ("CONFIG", "DATA", "RUNTIME")}
-        wanted: dict[str, str | None] = {"JUPYTER_PATH": str(spec.parents[1]), "IPYTHONDIR": str(Path(temporary, "ipython")), **folders}
-        wanted["MPLBACKEND"] = None  # the kernel's own choice shows plots in the notebook
+        wanted = {f"JUPYTER_{kind}_DIR": str(Path(temporary, kind.lower())) for kind in ("CONFIG", "DATA", "RUNTIME")}
+        wanted |= {"JUPYTER_PATH": str(spec.parents[1]), "IPYTHONDIR": str(Path(temporary, "ipython"))}
         wanted["FULLTUNE_PROGRESS"] = os.environ.get("FULLTUNE_PROGRESS") or "plain"
-        before = {name: os.environ.get(name) for name in wanted}
-        _set_environment(wanted)
+        before = {name: os.environ.get(name) for name in (*wanted, "MPLBACKEND")}
+        os.environ.update(wanted)
+        os.environ.pop("MPLBACKEND", None)  # the kernel's own choice shows plots in the notebook
         try:
             yield
         finally:
-            _set_environment(before)
-
-
-def _set_environment(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def write_html(notebook: Path, page: Path) -> None:
@@ -152,3 +151,20 @@ def write_html(notebook: Path, page: Path) -> None:
 
     text, _ = HTMLExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
     page.write_text(text, encoding="utf-8")
+
+
+def main(folder: Path) -> int:
+    """Executes the notebook that `request.json` names, and writes how it went to `outcome.json`."""
+    request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    outcome = {"status": "done"}
+    try:
+        execute(Path(request["notebook"]), Path(request["executed"]), request["parameters"])
+    except FulltuneError as error:
+        print(error, file=sys.stderr)
+        outcome = {"status": "failed", "reason": error.reason if isinstance(error, NotebookError) else str(error)}
+    write_text(folder / OUTCOME, json.dumps(outcome) + "\n")
+    return 0 if outcome["status"] == "done" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""One run of a sweep and its files.
+"""The runs of a sweep: each with its files, and all of them side by side.
 
 out_dir/<parameters>-<digest>/state.json        status, attempt, reason, seconds, the notebook's sha256
                              /parameters.json
@@ -15,25 +15,23 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fulltune_nb import html
+from fulltune_nb.experiments.execution import OUTCOME, REQUEST
 from fulltune_nb.experiments.parameters import label, varied
 from fulltune_nb.experiments.result import FILE, read_result
 from fulltune_nb.files import write_text
 from fulltune_nb.frames import frame
-from fulltune_nb.html import cut, table
-from fulltune_nb.panels.progress import VARIABLE, clock, in_kernel
+from fulltune_nb.panels.progress import clock
 from fulltune_nb.training.history import History
 from fulltune_nb.training.run import read_metrics
 
-# -- runs: One run of a sweep and its files
-
-REQUEST, OUTCOME, STATE = "request.json", "outcome.json", "state.json"
+_STATE = "state.json"
+_HEADERS = ("run", "status", "split", "loss", "perplexity", "time")
 
 
 @dataclass
@@ -49,7 +47,6 @@ class Run:
         seconds: wall-clock time of the latest attempt.
         attempt: counted from 1; 0 before the first.
         notebook_sha256: of the notebook that it was made with.
-        repeated: whether it was done by this sweep, rather than an earlier one.
     """
 
     parameters: dict[str, Any]
@@ -60,7 +57,6 @@ class Run:
     seconds: float = 0.0
     attempt: int = 0
     notebook_sha256: str = ""
-    repeated: bool = field(default=False, repr=False)
 
     @property
     def attempt_folder(self) -> Path:
@@ -95,20 +91,25 @@ class Run:
     def loss(self) -> tuple[str, float] | None:
         """(split, loss in nats per trained token) to compare runs by: of the test split where there is one."""
         result = self.result
-        after = result.get("after")
-        after = after if isinstance(after, Mapping) else {}
-        candidates = [(split, result.get(f"{split}_loss")) for split in ("test", "valid", "train")]
-        for split, key in (("test", "test"), ("valid", "valid_last")):  # as the trainer itself writes them
-            own = result.get(key)
-            candidates.append((split, own.get("loss") if isinstance(own, Mapping) else None))
-        candidates.append((str(after.get("split") or result.get("split") or "held-out"), after.get("loss")))
+        reports = {key: value for key, value in result.items() if isinstance(value, Mapping)}
+        after = reports.get("after", {})
+        candidates = [
+            *((split, result.get(f"{split}_loss")) for split in ("test", "valid", "train")),
+            *((split, reports.get(key, {}).get("loss")) for split, key in (("test", "test"), ("valid", "valid_last"))),  # the trainer's own
+            (str(after.get("split") or result.get("split") or "held-out"), after.get("loss")),
+        ]
         return next(((split, float(loss)) for split, loss in candidates if _is_number(loss)), None)
 
-    # -- remembered between sweeps --------------------------------------------------------------------------------
+    def outcome(self) -> str:
+        """The loss of a run that is done, the reason of a failure."""
+        if self.status == "failed":
+            return html.cut(" ".join(self.reason.split()))
+        loss = self.loss() if self.status == "done" else None
+        return "" if loss is None else f"{loss[0]} loss {loss[1]:.4f}"
 
     def recall(self) -> None:
-        """What an earlier sweep left behind. One that was cut off counts as failed: it is begun anew."""
-        state = read_result(self.folder / STATE)
+        """Takes up what an earlier sweep left behind. A run that was cut off is begun anew."""
+        state = read_result(self.folder / _STATE)
         self.status = "done" if state.get("status") == "done" else "waiting"
         self.reason = str(state.get("reason", ""))
         self.attempt = state.get("attempt") if isinstance(state.get("attempt"), int) else 0
@@ -118,9 +119,7 @@ class Run:
     def remember(self) -> None:
         """Writes where it stands, so that a later sweep knows."""
         names = ("status", "attempt", "reason", "seconds", "notebook_sha256")
-        write_text(self.folder / STATE, json.dumps({name: getattr(self, name) for name in names}, indent=2) + "\n")
-
-    # -- run ------------------------------------------------------------------------------------------------------
+        write_text(self.folder / _STATE, json.dumps({name: getattr(self, name) for name in names}, indent=2) + "\n")
 
     def begin(self, notebook: Path, notebook_sha256: str, known: list[str], temporary: Path | None = None) -> subprocess.Popen:
         """Starts a process that executes the notebook in a kernel of its own; both write into a new attempt's folder.
@@ -132,11 +131,11 @@ class Run:
             temporary: the folder for the process's temporary files, made if need be; None: this process's own.
         """
         self.attempt = 1 + max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=0)
-        self.status, self.reason, self.notebook_sha256, self.repeated = "running", "", notebook_sha256, True
-        self.attempt_folder.mkdir(parents=True)
+        self.status, self.reason, self.notebook_sha256 = "running", "", notebook_sha256
+        attempt = self.attempt_folder
+        attempt.mkdir(parents=True)
         write_text(self.folder / "parameters.json", json.dumps(self.parameters, indent=2) + "\n")
         self.remember()
-        attempt = self.attempt_folder
         places = {"run_dir": str(attempt / "run"), "out": str(attempt), "result": str(attempt / FILE)}
         given = {name: place for name, place in places.items() if name in known and not self.parameters.get(name)}
         request = {"notebook": str(notebook), "executed": str(self.executed), "parameters": {**given, **self.parameters}}
@@ -146,17 +145,15 @@ class Run:
             temporary.mkdir(exist_ok=True)
             environment["TMPDIR"] = str(temporary)
         with (attempt / "log.txt").open("wb") as log:
-            command = [sys.executable, "-m", "fulltune_nb.experiments.one_run", str(attempt)]
+            command = [sys.executable, "-m", "fulltune_nb.experiments.execution", str(attempt)]
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def finish(self, code: int, started: float) -> None:
         """Takes in how the process ended; `started` is the time by `time.monotonic`."""
         self.seconds = time.monotonic() - started
         outcome = read_result(self.attempt_folder / OUTCOME)
-        if code == 0 and outcome.get("status") == "done":
-            self.status = "done"
-        else:
-            self.status = "failed"
+        self.status = "done" if code == 0 and outcome.get("status") == "done" else "failed"
+        if self.status == "failed":
             self.reason = str(outcome.get("reason") or _reason_of(code, self.attempt_folder / "log.txt"))
         self.remember()
 
@@ -174,8 +171,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# -- outcome: What a sweep came to: its runs by test loss, those that failed with their reasons, and a plot
-
 class Sweep(Sequence[Run]):
     """The runs of a sweep, the lowest test loss first, then those without one.
 
@@ -188,10 +183,13 @@ class Sweep(Sequence[Run]):
     def __init__(self, runs: Sequence[Run], out_dir: Path, notes: Sequence[str] = ()):
         self.out_dir = out_dir
         self.notes = list(notes)
-        losses = {id(run): run.loss() if run.status == "done" else None for run in runs}
-        order = {"done": 0, "failed": 1}
-        self.runs = sorted(runs, key=lambda r: (order.get(r.status, 2), losses[id(r)] is None, (losses[id(r)] or ("", 0.0))[1]))
+        self._losses = {id(run): run.loss() if run.status == "done" else None for run in runs}
+        self.runs = sorted(runs, key=self._rank)
         self._names = varied([run.parameters for run in runs])
+
+    def _rank(self, run: Run) -> tuple[int, float]:
+        loss = self._losses[id(run)]
+        return {"done": 0, "failed": 1}.get(run.status, 2), float("inf") if loss is None else loss[1]
 
     def __getitem__(self, index):
         return self.runs[index]
@@ -212,12 +210,12 @@ class Sweep(Sequence[Run]):
     @property
     def best(self) -> Run | None:
         """The run with the lowest test loss, or None."""
-        return next((run for run in self.done if run.loss() is not None), None)
+        return next((run for run in self.runs if self._losses[id(run)] is not None), None)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What the table shows, a dict for each run: varied parameters, status, losses, time, folder."""
         for run in self.runs:
-            split, loss = (run.loss() if run.status == "done" else None) or ("", None)
+            split, loss = self._losses[id(run)] or ("", None)
             perplexity = run.result.get(f"{split}_perplexity") if loss is not None else None
             own = {name: run.parameters.get(name) for name in self._names}
             yield {**own, "status": run.status, "split": split, "loss": loss, "perplexity": perplexity, "seconds": run.seconds}
@@ -237,27 +235,30 @@ class Sweep(Sequence[Run]):
 
         return plot_runs({label(run.parameters, self._names): run.history for run in self.done}, ax)
 
-    def text(self) -> str:
-        """The table as text, then the reasons."""
-        lines = [list(_HEADERS), *self._cells()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADERS))]
-        shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-        reasons = [f"failed: {run.label}: {_one_line(run.reason)}\n        {run.attempt_folder}" for run in self.failed]
-        return "\n".join([*shown, *reasons, *self.notes, *self._damages(), self.summary()])
-
-    def _damages(self) -> list[str]:
-        """What was passed over in the files of the runs that are done."""
-        return [f"{run.label}: {note}" for run in self.done for note in run.damages()]
-
-    def _cells(self) -> Iterator[list[str]]:
-        for row, run in zip(self.rows(), self.runs, strict=True):
-            yield _cells(row, label(run.parameters, self._names))
-
     def summary(self) -> str:
         """How many came to what."""
         left = len(self) - len(self.done) - len(self.failed)
         parts = [f"{len(self.done)} done", f"{len(self.failed)} failed", *([f"{left} not started"] if left else [])]
         return f"{len(self)} runs in {self.out_dir}: {', '.join(parts)}"
+
+    def text(self) -> str:
+        """The table as text, then the reasons."""
+        lines = [list(_HEADERS), *self._cells()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADERS))]
+        shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+        reasons = [f"failed: {run.label}: {run.outcome()}\n        {run.attempt_folder}" for run in self.failed]
+        return "\n".join([*shown, *reasons, *self._notes(), self.summary()])
+
+    def _cells(self) -> Iterator[list[str]]:
+        for row, run in zip(self.rows(), self.runs, strict=True):
+            loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+            perplexity = "" if row["perplexity"] is None else f"{row['perplexity']:,.3f}"
+            seconds = clock(row["seconds"]) if row["seconds"] else ""
+            yield [label(run.parameters, self._names), row["status"], row["split"], loss, perplexity, seconds]
+
+    def _notes(self) -> list[str]:
+        """The notes, and what was passed over in the files of the runs that are done."""
+        return self.notes + [f"{run.label}: {note}" for run in self.done for note in run.damages()]
 
     def __repr__(self) -> str:
         return f"Sweep({self.summary()})"
@@ -267,9 +268,8 @@ class Sweep(Sequence[Run]):
         if self.failed:
             rows = [(run.label, html.cut(run.reason), run.attempt_folder) for run in self.failed]
             parts.append(html.table(("failed", "reason", "files"), rows, "Failures"))
-        parts += [f"<div>{html.esc(note)}</div>" for note in [*self.notes, *self._damages()]]
-        parts.append(self._plot_html())
-        return "".join(parts)
+        parts += [f"<div>{html.esc(note)}</div>" for note in self._notes()]
+        return "".join([*parts, self._plot_html()])
 
     def _plot_html(self) -> str:
         if not any(run.history for run in self.done):
@@ -282,109 +282,3 @@ class Sweep(Sequence[Run]):
         figure.savefig(picture, format="png", dpi=100)
         encoded = base64.b64encode(picture.getvalue()).decode()
         return f'<img alt="loss over the steps, a curve for each run" src="data:image/png;base64,{encoded}">'
-
-
-_HEADERS = ("run", "status", "split", "loss", "perplexity", "time")
-
-
-def _cells(row: dict[str, Any], name: str) -> list[str]:
-    loss, perplexity = row["loss"], row["perplexity"]
-    numbers = ["" if loss is None else f"{loss:.4f}", "" if perplexity is None else f"{perplexity:,.3f}"]
-    return [name, row["status"], row["split"], *numbers, clock(row["seconds"]) if row["seconds"] else ""]
-
-
-def _one_line(text: str) -> str:
-    return html.cut(" ".join(text.split()))
-
-
-# -- watching: A sweep's progress: a table that changes in a notebook, lines elsewhere
-
-def watcher(runs: Sequence[Run]) -> Any:
-    """What shows the progress here."""
-    wanted = os.environ.get(VARIABLE, "").strip().lower()
-    if wanted == "off":
-        return Silent(runs)
-    return Table(runs) if wanted != "plain" and in_kernel() else Lines(runs)
-
-
-def _outcome(run: Run) -> str:
-    if run.status == "failed":
-        return cut(run.reason)
-    loss = run.loss() if run.status == "done" else None
-    return "" if loss is None else f"{loss[0]} loss {loss[1]:.4f}"
-
-
-class Silent:
-    """Shows nothing; the base of those that do."""
-
-    def __init__(self, runs: Sequence[Run]):
-        self.runs = runs
-
-    def start(self) -> None:
-        """Before the first run."""
-
-    def finished(self, run: Run) -> None:
-        """A run is done or has failed."""
-
-    def tick(self) -> None:
-        """About once a second."""
-
-    def end(self, sweep: Sweep) -> None:
-        """After the last run."""
-
-
-class Lines(Silent):
-    """Whole lines on standard output: for terminals and logs."""
-
-    def start(self) -> None:
-        """How much there is to do."""
-        done = sum(run.status == "done" for run in self.runs)
-        print(f"{len(self.runs)} runs" + (f", {done} of them done before" if done else ""), flush=True)
-        self._number = done
-
-    def finished(self, run: Run) -> None:
-        """A line."""
-        self._number += 1
-        outcome = " ".join(_outcome(run).split())
-        colon = f": {outcome}" if outcome else ""
-        print(f"[{self._number}/{len(self.runs)}] {run.status}: {run.label} ({clock(run.seconds)}){colon}", flush=True)
-
-    def end(self, sweep: Sweep) -> None:
-        """The table."""
-        print(sweep.text(), flush=True)
-
-
-class Table(Silent):
-    """One output of the cell that changes, and stays in the saved notebook."""
-
-    def start(self) -> None:
-        """Shows it."""
-        from IPython.display import HTML, display
-
-        self._started = time.monotonic()
-        self._handle = display(HTML(self._html()), display_id=True)
-        self._last = self._html()
-
-    def finished(self, run: Run) -> None:
-        """Redraws it."""
-        self.tick()
-
-    def tick(self) -> None:
-        """Redraws it where something has changed."""
-        from IPython.display import HTML
-
-        if (text := self._html()) != self._last:
-            self._handle.update(HTML(text))
-            self._last = text
-
-    def end(self, sweep: Sweep) -> None:
-        """The sorted table and the plot take its place."""
-        from IPython.display import HTML
-
-        self._handle.update(HTML(sweep._repr_html_()))
-
-    def _html(self) -> str:
-        counts = Counter(run.status for run in self.runs)
-        caption = ", ".join(f"{counts[status]} {status}" for status in ("done", "failed", "running", "waiting") if counts[status])
-        rows = [(run.label, run.status, clock(run.seconds) if run.seconds else "", _outcome(run)) for run in self.runs]
-        return table(("run", "status", "time", "outcome"), rows, f"{caption}; {clock(time.monotonic() - self._started)} so far")

@@ -1,4 +1,4 @@
-"""`ft.sweep`: one notebook, many parameters."""
+"""`ft.sweep`: one notebook, many parameters, with the progress shown meanwhile."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.settings import whole_number
 
 if TYPE_CHECKING:
     from fulltune_nb.experiments.runs import Run, Sweep
@@ -48,20 +50,28 @@ def sweep(
     Raises:
         ConfigError: the notebook, the parameters (an unknown name, say) or `jobs` cannot be used; nothing was run then.
     """
-    from fulltune_nb.experiments.runs import Sweep, watcher
+    from fulltune_nb.experiments.parameters import check_names, folder_name, label, parameter_names, points_of, varied
+    from fulltune_nb.experiments.runs import Run, Sweep
 
-    path = _find(Path(notebook).expanduser())
-    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
-        raise ConfigError(f"sweep: jobs: expected a whole number of at least 1, got {jobs!r}.")
-    runs, known = _plan(path, grid, Path(out_dir).expanduser().resolve())
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    watching = watcher(runs)
-    watching.start()
-    _run_all([run for run in runs if run.status != "done"], path, sha256, known, jobs, stop_on_failure, watching)
+    notebook, out_dir = _find(Path(notebook).expanduser()), Path(out_dir).expanduser().resolve()
+    jobs = whole_number("sweep: jobs", jobs, 1)
+    points, known = points_of(grid), parameter_names(notebook)
+    check_names(points, known, notebook)
+    names = varied(points)
+    runs = [Run(point, out_dir / folder_name(point), label(point, names)) for point in points]
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"sweep: out_dir {out_dir} cannot be made: {error}.") from error
+    for run in runs:
+        run.recall()
+    sha256 = hashlib.sha256(notebook.read_bytes()).hexdigest()
+    progress = progress_of(runs)
+    _run_all([run for run in runs if run.status != "done"], notebook, sha256, known, jobs, stop_on_failure, progress)
     stale = sum(run.status == "done" and run.notebook_sha256 != sha256 for run in runs)
     notes = [f"{stale} runs were done with another version of the notebook; a new out_dir repeats them."] if stale else []
-    result = Sweep(runs, Path(out_dir).expanduser().resolve(), notes)
-    watching.end(result)
+    result = Sweep(runs, out_dir, notes)
+    progress.end(result)
     return result
 
 
@@ -75,26 +85,7 @@ def _find(notebook: Path) -> Path:
     raise ConfigError(f"{notebook} is no file; expected a notebook.")
 
 
-def _plan(notebook: Path, grid: Any, out_dir: Path) -> tuple[list[Run], list[str]]:
-    """The runs with what is known of them from before, and the notebook's parameters."""
-    from fulltune_nb.experiments.parameters import check_names, folder_name, label, parameter_names, points_of, varied
-    from fulltune_nb.experiments.runs import Run
-
-    points = points_of(grid)
-    known = parameter_names(notebook)
-    check_names(points, known, notebook)
-    names = varied(points)
-    runs = [Run(point, out_dir / folder_name(point), label(point, names)) for point in points]
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"sweep: out_dir {out_dir} cannot be made: {error}.") from error
-    for run in runs:
-        run.recall()
-    return runs, known
-
-
-def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], jobs: int, stop_on_failure: bool, watching: Any) -> None:
+def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], jobs: int, stop_on_failure: bool, progress: Any) -> None:
     """Runs what is to be run, `jobs` at a time; an interrupt ends those that are running, which count as failed."""
     stopping, waiting = threading.Event(), iter(runs)
 
@@ -112,30 +103,103 @@ def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], job
             run.remember()
         return run
 
-    with _temporary_folder(jobs) as temporary, ThreadPoolExecutor(jobs) as pool:
+    # MLX writes what it compiles into the temporary folder without a lock: runs side by side must not share one.
+    folder = TemporaryDirectory(prefix="fulltune_nb-sweep-", ignore_cleanup_errors=True) if jobs > 1 else nullcontext()
+    with folder as temporary, ThreadPoolExecutor(jobs) as pool:
         futures: set[Future] = set()
         try:
-            _start(pool, one, waiting, jobs, futures)
-            while futures:
+            while True:
+                while len(futures) < jobs and (run := next(waiting, None)) is not None:
+                    futures.add(pool.submit(one, run))
+                progress.update()
+                if not futures:
+                    break
                 finished, futures = wait(futures, timeout=_REDRAW_SECONDS, return_when=FIRST_COMPLETED)
                 for run in (future.result() for future in finished):
-                    watching.finished(run)
+                    progress.update(run)
                     if run.status == "failed" and stop_on_failure:
                         waiting = iter(())
-                _start(pool, one, waiting, jobs, futures)
-                watching.tick()
         finally:
             stopping.set()
     for run in runs:
         run.status = "not started" if run.status == "waiting" else run.status
 
 
-def _temporary_folder(jobs: int) -> AbstractContextManager[str | None]:
-    """For runs side by side: MLX writes what it compiles into the temporary folder without a lock, so that they must not share one."""
-    return TemporaryDirectory(prefix="fulltune_nb-sweep-", ignore_cleanup_errors=True) if jobs > 1 else nullcontext()
+# -- progress
 
 
-def _start(pool: ThreadPoolExecutor, one: Any, waiting: Iterator[Run], jobs: int, futures: set[Future]) -> None:
-    """Hands out as many runs as there is room for."""
-    while len(futures) < jobs and (run := next(waiting, None)) is not None:
-        futures.add(pool.submit(one, run))
+def progress_of(runs: Sequence[Run]) -> Progress:
+    """Where the progress is shown here: a table in a notebook, lines elsewhere, or nowhere."""
+    from fulltune_nb.panels.progress import VARIABLE, in_kernel
+
+    wanted = os.environ.get(VARIABLE, "").strip().lower()
+    if wanted == "off":
+        return Progress()
+    return ProgressTable(runs) if wanted != "plain" and in_kernel() else ProgressLines(runs)
+
+
+class Progress:
+    """Shows nothing; the base of those that do."""
+
+    def update(self, finished: Run | None = None) -> None:
+        """About once a second, and with every run that is done or has failed."""
+
+    def end(self, sweep: Sweep) -> None:
+        """After the last run."""
+
+
+class ProgressLines(Progress):
+    """Whole lines on standard output: for terminals and logs."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self._total, self._number = len(runs), sum(run.status == "done" for run in runs)
+        print(f"{self._total} runs" + (f", {self._number} of them done before" if self._number else ""), flush=True)
+
+    def update(self, finished: Run | None = None) -> None:
+        """A line for a run that is done or has failed."""
+        from fulltune_nb.panels.progress import clock
+
+        if finished is not None:
+            self._number += 1
+            outcome = f": {text}" if (text := finished.outcome()) else ""
+            status = f"[{self._number}/{self._total}] {finished.status}"
+            print(f"{status}: {finished.label} ({clock(finished.seconds)}){outcome}", flush=True)
+
+    def end(self, sweep: Sweep) -> None:
+        """The table."""
+        print(sweep.text(), flush=True)
+
+
+class ProgressTable(Progress):
+    """One output of the cell that changes, and stays in the saved notebook."""
+
+    def __init__(self, runs: Sequence[Run]):
+        from IPython.display import HTML, display
+
+        self._runs, self._started = runs, time.monotonic()
+        self._shown = self._html()
+        self._handle = display(HTML(self._shown), display_id=True)
+
+    def update(self, finished: Run | None = None) -> None:
+        """Draws the table anew where something has changed."""
+        if (text := self._html()) != self._shown:
+            self._show(text)
+
+    def end(self, sweep: Sweep) -> None:
+        """The sorted table and the plot take its place."""
+        self._show(sweep._repr_html_())
+
+    def _show(self, text: str) -> None:
+        from IPython.display import HTML
+
+        self._handle.update(HTML(text))
+        self._shown = text
+
+    def _html(self) -> str:
+        from fulltune_nb.html import table
+        from fulltune_nb.panels.progress import clock
+
+        counts = Counter(run.status for run in self._runs)
+        caption = ", ".join(f"{counts[status]} {status}" for status in ("done", "failed", "running", "waiting") if counts[status])
+        rows = [(run.label, run.status, clock(run.seconds) if run.seconds else "", run.outcome()) for run in self._runs]
+        return table(("run", "status", "time", "outcome"), rows, f"{caption}; {clock(time.monotonic() - self._started)} so far")

@@ -6,15 +6,17 @@ Exit codes: 0 all runs are done, 1 some failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fulltune_nb import settings as checks
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import ConfigError, nearest
 from fulltune_nb.experiments.sweep import sweep
-from fulltune_nb.settings import read_yaml
+from fulltune_nb.files import write_text
+from fulltune_nb.settings import Check, Refused, SettingError, checked, flag, optional, read_yaml, whole
 
-KEYS = ("notebook", "out_dir", "jobs", "stop_on_failure", "fixed", "grid", "runs")
+if TYPE_CHECKING:
+    from fulltune_nb.experiments.runs import Sweep
+
 EPILOG = """\
 the file:
   notebook: 10_experiment.ipynb      a path beside the file, or a notebook of the package
@@ -37,41 +39,51 @@ def build_parser() -> Parser:
     return parser
 
 
+def _of(kind: type, phrase: str) -> Check:
+    def check(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise Refused(phrase)
+        return value
+
+    return check
+
+
+_SETTINGS: dict[str, tuple[Any, Check]] = {
+    "notebook": (None, _of(str, "a path")),
+    "out_dir": (None, _of(str, "a path")),
+    "jobs": (1, whole(1)),
+    "stop_on_failure": (False, flag),
+    "fixed": (None, optional(_of(dict, "names with values"))),
+    "grid": ({}, _of(dict, "names with values")),
+    "runs": ([], _of(list, "a list")),
+}
+"""Key of the file -> (default, check)."""
+
+
 def read_sweep(path: Path) -> dict[str, Any]:
     """The arguments of `sweep` that a file says.
 
     Raises:
         ConfigError: an unknown key, a missing one, or a value of the wrong type; with file and line.
     """
-    settings = read_yaml(path)
-    for key in settings:
-        if key not in KEYS:
-            raise ConfigError(f"{settings.where(key)}: unknown setting {key!r}. {nearest(key, KEYS)}")
-    for key in ("notebook", "out_dir"):
-        if not isinstance(settings.get(key), str):
-            raise ConfigError(f"{settings.where(key)}: {key}: expected a path, got {settings.get(key)!r}.")
-    if ("grid" in settings) == ("runs" in settings):
-        found = "both" if "grid" in settings else "none"
+    stored = read_yaml(path)
+    for key in stored:
+        if key not in _SETTINGS:
+            raise ConfigError(f"{stored.where(key)}: unknown setting {key!r}. {nearest(key, _SETTINGS)}")
+    if ("grid" in stored) == ("runs" in stored):
+        found = "both" if "grid" in stored else "none"
         raise ConfigError(f"{path}: expected one of grid (every combination) and runs (a list), found {found}.")
-    fixed = settings.get("fixed") or {}
-    points = settings["grid"] if "grid" in settings else settings["runs"]
-    for key, value, kind in (("fixed", fixed, dict), ("grid", points, dict) if "grid" in settings else ("runs", points, list)):
-        if not isinstance(value, kind):
-            raise ConfigError(f"{settings.where(key)}: {key}: expected {'names with values' if kind is dict else 'a list'}, got {value!r}.")
-    beside = path.parent / settings["notebook"]
-    return {
-        "notebook": beside if beside.is_file() else Path(settings["notebook"]),
-        "grid": _with_fixed(points, fixed),
-        "out_dir": settings["out_dir"],
-        "jobs": settings.get("jobs", 1),
-        "stop_on_failure": checks.run(checks.flag, "stop_on_failure", settings.get("stop_on_failure", False)),
-    }
-
-
-def _with_fixed(points: Any, fixed: dict[str, Any]) -> Any:
-    if isinstance(points, dict):
-        return {**{name: [value] for name, value in fixed.items()}, **points}
-    return [{**fixed, **point} if isinstance(point, dict) else point for point in points]
+    try:
+        values = {key: checked(check, key, stored.get(key, default)) for key, (default, check) in _SETTINGS.items()}
+    except SettingError as error:
+        raise stored.placed(error) from None
+    fixed, beside = values["fixed"] or {}, path.parent / values["notebook"]
+    if "grid" in stored:
+        points: Any = {**{name: [value] for name, value in fixed.items()}, **values["grid"]}
+    else:
+        points = [{**fixed, **point} if isinstance(point, dict) else point for point in values["runs"]]
+    arguments = {key: values[key] for key in ("out_dir", "jobs", "stop_on_failure")}
+    return {**arguments, "notebook": beside if beside.is_file() else Path(values["notebook"]), "grid": points}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,10 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     return run(work)
 
 
-def write_page(result: Any) -> Path:
+def write_page(result: Sweep) -> Path:
     """The table and the plot as one HTML file in the sweep's folder."""
-    from fulltune_nb.files import write_text
-
     path = result.out_dir / "sweep.html"
     head = '<!doctype html><meta charset="utf-8"><title>Sweep</title><body style="font-family:sans-serif">'
     write_text(path, f"{head}{result._repr_html_()}\n")

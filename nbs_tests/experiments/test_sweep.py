@@ -231,7 +231,7 @@ def test_mistakes_in_the_file_are_named_and_end_with_code_2(tmp_path, capsys, te
 
 
 def test_in_a_notebook_a_table_changes_in_place(tmp_path, monkeypatch):
-    from fulltune_nb.experiments import runs as watching
+    from fulltune_nb.experiments.sweep import ProgressTable
 
     shown = []
 
@@ -239,17 +239,26 @@ def test_in_a_notebook_a_table_changes_in_place(tmp_path, monkeypatch):
         def update(self, html):
             shown.append(html.data)
 
-    monkeypatch.setattr(watching, "in_kernel", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda html, display_id: shown.append(html.data) or Handle())
-    monkeypatch.delenv("FULLTUNE_PROGRESS", raising=False)
     runs = [Run({"x": 1}, tmp_path / "1", "x=<i>"), Run({"x": 2}, tmp_path / "2", "x=2", status="done")]
-    table = watching.watcher(runs)
-    table.start()
+    table = ProgressTable(runs)
     runs[0].status, runs[0].reason = "failed", "<script>"
-    table.finished(runs[0])
+    table.update(runs[0])
     table.end(Sweep(runs, tmp_path))
     assert "1 waiting" in shown[0] and "1 failed" in shown[1] and "Failures" in shown[-1]
     assert not any("<script>" in text or "<i>" in text for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kernel", "kind"),
+    [("", True, "ProgressTable"), ("", False, "ProgressLines"), ("plain", True, "ProgressLines"), ("off", True, "Progress")],
+)
+def test_where_the_progress_is_shown(tmp_path, monkeypatch, wanted, kernel, kind):
+    from fulltune_nb.experiments.sweep import progress_of
+
+    monkeypatch.setattr("fulltune_nb.panels.progress.in_kernel", lambda: kernel)
+    monkeypatch.setenv("FULLTUNE_PROGRESS", wanted)
+    assert type(progress_of([Run({"x": 1}, tmp_path, "x=1")])).__name__ == kind
 
 
 def test_the_functions_name_stays_the_functions_when_the_command_is_imported():
