@@ -1,4 +1,4 @@
-"""What a parameterised notebook was given, as checked settings.
+"""Parameters of notebooks: what one was given, as checked settings, and what each run of a sweep is given.
 
 Papermill puts values into a cell of their own, behind the notebook's `parameters` cell. Two things are lost on the way: a name
 that the notebook does not know is set all the same and changes nothing, and `-p mask_prompt false` arrives as the text
@@ -21,15 +21,12 @@ from typing import Any
 
 from fulltune_nb import html
 from fulltune_nb.errors import ConfigError, nearest
-from fulltune_nb.settings import read_value
-from fulltune_nb.training.config import TrainConfig
-
-# -- parameters: What a parameterised notebook was given, as checked settings
+from fulltune_nb.settings import read_value, show
+from fulltune_nb.training.config import TrainConfig, without_rival
 
 OWN = ("model", "data", "run_dir", "export_dir")
 """Parameters besides the fields of `TrainConfig`; all are texts, "" standing for "not given"."""
 _READ_AS = {"bool": bool, "int": (int, float), "float": (int, float), "dict": dict, "tuple": list}  # of a field's kind
-_INJECTED = "# Parameters"  # the first line of the cell that papermill adds
 
 
 @dataclass(frozen=True)
@@ -75,37 +72,25 @@ def read_experiment(namespace: Mapping[str, Any], defaults: Mapping[str, Any] | 
     for name in names:
         if name not in fields and name not in OWN:
             raise ConfigError(f"unknown parameter {name!r}. {nearest(name, [*OWN, *fields])}")
-    values = {name: as_typed(name, namespace[name], fields[name]) for name in names if name in fields}
+    values = {name: _as_typed(namespace[name], fields[name]) for name in names if name in fields}
     settings = {name: value for name, value in values.items() if value is not None}
-    usual = dict(defaults or {})
-    if settings.keys() & {"iters", "epochs"}:  # one takes the place of the other
-        usual = {name: value for name, value in usual.items() if name not in ("iters", "epochs")}
+    usual = without_rival(defaults or {}, settings)
     if settings.get("optimizer", usual.get("optimizer")) != usual.get("optimizer"):
         usual.pop("optimizer_config", None)
-    own = {name: _own_text(name, namespace[name]) for name in names if name in OWN}
-    own["run_dir"] = own.get("run_dir") or str(unused(Path("runs", "experiment")))
-    places = {name: own.get(name, "") for name in OWN}
-    return Experiment(**places, config=TrainConfig.from_dict({**usual, **settings}), given=tuple(names))
+    own = dict.fromkeys(OWN, "")
+    for name in own.keys() & names:
+        value = namespace[name]
+        if value is not None and not isinstance(value, (str, Path)):
+            raise ConfigError(f"{name}: expected a text, got {show(value)}.")
+        own[name] = str(value or "")
+    own["run_dir"] = own["run_dir"] or str(unused(Path("runs", "experiment")))
+    return Experiment(**own, config=TrainConfig.from_dict({**usual, **settings}), given=tuple(names))
 
 
-def _own_text(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, (str, Path)):
-        raise ConfigError(f"{name}: expected a text, got {value!r} ({type(value).__name__}).")
-    return str(value)
+def _as_typed(value: Any, kind: str) -> Any:
+    """A text given for a setting of another `kind` (an annotation such as "int | None"), as the value it stands for.
 
-
-def as_typed(name: str, value: Any, kind: str) -> Any:
-    """A text given for a setting that is no text, as the value it stands for; anything else as it is.
-
-    Args:
-        name: of the setting, for messages.
-        value: as given.
-        kind: the field's annotation, such as "bool" or "int | None".
-
-    Returns:
-        What the config is to check: it says what was expected where this is still a text.
+    Anything else stays as it is, and the config says what was expected.
     """
     if not isinstance(value, str):
         return value
@@ -132,18 +117,18 @@ def given_names(namespace: Mapping[str, Any]) -> list[str]:
     if not isinstance(cells, list):
         return [name for name in namespace if not name.startswith("_")]
     found: dict[str, None] = {}
-    for is_wanted in (_is_parameters_cell, lambda cell: cell.lstrip().startswith(_INJECTED)):
+    for is_wanted in (_has_only_annotated_assignments, lambda cell: cell.lstrip().startswith("# Parameters")):
         latest = next((cell for cell in reversed(cells) if isinstance(cell, str) and is_wanted(cell)), "")
-        found.update(dict.fromkeys(assigned(latest)))
+        found.update(dict.fromkeys(_assigned(latest)))
     return [name for name in found if name in namespace]
 
 
-def _is_parameters_cell(source: str) -> bool:
+def _has_only_annotated_assignments(source: str) -> bool:
     body = _statements(source)
     return bool(body) and all(isinstance(node, ast.AnnAssign) for node in body)
 
 
-def assigned(source: str) -> Iterator[str]:
+def _assigned(source: str) -> Iterator[str]:
     """Names that a cell's statements assign at its top level."""
     for node in _statements(source):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -166,7 +151,7 @@ def unused(path: Path) -> Path:
     return free
 
 
-# -- points: The runs of a sweep: which parameters each gets, checked against the notebook, and a folder's name f
+# -- the runs of a sweep
 
 _NAME_LENGTH = 60  # characters of a folder's name that say what is in it; some systems allow 255 in all
 
@@ -266,7 +251,7 @@ def parameter_names(notebook: Path) -> list[str]:
     tagged = [cell for cell in cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
         raise ConfigError(f"{notebook} has no cell tagged 'parameters'. Give the cell with its settings this tag.")
-    return list(dict.fromkeys(assigned(tagged[0].source)))
+    return list(dict.fromkeys(_assigned(tagged[0].source)))
 
 
 def check_names(points: Sequence[Mapping[str, Any]], known: Sequence[str], notebook: Path) -> None:
