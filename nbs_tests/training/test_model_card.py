@@ -26,7 +26,8 @@ def trained(tmp_path_factory):
 def test_the_exported_folder_says_how_it_was_made(trained):
     trainer, folder = trained
     card = (folder / "README.md").read_text("utf-8")
-    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model:" not in card  # a folder of this machine is no hub id
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert "base_model:" not in card  # a folder of this machine is no hub id
     assert trainer.data.fingerprint in card and "train 20 rows of completions" in card and "version of mlx" in card
     for split in ("test", "valid"):
         evals = [report for report in trainer.history.evals if report.split == split]
@@ -65,7 +66,7 @@ def test_a_hub_id_is_named_for_the_hub_and_nothing_else_is(trained):
     trainer, _ = trained
     for base in ("org/model-7B", "org/model\nlicense: x", None, "/home/me/model", "a/b/c"):
         front = ModelCard(base, trainer.data, trainer.config, trainer.history).markdown().split("---\n", 2)[1]
-        assert "/home" not in front and ('base_model: "org/model-7B"' in front) == (base == "org/model-7B") and "license" not in front
+        assert "/home" not in front and ("base_model: org/model-7B\n" in front) == (base == "org/model-7B") and "license" not in front
 
 
 def test_text_in_markdown_is_itself():
