@@ -38,21 +38,20 @@ class RunLock:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
-            self._file = _LockFile(folder / LOCK_FILE)
+            file = _LockFile(folder / LOCK_FILE)
         except OSError as error:
             raise CheckpointError(f"{folder / LOCK_FILE} cannot be written: {error}. Give a run_dir that can be written to.") from error
-        self.note = self._file.note
-        self._before = _holders.get(self._file.key)
-        if self._before is not None:
-            self._file.close()
-            self._file = self._before._file
-        _holders[self._file.key] = self
+        self._before = _holders.get(file.key)
+        self._file: _LockFile | None = self._before._file if self._before else file
+        self.note = file.note
+        _holders[file.key] = self
 
     @property
     def is_ours(self) -> bool:
         """Whether no later trainer of this process has taken the lock over."""
-        return _holders.get(self._file.key) is self
+        return self._file is not None and _holders.get(self._file.key) is self
 
     def check(self) -> None:
         """
@@ -60,80 +59,76 @@ class RunLock:
             CheckpointError: a later trainer of this process, or another process after the folder was removed, has taken it over.
         """
         if not self.is_ours:
-            raise CheckpointError(f"{self._file.path.parent} has been taken up by a later trainer of this process; go on with that one.")
+            raise CheckpointError(f"{self.folder} has been taken up by a later trainer of this process; go on with that one.")
         if self._file.is_replaced():
             raise CheckpointError(
-                f"{self._file.path.parent} was removed or renamed, and another run has begun there. Nothing is written into it."
+                f"{self.folder} was removed or renamed, and another run has begun there. Nothing is written into it."
                 " Give a run_dir of its own to a new trainer."
             )
 
     def keep(self) -> None:
         """From now on the trainer before does not get the lock back."""
-        self._before = None
+        if self._before is not None:
+            self._before._file = self._before = None
 
     def release(self) -> None:
         """Gives the lock back to the trainer that had it before, or lets go; nothing happens where that is done already."""
-        if self.is_ours and self._before is not None:
+        if not self.is_ours:
+            return
+        if self._before is not None:
             _holders[self._file.key] = self._before
-        elif self.is_ours:
+        else:
             del _holders[self._file.key]  # a later file may get the same number
             self._file.close()
+        self._file = None
 
 
 _holders: weakref.WeakValueDictionary[tuple[int, int, int], RunLock] = weakref.WeakValueDictionary()
 
 
 class _LockFile:
-    """The locked file of this process; not locked where a `RunLock` of this process holds it already."""
+    """The open lock file, which the locks of one process share; let go when the last of them is gone. Where a `RunLock` of this process
+    has it already, it is not locked again."""
 
     def __init__(self, path: Path):
         self.path, self.note = path, None
-        self._open()
-        while not self._lock():
-            self.close()
-            self._open()
-
-    def _open(self) -> None:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        self.close = weakref.finalize(self, os.close, descriptor)
-        self._descriptor, status = descriptor, os.fstat(descriptor)
-        self.key = (status.st_dev, status.st_ino, os.getpid())  # a forked child has its parent's locks before it, not its own
-
-    def _lock(self) -> bool:
-        """False where its holder let go, and removed the file, in this moment."""
-        if self.key in _holders:
-            return True
-        owner = _owner(self._descriptor)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._refuse(error, owner)
-        if not _is_file_at(self._descriptor, self.path):
-            return False
+        while True:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.close = weakref.finalize(self, os.close, self._descriptor)
+            status = os.fstat(self._descriptor)
+            self.key = (status.st_dev, status.st_ino, os.getpid())  # a forked child has its parent's locks before it, not its own
+            if self.key in _holders:
+                return
+            owner = _owner(self._descriptor)
+            self._lock(owner)
+            if _is_file_at(self._descriptor, path):
+                break
+            self.close()  # its holder let go, and removed it, in this moment
         if owner:
             self.note = f"taken over from {_describe(owner)}, which ended without letting go"
-        os.ftruncate(self._descriptor, 0)
         this = psutil.Process()
         owner = {"process": this.pid, "process_started": this.create_time(), "host": socket.gethostname()}
         owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, (json.dumps(owner) + "\n").encode(), 0)
         self.close.detach()
-        self.close = weakref.finalize(self, _let_go, self._descriptor, self.path, this.pid)
-        return True
+        self.close = weakref.finalize(self, _let_go, self._descriptor, path, this.pid)
 
-    def _refuse(self, error: OSError, owner: dict[str, Any]) -> None:
-        """Raises unless the file system has no locks and the process that the file names is gone."""
-        no_locks = error.errno in _NO_LOCKS
-        if no_locks and not _may_be_alive(owner):
-            return
-        self.close()
-        if not no_locks and error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise error
-        gone = f" If that process is gone, remove {self.path}." if no_locks else ""
-        raise CheckpointError(
-            f"{self.path.parent} is in use by {_describe(owner)}. Two runs never share a run_dir: end that process (in a notebook,"
-            f" shut its kernel down), or give another run_dir.{gone}"
-        ) from None
+    def _lock(self, owner: dict[str, Any]) -> None:
+        """Where the file system has no locks, the process that the file names counts."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            no_locks = error.errno in _NO_LOCKS
+            if no_locks and not _may_be_alive(owner):
+                return
+            if not no_locks and error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            gone = f" If that process is gone, remove {self.path}." if no_locks else ""
+            raise CheckpointError(
+                f"{self.path.parent} is in use by {_describe(owner)}. Two runs never share a run_dir: end that process (in a notebook,"
+                f" shut its kernel down), or give another run_dir.{gone}"
+            ) from None
 
     def is_replaced(self) -> bool:
         """Whether another file stands in its place."""
