@@ -172,7 +172,7 @@ hostile_data = ft.load_data({"train": rows}, tokenizer, mask_prompt=True)
 hostile_data.source = HOSTILE
 display(trainer.history, trainer.history.events[0], trainer, hostile_data, hostile_data.show(2), hostile_data.train[1])
 from fulltune_nb.panels.progress import NotebookProgress
-progress = NotebookProgress(); progress.on_start(trainer); progress.on_event(trainer, ft.Event(1, HOSTILE, HOSTILE, 0.0))
+progress = NotebookProgress(); progress.on_start(trainer, 100); progress.on_event(trainer, ft.Event(1, HOSTILE, HOSTILE, 0.0))
 progress.on_save(trainer, HOSTILE); progress.on_end(trainer)
 ft.plot_loss(trainer.history);
 """

@@ -15,7 +15,7 @@ from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.panels.controls import ChatControls
 from fulltune_nb.panels.conversation import TURNS_SHOWN, Answering, Conversation
 from fulltune_nb.panels.loop import running_loop
-from fulltune_nb.panels.panel import Panel, Record
+from fulltune_nb.panels.panel import Panel
 
 REDRAW_SECONDS = 0.1  # the answer on the page changes no more often
 ENTER_SECONDS = 0.3  # in which the text that Enter was pressed behind arrives, if it is not there already
@@ -76,7 +76,6 @@ class ChatPanel(Panel):
         self._enter_seen = False  # Enter was pressed, and its text may still be on its way
         self._drawn = 0.0
         self._answering = Answering(models, self.conversation, self._settings, self._changed)
-        self._record = Record(self.mark)
         self._connect()
         self.refresh()
 
@@ -135,10 +134,6 @@ class ChatPanel(Panel):
     def transcript(self) -> str:
         """The conversation as plain text."""
         return self.conversation.transcript
-
-    def close(self) -> None:
-        """Ends the answer that is being written and takes the panel away. The conversation stays in `conversation`."""
-        super().close()
 
     def _end(self) -> None:
         self._answering.post(self._answering.stop)
@@ -255,9 +250,6 @@ class ChatPanel(Panel):
 
     def _repr_html_(self) -> str:
         return self.conversation.to_html()
-
-    def _place_record(self) -> None:
-        self._record.place(self._repr_html_(), repr(self))
 
 
 def _checked_models(lm: LanguageModel, other: LanguageModel | None) -> list[LanguageModel]:

@@ -32,7 +32,7 @@ from fulltune_nb.data.look import (
 from fulltune_nb.errors import ConfigError, DataError, listed
 from fulltune_nb.html import NO_MATH, PALETTE, counted, esc, facts, table
 from fulltune_nb.panels.controls import PICTURE_HEIGHT, PICTURE_WIDTH, DataControls
-from fulltune_nb.panels.panel import Panel, Record
+from fulltune_nb.panels.panel import Panel
 
 FILTERS = ("all", "cut off", "not trained on", "BOS or EOS warning", "also in another split")
 """Which rows of a split there are to choose from."""
@@ -77,7 +77,6 @@ class DataPanel(Panel):
         self.widget.panel = self  # shown without a name of its own, the panel lives as long as its widgets
         self._lock = threading.RLock()  # callbacks may come on another thread than the cells
         self._plot = LengthPlot()
-        self._record = Record(self.mark)
         self._connect()
         self._show_rows()
 
@@ -210,6 +209,7 @@ class DataPanel(Panel):
         self.controls.lens.value = self.example_html()
         self.controls.previous.disabled = not np.any(self.rows < self.index)
         self.controls.next.disabled = not np.any(self.rows > self.index)
+        self._control_error = None  # of an earlier control
         self.refresh()
 
     @property
@@ -256,9 +256,6 @@ class DataPanel(Panel):
         png, words = b64encode(self._plot.draw(split, self.data.settings.max_seq_length)).decode(), esc(lengths_text(split))
         image = f'<img src="data:image/png;base64,{png}" alt="{words}" width="{PICTURE_WIDTH}" height="{PICTURE_HEIGHT}">'
         return f"{self.checks.to_html()}{image}<div>{words}</div>{self.example_html()}"
-
-    def _place_record(self) -> None:
-        self._record.place(self._repr_html_(), repr(self))
 
 
 def _row_text(example: Example) -> str:

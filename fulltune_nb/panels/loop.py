@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 from fulltune_nb.errors import TrainingError
@@ -195,7 +194,7 @@ class TrainLoop(Background):
 
     Attributes:
         trainer: the trainer that is driven.
-        between_steps: async functions awaited before the first and after each step of a run.
+        between_steps: async functions of the loop, awaited before the first and after each step of a run.
         goal: the step count at which the current run, or the last one, ends.
         pausing: whether no further step is wanted; what happens between steps should come to an end.
         error: what ended the last run, or None.
@@ -205,7 +204,7 @@ class TrainLoop(Background):
     def __init__(self, trainer: Trainer):
         super().__init__()
         self.trainer = trainer
-        self.between_steps: list[Callable[[], Awaitable[None]]] = []
+        self.between_steps: list[Callable[[TrainLoop], Awaitable[None]]] = []
         self.goal = 0
         self.pausing = True
         self.error: BaseException | None = None
@@ -303,7 +302,7 @@ class TrainLoop(Background):
     async def _between_steps(self) -> None:
         self._listen()
         for function in list(self.between_steps):
-            await function()
+            await function(self)
 
     def _end_run(self) -> None:
         trainer = self.trainer
@@ -341,16 +340,16 @@ class Hold:
     """
 
     def __init__(self, models: Iterable[Any]):
-        self._halts = {loop: partial(self._halt, loop) for model in models for loop in loops_of(model)}
+        self._loops = [loop for model in models for loop in loops_of(model)]
         self._halted: set[TrainLoop] = set()
         self._released = False
-        for loop, halt in self._halts.items():
-            loop.between_steps.append(halt)
+        for loop in self._loops:
+            loop.between_steps.append(self._halt)
 
     @property
     def running(self) -> list[TrainLoop]:
         """The runs that go on, held or about to be."""
-        return [loop for loop in self._halts if loop.running]
+        return [loop for loop in self._loops if loop.running]
 
     async def ready(self, given_up: Callable[[], bool]) -> None:
         """Returns when every run has come to the end of its step, or when `given_up()`."""
@@ -360,9 +359,8 @@ class Hold:
     def release(self) -> None:
         """Lets all runs go on."""
         self._released = True
-        for loop, halt in self._halts.items():
-            if halt in loop.between_steps:
-                loop.between_steps.remove(halt)
+        for loop in self._loops:
+            loop.between_steps.remove(self._halt)
 
     async def _halt(self, loop: TrainLoop) -> None:
         self._halted.add(loop)

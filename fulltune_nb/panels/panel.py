@@ -46,7 +46,6 @@ class Panel:
 
     Attributes:
         widget: all the panel's widgets in a box.
-        mark: class of that box, of this panel alone.
         closed: whether the panel was taken away.
     """
 
@@ -54,20 +53,23 @@ class Panel:
     """How a user makes such a panel, for messages."""
     ERROR: ClassVar[type[FulltuneError]]
     """What a closed panel raises."""
+    PICTURE: ClassVar[bool] = False
+    """Whether the record has a picture."""
 
     def __init__(self, widget: widgets.Box):
         self.widget = widget
         self.closed = False
-        self.mark = f"fulltune-{uuid.uuid4().hex[:12]}"
+        mark = f"fulltune-{uuid.uuid4().hex[:12]}"
+        self._record = Record(mark, self.PICTURE)
         self._control_error: BaseException | None = None
         self._entries: set[widgets.Widget] = set()  # fields whose entry has not been taken in yet
         self._putting: tuple[int, widgets.Widget] | None = None  # the thread that puts a value into a field, and the field
-        widget.add_class(_CLASS).add_class(self.mark)
+        widget.add_class(_CLASS).add_class(mark)
         rules = widgets.HTML(_RULES, tooltip="Rules for the look", layout=widgets.Layout(display="none"))
         widget.children = (*widget.children, rules)
 
     def close(self) -> None:
-        """Takes the panel away; whatever it does comes to an end."""
+        """Takes the panel away; what it does comes to an end: an answer, or the run if this was the trainer's last panel."""
         if not self.closed:
             self.closed = True
             self._end()
@@ -150,6 +152,11 @@ class Panel:
 
     def _place_record(self) -> None:
         """Puts the panel's record into the cell being executed."""
+        self._record.place(self._repr_html_(), repr(self))
+
+    def _repr_html_(self) -> str:
+        """All that the panel says, for where its widgets are not."""
+        raise NotImplementedError
 
 
 _panels: dict[str, tuple[str, list[weakref.ref[Panel]]]] = {}  # id of a cell -> its execution, the panels shown by that
@@ -192,14 +199,10 @@ _EMPTY = {"text/html": "", "text/plain": ""}
 class Record:
     """Outputs of a cell that stay in the notebook's file: a table, and a picture above it where wanted.
 
-    Hidden while the panel's widgets stand in the same cell, or, where there is no picture, anywhere on the page.
-
-    Args:
-        mark: class of the panel's box.
-        with_picture: whether there is a picture.
+    Hidden while the panel's box, which has the class `mark`, stands in the same cell; where there is no picture, anywhere on the page.
     """
 
-    def __init__(self, mark: str, with_picture: bool = False):
+    def __init__(self, mark: str, with_picture: bool):
         self._name = f"{mark}-record"
         beside = f".jp-OutputArea:has(.{mark}) .jp-OutputArea-child"
         both = f"{beside}:has(.{self._name}), {beside}:has(+ .jp-OutputArea-child .{self._name})"  # the picture stands before the table

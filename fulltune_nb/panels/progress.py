@@ -37,7 +37,8 @@ def progress() -> Any:
     shapes = {"terminal": TerminalProgress, "notebook": NotebookProgress, "plain": PlainProgress, "off": object}
     wanted = os.environ.get(VARIABLE, "").strip().lower() or "auto"
     if wanted == "auto":
-        wanted = "notebook" if in_kernel() else "terminal" if _is_terminal(sys.stderr) else "plain"
+        is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
+        wanted = "notebook" if in_kernel() else "terminal" if is_terminal else "plain"
     if wanted not in shapes:
         raise ConfigError(f"{VARIABLE}: expected auto, {', '.join(shapes)}, got {wanted!r}. Set it to one of these, or unset it.")
     return shapes[wanted]()
@@ -48,10 +49,6 @@ def in_kernel() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
-
-
-def _is_terminal(stream: Any) -> bool:
-    return bool(getattr(stream, "isatty", lambda: False)())
 
 
 def clock(seconds: float) -> str:
@@ -121,7 +118,7 @@ class Pace:
 
 
 class _Progress:
-    """Takes the reports in; the three shapes show them, with a `show_...` method for each that the trainer calls.
+    """Takes the trainer's reports in; a subclass shows them.
 
     Attributes:
         target: the step count at which this run ends or pauses.
@@ -129,62 +126,41 @@ class _Progress:
         peak: largest number of bytes in use so far.
     """
 
-    def __init__(self) -> None:
-        self.target = 0
-        self.peak = 0
-        self.pace = Pace(1)
-        self._started: float | None = None
-
-    # -- what the trainer calls -----------------------------------------------------------------------------------
-
-    def on_start(self, trainer: Any, target: int | None = None) -> None:
+    def on_start(self, trainer: Any, target: int) -> None:
         """Before the first step of a `run`; `target` is the step count at which it will end."""
-        self.target = trainer.total_steps if target is None else target
+        self.target, self.peak = target, 0
         self.pace = Pace(trainer.config.steps_per_report)
         self._started = time.monotonic()
-        self.show_start(trainer)
+        self.begin(trainer)
         for event in _unseen_events(trainer):
-            self.show_event(trainer, event)
+            self.on_event(trainer, event)
 
     def on_step(self, trainer: Any, report: Any) -> None:
         """After a step."""
-        self._ensure_started(trainer)
         self.pace.add(report)
         self.peak = max(self.peak, report.peak_memory)
         self.show_step(trainer, report)
 
     def on_eval(self, trainer: Any, report: Any) -> None:
         """After an evaluation."""
-        self._ensure_started(trainer)
-        self.show_eval(trainer, report)
-
-    def on_save(self, trainer: Any, path: Any) -> None:
-        """After a checkpoint."""
-        self._ensure_started(trainer)
-        self.show_save(trainer, path)
+        numbers = f"loss {report.loss:.3f}, perplexity {report.perplexity:.3f} ({report.tokens:,} tokens, {report.seconds:.1f} s)"
+        self.show_line(trainer, f"{report.split} {numbers}")
 
     def on_event(self, trainer: Any, event: Any) -> None:
         """After anything else worth a line."""
-        self._ensure_started(trainer)
-        self.show_event(trainer, event)
+        self.show_line(trainer, event.message)
 
-    def on_end(self, trainer: Any) -> None:
-        """When `run` returns or raises."""
-        self._ensure_started(trainer)
-        self.show_end(trainer)
-
-    def _ensure_started(self, trainer: Any) -> None:
-        if self._started is None:  # used as a callback by something that does not announce its start
-            self.on_start(trainer)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the start of the run."""
-        return time.monotonic() - self._started
+    def elapsed(self) -> str:
+        """Time since the start of the run."""
+        return clock(time.monotonic() - self._started)
 
     def left(self, trainer: Any) -> str:
         """Expected time to the target."""
         return clock(self.pace.seconds_left(self.target - trainer.step_count)) if self.pace.recent else "?"
+
+    def numbers(self, report: Any) -> str:
+        """Loss, rate and speed in a line."""
+        return f"loss {self.pace.loss:.3f}, lr {report.learning_rate:.2e}, {self.pace.tokens_per_second:.0f} tokens/s"
 
 
 def _unseen_events(trainer: Any) -> list:
@@ -201,37 +177,44 @@ def _unseen_events(trainer: Any) -> list:
 class PlainProgress(_Progress):
     """Whole lines on standard output: for logs."""
 
-    def _line(self, trainer: Any, text: str) -> None:
-        print(f"step {trainer.step_count}/{trainer.total_steps}: {_one_line(text)}", flush=True)
+    def begin(self, trainer: Any) -> None:
         self._last_line = time.monotonic()
 
-    def show_start(self, trainer: Any) -> None:
+    def show_line(self, trainer: Any, text: str) -> None:
+        print(f"step {trainer.step_count}/{trainer.total_steps}: {_one_line(text)}", flush=True)
         self._last_line = time.monotonic()
 
     def show_step(self, trainer: Any, report: Any) -> None:
         due = report.step % trainer.config.steps_per_report == 0 or report.step == self.target
         if due or time.monotonic() - self._last_line >= SILENCE_SECONDS:
-            self._line(
-                trainer,
-                f"loss {self.pace.loss:.3f}, lr {report.learning_rate:.2e}, {self.pace.tokens_per_second:.0f} tokens/s, "
-                f"peak {memory_size(report.peak_memory)}, {self.left(trainer)} left",
-            )
+            self.show_line(trainer, f"{self.numbers(report)}, peak {memory_size(report.peak_memory)}, {self.left(trainer)} left")
 
-    def show_eval(self, trainer: Any, report: Any) -> None:
-        self._line(trainer, _eval_text(report))
+    def on_save(self, trainer: Any, path: Any) -> None:
+        self.show_line(trainer, f"saved {path}")
 
-    def show_save(self, trainer: Any, path: Any) -> None:
-        self._line(trainer, f"saved {path}")
-
-    def show_event(self, trainer: Any, event: Any) -> None:
-        self._line(trainer, event.message)
-
-    def show_end(self, trainer: Any) -> None:
-        self._line(trainer, f"{trainer.state} after {clock(self.elapsed)}, peak {memory_size(self.peak)}")
+    def on_end(self, trainer: Any) -> None:
+        self.show_line(trainer, f"{trainer.state} after {self.elapsed()}, peak {memory_size(self.peak)}")
 
 
-def _eval_text(report: Any) -> str:
-    return f"{report.split} loss {report.loss:.3f}, perplexity {report.perplexity:.3f} ({report.tokens:,} tokens, {report.seconds:.1f} s)"
+class TerminalProgress(_Progress):
+    """A tqdm bar on standard error; evaluations and events are lines above it. Saving has none: it would push them away."""
+
+    def begin(self, trainer: Any) -> None:
+        from tqdm import tqdm
+
+        size = {"dynamic_ncols": True} if _has_size(sys.stderr) else {"ncols": 80, "nrows": 24}  # without one tqdm draws nothing
+        self._bar = tqdm(total=self.target, initial=trainer.step_count, file=sys.stderr, bar_format=_BAR, **size)
+
+    def show_line(self, trainer: Any, text: str) -> None:
+        self._bar.write(f"step {trainer.step_count}: {_one_line(text)}", file=sys.stderr)
+
+    def show_step(self, trainer: Any, report: Any) -> None:
+        self._bar.set_postfix_str(self.numbers(report), refresh=False)  # tqdm itself decides when there is time to draw
+        self._bar.update(report.step - self._bar.n)
+
+    def on_end(self, trainer: Any) -> None:
+        self._bar.refresh()
+        self._bar.close()
 
 
 def _has_size(stream: Any) -> bool:
@@ -242,41 +225,10 @@ def _has_size(stream: Any) -> bool:
         return False
 
 
-class TerminalProgress(_Progress):
-    """A tqdm bar on standard error; evaluations and events are lines above it."""
-
-    def show_start(self, trainer: Any) -> None:
-        from tqdm import tqdm
-
-        size = {"dynamic_ncols": True} if _has_size(sys.stderr) else {"ncols": 80, "nrows": 24}  # without one tqdm draws nothing
-        self._bar = tqdm(total=self.target, initial=trainer.step_count, file=sys.stderr, bar_format=_BAR, **size)
-
-    def show_step(self, trainer: Any, report: Any) -> None:
-        text = f"loss {self.pace.loss:.3f}, lr {report.learning_rate:.2e}, {self.pace.tokens_per_second:.0f} tokens/s"
-        self._bar.set_postfix_str(text, refresh=False)  # tqdm itself decides when there is time to draw
-        self._bar.update(report.step - self._bar.n)
-
-    def _write(self, text: str) -> None:
-        self._bar.write(_one_line(text), file=sys.stderr)
-
-    def show_eval(self, trainer: Any, report: Any) -> None:
-        self._write(f"step {report.step}: {_eval_text(report)}")
-
-    def show_save(self, trainer: Any, path: Any) -> None:
-        pass  # saving is part of the run's routine: a line each time would push the evaluations away
-
-    def show_event(self, trainer: Any, event: Any) -> None:
-        self._write(f"step {event.step}: {event.message}")
-
-    def show_end(self, trainer: Any) -> None:
-        self._bar.refresh()
-        self._bar.close()
-
-
 class NotebookProgress(_Progress):
     """One output that changes at most once a second and ends as a table that needs no kernel to be read."""
 
-    def show_start(self, trainer: Any) -> None:
+    def begin(self, trainer: Any) -> None:
         from IPython.display import display
 
         self._evals: deque = deque(maxlen=_SHOWN)
@@ -287,24 +239,24 @@ class NotebookProgress(_Progress):
     def show_step(self, trainer: Any, report: Any) -> None:
         self._refresh(trainer)
 
-    def show_eval(self, trainer: Any, report: Any) -> None:
+    def on_eval(self, trainer: Any, report: Any) -> None:
         self._evals.append((f"{report.step:,}", report.split, f"{report.loss:.4f}", f"{report.perplexity:.3f}"))
         self._refresh(trainer)
 
-    def show_save(self, trainer: Any, path: Any) -> None:
+    def on_save(self, trainer: Any, path: Any) -> None:
         self._events.append((f"{trainer.step_count:,}", "saved", str(path)))
         self._refresh(trainer)
 
-    def show_event(self, trainer: Any, event: Any) -> None:
+    def on_event(self, trainer: Any, event: Any) -> None:
         self._events.append((f"{event.step:,}", event.kind.replace("_", " "), event.message))
         self._refresh(trainer)
 
-    def show_end(self, trainer: Any) -> None:
-        self._draw(trainer, f"{trainer.state} after {clock(self.elapsed)}")
+    def on_end(self, trainer: Any) -> None:
+        self._draw(trainer, f"{trainer.state} after {self.elapsed()}")
 
     def _refresh(self, trainer: Any) -> None:
         if time.monotonic() - self._drawn >= REFRESH_SECONDS:
-            self._draw(trainer, f"{clock(self.elapsed)} so far, {self.left(trainer)} left")
+            self._draw(trainer, f"{self.elapsed()} so far, {self.left(trainer)} left")
 
     def _draw(self, trainer: Any, state: str) -> None:
         self._drawn = time.monotonic()
@@ -313,8 +265,7 @@ class NotebookProgress(_Progress):
     def _bundle(self, trainer: Any, state: str) -> dict[str, str]:
         step, total = trainer.step_count, trainer.total_steps
         title = f"step {step:,} of {total:,}: {state}"
-        pairs = list(self._values())
-        text = ", ".join([title, *(f"{name} {value}" for name, value in pairs)])
+        pairs = self._pairs()
         bar = f'<progress value="{step}" max="{max(total, 1)}" style="width:320px" aria-label="{esc(title)}"></progress> {esc(title)}'
         parts = [f"<div>{bar}</div>"]
         if pairs:
@@ -323,14 +274,16 @@ class NotebookProgress(_Progress):
             parts.append(table(("step", "split", "loss", "perplexity"), self._evals, "Evaluations"))
         if self._events:
             parts.append(table(("step", "event", ""), self._events, "Events"))
-        return {"text/html": "".join(parts), "text/plain": text}
+        return {"text/html": "".join(parts), "text/plain": ", ".join([title, *(f"{name} {value}" for name, value in pairs)])}
 
-    def _values(self):
-        if not self.pace.recent:
-            return
-        report = self.pace.recent[-1]
-        yield "epoch", f"{report.epoch:.2f}"
-        yield "loss", f"{self.pace.loss:.4f} (mean of the last {len(self.pace.recent)} steps)"
-        yield "learning rate", f"{report.learning_rate:.2e}"
-        yield "speed", f"{self.pace.tokens_per_second:,.0f} tokens/s"
-        yield "peak memory", memory_size(self.peak)
+    def _pairs(self) -> list[tuple[str, str]]:
+        report = self.pace.last
+        if report is None:
+            return []
+        return [
+            ("epoch", f"{report.epoch:.2f}"),
+            ("loss", f"{self.pace.loss:.4f} (mean of the last {len(self.pace.recent)} steps)"),
+            ("learning rate", f"{report.learning_rate:.2e}"),
+            ("speed", f"{self.pace.tokens_per_second:,.0f} tokens/s"),
+            ("peak memory", memory_size(self.peak)),
+        ]

@@ -38,7 +38,7 @@ class Samples:
         max_tokens: tokens of an answer at most.
         rows: the answers, oldest first; the latest 2,000.
         wanted: whether they are to be answered at the next opportunity.
-        version: grows with every change of `rows`.
+        version: grows with every change of what is above.
     """
 
     def __init__(self, loop: TrainLoop):
@@ -63,7 +63,7 @@ class Samples:
         every = self.every if every is None else whole_number("sample_every", every)
         max_tokens = self.max_tokens if max_tokens is None else whole_number("max_tokens", max_tokens, 1)
         self.prompts = self.prompts if prompts is None else tuple(prompt for prompt in prompts if prompt.strip())
-        self.every, self.max_tokens = every, max_tokens
+        self.every, self.max_tokens, self.version = every, max_tokens, self.version + 1
 
     @property
     def prompts_text(self) -> str | None:
@@ -71,15 +71,15 @@ class Samples:
         text = "\n".join(self.prompts)
         return text if len(text) < _FIELD_CHARACTERS and text.count("\n") == max(0, len(self.prompts) - 1) else None
 
-    async def take_when_due(self) -> None:
+    async def take_when_due(self, loop: TrainLoop) -> None:
         """Answers all prompts if it is time, letting go of the event loop after every piece. A pause cuts it off."""
-        step = self._loop.trainer.step_count
+        step = loop.trainer.step_count
         due = self.wanted or (self.every > 0 and step % self.every == 0 and step != self._last_step)
         if not due or not self.prompts:
             return
         for _ in self._answer_all():
             await asyncio.sleep(0)
-            if self._loop.pausing:
+            if loop.pausing:
                 return
 
     def take(self) -> list[Sample]:

@@ -60,43 +60,43 @@ class Tab:
 
 
 class OpenTab:
-    """Of the tabs of one panel the one that is open, if any, and when it is renewed.
+    """Renews the tab of a panel that is open, if any.
+
+    Args:
+        loop: of the trainer that is looked at.
+        failed: told of an error that nobody else would hear of.
 
     Attributes:
+        tab: the open one, or None.
         seconds: what the last renewal took.
     """
 
     def __init__(self, loop: TrainLoop, failed: Callable[[Exception], Any]):
-        """
-        Args:
-            loop: of the trainer that is looked at.
-            failed: told of an error that nobody else would hear of.
-        """
+        self.tab: Tab | None = None
         self.seconds = 0.0
         self._loop, self._failed = loop, failed
-        self._tab: Tab | None = None
         self._timer: Any = None
         self._started = -float("inf")
 
     def choose(self, tab: Tab | None) -> None:
         """Another tab has been opened; None for one that is not of these."""
-        if tab is self._tab:
+        if tab is self.tab:
             return
         self._stop_timer()
-        if self._tab is not None:
-            self._tab.left()
-        self._tab = tab
+        if self.tab is not None:
+            self.tab.left()
+        self.tab = tab
         if tab is not None:
             tab.opened()
             self._renew()
 
     def tell(self, rests: bool = False) -> None:
-        """Something has happened to the run: the tab is renewed as soon as may be.
+        """Something has happened to the run: the open tab is renewed as soon as may be.
 
         Args:
             rests: no step comes for now, so that without an event loop there will be no better moment.
         """
-        if self._tab is None or self._timer is not None:
+        if self._timer is not None:
             return
         interval = max(MIN_SECONDS, self.seconds / MAX_SHARE) if self._loop.running else MIN_SECONDS
         self._timer = self._loop.later(max(0.0, self._started + interval - time.monotonic()), self._renew)
@@ -107,7 +107,7 @@ class OpenTab:
         self._stop_timer()
         self._started = time.monotonic()
         try:
-            self._tab.renew()
+            self.tab.renew()
         except Exception as error:  # nobody has asked for this, so nobody else would hear of it
             self._failed(error)
         self.seconds = time.monotonic() - self._started

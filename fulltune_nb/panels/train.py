@@ -21,7 +21,7 @@ from fulltune_nb.html import NO_MATH, cut, esc, facts, human_bytes, table
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.live_plot import LivePlot
 from fulltune_nb.panels.loop import TrainLoop, hear, interruptible, loop_of
-from fulltune_nb.panels.panel import Panel, Record, error_html
+from fulltune_nb.panels.panel import Panel, error_html
 from fulltune_nb.panels.progress import Pace, PlainProgress, clock, progress
 from fulltune_nb.panels.samples import Sample, Samples
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
@@ -53,7 +53,7 @@ class TrainPanel(Panel):
         closed: whether the panel was taken away.
     """
 
-    MADE_BY, ERROR = "TrainPanel(trainer)", TrainingError
+    MADE_BY, ERROR, PICTURE = "TrainPanel(trainer)", TrainingError, True
 
     def __init__(self, trainer: Trainer, prompts: Sequence[str] = (), sample_every: int | None = None, max_tokens: int | None = None):
         """
@@ -154,10 +154,6 @@ class TrainPanel(Panel):
         """What the panel shows as an error: of the last run, or of a button."""
         return (self.loop.error if self.loop else None) or self._control_error
 
-    def close(self) -> None:
-        """Takes the panel away. If it is the trainer's last one, a run that goes on is paused: nothing is left running."""
-        super().close()
-
     def _end(self) -> None:
         self._view.close()
         for tab in self.tabs.values():
@@ -190,6 +186,11 @@ class TrainPanel(Panel):
     def _post(self, action: Callable[[], Any]) -> None:
         """MLX is for the main thread, and for between two steps."""
         self.loop.post(partial(self._act, action))
+
+    def fail(self, error: Exception) -> None:
+        """Shows an error that came while nobody had asked for anything."""
+        self._control_error = error
+        self.refresh()
 
     def _act(self, action: Callable[[], Any]) -> None:
         try:
@@ -268,10 +269,10 @@ class TrainView:
         trainer, loop = panel.trainer, panel.loop
         self._panel, self._controls = panel, panel.controls
         self._trainer, self._loop, self._samples = trainer, loop, panel.samples
-        self._open_tab = OpenTab(loop, self._tab_failed)
+        self._open_tab = OpenTab(loop, self._panel.fail)
         self._plot = loop.shared(_make_plot)
         self._pace = Pace(trainer.config.steps_per_report, trainer.history.steps[-trainer.config.steps_per_report :])
-        self._record = Record(panel.mark, with_picture=True)
+        self._record = panel._record
         self._log: deque[tuple[str, str, str]] = deque(maxlen=_LOG_KEPT)
         self._refreshed = -math.inf
         self._timer: Any = None
@@ -302,7 +303,8 @@ class TrainView:
         if self._plot.seconds_to_wait() == 0:
             self._plot.draw(trainer.history)
         self._show_picture()
-        self._open_tab.tell()
+        if self._open_tab.tab is not None:
+            self._open_tab.tell()
 
     def on_eval(self, trainer: Trainer, report: EvalReport) -> None:
         """After an evaluation."""
@@ -344,10 +346,6 @@ class TrainView:
         title = "" if number is None else self._controls.tabs.titles[number]
         self._open_tab.choose(self._panel.tabs.get(title))
 
-    def _tab_failed(self, error: Exception) -> None:
-        self._panel._control_error = error
-        self.refresh()
-
     # -- words and numbers ----------------------------------------------------------------------------------------
 
     @property
@@ -387,7 +385,9 @@ class TrainView:
         controls.learning_rate.disabled = running
         if not running:
             self._panel.put(controls.learning_rate, trainer.learning_rate)
-        self._show_samples()
+        if self._samples.version != self._samples_version:  # making the table takes a while
+            self._samples_version = self._samples.version
+            self._show_samples()
         controls.log.value = _CLOSE_LINES.format(self._log_html())
         error = self._panel.error
         controls.error.value = "" if error is None else error_html(error)
@@ -400,9 +400,7 @@ class TrainView:
         put(controls.prompts, f"{len(samples.prompts)} prompts given in code" if text is None else text)
         put(controls.sample_every, samples.every)
         put(controls.max_tokens, samples.max_tokens)
-        if samples.version != self._samples_version:  # making the table takes a while
-            self._samples_version = samples.version
-            controls.samples.value = _CLOSE_LINES.format(samples.to_html())
+        controls.samples.value = _CLOSE_LINES.format(samples.to_html())
 
     def _log_html(self) -> str:
         if not self._log:
@@ -418,7 +416,8 @@ class TrainView:
         if self._panel.closed:
             return
         self.refresh()
-        self._open_tab.tell(rests=not self._loop.running)
+        if self._open_tab.tab is not None:
+            self._open_tab.tell(rests=not self._loop.running)
         self._stop_timer()
         wait = 0.0 if self._plot.is_current(self._trainer.history) else self._plot.seconds_to_wait(self._training)
         self._timer = self._loop.later(wait, self._finish) if wait else None

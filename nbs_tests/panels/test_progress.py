@@ -120,6 +120,7 @@ def test_plain_says_a_line_every_n_steps_and_one_at_the_end(moment, capsys):
 
 def test_plain_tells_of_evaluations_saves_and_events_in_whole_lines(moment, capsys):
     trainer = FakeTrainer(PlainProgress(), moment, every=100)
+    trainer.callback.on_start(trainer, 30)
     trainer.step()
     trainer.evaluate()
     trainer.callback.on_save(trainer, "runs/a/checkpoints/000001")
