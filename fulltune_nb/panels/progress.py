@@ -136,18 +136,15 @@ class _Progress:
             self.on_event(trainer, event)
 
     def on_step(self, trainer: Any, report: Any) -> None:
-        """After a step."""
         self.pace.add(report)
         self.peak = max(self.peak, report.peak_memory)
         self.show_step(trainer, report)
 
     def on_eval(self, trainer: Any, report: Any) -> None:
-        """After an evaluation."""
         numbers = f"loss {report.loss:.3f}, perplexity {report.perplexity:.3f} ({report.tokens:,} tokens, {report.seconds:.1f} s)"
         self.show_line(trainer, f"{report.split} {numbers}")
 
     def on_event(self, trainer: Any, event: Any) -> None:
-        """After anything else worth a line."""
         self.show_line(trainer, event.message)
 
     def elapsed(self) -> str:

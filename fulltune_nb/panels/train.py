@@ -187,7 +187,7 @@ class TrainPanel(Panel):
         """MLX is for the main thread, and for between two steps."""
         self.loop.post(partial(self._act, action))
 
-    def fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """Shows an error that came while nobody had asked for anything."""
         self._control_error = error
         self.refresh()
@@ -269,7 +269,7 @@ class TrainView:
         trainer, loop = panel.trainer, panel.loop
         self._panel, self._controls = panel, panel.controls
         self._trainer, self._loop, self._samples = trainer, loop, panel.samples
-        self._open_tab = OpenTab(loop, self._panel.fail)
+        self._open_tab = OpenTab(loop, panel._fail)
         self._plot = loop.shared(_make_plot)
         self._pace = Pace(trainer.config.steps_per_report, trainer.history.steps[-trainer.config.steps_per_report :])
         self._record = panel._record
@@ -284,7 +284,6 @@ class TrainView:
         self.settle()
 
     def close(self) -> None:
-        """Hears no more."""
         self._stop_timer()
         self._open_tab.choose(None)
         self._trainer.listeners.remove(self)
@@ -296,7 +295,6 @@ class TrainView:
         self._refreshed = -math.inf
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        """After a step."""
         self._pace.add(report)
         if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self.refresh()
@@ -307,17 +305,14 @@ class TrainView:
             self._open_tab.tell()
 
     def on_eval(self, trainer: Trainer, report: EvalReport) -> None:
-        """After an evaluation."""
         self._note_report(report)
         self.settle()
 
     def on_event(self, trainer: Trainer, event: Event) -> None:
-        """After anything else worth a line."""
         self._note_report(event)
         self.settle()
 
     def on_save(self, trainer: Trainer, path: Path) -> None:
-        """After a checkpoint."""
         self.note("saved", str(path))
         self.settle()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
 
@@ -210,6 +211,13 @@ def test_closing_leaves_no_widgets_and_no_callbacks(data):
     assert set(_instances) <= before
     button.click()
     assert panel.index == 0
+
+
+def test_a_panel_without_a_name_of_its_own_lives_as_long_as_its_widgets(data):
+    controls = DataPanel(data).controls
+    gc.collect()
+    controls.next.click()
+    assert "train:2" in controls.status.value
 
 
 def test_repr_is_one_line(panel):

@@ -372,6 +372,14 @@ def test_a_panel_that_is_dropped_does_not_keep_its_trainer(make_trainer):
     assert trainer() is None
 
 
+def test_a_panel_without_a_name_of_its_own_lives_as_long_as_its_trainer(make_trainer):
+    trainer = make_trainer()
+    controls = TrainPanel(trainer).controls  # as by display(TrainPanel(trainer))
+    gc.collect()
+    controls.step.click()
+    assert trainer.step_count == 1 and "step 1 of 8" in controls.status.value
+
+
 # -- cost ---------------------------------------------------------------------------------------------------------------------
 
 
