@@ -71,12 +71,12 @@ def uses_chat(arguments: argparse.Namespace, data_format: str | None, has_templa
 
 def answer(arguments: argparse.Namespace) -> Iterator[str]:
     """Loads the model and returns the pieces of its answer."""
-    from fulltune_nb.models.generation import GenerationSettings
+    from fulltune_nb.models.generation import Sampling
     from fulltune_nb.models.model_file import load_with_model_file, trained_format
 
     names = {"temp": "temperature", **{name: name for name in ("max_tokens", "top_p", "top_k", "min_p", "stop", "seed")}}
     settings = {setting: getattr(arguments, name) for name, setting in names.items()}
-    GenerationSettings(**settings)  # what is wrong with it is said before a model is loaded
+    Sampling(**settings)  # what is wrong with it is said before a model is loaded
     prompt = read_prompt(arguments.prompt)
     lm = load_with_model_file(arguments.model, arguments.model_file, arguments.dtype)
     if arguments.model is None:

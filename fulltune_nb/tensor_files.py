@@ -140,8 +140,12 @@ def open_tensors(path: Path) -> list[Tensor]:
     return open_npz(path) if path.suffix == ".npz" else open_safetensors(path)
 
 
-def _check_regular_file(path: Path) -> None:
-    if not path.is_file():  # a pipe could be read for ever
+def check_regular_file(path: Path) -> None:
+    """
+    Raises:
+        WeightsError: there is none, or something that is no file, such as a folder or a pipe, which could be read for ever.
+    """
+    if not path.is_file():
         what = "No weights file at" if not path.exists() else "Expected a file of weights, found something else at"
         raise WeightsError(f"{what} {path}.")
 
@@ -189,14 +193,14 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
     Raises:
         WeightsError: not a safetensors file.
     """
-    _check_regular_file(path)
+    check_regular_file(path)
     with _reading(path), safe_open(path, framework="numpy") as file:
         return file.metadata() or {}
 
 
 def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """The entries of a safetensors header by tensor name, and where the tensors' bytes begin."""
-    _check_regular_file(path)
+    check_regular_file(path)
     with _reading(path):
         with safe_open(path, framework="numpy"):  # checks dtypes, and that shapes, offsets and the file's size fit each other
             pass
@@ -247,7 +251,7 @@ def open_npz(path: Path) -> list[Tensor]:
     Raises:
         WeightsError: not a whole npz file, Python objects in it, or a dtype that is not copied.
     """
-    _check_regular_file(path)
+    check_regular_file(path)
     with _reading(path), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if len({entry.filename for entry in entries}) != len(entries) or not entries:

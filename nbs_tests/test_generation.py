@@ -12,7 +12,7 @@ import pytest
 from fulltune_nb.errors import GenerationError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import read_config
-from fulltune_nb.models.generation import GenerationSettings, Sampler, batches_by_length, candidate_scores, decode, prefill
+from fulltune_nb.models.generation import Sampler, Sampling, batches_by_length, candidate_scores, decode, prefill
 from fulltune_nb.models.kv_cache import make_cache
 from fulltune_nb.models.language_model import LanguageModel
 
@@ -79,7 +79,7 @@ def scripted(tokenizer, text, **options):
 
 def test_greedy_tokens_are_those_of_the_whole_sequence_computed_again_each_time(lm):
     prompt = lm.tokenizer.encode("The quick brown fox")
-    steps = decode(lm.model, [prompt], GenerationSettings(max_tokens=20), [0])
+    steps = decode(lm.model, [prompt], Sampling(max_tokens=20), [0])
     tokens = list(prompt)
     for (token,) in steps:
         assert token == mx.argmax(lm.model(mx.array([tokens]))[0, -1]).item()
@@ -95,7 +95,7 @@ def test_greedy_text_is_that_of_transformers_for_64_tokens(lm, tmp_path):
     for prompt in PROMPTS[:2]:
         ids = lm.tokenizer.encode(prompt)
         found = reference.generate(torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=2)
-        tokens = [token for (token,) in decode(lm.model, [ids], GenerationSettings(max_tokens=64), [0])]
+        tokens = [token for (token,) in decode(lm.model, [ids], Sampling(max_tokens=64), [0])]
         assert tokens == found[0, len(ids) :].tolist()
 
 
@@ -191,18 +191,18 @@ def test_broken_weights_are_an_error(tokenizer):
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused_before_anything_runs(llama, name, value):
-    with pytest.raises(GenerationError, match=f"^{name} must be"):
+    with pytest.raises(GenerationError, match=f"^{name}: expected"):
         llama.stream("Hello", **{name: value})
 
 
 def test_numpy_numbers_and_one_stop_text_are_fine():
-    settings = GenerationSettings(max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(2), stop="end", seed=np.uint8(7))
+    settings = Sampling(max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(2), stop="end", seed=np.uint8(7))
     assert (settings.max_tokens, settings.temperature, settings.top_k, settings.stop, settings.seed) == (3, 0.5, 2, ("end",), 7)
 
 
 @pytest.mark.parametrize("method", [LanguageModel.generate, LanguageModel.stream, LanguageModel.chat, LanguageModel.stream_chat])
 def test_every_way_to_an_answer_takes_the_same_settings(method):
-    settings = list(inspect.signature(GenerationSettings).parameters.values())
+    settings = list(inspect.signature(Sampling).parameters.values())
     found = [p for p in inspect.signature(method).parameters.values() if p.name not in ("self", "prompt", "messages", "tools")]
     assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in settings]
 
@@ -238,7 +238,7 @@ SETTINGS = [
 @pytest.mark.parametrize("chosen", SETTINGS)
 def test_probabilities_are_those_of_brute_force(chosen):
     logits = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32) * 2
-    candidates, scores = candidate_scores(mx.array(logits), GenerationSettings(**chosen))
+    candidates, scores = candidate_scores(mx.array(logits), Sampling(**chosen))
     found = np.zeros((5, 12))
     ids = np.tile(np.arange(12), (5, 1)) if candidates is None else np.array(candidates)
     np.put_along_axis(found, ids, np.array(mx.softmax(scores, axis=-1)), axis=-1)
@@ -250,7 +250,7 @@ def test_probabilities_are_those_of_brute_force(chosen):
 @pytest.mark.parametrize("chosen", [SETTINGS[0], SETTINGS[1], SETTINGS[5]])
 def test_tokens_are_drawn_with_these_probabilities(chosen):
     draws, logits = 4000, np.random.default_rng(1).normal(size=12).astype(np.float32)
-    sampler = Sampler(GenerationSettings(**chosen), range(draws))
+    sampler = Sampler(Sampling(**chosen), range(draws))
     drawn = np.array(sampler(mx.broadcast_to(mx.array(logits), (draws, 12))))
     expected = brute_force(logits.astype(np.float64), **{"top_p": 1.0, "top_k": 0, "min_p": 0.0, **chosen}) * draws
     counts = np.bincount(drawn, minlength=12)
@@ -261,7 +261,7 @@ def test_tokens_are_drawn_with_these_probabilities(chosen):
 
 
 def test_steps_of_one_row_are_drawn_independently():
-    sampler = Sampler(GenerationSettings(temperature=1.0), [3])
+    sampler = Sampler(Sampling(temperature=1.0), [3])
     drawn = np.array([sampler(mx.zeros((1, 4))).item() for _ in range(1600)])
     pairs = np.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
     assert ((pairs - 100) ** 2 / 100).sum() < 45  # 15 degrees of freedom
@@ -270,7 +270,7 @@ def test_steps_of_one_row_are_drawn_independently():
 def test_extreme_logits_and_temperatures_draw_a_token(llama):
     logits = mx.array([[1e30, -1e30, 0.0, 1e30]])
     for temperature in (1e-30, 1e-6, 1.0, 1e30):
-        assert Sampler(GenerationSettings(temperature=temperature, top_p=0.9), [0])(logits).item() in (0, 1, 2, 3)
+        assert Sampler(Sampling(temperature=temperature, top_p=0.9), [0])(logits).item() in (0, 1, 2, 3)
     assert llama.generate("Hello", 8, temperature=1e-30, seed=1) == llama.generate("Hello", 8)
 
 
@@ -355,5 +355,5 @@ def test_batches_hold_every_row_once_and_lengths_that_differ_little():
 
 def test_a_model_may_be_read_without_a_tokenizer():
     model = Decoder(read_config({"model_type": "llama", **SMALL}))
-    (first,) = next(decode(model, [[1, 2, 3]], GenerationSettings(max_tokens=1), [0]))
+    (first,) = next(decode(model, [[1, 2, 3]], Sampling(max_tokens=1), [0]))
     assert first == mx.argmax(model(mx.array([[1, 2, 3]]))[0, -1]).item()

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.cpu import fast_math as cpu_math
 from fulltune_nb.models.families import ACTIVATIONS, GATED_ACTIVATIONS, ModelConfig
 from fulltune_nb.models.kv_cache import KVCache
+from fulltune_nb.models.parameters import swapped_in, trainable_of
 from fulltune_nb.models.rope import inverse_frequencies, rotate, rotation_table
 
 Rotation = tuple[mx.array, mx.array]
@@ -364,17 +364,14 @@ def _checkpointed(block: Block, x: mx.array, rotation: Rotation, mask: mx.array 
 
     The block itself is not changed: nothing is patched, so making it twice does nothing twice.
     """
-    own = tree_flatten(block.trainable_parameters())
+    own = trainable_of(block)
 
     def forward(x: mx.array, *values: mx.array) -> mx.array:
-        block.update(tree_unflatten([(name, value) for (name, _), value in zip(own, values, strict=True)]))
-        try:
+        with swapped_in(block, dict(zip(own, values, strict=True))):
             return block(x, rotation, mask)
-        finally:
-            block.update(tree_unflatten(own))  # what was put in belongs to the graph, and would keep it
 
     if "experts" in block.mlp:  # they read the routing while they are computed, and would have all gradients so far computed there
-        return mx.checkpoint(forward)(x, *(value for _, value in own))
+        return mx.checkpoint(forward)(x, *own.values())
     checkpointed = mx.custom_function(forward)
 
     @checkpointed.vjp
@@ -382,4 +379,4 @@ def _checkpointed(block: Block, x: mx.array, rotation: Rotation, mask: mx.array 
         waiting = mx.depends(list(inputs), [gradient])
         return tuple(mx.vjp(forward, waiting, [gradient])[1])
 
-    return checkpointed(x, *(value for _, value in own))
+    return checkpointed(x, *own.values())

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import ModelError, WeightsError, listed
 from fulltune_nb.files import Checksum, flush_to_disk, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import FAMILIES, ModelConfig, hf_names, read_config, to_hf
+from fulltune_nb.models.parameters import holder_of, parameters_of
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
 from fulltune_nb.tokenizer import save_tokenizer
 
@@ -218,7 +218,7 @@ def assign_tensors(
     Raises:
         WeightsError: tensors missing, unexpected or mis-shaped; nothing was changed.
     """
-    ours = dict(tree_flatten(model.parameters()))
+    ours = parameters_of(model)
     names = hf_names(list(ours), model.config.family)
     given = {name: array for name, array in arrays.items() if not name.endswith(_NOT_WEIGHTS)}
     if model.config.tie_word_embeddings and _HEAD in given:
@@ -244,7 +244,8 @@ def assign_tensors(
         own = array.dtype if array.dtype in DTYPES.values() else mx.float32
         array = array.astype(ours[names[name]].dtype if keep_dtypes else dtype or own)
         mx.eval(array)  # read now: the file may be replaced later, and lazy arrays cannot cross threads
-        _assign(model, names[name], array)
+        module, key = holder_of(model, names[name])
+        module[key] = array
 
 
 def load_model_file(model: Decoder, path: Path) -> None:
@@ -254,14 +255,6 @@ def load_model_file(model: Decoder, path: Path) -> None:
         WeightsError: unreadable, or tensors missing, unexpected or mis-shaped; the model is as before.
     """
     assign_tensors(model, read_tensors(path), str(path), keep_dtypes=True)
-
-
-def _assign(model: Decoder, name: str, array: mx.array) -> None:
-    *parents, last = name.split(".")
-    module: Any = model
-    for part in parents:
-        module = module[int(part)] if part.isdigit() else module[part]
-    module[last] = array
 
 
 def _target_dtype(dtype: str | None) -> mx.Dtype | None:
@@ -276,7 +269,7 @@ def _target_dtype(dtype: str | None) -> mx.Dtype | None:
 
 def hf_tensors(model: Decoder) -> dict[str, mx.array]:
     """The model's arrays under their Hugging Face names."""
-    return {to_hf(name, model.config.family): array for name, array in tree_flatten(model.parameters())}
+    return {to_hf(name, model.config.family): array for name, array in parameters_of(model).items()}
 
 
 def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> None:

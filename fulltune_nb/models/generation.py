@@ -5,9 +5,6 @@ Dimension letters: B rows, T tokens, V vocabulary, N candidates that are left af
 
 from __future__ import annotations
 
-import math
-import numbers
-import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,71 +16,62 @@ from fulltune_nb.errors import GenerationError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.detokenizer import Detokenizer, StopStrings, make_detokenizer
 from fulltune_nb.models.kv_cache import KVCache, make_cache
+from fulltune_nb.settings import Refused, SettingError, check_fields, described, number, optional, setting, whole
 
 if TYPE_CHECKING:
-        from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _PREFILL_TOKENS = 512  # of one row at a time: bounds the attention scores of a long prompt
 _PREFILL_BATCH_TOKENS = 8192  # of all rows at a time
 _MAX_SPREAD = 16  # tokens between the shortest and the longest prompt of a batch; each costs a step
-_MAX_SEED = 2**63 - 1
 
 
+def _share_above_0(value: Any) -> float:
+    share = number(0, 1)(value)
+    if share == 0:
+        raise Refused("a number above 0 and up to 1 (for the likeliest token only, use temperature=0)")
+    return share
+
+
+def _stop_texts(value: Any) -> tuple[str, ...]:
+    texts = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple, set, frozenset)) or not all(isinstance(text, str) and text for text in texts):
+        raise Refused("a text or a list of texts, none of them empty")
+    return tuple(texts)
+
+
+@described
 @dataclass(frozen=True)
-class GenerationSettings:
+class Sampling:
     """How answers are drawn and where they end.
 
     Raises:
         GenerationError: a value of the wrong type or range.
     """
 
-    max_tokens: int = 256
-    """Tokens after which an answer ends in any case."""
-    temperature: float = 0.0
-    """0: always the likeliest token. Else logits are divided by it, before the filters below."""
-    top_p: float = 1.0
-    """Draw among the fewest likeliest tokens whose probabilities sum up to at least this (Holtzman et al. 2020)."""
-    top_k: int = 0
-    """Draw among this many likeliest tokens; 0: all. Comes before `top_p`, whose probabilities are of what is left."""
-    min_p: float = 0.0
-    """Draw among tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024)."""
-    stop: str | Sequence[str] | None = None
-    """Texts that end an answer and are no part of it."""
-    seed: int | None = None
-    """Of the drawing; None draws one. The global random state is neither used nor changed."""
+    max_tokens: int = setting(256, whole(1), "tokens after which an answer ends in any case")
+    temperature: float = setting(0.0, number(0), "0 takes the likeliest token each time, 1 draws from the model's own probabilities")
+    top_p: float = setting(
+        1.0, _share_above_0, "draw among the fewest likeliest tokens that hold this much probability (Holtzman et al. 2020), after top_k"
+    )
+    top_k: int = setting(0, whole(0), "draw among this many likeliest tokens; 0: all")
+    min_p: float = setting(
+        0.0, number(0, 1), "draw among tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024)"
+    )
+    stop: str | Sequence[str] | None = setting(None, _stop_texts, "texts that end an answer and are no part of it; held as a tuple")
+    seed: int | None = setting(
+        None, optional(whole(0, 2**63 - 1)), "of the drawing; the global random state is neither used nor changed. None: another each time"
+    )
 
     def __post_init__(self):
-        for name, low, high in (("max_tokens", 1, None), ("top_k", 0, None), ("seed", 0, _MAX_SEED)):
-            object.__setattr__(self, name, _whole(name, getattr(self, name), low, high, or_none=name == "seed"))
-        for name, high in (("temperature", math.inf), ("top_p", 1.0), ("min_p", 1.0)):
-            object.__setattr__(self, name, _number(name, getattr(self, name), high))
-        if self.top_p == 0:
-            raise GenerationError("top_p must be a number above 0 and up to 1, found 0. For the likeliest token only, use temperature=0.")
-        stops = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stops, (list, tuple, set, frozenset)) or not all(isinstance(text, str) and text for text in stops):
-            raise GenerationError(f"stop must be a text or a list of texts, none of them empty, found {self.stop!r:.80}.")
-        object.__setattr__(self, "stop", tuple(stops))
-
-
-def _whole(name: str, value: Any, low: int, high: int | None, or_none: bool) -> int | None:
-    if value is None and or_none:
-        return None
-    if not isinstance(value, bool):
         try:
-            number = operator.index(value)
-        except TypeError:
-            number = low - 1
-        if number >= low and (high is None or number <= high):
-            return number
-    raise GenerationError(f"{name} must be a whole number of at least {low}{' or None' if or_none else ''}, found {value!r}.")
+            check_fields(self)
+        except SettingError as error:
+            raise GenerationError(str(error)) from None
 
-
-def _number(name: str, value: Any, high: float) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 <= value <= high:
-        allowed = "of at least 0" if math.isinf(high) else f"from 0 to {high:g}"
-        raise GenerationError(f"{name} must be a number {allowed}, found {value!r}.")
-    return float(value)
+    def first_seed(self) -> int:
+        """The seed, or a new one."""
+        return int.from_bytes(os.urandom(4)) if self.seed is None else self.seed
 
 
 class Sampler:
@@ -92,10 +80,10 @@ class Sampler:
     Row `i` draws as the only row of a sampler with seed `seeds[i]` would: what stands beside it does not matter.
     """
 
-    def __init__(self, settings: GenerationSettings, seeds: Sequence[int]):
-        self._settings = settings
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]):
+        self._sampling = sampling
         self._keys = None
-        if settings.temperature > 0:
+        if sampling.temperature > 0:
             self._keys = mx.stack([mx.random.key(seed) for seed in seeds])  # (B, 2)
 
     def __call__(self, logits: mx.array, drawing: mx.array | None = None) -> mx.array:
@@ -110,12 +98,12 @@ class Sampler:
         pairs = mx.vmap(mx.random.split)(self._keys)  # (B, 2) -> (B, 2, 2): the key to go on with, the key to use
         following = pairs[:, 0]
         self._keys = following if drawing is None else mx.where(drawing[:, None], following, self._keys)
-        candidates, scores = candidate_scores(logits, self._settings)
+        candidates, scores = candidate_scores(logits, self._sampling)
         drawn = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(scores, pairs[:, 1])
         return drawn if candidates is None else mx.take_along_axis(candidates, drawn[:, None], axis=-1)[:, 0]
 
 
-def candidate_scores(logits: mx.array, settings: GenerationSettings) -> tuple[mx.array | None, mx.array]:
+def candidate_scores(logits: mx.array, sampling: Sampling) -> tuple[mx.array | None, mx.array]:
     """The tokens that may be drawn, and their logits with the temperature applied: minus infinity for what is filtered out.
 
     The order is that of Hugging Face: temperature, top-k, top-p, min-p.
@@ -125,10 +113,10 @@ def candidate_scores(logits: mx.array, settings: GenerationSettings) -> tuple[mx
     """
     logits = logits.astype(mx.float32)
     # The maximum first, so that nothing overflows; and a temperature that float32 can divide by.
-    scores = (logits - logits.max(axis=-1, keepdims=True)) / max(settings.temperature, 1e-6)
+    scores = (logits - logits.max(axis=-1, keepdims=True)) / max(sampling.temperature, 1e-6)
     size = scores.shape[-1]
-    top_k = min(settings.top_k or size, size)
-    if top_k == size and settings.top_p == 1.0 and settings.min_p == 0.0:
+    top_k = min(sampling.top_k or size, size)
+    if top_k == size and sampling.top_p == 1.0 and sampling.min_p == 0.0:
         return None, scores
     if top_k < size:
         candidates = mx.argpartition(-scores, kth=top_k - 1, axis=-1)[:, :top_k]
@@ -140,7 +128,7 @@ def candidate_scores(logits: mx.array, settings: GenerationSettings) -> tuple[mx
     probabilities = mx.softmax(scores, axis=-1)
     likelier = mx.cumsum(probabilities, axis=-1) - probabilities  # the sum of the ones before
     first = mx.arange(top_k) == 0  # is always kept, whatever rounding does
-    kept = first | ((likelier < settings.top_p) & (probabilities >= settings.min_p * probabilities[:, :1]))
+    kept = first | ((likelier < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1]))
     return candidates, mx.where(kept, scores, -mx.inf)
 
 
@@ -155,7 +143,7 @@ def prefill(model: Decoder, ids: mx.array, cache: Sequence[KVCache]) -> mx.array
 
 
 def decode(
-    model: Decoder, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seeds: Sequence[int]
+    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
 ) -> Iterator[list[int | None]]:
     """Token after token, all prompts side by side.
 
@@ -171,12 +159,12 @@ def decode(
         GenerationError: the model's output is NaN or inf.
     """
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    cache, sampler = make_cache(model.config.windows), Sampler(settings, seeds)
+    cache, sampler = make_cache(model.config.windows), Sampler(sampling, seeds)
     logits = prefill(model, mx.array([list(prompt[:shortest]) for prompt in prompts]), cache)
     if not mx.isfinite(logits).all().item():
         raise GenerationError("The model's output holds NaN or inf: its weights are broken. Load them again, or go back to a checkpoint.")
     tokens = _next_tokens(sampler, logits, prompts, shortest)
-    end = longest + settings.max_tokens
+    end = longest + sampling.max_tokens
     for position in range(shortest, end):
         following = None
         if position + 1 < end:  # set the next step going before this one is looked at, so that the device need not wait
@@ -197,14 +185,6 @@ def _next_tokens(sampler: Sampler, logits: mx.array, prompts: Sequence[Sequence[
     return mx.where(own < 0, sampler(logits, own < 0).astype(own.dtype), own)
 
 
-@dataclass(frozen=True)
-class Ends:
-    """Where an answer ends, besides its length."""
-
-    ids: frozenset[int] = frozenset()
-    strings: tuple[str, ...] = ()
-
-
 class Answer:
     """One answer as it grows.
 
@@ -213,15 +193,15 @@ class Answer:
         finished: nothing more is to come.
     """
 
-    def __init__(self, detokenizer: Detokenizer, ends: Ends, max_tokens: int):
-        self._detokenizer, self._ends, self._max_tokens = detokenizer, ends, max_tokens
-        self._stops = StopStrings(ends.strings)
+    def __init__(self, detokenizer: Detokenizer, sampling: Sampling, stop_ids: frozenset[int]):
+        self._detokenizer, self._stop_ids, self._max_tokens = detokenizer, stop_ids, sampling.max_tokens
+        self._stops = StopStrings(sampling.stop)
         self.tokens: list[int] = []
         self.finished = False
 
     def add(self, token: int) -> str:
         """The text that became certain with this token. A character that is unfinished at the end is left out."""
-        if token in self._ends.ids:
+        if token in self._stop_ids:
             self.finished = True
             return self._stops.finish()
         self.tokens.append(token)
@@ -238,8 +218,8 @@ def stream_answer(
     model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[int],
-    settings: GenerationSettings,
-    ends: Ends,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
     continues: bool = True,
 ) -> Iterator[str]:
     """Pieces of text, none of them empty.
@@ -248,12 +228,12 @@ def stream_answer(
         model: the weights as they are at each step.
         tokenizer: of the model.
         prompt: ids, at least one.
-        settings: how to draw.
-        ends: stop ids and stop strings, all there are.
+        sampling: how to draw; its `stop` holds all stop strings.
+        stop_ids: tokens that end an answer.
         continues: the answer goes on with the prompt's text, so that a space between them is kept; False: it is a text of its own.
     """
-    answer = Answer(make_detokenizer(tokenizer, prompt if continues else ()), ends, settings.max_tokens)
-    for (token,) in decode(model, [prompt], settings, [_first_seed(settings)]):
+    answer = Answer(make_detokenizer(tokenizer, prompt if continues else ()), sampling, stop_ids)
+    for (token,) in decode(model, [prompt], sampling, [sampling.first_seed()]):
         if piece := answer.add(token):
             yield piece
         if answer.finished:
@@ -264,8 +244,8 @@ def answer_many(
     model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    ends: Ends,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
     continues: bool = True,
     batch_size: int = 32,
 ) -> list[str]:
@@ -274,12 +254,10 @@ def answer_many(
     Greedy answers are those of `stream_answer`, up to rounding in the matrix products. With a temperature, prompt `i` draws with
     `seed + i`.
     """
-    first_seed, texts = _first_seed(settings), [""] * len(prompts)
+    first_seed, texts = sampling.first_seed(), [""] * len(prompts)
     for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-        answers = {
-            row: Answer(make_detokenizer(tokenizer, prompts[row] if continues else ()), ends, settings.max_tokens) for row in batch
-        }
-        for tokens in decode(model, [prompts[row] for row in batch], settings, [first_seed + row for row in batch]):
+        answers = {row: Answer(make_detokenizer(tokenizer, prompts[row] if continues else ()), sampling, stop_ids) for row in batch}
+        for tokens in decode(model, [prompts[row] for row in batch], sampling, [first_seed + row for row in batch]):
             for row, token in zip(batch, tokens, strict=True):
                 if token is not None and not answers[row].finished:
                     texts[row] += answers[row].add(token)
@@ -297,7 +275,3 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
         else:
             batches.append([row])
     return batches
-
-
-def _first_seed(settings: GenerationSettings) -> int:
-    return int.from_bytes(os.urandom(4)) if settings.seed is None else settings.seed

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_template, prompt_ids
 from fulltune_nb.errors import GenerationError, TornStepError
@@ -17,11 +17,13 @@ from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
-from fulltune_nb.models.generation import Ends, GenerationSettings, answer_many, stream_answer
+from fulltune_nb.models.generation import Sampling, answer_many, stream_answer
+from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-        from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
 
 class LanguageModel:
     """A model, its tokenizer and its configuration.
@@ -71,7 +73,7 @@ class LanguageModel:
     @property
     def num_parameters(self) -> int:
         """How many weights the model has; tied ones count once."""
-        return sum(array.size for _, array in tree_flatten(self.model.parameters()))
+        return sum(array.size for array in parameters_of(self.model).values())
 
     @property
     def dtype(self) -> str:
@@ -133,9 +135,8 @@ class LanguageModel:
             GenerationError: a prompt or a setting that cannot be used.
         """
         self._check_whole()
-        settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
-        tokens = prompt_ids(self.tokenizer, prompt, self.config.vocab_size)
-        return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings))
+        sampling, ends = self._with_ends(Sampling(max_tokens, temperature, top_p, top_k, min_p, stop, seed))
+        return stream_answer(self.model, self.tokenizer, prompt_ids(self.tokenizer, prompt, self.config.vocab_size), sampling, ends)
 
     def chat(
         self,
@@ -181,9 +182,9 @@ class LanguageModel:
             GenerationError: messages the template refuses, or a setting that cannot be used.
         """
         self._check_whole()
-        settings = GenerationSettings(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
-        tokens = self.chat_tokens(messages, tools)
-        return stream_answer(self.model, self.tokenizer, tokens, settings, self._ends(settings, chat=True), continues=False)
+        sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
+        tokens = self.chat_tokens(messages, tools)  # may give the tokenizer its template, which says where answers end
+        return stream_answer(self.model, self.tokenizer, tokens, *self._with_ends(sampling, chat=True), continues=False)
 
     def generate_many(self, prompts: Sequence[Prompt], batch_size: int = 32, **settings: Any) -> list[str]:
         """`generate` for many prompts, side by side: some ten times as fast.
@@ -231,17 +232,17 @@ class LanguageModel:
         return chat_ids(self.tokenizer, messages, tools, self.config.vocab_size)
 
     def _many(self, prompts: list[list[int]], batch_size: int, settings: Mapping[str, Any], chat: bool) -> list[str]:
-        checked = GenerationSettings(**settings)
-        ends = self._ends(checked, chat)
-        return answer_many(self.model, self.tokenizer, prompts, checked, ends, continues=not chat, batch_size=max(1, batch_size))
+        sampling, ends = self._with_ends(Sampling(**settings), chat)
+        return answer_many(self.model, self.tokenizer, prompts, sampling, ends, continues=not chat, batch_size=max(1, batch_size))
+
+    def _with_ends(self, sampling: Sampling, chat: bool = False) -> tuple[Sampling, frozenset[int]]:
+        """The sampling with every stop string of an answer, and the ids that end one."""
+        ids, strings = answer_end(self.tokenizer) if chat else ((), ())
+        return replace(sampling, stop=(*sampling.stop, *strings)), frozenset((*self.stop_ids, *ids))
 
     def _check_whole(self) -> None:
         if self.torn:
             raise TornStepError(self.torn)
-
-    def _ends(self, settings: GenerationSettings, chat: bool = False) -> Ends:
-        ids, strings = answer_end(self.tokenizer) if chat else ((), ())
-        return Ends(frozenset((*self.stop_ids, *ids)), (*settings.stop, *strings))
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes a complete Hugging Face folder that `transformers`, `mlx-lm` and `load_model` read.
@@ -267,7 +268,7 @@ class LanguageModel:
 
     def _repr_html_(self) -> str:
         config = self.config
-        size = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+        size = sum(array.nbytes for array in parameters_of(self.model).values())
         experts = [("experts", f"{config.num_experts}, {config.num_experts_per_token} a token")] if config.num_experts else []
         window = [("sliding window", f"{config.sliding_window:,} tokens")] if config.sliding_window else []
         return facts(

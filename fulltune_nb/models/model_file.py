@@ -19,10 +19,10 @@ from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
 from fulltune_nb.files import write_text
-from fulltune_nb.models.folder import hf_tensors
+from fulltune_nb.models.folder import hf_tensors, read_json
 from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.system_info import package_versions
-from fulltune_nb.tensor_files import check_ending, safetensors_metadata, write_tensors
+from fulltune_nb.tensor_files import check_ending, check_regular_file, safetensors_metadata, write_tensors
 
 EXPORT_NOTE = "fulltune_nb.json"
 """File in an exported model folder that says what it was trained on, and which files were written."""
@@ -91,20 +91,16 @@ def read_metadata(path: Path) -> dict[str, str]:
         WeightsError: the file, or the small one beside it, is broken.
     """
     check_ending(path)
-    if not path.is_file():
-        raise WeightsError(f"No weights file at {path}.")
+    check_regular_file(path)
     if path.suffix == ".safetensors":
         return safetensors_metadata(path)
     beside = metadata_path(path)
     if not beside.exists():
         return {}
     try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{beside} cannot be read as JSON: {error}. Remove it and name the model with --model.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{beside} must hold a JSON object. Remove it and name the model with --model.")
-    return {str(key): str(value) for key, value in content.items()}
+        return {key: str(value) for key, value in read_json(beside).items()}
+    except ModelError as error:
+        raise WeightsError(f"{error} Remove it and name the model with --model.") from error
 
 
 def load_with_model_file(model: str | None, path: Path | None, dtype: str | None = None) -> LanguageModel:
@@ -183,24 +179,18 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _is_unchanged_export(folder: Path) -> bool:
     """Whether a folder holds what was exported there and nothing else, or nothing at all."""
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
+    return folder.is_dir() and (not any(folder.iterdir()) or _export_note(folder).get("files") == _sizes(folder))
+
+
+def _export_note(folder: Path) -> dict[str, Any]:
+    """What an exported folder says of itself; empty where it says nothing."""
     try:
-        written = json.loads((folder / EXPORT_NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(written, dict) and written.get("files") == _sizes(folder)
+        return read_json(folder / EXPORT_NOTE)
+    except ModelError:
+        return {}
 
 
 def trained_format(lm: LanguageModel, path: Path | None) -> str | None:
     """Format of the rows that the weights were trained on, where the model file or the exported folder says so."""
-    if path is not None:
-        return read_metadata(path).get("data_format")
-    beside = Path(lm.source or "").expanduser() / EXPORT_NOTE
-    try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content.get("data_format") if isinstance(content, dict) else None
+    source = _export_note(Path(lm.source or "").expanduser()) if path is None else read_metadata(path)
+    return source.get("data_format")

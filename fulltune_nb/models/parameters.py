@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import to_hf
+
+if TYPE_CHECKING:
+    from fulltune_nb.models.decoder import Decoder
 
 Arrays = dict[str, mx.array]
 """Name -> array."""

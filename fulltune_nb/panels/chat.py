@@ -10,7 +10,7 @@ from typing import Any
 from fulltune_nb.chat_template import ensure_chat_template
 from fulltune_nb.errors import ConfigError, GenerationError
 from fulltune_nb.html import NO_MATH, esc
-from fulltune_nb.models.generation import GenerationSettings
+from fulltune_nb.models.generation import Sampling
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.panels.controls import ChatControls
 from fulltune_nb.panels.conversation import TURNS_SHOWN, Answering, Conversation
@@ -66,7 +66,7 @@ class ChatPanel(Panel):
             ConfigError: not language models, twice the same one, or a wrong number of names.
             GenerationError: a setting out of range.
         """
-        GenerationSettings(max_tokens=max_tokens, temperature=temperature, top_p=top_p)  # says what is wrong
+        Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)  # says what is wrong
         models = _checked_models(lm, other)
         self.conversation = Conversation(_checked_names(names, len(models)))
         self.notes = list(dict.fromkeys(note for model in models if (note := ensure_chat_template(model.tokenizer))))
