@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there at all, whatever happens meanwhile.
 
 They are written beside their place, flushed to the disk, and renamed. What a killed process leaves behind begins with a dot.
+The standard library has the pieces of this (`mkstemp`, `fsync`, `replace`), and no package that is needed anyway has more.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 import threading
 import uuid
@@ -19,34 +19,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# -- json_objects: JSON objects of which nothing is lost in reading
-
-_KEY = 60  # characters of a key that a message shows
-
-
-class KeyTwice(ValueError):
-    """An object gives a key twice."""
-
-
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` for `json.loads`: Python keeps the last of two equal keys without a word.
-
-    Raises:
-        KeyTwice: names the key.
-    """
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise KeyTwice(f"the key {twice[:_KEY]!r} is given twice in one object")
-    return found
-
-
-# -- files: Files and folders that are whole or not there at all, whatever happens meanwhile
-
+REMOVED_AT_ONCE = 2**26
+"""Bytes of a folder that are gone so fast that no thread is worth it."""
 _SLICE = 2**23  # bytes handed to the system at a time
-_REMOVED_AT_ONCE = 2**26  # bytes of a folder that are gone so fast that no thread is worth it
 _removals: list[threading.Thread] = []
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -125,17 +104,12 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             rest = memoryview(part)
             while rest:
                 written = os.write(descriptor, rest[:_SLICE])
-                _begin_flushing(descriptor, place, written)
+                if hasattr(os, "posix_fadvise"):  # Linux begins to write out what it is told will not be read; macOS does without
+                    with suppress(OSError):  # a hint
+                        os.posix_fadvise(descriptor, place, written, os.POSIX_FADV_DONTNEED)
                 rest, place = rest[written:], place + written
     finally:
         os.close(descriptor)
-
-
-def _begin_flushing(descriptor: int, place: int, size: int) -> None:
-    """Has the disk begin with what was just written, so that it works beside the writing of the rest; waits for nothing."""
-    if hasattr(os, "posix_fadvise"):  # Linux begins to write out what it is told will not be read; macOS does without
-        with suppress(OSError):  # it is a hint
-            os.posix_fadvise(descriptor, place, size, os.POSIX_FADV_DONTNEED)
 
 
 Checksum = Callable[[], str]
@@ -163,6 +137,9 @@ def begin_checksum(parts: Iterable[bytes | memoryview]) -> Checksum:
     return wait
 
 
+# ---- folders -------------------------------------------------------------------------------------------------------------------
+
+
 def put_in_place(new: Path, place: Path) -> None:
     """Moves a folder to its place, from beside it. What stood there goes only when the new one stands there.
 
@@ -172,7 +149,7 @@ def put_in_place(new: Path, place: Path) -> None:
     aside = place.parent / f".{place.name}-{uuid.uuid4().hex[:8]}-old"
     if not place.exists():
         os.rename(new, place)
-    elif _exchange(new, place):
+    elif exchange_names(new, place):
         os.rename(new, aside)
     else:
         os.rename(place, aside)
@@ -187,17 +164,15 @@ def put_in_place(new: Path, place: Path) -> None:
         _remove_files(aside)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange_names(one: Path, other: Path) -> bool:
     """Exchanges two names in one go; False where the system or the file system cannot."""
-    name, flag = ("renamex_np", 2) if sys.platform == "darwin" else ("renameat2", 2)
-    function = getattr(ctypes.CDLL(None), name, None)
-    if function is None:
-        return False
-    paths = os.fsencode(one.absolute()), os.fsencode(other.absolute())
-    if sys.platform == "darwin":
-        return function(paths[0], paths[1], ctypes.c_uint(flag)) == 0
-    here = ctypes.c_int(-100)  # AT_FDCWD: paths are absolute, so it does not matter
-    return function(here, paths[0], here, paths[1], ctypes.c_uint(flag)) == 0
+    library, paths = ctypes.CDLL(None), (os.fsencode(one.absolute()), os.fsencode(other.absolute()))
+    if hasattr(library, "renamex_np"):  # macOS
+        return library.renamex_np(*paths, ctypes.c_uint(2)) == 0  # RENAME_SWAP
+    if hasattr(library, "renameat2"):  # Linux
+        here = ctypes.c_int(-100)  # AT_FDCWD: paths are absolute, so it does not matter
+        return library.renameat2(here, paths[0], here, paths[1], ctypes.c_uint(2)) == 0  # RENAME_EXCHANGE
+    return False
 
 
 def remove_folder(folder: Path) -> None:
@@ -209,19 +184,13 @@ def remove_folder(folder: Path) -> None:
 
 def _remove_files(folder: Path) -> None:
     """Removes a folder that has lost its name already; a large one in a thread, as that takes a third of the time of writing it."""
-    if _size_of(folder) <= _REMOVED_AT_ONCE:
+    size = sum(path.lstat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+    if size <= REMOVED_AT_ONCE:
         shutil.rmtree(folder, ignore_errors=True)
         return
     thread = threading.Thread(target=shutil.rmtree, args=(folder, True), name="fulltune_nb removal")
     thread.start()
     _removals.append(thread)
-
-
-def _size_of(folder: Path) -> int:
-    try:
-        return sum(path.lstat().st_size for path in folder.iterdir())
-    except OSError:
-        return 0
 
 
 def wait_for_removals() -> None:
@@ -278,3 +247,24 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 def is_within(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     """Whether a path is a folder or stands somewhere in it, links followed."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+# ---- JSON ----------------------------------------------------------------------------------------------------------------------
+
+
+class KeyTwice(ValueError):
+    """An object gives a key twice."""
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for `json.loads`: Python keeps the last of two equal keys without a word.
+
+    Raises:
+        KeyTwice: names the key.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyTwice(f"the key {key[:60]!r} is given twice in one object")
+        found[key] = value
+    return found

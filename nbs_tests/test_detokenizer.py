@@ -107,12 +107,14 @@ def test_the_window_gives_the_same_text_as_the_bytes(tokenizer):
     assert not any("\ufffd" in piece for piece in found)
 
 
-def test_the_window_stays_small(tokenizer):
+def test_the_window_stays_small(tokenizer, monkeypatch):
+    decoded, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens, **options: decoded.append(len(tokens)) or decode(tokens, **options))
     window = WindowDetokenizer(tokenizer, [], special_ids(tokenizer))
     broken = tokenizer.convert_tokens_to_ids("ð")  # the byte 0xF0, never followed by the rest of a character
     for token in [*tokenizer.encode("many words " * 30), *[broken] * 50]:
         window.add(token)
-        assert len(window._shown) + len(window._pending) <= 17
+    assert decoded and max(decoded) <= 17
 
 
 def test_special_tokens_are_left_out(tokenizer):

@@ -29,7 +29,7 @@ def folder(path, content):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_replaces_another_and_leaves_nothing_beside(can_exchange, tmp_path, monkeypatch):
     if not can_exchange:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "exchange_names", lambda *_: False)
     place = folder(tmp_path / "place", "old")
     put_in_place(folder(tmp_path / "new", "new"), place)
     assert (place / "file").read_text() == "new" and os.listdir(tmp_path) == ["place"]
@@ -52,7 +52,7 @@ def test_a_process_killed_between_two_renames_loses_nothing(can_exchange, call, 
         rename(source, target)
 
     if not can_exchange:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "exchange_names", lambda *_: False)
     place, new = folder(tmp_path / "place", "old"), folder(tmp_path / ".place-12345678", "new")
     monkeypatch.setattr(os, "rename", killing)
     try:
@@ -65,7 +65,7 @@ def test_a_process_killed_between_two_renames_loses_nothing(can_exchange, call, 
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files, "exchange_names", lambda *_: False)
     place = folder(tmp_path / "place", "old")
     with pytest.raises(OSError):
         put_in_place(tmp_path / "missing", place)
@@ -105,7 +105,7 @@ THEN = {
 @pytest.mark.parametrize("remove", [remove_folder, replace])
 @pytest.mark.parametrize("then", THEN.values(), ids=THEN)
 def test_a_large_folder_is_removed_beside_what_comes_next(remove, then, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_REMOVED_AT_ONCE", 0)
+    monkeypatch.setattr(files, "REMOVED_AT_ONCE", 0)
     may_go_on, rmtree = threading.Event(), files.shutil.rmtree
     monkeypatch.setattr(files.shutil, "rmtree", lambda *arguments: may_go_on.wait() and rmtree(*arguments))
     remove(folder(tmp_path / "place", "old"))
@@ -132,8 +132,8 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_the_checksum_is_that_of_what_was_written(tmp_path):
     before = threading.active_count()
-    parts = [b"begin", memoryview(os.urandom(3 * files._SLICE + 5)), b"", b"end"]
-    (tmp_path / "file").write_bytes(b"longer" * files._SLICE)
+    parts = [b"begin", memoryview(os.urandom(3 * 2**23 + 5)), b"", b"end"]
+    (tmp_path / "file").write_bytes(b"longer" * 2**23)
     checksum = begin_checksum(parts)
     write_parts(tmp_path / "file", parts)
     assert (tmp_path / "file").read_bytes() == b"".join(parts)

@@ -297,9 +297,7 @@ def _each(items: Sequence[Any], convert: Callable[[Any], list[int]], name: str) 
     return converted
 
 
-def load_model(
-    path: str | os.PathLike, model_file: str | os.PathLike | None = None, dtype: str | None = None
-) -> LanguageModel:
+def load_model(path: str | os.PathLike, model_file: str | os.PathLike | None = None, dtype: str | None = None) -> LanguageModel:
     """Loads a model folder or a hub repository, with a model file laid on top where given.
 
     Args:

@@ -103,6 +103,6 @@ def test_rows_of_a_batch_are_cached_side_by_side(small_buffers):
 def test_a_bfloat16_model_caches_in_bfloat16():
     decoder = decoder_of({"model_type": "llama", **SMALL})
     decoder.set_dtype(mx.bfloat16)
-    cache = KVCache()
+    cache, one_more = KVCache(), mx.ones((1, 2, 1, 6), dtype=mx.bfloat16)  # (B, K, T, C)
     decoder.layers[0].attention(mx.ones((1, 2, 24), dtype=mx.bfloat16), (mx.ones((2, 3)), mx.zeros((2, 3))), None, cache)
-    assert cache._keys.dtype == mx.bfloat16
+    assert [kept.dtype for kept in cache.update(one_more, one_more)] == [mx.bfloat16] * 2
