@@ -20,7 +20,7 @@ from fulltune_nb.panels.chat import ChatPanel
 from fulltune_nb.panels.conversation import TURNS_SHOWN, Answer, Conversation, Turn
 from fulltune_nb.panels.loop import loop_of
 from nbs_tests.data.test_lens import ATTACK, Page
-from nbs_tests.panels.conftest import until
+from nbs_tests.panels.conftest import in_loop, until
 from nbs_tests.panels.test_data import all_widgets
 
 
@@ -121,20 +121,18 @@ def test_regenerate_answers_the_last_prompt_anew(lm, chat_of):
     assert after is not before and after.text == before.text and len(panel.conversation.turns) == 1
 
 
-def test_clear_forgets_and_ends_what_is_being_written(lm, chat_of):
-    async def main():
-        panel = chat_of(lm, max_tokens=2000)
-        panel.send("one")
-        await until(lambda: panel.conversation.turns[0].answers[0].text)
-        panel.clear()
-        await asyncio.wait_for(panel.wait(), 10)
-        assert panel.conversation.turns == [] and panel.controls.log.value == panel.controls.live.value == ""
-        panel.send("two")
-        panel.stop()
-        await panel.wait()
-        assert [turn.prompt for turn in panel.conversation.turns] == ["two"]
-
-    asyncio.run(main())
+@in_loop
+async def test_clear_forgets_and_ends_what_is_being_written(lm, chat_of):
+    panel = chat_of(lm, max_tokens=2000)
+    panel.send("one")
+    await until(lambda: panel.conversation.turns[0].answers[0].text)
+    panel.clear()
+    await asyncio.wait_for(panel.wait(), 10)
+    assert panel.conversation.turns == [] and panel.controls.log.value == panel.controls.live.value == ""
+    panel.send("two")
+    panel.stop()
+    await panel.wait()
+    assert [turn.prompt for turn in panel.conversation.turns] == ["two"]
 
 
 def test_prompts_without_a_word_are_refused(lm, chat_of):
@@ -261,68 +259,59 @@ def test_training_ends_with_the_same_losses_as_without_a_chat(make_trainer, chat
     assert [r.loss for r in chatted.history.steps] == [r.loss for r in plain.history.steps]
 
 
-def test_a_pause_during_an_answer_ends_the_run_at_once_and_the_answer_goes_on(make_trainer, chat_of):
+@in_loop
+async def test_a_pause_during_an_answer_ends_the_run_at_once_and_the_answer_goes_on(make_trainer, chat_of):
     trainer = make_trainer(iters=400)
-
-    async def main():
-        panel, loop = chat_of(trainer.lm, max_tokens=200), loop_of(trainer)
-        loop.start()
-        panel.send("one")
-        answer = panel.conversation.turns[0].answers[0]
-        await until(lambda: answer.text)
-        loop.pause()
-        await asyncio.wait_for(loop.wait(), 10)
-        at = trainer.step_count
-        assert answer.open
-        loop.start()  # waits for the answer before its first step
-        await asyncio.sleep(0.02)
-        assert answer.open and trainer.step_count == at
-        panel.stop()
-        await panel.wait()
-        await until(lambda: trainer.step_count > at)
-        loop.pause()
-        await loop.wait()
-        assert loop.between_steps == []
-
-    asyncio.run(main())
+    panel, loop = chat_of(trainer.lm, max_tokens=200), loop_of(trainer)
+    loop.start()
+    panel.send("one")
+    answer = panel.conversation.turns[0].answers[0]
+    await until(lambda: answer.text)
+    loop.pause()
+    await asyncio.wait_for(loop.wait(), 10)
+    at = trainer.step_count
+    assert answer.open
+    loop.start()  # waits for the answer before its first step
+    await asyncio.sleep(0.02)
+    assert answer.open and trainer.step_count == at
+    panel.stop()
+    await panel.wait()
+    await until(lambda: trainer.step_count > at)
+    loop.pause()
+    await loop.wait()
+    assert loop.between_steps == []
 
 
-def test_two_panels_on_a_model_in_training_take_turns(make_trainer, chat_of):
+@in_loop
+async def test_two_panels_on_a_model_in_training_take_turns(make_trainer, chat_of):
     trainer = make_trainer(iters=400)
-
-    async def main():
-        one, two = chat_of(trainer.lm), chat_of(trainer.lm)
-        loop_of(trainer).start()
-        one.send("one")
-        two.send("two")
-        await asyncio.wait_for(asyncio.gather(one.wait(), two.wait()), 30)
-        loop_of(trainer).pause()
-        await loop_of(trainer).wait()
-        assert all(panel.conversation.turns[0].answers[0].state == "done" for panel in (one, two))
-
-    asyncio.run(main())
+    one, two = chat_of(trainer.lm), chat_of(trainer.lm)
+    loop_of(trainer).start()
+    one.send("one")
+    two.send("two")
+    await asyncio.wait_for(asyncio.gather(one.wait(), two.wait()), 30)
+    loop_of(trainer).pause()
+    await loop_of(trainer).wait()
+    assert all(panel.conversation.turns[0].answers[0].state == "done" for panel in (one, two))
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_shown_with_what_to_do_and_raised_by_wait(lm, chat_of, monkeypatch):
+@in_loop
+async def test_an_error_is_shown_with_what_to_do_and_raised_by_wait(lm, chat_of, monkeypatch):
     refused = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template = f"{{% for m in messages %}}{refused}{{{{ m['content'] }}}}{{% endfor %}}"
     monkeypatch.setattr(lm.tokenizer, "chat_template", template)
-
-    async def main():
-        panel = chat_of(lm, system="Be brief.")
-        panel.send("one")
-        with pytest.raises(GenerationError, match="no system"):
-            await panel.wait()
-        assert "leave that empty" in panel.controls.log.value and isinstance(panel.error, GenerationError)
-        panel.controls.system.value = ""
-        panel.regenerate()
+    panel = chat_of(lm, system="Be brief.")
+    panel.send("one")
+    with pytest.raises(GenerationError, match="no system"):
         await panel.wait()
-        assert panel.conversation.turns[0].answers[0].state == "done" and panel.error is None
-
-    asyncio.run(main())
+    assert "leave that empty" in panel.controls.log.value and isinstance(panel.error, GenerationError)
+    panel.controls.system.value = ""
+    panel.regenerate()
+    await panel.wait()
+    assert panel.conversation.turns[0].answers[0].state == "done" and panel.error is None
 
 
 def test_a_base_models_borrowed_template_is_told(make_lm, make_tokenizer, chat_of):
@@ -360,51 +349,47 @@ def press_enter(panel, text):
     panel.controls.line.value = text
 
 
-def test_enter_sends_and_empties_the_field(lm, chat_of):
-    async def main():
-        panel = chat_of(lm)
-        press_enter(panel, "one")
-        assert panel.controls.line.value == ""
-        await panel.wait()
-        panel.controls.line.value = "two"  # the field lost the cursor: sent to the kernel, not to the model
-        await asyncio.sleep(0.02)
-        assert len(panel.conversation.turns) == 1
-        panel.controls.line._handle_custom_msg({"event": "submit"}, [])
-        await until(lambda: len(panel.conversation.turns) == 2)
-        await panel.wait()
-        assert panel.conversation.turns[1].prompt == "two"
-        await asyncio.sleep(2 * module.ENTER_SECONDS)
-        assert len(panel.conversation.turns) == 2
-
-    asyncio.run(main())
+@in_loop
+async def test_enter_sends_and_empties_the_field(lm, chat_of):
+    panel = chat_of(lm)
+    press_enter(panel, "one")
+    assert panel.controls.line.value == ""
+    await panel.wait()
+    panel.controls.line.value = "two"  # the field lost the cursor: sent to the kernel, not to the model
+    await asyncio.sleep(0.02)
+    assert len(panel.conversation.turns) == 1
+    panel.controls.line._handle_custom_msg({"event": "submit"}, [])
+    await until(lambda: len(panel.conversation.turns) == 2)
+    await panel.wait()
+    assert panel.conversation.turns[1].prompt == "two"
+    await asyncio.sleep(2 * module.ENTER_SECONDS)
+    assert len(panel.conversation.turns) == 2
 
 
 def off(panel):
     return [getattr(panel.controls, name).disabled for name in ("send", "stop", "regenerate", "clear")]
 
 
-def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_nothing(lm, chat_of):
-    async def main():
-        panel = chat_of(lm, max_tokens=500)
-        controls = panel.controls
-        assert off(panel) == [False, True, True, True]
-        controls.line.value = "one"
-        controls.send.click()
-        assert off(panel) == [True, False, True, False]
-        press_enter(panel, "two")
-        assert "An answer is being written" in controls.status.value and controls.line.value == "two"
-        await until(lambda: panel.conversation.turns[0].answers[0].text)
-        controls.stop.click()
-        await panel.wait()
-        await asyncio.sleep(0.01)
-        assert off(panel) == [False, True, False, False]
-        controls.regenerate.click()
-        controls.stop.click()
-        await panel.wait()
-        controls.clear.click()
-        assert panel.conversation.turns == []
-
-    asyncio.run(main())
+@in_loop
+async def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_nothing(lm, chat_of):
+    panel = chat_of(lm, max_tokens=500)
+    controls = panel.controls
+    assert off(panel) == [False, True, True, True]
+    controls.line.value = "one"
+    controls.send.click()
+    assert off(panel) == [True, False, True, False]
+    press_enter(panel, "two")
+    assert "An answer is being written" in controls.status.value and controls.line.value == "two"
+    await until(lambda: panel.conversation.turns[0].answers[0].text)
+    controls.stop.click()
+    await panel.wait()
+    await asyncio.sleep(0.01)
+    assert off(panel) == [False, True, False, False]
+    controls.regenerate.click()
+    controls.stop.click()
+    await panel.wait()
+    controls.clear.click()
+    assert panel.conversation.turns == []
 
 
 def test_prompts_of_several_lines_have_a_field_of_their_own(lm, chat_of):

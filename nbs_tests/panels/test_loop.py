@@ -16,7 +16,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.panels import loop as module
 from fulltune_nb.panels.loop import loop_of, running_loop
-from nbs_tests.panels.conftest import until
+from nbs_tests.panels.conftest import in_loop, until
 
 
 def losses(trainer):
@@ -62,48 +62,39 @@ def test_a_background_run_is_the_blocking_run(make_trainer, tmp_path):
     assert saved[0] == saved[1]
 
 
-def test_start_takes_n_more_steps(make_trainer):
+@in_loop
+async def test_start_takes_n_more_steps(make_trainer):
     trainer = make_trainer()
-
-    async def main():
-        for expected in (3, 5):
-            loop_of(trainer).start(expected - trainer.step_count)
-            await loop_of(trainer).wait()
-            assert trainer.step_count == expected
-
-    asyncio.run(main())
+    for expected in (3, 5):
+        loop_of(trainer).start(expected - trainer.step_count)
+        await loop_of(trainer).wait()
+        assert trainer.step_count == expected
 
 
-def test_pause_holds_after_the_step_under_way(make_trainer):
+@in_loop
+async def test_pause_holds_after_the_step_under_way(make_trainer):
     trainer = make_trainer(iters=1000)
-
-    async def main():
-        loop = loop_of(trainer)
-        AtStep(trainer, 4, lambda: loop.post(loop.pause))
-        loop.start()
-        await loop.wait()
-        assert trainer.step_count == 4 and not loop.running
-
-    asyncio.run(main())
+    loop = loop_of(trainer)
+    AtStep(trainer, 4, lambda: loop.post(loop.pause))
+    loop.start()
+    await loop.wait()
+    assert trainer.step_count == 4 and not loop.running
 
 
-def test_pause_from_another_thread_holds_within_a_step(make_trainer):
+@in_loop
+async def test_pause_from_another_thread_holds_within_a_step(make_trainer):
     trainer = make_trainer(iters=1000)
     asked_at = []
+    loop = loop_of(trainer)
 
-    async def main():
-        loop = loop_of(trainer)
+    def press():  # a button's callback on a subshell's thread
+        asked_at.append(trainer.step_count)
+        loop.post(loop.pause)
 
-        def press():  # a button's callback on a subshell's thread
-            asked_at.append(trainer.step_count)
-            loop.post(loop.pause)
-
-        AtStep(trainer, 3, lambda: threading.Timer(0.02, press).start())
-        loop.start()
-        await loop.wait()
-        assert trainer.step_count <= asked_at[0] + 2  # the one under way when asked, and the one that may begin meanwhile
-
-    asyncio.run(main())
+    AtStep(trainer, 3, lambda: threading.Timer(0.02, press).start())
+    loop.start()
+    await loop.wait()
+    assert trainer.step_count <= asked_at[0] + 2  # the one under way when asked, and the one that may begin meanwhile
 
 
 def test_other_code_runs_between_steps_and_sees_whole_ones(make_trainer):
@@ -134,23 +125,20 @@ def test_start_right_after_pause_goes_on(make_trainer):
     assert trainer.done  # the second start goes to the end, not to step 5
 
 
-def test_a_step_of_ones_own_is_for_paused_runs(make_trainer):
+@in_loop
+async def test_a_step_of_ones_own_is_for_paused_runs(make_trainer):
     trainer = make_trainer()
-
-    async def main():
-        loop = loop_of(trainer)
-        loop.start(2)
-        await asyncio.sleep(0)
-        with pytest.raises(ft.TrainingError, match="pause"):
-            loop.step()
-        loop.pause()
-        taken = trainer.step_count
-        assert loop.step().step == taken + 1
-        assert loop.step(2).step == taken + 3
-        await loop.wait()
-        assert trainer.step_count == taken + 3
-
-    asyncio.run(main())
+    loop = loop_of(trainer)
+    loop.start(2)
+    await asyncio.sleep(0)
+    with pytest.raises(ft.TrainingError, match="pause"):
+        loop.step()
+    loop.pause()
+    taken = trainer.step_count
+    assert loop.step().step == taken + 1
+    assert loop.step(2).step == taken + 3
+    await loop.wait()
+    assert trainer.step_count == taken + 3
 
 
 def test_without_an_event_loop_start_names_what_to_call_instead(make_trainer):
@@ -165,39 +153,33 @@ def test_wait_returns_at_once_where_nothing_runs(make_trainer):
     asyncio.run(loop_of(make_trainer()).wait())
 
 
-def test_errors_are_kept_and_raised_by_wait_each_time(make_trainer):
+@in_loop
+async def test_errors_are_kept_and_raised_by_wait_each_time(make_trainer):
     trainer = make_trainer()
 
     def fail():
         raise ValueError("on purpose")
 
     AtStep(trainer, 2, fail)
-
-    async def main():
-        loop = loop_of(trainer)
-        loop.start()
-        for _ in range(2):
-            with pytest.raises(ValueError, match="on purpose"):
-                await loop.wait()
-        assert isinstance(loop.error, ValueError) and not loop.running
-        loop.start()
-        await loop.wait()
-        assert trainer.done and loop.error is None
-
-    asyncio.run(main())
+    loop = loop_of(trainer)
+    loop.start()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="on purpose"):
+            await loop.wait()
+    assert isinstance(loop.error, ValueError) and not loop.running
+    loop.start()
+    await loop.wait()
+    assert trainer.done and loop.error is None
 
 
-def test_system_exit_in_a_step_does_not_end_the_event_loop(make_trainer):
+@in_loop
+async def test_system_exit_in_a_step_does_not_end_the_event_loop(make_trainer):
     trainer = make_trainer()
     AtStep(trainer, 2, lambda: sys.exit(3))
-
-    async def main():
-        loop_of(trainer).start()
-        with pytest.raises(SystemExit):
-            await loop_of(trainer).wait()
-        assert trainer.step_count == 2
-
-    asyncio.run(main())
+    loop_of(trainer).start()
+    with pytest.raises(SystemExit):
+        await loop_of(trainer).wait()
+    assert trainer.step_count == 2
 
 
 @pytest.mark.parametrize("waited", [True, False], ids=["while a cell waits", "between cells"])
@@ -224,20 +206,17 @@ def test_an_interrupt_in_a_step_pauses_when_it_is_whole_and_evaluated(make_train
 
 
 @pytest.mark.parametrize("waited", [True, False], ids=["while a cell waits", "between cells"])
-def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, monkeypatch, waited):
+@in_loop
+async def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, monkeypatch, waited):
     monkeypatch.setattr(module, "PAUSE_SECONDS", 0.05)
     trainer = make_trainer(iters=1000)
-
-    async def main():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        loop = loop_of(trainer)
-        AtStep(trainer, 3, lambda: asyncio.get_running_loop().call_later(0.02, interrupt))
-        loop.start()
-        await (loop.wait() if waited else until(lambda: not loop.busy))
-        assert trainer.step_count == 3 and trainer.interrupted
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-    asyncio.run(main())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    loop = loop_of(trainer)
+    AtStep(trainer, 3, lambda: asyncio.get_running_loop().call_later(0.02, interrupt))
+    loop.start()
+    await (loop.wait() if waited else until(lambda: not loop.busy))
+    assert trainer.step_count == 3 and trainer.interrupted
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_an_interrupt_cancels_a_cell_that_awaits_something_else_and_pauses(make_trainer, monkeypatch):
@@ -274,32 +253,26 @@ def test_a_handler_put_back_late_by_the_kernel_passes_on_to_the_one_before(make_
     assert calls == ([] if before == "ignored" else ["before"])
 
 
-def test_two_runs_at_a_time_are_both_paused_by_an_interrupt(make_trainer, sigint_ignored):
+@in_loop
+async def test_two_runs_at_a_time_are_both_paused_by_an_interrupt(make_trainer, sigint_ignored):
     trainers = make_trainer(iters=1000), make_trainer(iters=1000)
-
-    async def main():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        AtStep(trainers[0], 3, interrupt)
-        for trainer in trainers:
-            loop_of(trainer).start()
-        await asyncio.gather(*(loop_of(trainer).wait() for trainer in trainers))
-        assert all(trainer.interrupted and trainer.step_count < 10 for trainer in trainers)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-    asyncio.run(main())
-
-
-def test_cancelling_the_wait_pauses_the_run(make_trainer):
-    trainer = make_trainer(iters=100_000)
-
-    async def main():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    AtStep(trainers[0], 3, interrupt)
+    for trainer in trainers:
         loop_of(trainer).start()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(loop_of(trainer).wait(), 0.1)
-        await loop_of(trainer).wait()
-        assert 0 < trainer.step_count < trainer.total_steps and not loop_of(trainer).running
+    await asyncio.gather(*(loop_of(trainer).wait() for trainer in trainers))
+    assert all(trainer.interrupted and trainer.step_count < 10 for trainer in trainers)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
-    asyncio.run(main())
+
+@in_loop
+async def test_cancelling_the_wait_pauses_the_run(make_trainer):
+    trainer = make_trainer(iters=100_000)
+    loop_of(trainer).start()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(loop_of(trainer).wait(), 0.1)
+    await loop_of(trainer).wait()
+    assert 0 < trainer.step_count < trainer.total_steps and not loop_of(trainer).running
 
 
 def test_one_trainer_has_one_loop_and_it_goes_with_the_trainer(make_trainer):
@@ -321,22 +294,19 @@ def test_one_trainer_has_one_loop_and_it_goes_with_the_trainer(make_trainer):
     assert gone() is None
 
 
-def test_two_trainers_do_not_train_one_model_at_a_time(make_trainer, make_data):
+@in_loop
+async def test_two_trainers_do_not_train_one_model_at_a_time(make_trainer, make_data):
     trainer = make_trainer(iters=100_000)
     other = ft.Trainer(trainer.lm, trainer.data, trainer.config)
-
-    async def main():
-        loop_of(trainer).start()
-        assert running_loop(trainer.lm.model) is loop_of(trainer)
-        with pytest.raises(ft.TrainingError, match="already"):
-            loop_of(other).start()
-        loop_of(trainer).pause()
-        await loop_of(trainer).wait()
-        assert running_loop(trainer.lm.model) is None
-        loop_of(other).start(1)
-        await loop_of(other).wait()
-
-    asyncio.run(main())
+    loop_of(trainer).start()
+    assert running_loop(trainer.lm.model) is loop_of(trainer)
+    with pytest.raises(ft.TrainingError, match="already"):
+        loop_of(other).start()
+    loop_of(trainer).pause()
+    await loop_of(trainer).wait()
+    assert running_loop(trainer.lm.model) is None
+    loop_of(other).start(1)
+    await loop_of(other).wait()
 
 
 def test_an_event_loop_that_ends_leaves_a_paused_trainer_whole(make_trainer):
