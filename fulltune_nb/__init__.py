@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.plots import plot_loss, plot_memory
     from fulltune_nb.training.config import TrainConfig
     from fulltune_nb.training.history import EvalReport, Event, History, StepReport
-    from fulltune_nb.training.memory import preflight
+    from fulltune_nb.training.plan import preflight
     from fulltune_nb.training.trainer import Trainer
 
 __all__ = [
@@ -105,7 +105,7 @@ _HOMES = {
     "load_model": "models.language_model",
     "plot_loss": "plots",
     "plot_memory": "plots",
-    "preflight": "training.memory",
+    "preflight": "training.plan",
     "token_losses": "insight.losses",
     "trace": "insight.tracing",
 }

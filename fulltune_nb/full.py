@@ -223,7 +223,7 @@ def check_outputs(settings: Settings, lm: LanguageModel) -> None:
 
 def new_trainer(settings: Settings) -> Trainer:
     """A trainer that begins a run, with the memory it will need announced: too much is refused by the trainer, unless forced."""
-    from fulltune_nb.training.memory import preflight
+    from fulltune_nb.training.plan import preflight
     from fulltune_nb.training.trainer import Trainer
 
     lm, data = load(settings)

@@ -213,6 +213,10 @@ class StepBatches:
             self._epoch, self._steps = epoch, self.epoch(epoch)
         return [collate(self._split, rows, self.shape(rows)) for rows in self._steps[cursor]]
 
+    def widest_step(self) -> int:
+        """The step of the first epoch, counted from 0, that has the largest micro-batch."""
+        return int(np.argmax([max(len(rows) * self.shape(rows)[0] for rows in step) for step in self.epoch(0)]))
+
     def examples_of(self, step: int) -> list[Example]:
         """The examples of step `step`, counted from 1 as in its report, in the order of the micro-batches.
 

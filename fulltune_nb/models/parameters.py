@@ -81,9 +81,13 @@ def select_trainable(model: Decoder, train_only: Sequence[str], freeze: Sequence
     Raises:
         ConfigError: a pattern that matches nothing, or nothing left to train.
     """
-    trained = trained_names(model, train_only, freeze)
+    put_trainable(model, trained_names(model, train_only, freeze))
+
+
+def put_trainable(model: nn.Module, trained: Collection[str]) -> None:
+    """Makes the parameters of these names trainable, and no other."""
     model.unfreeze()
-    for name in parameters_of(model).keys() - trained:
+    for name in parameters_of(model).keys() - set(trained):
         module, key = holder_of(model, name)
         module.freeze(recurse=False, keys=key)
 

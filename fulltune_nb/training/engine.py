@@ -18,8 +18,8 @@ from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.parameters import Arrays, parameters_of, swapped_in, trainable_of
-from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm
-from fulltune_nb.training.layerwise import backward_through
+from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm
+from fulltune_nb.training.layerwise import Layerwise, backward_through
 from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
 
 CHUNK_ELEMENTS = 2**23
@@ -145,6 +145,13 @@ class WholeGradients:
         """One piece with everything; they are not kept here."""
         gradients, self._gradients = self._gradients, {}
         yield GradientPiece(gradients)
+
+
+def make_engine(
+    model: Decoder, backward: str, checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None
+) -> Engine:
+    """The engine of a run: "whole" or "layerwise", of which only the first has use for `checkpoint`; else as `WholeGraph`."""
+    return Layerwise(model, compiled, kernels) if backward == "layerwise" else WholeGraph(model, checkpoint, compiled, kernels)
 
 
 def inputs_of(batch: Batch) -> Arrays:

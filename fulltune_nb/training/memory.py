@@ -1,37 +1,42 @@
-"""Will it fit? The memory a run will need, part by part, against this machine's limit, before anything is computed.
+"""The memory a step needs at its largest moment, counted from shapes, and what this machine has.
 
-`preflight` works from shapes, the data's lengths and the config; it allocates nothing. All sizes are bytes.
+Counted are the arrays that have to exist: weights, the optimizer's moments, gradients, what blocks keep for the backward pass, a chunk of
+logits, what an update needs. Beside these MLX holds arrays that it has allocated ahead of time; of them a number is assumed, rather too
+many than too few. `plan.measure` runs a step's forward and backward pass instead.
+
+Dimension letters: B rows, T tokens, M = B * T positions, N trained positions, D hidden_size, I intermediate_size, V vocab_size, H heads.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import psutil
-from mlx.utils import tree_flatten
 
 from fulltune_nb import html, svg
 from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import row_widths
-from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.errors import DataError, MemoryLimitError
-from fulltune_nb.models.parameters import trained_names
+from fulltune_nb.models.families import ModelConfig
+from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names
+from fulltune_nb.training import vocabulary
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.memory_model import Workload, count, layerwise_moments, moments
+from fulltune_nb.training.engine import CHUNK_ELEMENTS
+from fulltune_nb.training.loss import chunk_size
 from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes
 from fulltune_nb.training.rounding import stored_dtype
 
-# -- machine: How much memory this machine has for training, and how much is in use. All in bytes
-
-_DEVICE_KEYS = ("max_recommended_working_set_size", "total_memory", "memory_size")  # Metal's, then CUDA's
-_UNLIMITED = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
+MARGIN = 0.3
+"""What is counted is seldom more than the peak that is measured by a larger part of it, and hardly ever less."""
+AHEAD = {True: 16, False: 8}
+"""Arrays of a size that MLX holds while it computes one of it, on a CPU, where exponentials are made of many operations, and elsewhere:
+it allocates ahead of what it computes."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ def read_memory() -> MemoryReading:
     return MemoryReading(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory())
 
 
+# -- what this machine has ---------------------------------------------------------------------------------------------------------
+
+_DEVICE_KEYS = ("max_recommended_working_set_size", "total_memory", "memory_size")  # Metal's, then CUDA's
+_UNLIMITED = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
+
+
 def machine_limit() -> int:
     """Bytes that arrays may take on MLX's default device.
 
@@ -68,10 +79,10 @@ def machine_limit() -> int:
         for key in _DEVICE_KEYS:
             if info.get(key):
                 return int(info[key])
-    return min([psutil.virtual_memory().total, *_cgroup_limits()])
+    return min([psutil.virtual_memory().total, *cgroup_limits()])
 
 
-def _cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+def cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
     """Every memory limit that holds for this process: of its own control group and of those above, version 1 and 2."""
     try:
         lines = proc.read_text().splitlines()
@@ -87,27 +98,20 @@ def _cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
             continue
         path = PurePosixPath(group)
         for parent in (path, *path.parents):
-            limit = _read_number(top / str(parent).lstrip("/") / name)
-            if limit is not None and limit < _UNLIMITED:
-                yield limit
+            try:
+                text = (top / str(parent).lstrip("/") / name).read_text().strip()
+            except OSError:  # a group seen from within its container has another path
+                continue
+            if text.isdigit() and int(text) < _UNLIMITED:
+                yield int(text)
 
 
-def _read_number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:  # a group seen from within its container has another path
-        return None
-    return int(text) if text.isdigit() else None
-
-
-# -- memory: Will it fit? The memory a run will need, part by part, against this machine's limit, before anything
-
-_MB, _GB = 1e6, 1e9
+# -- what a run needs --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory a run is predicted to need at its largest moment."""
+    """The memory a run needs at its largest moment."""
 
     parts: dict[str, int]
     """Part -> bytes at that moment; together they are the peak."""
@@ -118,29 +122,41 @@ class MemoryPlan:
     cache: int
     """Bytes of freed arrays that MLX may keep besides."""
     moment: str
-    """When: "forward", "loss", "last block", "first block" (of the backward pass) or "update"; layerwise: "loss", "block" or
-    "vocabulary"."""
+    """When: over the whole graph "forward", "loss", "last block" or "first block" (of the backward pass), or "update"; layerwise "loss",
+    "block", "vocabulary" or "update"; "forward or backward pass" where these were measured."""
     workload: str
     """What was assumed, in words."""
     advice: tuple[str, ...] = field(default=())
     """What would make it fit, a sentence each; empty where it fits."""
     backward: str = "whole"
     """How gradients are computed: "whole" graph or "layerwise"."""
+    measured: bool = False
+    """Whether forward and backward pass were measured on this machine, not counted."""
 
     @property
     def fits(self) -> bool:
         """Whether peak and cache together stay within the limit."""
         return self.peak + self.cache <= self.limit
 
+    @property
+    def near_limit(self) -> bool:
+        """Whether it is counted not to fit, but may, and measuring that, for which there is no optimizer state yet, does fit."""
+        may_fit = self.peak / (1 + MARGIN) + self.cache <= self.limit
+        return not self.measured and not self.fits and may_fit and self.peak - self.parts["optimizer state"] <= self.limit
+
     def __repr__(self) -> str:
         verdict = "fits" if self.fits else "does not fit"
-        return f"MemoryPlan(peak {html.human_bytes(self.peak)} of {html.human_bytes(self.limit)}, {verdict})"
+        return f"MemoryPlan(peak {html.human_bytes(self.peak)} of {html.human_bytes(self.limit)}, {verdict}, {self._how})"
+
+    @property
+    def _how(self) -> str:
+        return "measured" if self.measured else f"counted, most often up to {MARGIN:.0%} too much"
 
     def _repr_html_(self) -> str:
-        scale, unit = (_GB, "GB") if self.peak >= _GB else (_MB, "MB")
+        scale, unit = (1e9, "GB") if self.peak >= 1e9 else (1e6, "MB")
         parts = [(name, size / scale) for name, size in {**self.parts, "cache": self.cache}.items() if size]
-        verdict = "fits" if self.fits else "does not fit"
-        title = f"<div><b>Memory: {html.human_bytes(self.peak)} at the peak {verdict} in {html.human_bytes(self.limit)}</b></div>"
+        verdict = f"{'fits' if self.fits else 'does not fit'} in {html.human_bytes(self.limit)}"
+        title = f"<div><b>Memory: {html.human_bytes(self.peak)} at the peak {verdict}</b>, {self._how}</div>"
         near = self.peak + self.cache > self.limit / 20  # a limit far above would leave nothing of the parts to see
         assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
         advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)
@@ -148,103 +164,205 @@ class MemoryPlan:
         return title + bar + assumed + (f"<ul>{advice}</ul>" if advice else "")
 
 
-def preflight(lm: Any, data: Any, config: TrainConfig | None = None) -> MemoryPlan:
-    """Predict a run's peak memory and say what to change where it is more than this machine has.
+# -- counting ----------------------------------------------------------------------------------------------------------------------
 
-    Args:
-        lm: the language model; only names and shapes of its parameters are looked at.
-        data: the data set; only lengths are looked at. None: rows of `max_seq_length`.
-        config: the settings; the defaults where left out.
-
-    Raises:
-        DataError: the data has no train split.
-        ConfigError: a pattern in `train_only` or `freeze` matches nothing.
-    """
-    config = (config or TrainConfig()).fill_from(DataSettings() if data is None else data.settings)
-    if data is not None and data.train is None:
-        raise DataError("preflight needs a train split; this data has none. Add train.jsonl (or the key 'train').")
-    plan = _plan(lm, data, config)
-    return plan if plan.fits else dataclasses.replace(plan, advice=tuple(_advice(lm, data, config)))
+Shape = tuple[int, ...]
+Moments = dict[str, dict[str, int]]
+"""Moment -> part -> bytes, without what is always there."""
 
 
-def choose_backward(lm: Any, data: Any, config: TrainConfig, force: bool = False) -> str:
-    """How a run computes its gradients: "whole" or "layerwise", as `config.backward` and `config.memory` say.
+@dataclass(frozen=True)
+class Workload:
+    """What a step works on: a micro-batch of the widest rows."""
 
-    Raises:
-        MemoryLimitError: it does not fit into this machine's memory, and `force` is False.
-    """
-    plan = _plan(lm, data, config)
-    if plan.fits or force:
-        return plan.backward
-    advice = "".join(f"\n  {sentence}" for sentence in _advice(lm, data, config))
-    raise MemoryLimitError(
-        f"This run needs {html.human_bytes(plan.peak + plan.cache)} ({plan.workload}), this machine has {html.human_bytes(plan.limit)}. "
-        f"What would make it fit (force=True tries it all the same):{advice}"
-    )
+    parameters: Mapping[str, Shape]
+    """Shapes of all parameters, by module path."""
+    trained: frozenset[str]
+    """Names of the trained ones."""
+    model: ModelConfig
+    config: TrainConfig
+    rows: int
+    """B, rows of the largest micro-batch."""
+    tokens: int
+    """T, input positions of the longest row."""
+    targets: int
+    """N, trained positions of a micro-batch."""
+    stored: mx.Dtype
+    """Of the weights."""
 
+    @classmethod
+    def of(cls, lm: Any, data: Any, config: TrainConfig) -> Workload:
+        """From a language model's shapes, and a data set's lengths or, without one, rows of `max_seq_length`.
 
-def memory_is_short(lm: Any, data: Any, config: TrainConfig) -> bool:
-    """Whether a layerwise run should give freed memory back to the system at once, which takes time: with memory="lean", or with
-    "auto" where the whole graph would not fit."""
-    if config.memory != "auto":
-        return config.memory == "lean"
-    return not _plan_of("whole", lm, data, config).fits
+        Raises:
+            ConfigError: a pattern in `train_only` or `freeze` matches nothing.
+        """
+        rows, tokens = config.batch_size, config.max_seq_length - 1
+        targets = rows * tokens
+        if data is not None:
+            split = data.train
+            widths = np.maximum(row_widths(split.lengths[split.trainable], config.max_seq_length, config.packing), 1)
+            tokens, rows = int(widths.max()), min(rows, len(widths))
+            targets = min(rows * tokens, _most_targets(split, rows, config))
+        parameters = {name: array.shape for name, array in parameters_of(lm.model).items()}
+        trained = frozenset(trained_names(lm.model, config.train_only, config.freeze))
+        return cls(parameters, trained, lm.config, config, rows, tokens, targets, stored_dtype(config.weights, lm.dtype))
 
+    def count(self, backward: str) -> MemoryPlan:
+        """The largest moment of a step, over the "whole" graph or "layerwise"."""
+        moments = self._layerwise() if backward == "layerwise" else self._whole()
+        moment = max(moments, key=lambda name: sum(moments[name].values()))
+        parts = {name: int(size) for name, size in {**self.always, **moments[moment]}.items()}
+        config = self.config
+        words = f"{self.rows} {'packed ' * config.packing}row{'s' * (self.rows > 1)} of {self.tokens:,} tokens in a micro-batch"
+        way = ", layerwise" if backward == "layerwise" else ", grad_checkpoint" if config.grad_checkpoint else ""
+        words = f"{words}, {config.optimizer}{way}"
+        return MemoryPlan(parts, sum(parts.values()), machine_limit(), cache_limit(), moment, words, backward=backward)
 
-def _plan(lm: Any, data: Any, config: TrainConfig) -> MemoryPlan:
-    """The plan of the config's own way, or where that is open, of the fast one if it fits and the lean one if not."""
-    backward = config.backward
-    if backward == "auto":
-        backward = {"fast": "whole", "lean": "layerwise"}.get(config.memory, "auto")
-    if backward != "auto":
-        return _plan_of(backward, lm, data, config)
-    fast = _plan_of("whole", lm, data, config)
-    return fast if fast.fits else _plan_of("layerwise", lm, data, config)
+    # Shapes and what is always there.
 
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Of the trained parameters."""
+        return {name: self.parameters[name] for name in self.trained}
 
-def _plan_of(backward: str, lm: Any, data: Any, config: TrainConfig) -> MemoryPlan:
-    work = _workload(lm, data, config)
-    trained = {name: work.parameters[name] for name in work.trained}
-    stored = stored_dtype(config.weights, lm.dtype)
-    always = {
-        "weights": stored.size * sum(count(shape) for shape in work.parameters.values()),
-        "optimizer state": predict_state_bytes(trained, config),
-    }
-    always["random bits"] = random_bits_bytes(trained, config, stored)
-    find = layerwise_moments if backward == "layerwise" else moments
-    found = find(work, update_bytes(trained, config, stored))
-    moment = max(found, key=lambda name: sum(found[name].values()))
-    parts = {**always, **found[moment]}
-    rows, tokens = work.rows, work.tokens
-    words = f"{rows} {'packed ' * config.packing}row{'s' * (rows > 1)} of {tokens:,} tokens in a micro-batch, {config.optimizer}"
-    words += ", layerwise" if backward == "layerwise" else ", grad_checkpoint" if work.checkpoint else ""
-    return MemoryPlan(parts, sum(parts.values()), machine_limit(), cache_limit(), moment, words, backward=backward)
+    @cached_property
+    def num_trained(self) -> int:
+        """Elements of all trained parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @cached_property
+    def always(self) -> dict[str, int]:
+        """Part -> bytes."""
+        return {
+            "weights": self.stored.size * sum(math.prod(shape) for shape in self.parameters.values()),
+            "optimizer state": predict_state_bytes(self.shapes, self.config),
+            "random bits": random_bits_bytes(self.shapes, self.config, self.stored),
+        }
 
-def _workload(lm: Any, data: Any, config: TrainConfig) -> Workload:
-    rows, tokens = config.batch_size, config.max_seq_length - 1
-    targets = rows * tokens
-    if data is not None:
-        split = data.train
-        lengths = split.lengths[split.trainable]
-        widths = np.maximum(row_widths(lengths, config.max_seq_length, config.packing), 1)
-        tokens, rows = int(widths.max()), min(rows, len(widths))
-        targets = min(rows * tokens, _most_targets(split, rows, config))
-    parameters = {name: array.shape for name, array in tree_flatten(lm.model.parameters())}
-    trained = frozenset(trained_names(lm.model, config.train_only, config.freeze))
-    return Workload(
-        parameters=parameters,
-        trained=trained,
-        model=lm.config,
-        rows=rows,
-        tokens=tokens,
-        targets=targets,
-        micro_batches=config.grad_accumulation_steps,
-        checkpoint=config.grad_checkpoint,
-        on_cpu=on_cpu(),
-        half=stored_dtype(config.weights, lm.dtype) != mx.float32,
-        native=kernels_for(sum(count(parameters[name]) for name in trained)) is not None,
-    )
+    @cached_property
+    def _kernels(self) -> bool:
+        return kernels_for(self.num_trained) is not None
+
+    @property
+    def _tied(self) -> bool:
+        """Whether a trained embedding gets a second gradient, from the head."""
+        return self.model.tie_word_embeddings and "embed_tokens.weight" in self.trained
+
+    @property
+    def _half_on_cpu(self) -> bool:
+        """Whether products take float32 copies of weights that are stored in 16 bits."""
+        return on_cpu() and self.stored != mx.float32
+
+    def _largest_group(self, names: Collection[str], experts_apart: bool = False) -> int:
+        """Elements of the block that has most of these parameters; or of the expert, if each counts by itself."""
+        sizes: dict[str, int] = {}
+        for name in names:
+            path = name.split(".")
+            if path[0] == "layers":
+                group = ".".join(path[:5] if experts_apart and "experts" in path else path[:2])
+                sizes[group] = sizes.get(group, 0) + math.prod(self.parameters[name])
+        return max(sizes.values(), default=0)
+
+    def _in_bytes(self, moments: Moments) -> Moments:
+        """From elements of activations and gradients: float32 on a CPU, else as the weights."""
+        size = 4 if on_cpu() else self.stored.size
+        return {name: {part: size * elements for part, elements in parts.items()} for name, parts in moments.items()}
+
+    # A block, in elements.
+
+    @cached_property
+    def _hidden(self) -> int:
+        """(M, D)"""
+        return self.rows * self.tokens * self.model.hidden_size
+
+    @cached_property
+    def _scores(self) -> int:
+        """(B, H, T, T)"""
+        return self.rows * self.tokens * self.model.num_heads * self.tokens
+
+    @cached_property
+    def _width(self) -> int:
+        """(M, I), or of all experts that a token goes to."""
+        return self.rows * self.tokens * self.model.intermediate_size * max(self.model.num_experts_per_token, 1)
+
+    def _kept(self, width: int) -> int:
+        """For the backward pass: shares of attention; queries, keys, values and their mixture; gate, up, their activation and product, of
+        this width; what norms need; rows dealt out to experts, and their outputs."""
+        model = self.model
+        heads = self.rows * self.tokens * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+        norms = (1 if model.block == "parallel" else 2) * (2 if model.norm == "layer_no_params" else 3)
+        return self._scores + heads + (norms + 2 * model.num_experts_per_token) * self._hidden + (3 if model.mlp == "plain" else 4) * width
+
+    def _ahead(self, *kinds: int) -> int:
+        """What MLX holds beyond need while arrays of these sizes are computed."""
+        return AHEAD[on_cpu()] * sum(kinds)
+
+    # The moments of a step.
+
+    def _whole(self) -> Moments:
+        depth = self.model.num_layers - lowest_trained_block(self.trained, self.model.num_layers)
+        gradients = self.num_trained
+        head = min(self.model.vocab_size * self.model.hidden_size, gradients)
+        before = gradients if self.config.grad_accumulation_steps > 1 else 0  # sums of the micro-batches before
+        copies = self._half_on_cpu * self._largest_group(self.parameters)
+        kept, ahead = self._kept(self._width), self._ahead(max(self._scores, self._width), self._hidden)
+        below = self._hidden if self.config.grad_checkpoint else kept  # of each block below the one that is computed
+        back = max(2 * kept, ahead + self._scores) if self.config.grad_checkpoint else 2 * kept
+        stack, ends = (depth - 1) * below, 2 * self._hidden
+        forward = stack + ahead + copies
+        if self.model.num_experts:  # the routing is read while the graph is made: of what was computed by then, MLX lets nothing go
+            forward = depth * (kept + self._ahead(self._scores, self._width, 2 * self._hidden) + copies)
+            forward *= 1 + self.config.grad_checkpoint
+        found = self._in_bytes({
+            "forward": {"gradients": before, "activations": forward},
+            "loss": {"gradients": before, "activations": stack + below + ends, "logits": self._logits()},
+            "last block": {"gradients": before + head, "activations": stack + ends + back + copies},
+            "first block": {"gradients": before + gradients + self._tied * head, "activations": max(back, 2 * kept) + copies},
+            "update": {"gradients": gradients},
+        })  # fmt: skip
+        squares = 0 if self._kernels else 4 * min(2 * max(math.prod(shape) for shape in self.shapes.values()), gradients)
+        found["update"]["update"] = max(update_bytes(self.shapes, self.config, self.stored), squares)
+        return found
+
+    def _logits(self) -> int:
+        """A chunk of logits and what is computed from it, hidden states, the head's gradient and what is added to it."""
+        vocab, hidden = self.model.vocab_size, self.model.hidden_size
+        by_kernel = self._kernels and not self.model.num_experts
+        rows = min(chunk_size(vocab, CHUNK_ELEMENTS if by_kernel else None), self.targets)
+        heads = 1 + (rows < self.targets) + self._half_on_cpu
+        return (rows * vocab if by_kernel else self._ahead(rows * vocab)) + heads * vocab * hidden + 2 * self.targets * hidden
+
+    def _layerwise(self) -> Moments:
+        model, several = self.model, self.config.grad_accumulation_steps
+        hidden, targets = several * self._hidden, several * self.targets * model.hidden_size
+        inputs = (model.num_layers + 1) * hidden + targets
+        piece = self._largest_group(self.trained, experts_apart=True)
+        copies = self._half_on_cpu * self._largest_group(self.parameters, experts_apart=True)
+        width = self._width // max(model.num_experts, 1)  # one expert at a time
+        block = max(2 * self._kept(width), self._ahead(max(self._scores, width), self._hidden)) + copies
+
+        range_rows = vocabulary.ranges(model.vocab_size, model.hidden_size)[0].stop
+        range_weights = range_rows * model.hidden_size
+        logits = self.targets * model.vocab_size
+        kept = logits if logits <= vocabulary.KEPT_ELEMENTS else 0
+        if self._kernels and kept and range_rows == model.vocab_size:
+            chunk = logits  # they become their gradients in place
+        else:
+            chunk = self._ahead(min(chunk_size(range_rows), self.targets) * range_rows)
+        chunk += self._half_on_cpu * range_weights
+        sums = 2 + (self._tied and several > 1)
+        found = self._in_bytes({
+            "loss": {"activations": inputs + targets, "logits": several * kept + chunk},
+            "block": {"activations": inputs + block, "logits": several * kept, "gradients": (1 + (several > 1)) * piece},
+            "vocabulary": {
+                "activations": targets + 3 * hidden, "logits": several * kept + (0 if kept else chunk), "gradients": sums * range_weights,
+            },
+            "update": {"activations": inputs, "logits": several * kept, "gradients": max(piece, range_weights)},
+        })  # fmt: skip
+        squares = 0 if self._kernels else found["update"]["gradients"]
+        found["update"]["update"] = max(update_bytes(self.shapes, self.config, self.stored), squares)
+        return found
 
 
 def _most_targets(split: Any, rows: int, config: TrainConfig) -> int:
@@ -253,76 +371,3 @@ def _most_targets(split: Any, rows: int, config: TrainConfig) -> int:
         return max(1, int(np.sort(split.trained_lengths[split.trainable])[-rows:].sum()))
     share = split.trained_tokens / max(int((split.lengths[split.trainable] - 1).sum()), 1)
     return math.ceil(min(share, 1.0) * rows * (config.max_seq_length - 1))
-
-
-def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
-    """Single changes that make it fit; where none does, all of them together."""
-    fitting = []
-    for words, changed in _changes(lm, data, config):
-        plan = _plan(lm, data, changed)
-        if plan.fits:
-            fitting.append(f"{words}: {html.human_bytes(plan.peak)}.")
-    if fitting:
-        yield from fitting
-        return
-    plan = None
-    for changes in _combinations(lm, data, config):
-        plan = _plan(lm, data, config.replace(**changes))
-        if plan.fits:
-            words = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-            yield f"No single change is enough; these together are: {words}: {html.human_bytes(plan.peak)}."
-            return
-    yield (
-        f"The weights alone are {html.human_bytes(plan.parts['weights'])} in bfloat16, and even layer by layer, with small batches, short "
-        f"rows and adafactor, a step needs {html.human_bytes(plan.peak)}: take a smaller model, train a part of it (train_only), or a "
-        "machine with more memory."
-    )
-
-
-def _combinations(lm: Any, data: Any, config: TrainConfig) -> Iterator[dict[str, Any]]:
-    """Changes together, one more each time."""
-    changes: dict[str, Any] = {"memory": "lean", "backward": "auto"}
-    yield changes | {"optimizer": "adamw8bit"}
-    yield changes | {"optimizer": "adamw8bit", "weights": "bfloat16"}
-    changes |= {"optimizer": "adafactor", "weights": "bfloat16"}
-    yield changes
-    work = _workload(lm, data, config)
-    if work.rows > 1:
-        changes = changes | {"batch_size": 1, "grad_accumulation_steps": config.batch_size * config.grad_accumulation_steps}
-        yield changes
-    for length in _halves(work.tokens):
-        yield changes | {"max_seq_length": length}
-
-
-def _changes(lm: Any, data: Any, config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    if _plan(lm, data, config).backward == "whole":
-        if not config.grad_checkpoint:
-            yield "Set grad_checkpoint=True (about a third more time)", config.replace(grad_checkpoint=True)
-        yield "Set memory='lean' (gradients layer by layer, up to twice the time)", config.replace(memory="lean", backward="auto")
-    if stored_dtype(config.weights, lm.dtype) == mx.float32:
-        yield "Set weights='bfloat16' (rounded stochastically)", config.replace(weights="bfloat16", rounding="stochastic")
-    if config.optimizer in ("adamw", "lion"):
-        name = f"{config.optimizer}8bit"
-        yield f"Set optimizer={name!r} (moments of 8 bits)", config.replace(optimizer=name)
-    for rows in _halves(_workload(lm, data, config).rows, 1):
-        steps = -(-config.batch_size // rows) * config.grad_accumulation_steps
-        changed = config.replace(batch_size=rows, grad_accumulation_steps=steps)
-        if _plan(lm, data, changed).fits:
-            yield f"Set batch_size={rows} and grad_accumulation_steps={steps} (as many rows in a step)", changed
-            break
-    for length in _halves(_workload(lm, data, config).tokens):
-        changed = config.replace(max_seq_length=length)
-        if _plan(lm, data, changed).fits:
-            yield f"Set max_seq_length={length} (longer rows are cut)", changed
-            break
-    if config.optimizer in ("adamw", "adam", "lion", "muon"):
-        yield "Set optimizer='adafactor' (needs another learning rate)", config.replace(optimizer="adafactor")
-
-
-def _halves(size: int, low: int = 64) -> Iterator[int]:
-    """Powers of two below `size`, the largest first, down to `low`."""
-    power = 1 << max(size - 1, 1).bit_length() - 1
-    while power >= low:
-        if power < size:
-            yield power
-        power //= 2

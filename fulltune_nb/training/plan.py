@@ -1,23 +1,29 @@
-"""What a run will do, derived once from model, data and settings: batches, steps, stored dtype, engine, memory."""
+"""What a run will do, derived once from model, data and settings: batches, steps, stored dtype, engine, memory; and what to change
+where it does not fit."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from fulltune_nb import html
 from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler
 from fulltune_nb.data.batches import StepBatches
+from fulltune_nb.data.dataset import Split
+from fulltune_nb.data.settings import DataSettings
+from fulltune_nb.errors import DataError, MemoryLimitError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import ModelConfig
-from fulltune_nb.models.parameters import parameters_of, trained_names
+from fulltune_nb.models.parameters import parameters_of, put_trainable, swapped_in, trainable_of
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.engine import WholeGraph
+from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
-from fulltune_nb.training.layerwise import Layerwise
-from fulltune_nb.training.memory import choose_backward, memory_is_short
+from fulltune_nb.training.memory import MemoryPlan, Workload
+from fulltune_nb.training.optimizers import update_bytes
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
 
 COMPILING_PAYS_FROM = 3e13
@@ -33,12 +39,12 @@ class Plan:
     total_steps: int
     dtype: mx.Dtype
     """In which weights are stored while they are trained."""
-    backward: str
-    """How gradients are computed: "whole" graph or "layerwise"."""
+    memory: MemoryPlan
+    """What a step needs."""
     compiles: bool
     """Whether `mx.compile` is used."""
     checkpoint: bool
-    """Whether only the blocks' inputs are kept for the backward pass of the whole graph."""
+    """Whether the whole graph keeps only the blocks' inputs for the backward pass."""
     gives_back: bool
     """Whether freed memory is given back to the system at once, which takes time."""
     kernels: Kernels | None
@@ -46,20 +52,23 @@ class Plan:
     notes: tuple[tuple[str, str], ...]
     """What the user should hear of: kind and message of an event each."""
 
+    @property
+    def backward(self) -> str:
+        """How gradients are computed: over the "whole" graph or "layerwise"."""
+        return self.memory.backward
+
     def make_engine(self, model: Decoder) -> Engine:
         """What computes the gradients; the model's trainable parameters are those of the run by now."""
-        if self.backward == "layerwise":
-            return Layerwise(model, self.compiles, self.kernels)
-        return WholeGraph(model, self.checkpoint, self.compiles, self.kernels)
+        return make_engine(model, self.backward, self.checkpoint, self.compiles, self.kernels)
 
 
 def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None) -> Plan:
     """The plan of a run.
 
     Args:
-        lm: the language model; names, shapes and dtype of its parameters are looked at.
+        lm: the language model; names, shapes and dtype of its parameters are looked at. Near this machine's limit a step is measured.
         data: the data set, with a train split.
-        config: the settings.
+        config: the settings, those of the data too.
         force: plan what does not fit into this machine's memory too.
         backward: "whole" or "layerwise", decided before; None: as the settings and the memory say.
 
@@ -67,54 +76,206 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
         ConfigError: a pattern in `train_only` or `freeze` matches nothing.
         MemoryLimitError: the run does not fit; the message says what would make it fit.
     """
-    notes = []
-    batches = StepBatches(
-        data.train,
+    notes, batches = [], step_batches(data.train, config)
+    if config.packing:
+        notes.append(("packing", batches.packing_note))
+    total_steps = config.total_steps(batches.steps_per_epoch)
+    work = Workload.of(lm, data, config)
+    if (name := str(work.stored).removeprefix("mlx.core.")) != lm.dtype:
+        notes.append(("dtype", f"weights were {lm.dtype} and are trained in {name}"))
+    if name == "bfloat16" and config.rounding == "nearest":
+        notes.append(("rounding", NEAREST_WARNING))
+    decided = force or backward is not None
+    memory = plan_memory(work, backward, None if decided or name != lm.dtype else partial(measured, lm=lm, batches=batches))
+    if not memory.fits and not decided:
+        raise MemoryLimitError(
+            f"This run needs {html.human_bytes(memory.peak + memory.cache)} ({memory.workload}), this machine has "
+            f"{html.human_bytes(memory.limit)}. What would make it fit (force=True tries it all the same):"
+            + "".join(f"\n  {sentence}" for sentence in _advice(lm, data, config))
+        )
+    kernels = kernels_for(work.num_trained)
+    operations = 6 * work.num_trained * total_steps * batches.tokens_per_step
+    compiles, note = _choose_compile(work, memory.backward, kernels is not None and operations >= COMPILING_PAYS_FROM)
+    if note:
+        notes.append(("compile", note))
+    short = config.memory == "lean" or (config.memory == "auto" and not work.count("whole").fits)
+    gives_back = memory.backward == "layerwise" and short
+    return Plan(batches, total_steps, work.stored, memory, compiles, config.grad_checkpoint, gives_back, kernels, tuple(notes))
+
+
+def step_batches(split: Split, config: TrainConfig) -> StepBatches:
+    """The micro-batches that a config asks for."""
+    return StepBatches(
+        split,
         batch_size=config.batch_size,
         seed=config.seed,
         grad_accumulation_steps=config.grad_accumulation_steps,
         packing=config.packing,
         max_seq_length=config.max_seq_length,
     )
-    if config.packing:
-        notes.append(("packing", batches.packing_note))
-    total_steps = config.total_steps(batches.steps_per_epoch)
-    dtype = stored_dtype(config.weights, lm.dtype)
-    if (name := str(dtype).removeprefix("mlx.core.")) != lm.dtype:
-        notes.append(("dtype", f"weights were {lm.dtype} and are trained in {name}"))
-    if name == "bfloat16" and config.rounding == "nearest":
-        notes.append(("rounding", NEAREST_WARNING))
-    shapes = {name: array.shape for name, array in parameters_of(lm.model).items()}
-    trained = sum(math.prod(shapes[name]) for name in trained_names(lm.model, config.train_only, config.freeze))
-    backward = backward or choose_backward(lm, data, config, force)
-    operations = 6 * trained * total_steps * batches.tokens_per_step
-    compiles, note = _choose_compile(lm.config, config, backward, trained, operations)
-    if note:
-        notes.append(("compile", note))
-    gives_back = backward == "layerwise" and memory_is_short(lm, data, config)
-    checkpoint = config.grad_checkpoint and backward == "whole"
-    return Plan(batches, total_steps, dtype, backward, compiles, checkpoint, gives_back, kernels_for(trained), tuple(notes))
 
 
-def _choose_compile(
-    model: ModelConfig, config: TrainConfig, backward: str, trained: int, operations: float
-) -> tuple[bool, str | None]:
-    """Whether a run is compiled, and what the user should hear about it; left open, only a long one is, where our own kernels are."""
-    if config.compile is False:
-        return False, None
-    reason = _why_not_compiled(model, config, backward)
+def _choose_compile(work: Workload, backward: str, pays: bool) -> tuple[bool, str | None]:
+    """Whether a run is compiled, and what the user should hear about it. Left open, it is where that `pays`."""
+    config, reason = work.config, None
+    if config.grad_checkpoint and backward == "whole":
+        reason = "compiled, what grad_checkpoint computes again would be found to be there already, and kept"
+    elif work.model.num_experts:
+        reason = "how many tokens an expert gets is known only when the batch is there"
+    elif lacks_compiler():
+        reason = "MLX compiles with g++ here, and there is none. On Debian or Ubuntu: apt-get install g++"
     if config.compile:
-        return reason is None, reason
-    if reason or kernels_for(trained) is None or operations < COMPILING_PAYS_FROM:
+        return reason is None, reason and f"compile=True has no effect: {reason}"
+    if config.compile is False or reason or not pays:
         return False, None
     return True, "a long run, so it is compiled: once a machine, the first steps take half a minute more (compile=False leaves that out)"
 
 
-def _why_not_compiled(model: ModelConfig, config: TrainConfig, backward: str) -> str | None:
-    if config.grad_checkpoint and backward == "whole":
-        return "compile=True has no effect: compiled, what grad_checkpoint computes again would be found to be there already, and kept"
-    if model.num_experts:
-        return "compile=True has no effect: how many tokens an expert gets is known only when the batch is there"
-    if lacks_compiler():
-        return "compile=True has no effect: MLX compiles with g++ here, and there is none. On Debian or Ubuntu: apt-get install g++"
-    return None
+# -- memory: which engine, does it fit, what to change --------------------------------------------------------------------------------
+
+
+def preflight(lm: Any, data: Any, config: TrainConfig | None = None, measure: bool = False) -> MemoryPlan:
+    """A run's peak memory, and what to change where it is more than this machine has.
+
+    Counting allocates nothing, and errs on the safe side. Measuring is as exact as the machine is.
+
+    Args:
+        lm: the language model; only names and shapes of its parameters are looked at, unless measured.
+        data: the data set; only lengths are looked at, unless measured. None: rows of `max_seq_length`.
+        config: the settings; the defaults where left out.
+        measure: run forward and backward pass of the step with the widest rows. No weight is updated: weights, optimizer, random state
+            and history stay as they are. It takes the time of a step, and as much memory, without the optimizer's state.
+
+    Raises:
+        DataError: the data has no train split, or there is no data to measure with.
+        ConfigError: a pattern in `train_only` or `freeze` matches nothing.
+    """
+    if (measure and data is None) or (data is not None and data.train is None):
+        raise DataError("preflight needs a train split; this data has none. Add train.jsonl (or the key 'train').")
+    config = (config or TrainConfig()).fill_from(DataSettings() if data is None else data.settings)
+    work = Workload.of(lm, data, config)
+    plan = plan_memory(work)
+    if measure:
+        plan = measured(plan, work, lm, step_batches(data.train, config))
+    return plan if plan.fits else dataclasses.replace(plan, advice=tuple(_advice(lm, data, config)))
+
+
+Measure = Callable[[MemoryPlan, Workload], MemoryPlan]
+
+
+def plan_memory(work: Workload, backward: str | None = None, measure: Measure | None = None) -> MemoryPlan:
+    """What a run needs as `backward` or else its settings say; where these leave it open, over the whole graph if that fits.
+
+    Args:
+        work: what a step works on.
+        backward: "whole" or "layerwise".
+        measure: `measured`, for what is counted to be near the limit.
+    """
+    config = work.config
+    if backward is None:
+        backward = config.backward if config.backward != "auto" else {"fast": "whole", "lean": "layerwise"}.get(config.memory, "auto")
+
+    def plan(way: str) -> MemoryPlan:
+        counted = work.count(way)
+        return measure(counted, work) if measure and counted.near_limit else counted
+
+    if backward == "auto":
+        return whole if (whole := plan("whole")).fits else plan("layerwise")
+    return plan(backward)
+
+
+def measured(plan: MemoryPlan, work: Workload, lm: Any, batches: StepBatches) -> MemoryPlan:
+    """The plan with the peak of a real forward and backward pass. Each update's own bytes are counted still: none is made."""
+    model, stored = lm.model, stored_dtype(work.config.weights, lm.dtype)
+    trainable = set(trainable_of(model))  # names only: who holds an array keeps its memory
+    put_trainable(model, work.trained)
+    try:
+        with swapped_in(model, {name: array.astype(stored) for name, array in parameters_of(model).items()}):
+            mx.eval(model.parameters())
+            before, updating = mx.get_active_memory(), 0
+            mx.reset_peak_memory()
+            engine = make_engine(model, plan.backward, work.config.grad_checkpoint, kernels=kernels_for(work.num_trained))
+            gradients = engine.gradients(1, batches.of_step(batches.widest_step()))
+            for piece in gradients.pieces():
+                shapes = {name: array.shape for name, array in piece.gradients.items()}
+                updating = max(updating, mx.get_active_memory() + update_bytes(shapes, work.config, stored))
+                del piece  # before the next one is computed
+            found = max(mx.get_peak_memory(), updating) - before
+    finally:
+        put_trainable(model, trainable)
+    parts = {**work.always, "gradients and activations": found}
+    return dataclasses.replace(plan, parts=parts, peak=sum(parts.values()), moment="forward or backward pass", measured=True)
+
+
+def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
+    """Single changes that make it fit; where none does, all of them together."""
+
+    def plan(changes: dict[str, Any]) -> MemoryPlan:
+        return plan_memory(Workload.of(lm, data, config.replace(**changes)))
+
+    def named(changes: dict[str, Any], separator: str) -> str:
+        return separator.join(f"{name}={value!r}" for name, value in changes.items() if value != getattr(config, name))
+
+    enough = False
+    for costs, candidates in _changes(Workload.of(lm, data, config)):
+        for changes in candidates:
+            if (changed := plan(changes)).fits:
+                enough = True
+                yield f"Set {named(changes, ' and ')} ({costs}): {html.human_bytes(changed.peak)}."
+                break
+    if enough:
+        return
+    for changes in _combinations(Workload.of(lm, data, config)):
+        changed = plan(changes)
+        if changed.fits:
+            together = named(changes, ", ")
+            yield f"No single change is enough; these together are: {together}: {html.human_bytes(changed.peak)}."
+            return
+    yield (
+        f"The weights alone are {html.human_bytes(changed.parts['weights'])} in bfloat16, and even layer by layer, with small batches, "
+        f"short rows and adafactor, a step needs {html.human_bytes(changed.peak)}: take a smaller model, train a part of it (train_only), "
+        "or a machine with more memory."
+    )
+
+
+def _changes(work: Workload) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What a single change costs, and its settings, those that change least first."""
+    config = work.config
+    if plan_memory(work).backward == "whole":
+        if not config.grad_checkpoint:
+            yield "about a third more time", [{"grad_checkpoint": True}]
+        yield "gradients layer by layer, up to twice the time", [{"memory": "lean", "backward": "auto"}]
+    if work.stored == mx.float32:
+        yield "rounded stochastically", [{"weights": "bfloat16", "rounding": "stochastic"}]
+    if config.optimizer in ("adamw", "lion"):
+        yield "moments of 8 bits", [{"optimizer": f"{config.optimizer}8bit"}]
+    steps = config.grad_accumulation_steps
+    fewer = [{"batch_size": rows, "grad_accumulation_steps": -(-config.batch_size // rows) * steps} for rows in _halves(work.rows, 1)]
+    yield "as many rows in a step", fewer
+    yield "longer rows are cut", [{"max_seq_length": length} for length in _halves(work.tokens)]
+    if config.optimizer in ("adamw", "adam", "lion", "muon"):
+        yield "needs another learning rate", [{"optimizer": "adafactor"}]
+
+
+def _combinations(work: Workload) -> Iterator[dict[str, Any]]:
+    """Changes together, one more each time."""
+    config = work.config
+    changes: dict[str, Any] = {"memory": "lean", "backward": "auto"}
+    yield changes | {"optimizer": "adamw8bit"}
+    yield changes | {"optimizer": "adamw8bit", "weights": "bfloat16"}
+    changes |= {"optimizer": "adafactor", "weights": "bfloat16"}
+    yield changes
+    if work.rows > 1:
+        changes = changes | {"batch_size": 1, "grad_accumulation_steps": config.batch_size * config.grad_accumulation_steps}
+        yield changes
+    for length in _halves(work.tokens):
+        yield changes | {"max_seq_length": length}
+
+
+def _halves(size: int, low: int = 64) -> Iterator[int]:
+    """Powers of two below `size`, the largest first, down to `low`."""
+    power = 1 << max(size - 1, 1).bit_length() - 1
+    while power >= low:
+        if power < size:
+            yield power
+        power //= 2
