@@ -15,8 +15,7 @@ from typing import Any
 
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.experiments import execution
-from fulltune_nb.experiments.execution import execute, write_html
+from fulltune_nb.experiments.execution import execute, find_notebook, write_html
 from fulltune_nb.html import human_bytes
 
 NOTEBOOK = "00_quickstart.ipynb"
@@ -52,9 +51,9 @@ def build_parser() -> Parser:
 
 def _demo(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    notebook = find_notebook() if args.notebook is None else Path(args.notebook)
+    notebook = find_notebook(NOTEBOOK) if args.notebook is None else Path(args.notebook)
     parameters = {name: value for name, value in vars(args).items() if value is not None and name not in ("out", "notebook")}
-    out = _out_folder(args.out)
+    out = out_folder(args.out)
     executed, page, result = out / "quickstart.ipynb", out / "quickstart.html", out / "result.json"
     print(f"Executing {notebook}; all that is written goes to {out}", flush=True)
     try:
@@ -69,16 +68,7 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_notebook() -> Path:
-    """The quickstart notebook.
-
-    Raises:
-        ConfigError: it was not found.
-    """
-    return execution.find_notebook(NOTEBOOK)
-
-
-def _out_folder(given: str | None) -> Path:
+def out_folder(given: str | None) -> Path:
     """An empty folder, made where needed; an absolute path.
 
     Raises:

@@ -48,10 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_prompt(text: str) -> str:
-    """The prompt as given: from standard input for `-` (without the line break at its end), else with `\\n` and `\\t` put in."""
-    if text == "-":
-        return sys.stdin.read().removesuffix("\n")
-    return text.replace("\\n", "\n").replace("\\t", "\t")
+    """The prompt: standard input for `-` (without the line break at its end), else the text with `\\n` and `\\t` put in."""
+    return sys.stdin.read().removesuffix("\n") if text == "-" else text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def uses_chat(arguments: argparse.Namespace, data_format: str | None, has_template: bool) -> bool:

@@ -75,7 +75,7 @@ def test_a_folder_with_something_in_it_is_not_written_to(tmp_path, capsys):
 def test_without_out_each_run_gets_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for expected in ("demo_output", "demo_output-2", "demo_output-3"):
-        folder = demo._out_folder(None)
+        folder = demo.out_folder(None)
         assert folder == tmp_path / expected
         (folder / "something").touch()
 
@@ -85,7 +85,7 @@ def test_a_missing_notebook_is_said_with_what_to_do(tmp_path, monkeypatch, capsy
     assert "none.ipynb is no file" in capsys.readouterr().err
     monkeypatch.setattr(demo, "NOTEBOOK", "99_missing.ipynb")
     with pytest.raises(ft.ConfigError, match=r"99_missing.ipynb was not found in .*pip install -e \.\), or give the notebook's path"):
-        demo.find_notebook()
+        demo.find_notebook(demo.NOTEBOOK)
 
 
 def test_bad_flags_end_with_code_2():

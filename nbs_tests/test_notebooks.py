@@ -14,7 +14,7 @@ import fulltune_nb as ft
 from fulltune_nb import demo, tiny
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-QUICKSTART = demo.find_notebook()
+QUICKSTART = demo.find_notebook(demo.NOTEBOOK)
 
 
 def read(path: Path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ def numbers_of(report: Any) -> dict[str, float]:
 
 
 class _Logger(Attachable):
-    """What all have in common: one point a report, at its step; an event as a text.
+    """One point a report, at its step; an event as a text. A subclass says how to `open`, `write` and `close`.
 
-    A run that is paused and goes on, or several calls of `run`, write into the same log; `close()` ends it.
+    A run that is paused and goes on, or several calls of `run`, write into the same log; `close()` ends it, and a later report
+    begins another.
     """
 
     package: str
@@ -42,9 +44,8 @@ class _Logger(Attachable):
         try:
             self._library = importlib.import_module(self.package)
         except ImportError as error:
-            name = type(self).__name__
             raise MissingDependencyError(
-                f"{name} needs the package {self.package.split('.')[0]!r}, which is not installed: "
+                f"{type(self).__name__} needs the package {self.package.split('.')[0]!r}, which is not installed: "
                 f"pip install 'fulltune_nb[{self.extra}]', or pip install {self.extra}."
             ) from error
         self._begun = False
@@ -52,40 +53,26 @@ class _Logger(Attachable):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'open' if self._begun else 'not open'})"
 
-    def _begin(self, trainer: Any) -> None:
+    def on_start(self, trainer: Any, target: int = 0) -> None:
+        """Begins the log, with the settings."""
         if not self._begun:
             self._begun = True
             self.open(trainer.config.to_dict(), trainer.run_dir)
 
-    def on_start(self, trainer: Any, target: int) -> None:
-        """Begins the log, with the settings."""
-        self._begin(trainer)
-
     def on_step(self, trainer: Any, report: Any) -> None:
-        """A point for each number of the step."""
-        self._begin(trainer)
+        """A point for each number of the report."""
+        self.on_start(trainer)
         self.write(numbers_of(report), report.step)
 
     on_eval = on_step
 
     def on_event(self, trainer: Any, event: Any) -> None:
         """The event as a text."""
-        self._begin(trainer)
+        self.on_start(trainer)
         self.note(f"{event.kind}: {event.message}", event.step)
-
-    def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
-        """Begins the log."""
-        raise NotImplementedError
-
-    def write(self, numbers: dict[str, float], step: int) -> None:
-        """Points of curves."""
-        raise NotImplementedError
 
     def note(self, text: str, step: int) -> None:
         """A text, where the service has a place for it."""
-
-    def close(self) -> None:
-        """Writes out what is left and ends the log; a later report would begin another."""
 
 
 class _Tracker(_Logger):
@@ -106,12 +93,15 @@ class _Tracker(_Logger):
             raise ConfigError(f"project: expected a name, got {project!r}.")
         super().__init__()
         self._settings = {"project": project, "name": name, **settings}
-        self._run: Any = None
 
     def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
         """Begins the service's run."""
         name = self._settings["name"] or (run_dir.name if run_dir else None)
         self._run = self._library.init(**{**self._settings, "name": name, "config": config})
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """One call of `log`."""
+        self._run.log(numbers, step=step)
 
     def close(self) -> None:
         """Ends the service's run."""
@@ -141,10 +131,6 @@ class Trackio(_Tracker):
 
     package = extra = "trackio"
 
-    def write(self, numbers: dict[str, float], step: int) -> None:
-        """One call of `log`."""
-        self._run.log(numbers, step=step)
-
 
 class Tensorboard(_Logger):
     """Writes event files for TensorBoard: `tensorboard --logdir runs`."""
@@ -162,7 +148,6 @@ class Tensorboard(_Logger):
         """
         super().__init__()
         self._log_dir = None if log_dir is None else Path(log_dir).expanduser()
-        self._writer: Any = None
 
     def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
         """Opens the file, and writes the settings as a text."""
@@ -191,8 +176,6 @@ class Tensorboard(_Logger):
         self._add(Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=metadata)]), step)
 
     def _add(self, summary: Any, step: int) -> None:
-        import time
-
         self._writer.add_event(self._library.Event(wall_time=time.time(), step=step, summary=summary))
 
     def on_end(self, trainer: Any) -> None:
