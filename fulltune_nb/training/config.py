@@ -328,7 +328,12 @@ class TrainConfig:
         write_yaml(path, {k: v for k, v in values.items() if not (k in ("iters", "epochs") and v is None)})
 
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, by name."""
+        """The settings that differ from the defaults, by name; a data setting's default is what `load_data` has without it."""
+        usual = vars(DataSettings())
+        return {name: value for name, value in self._given().items() if name not in usual or value != usual[name]}
+
+    def _given(self) -> dict[str, Any]:
+        """The settings that have to be given to make this config."""
         default = TrainConfig(optimizer=self.optimizer)
         names = [name for name in names_of(TrainConfig) if getattr(self, name) != getattr(default, name)]
         if self.optimizer != TrainConfig.optimizer:
@@ -338,7 +343,7 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
-        return f"TrainConfig({', '.join(f'{name}={value!r}' for name, value in self.changed().items())})"
+        return f"TrainConfig({', '.join(f'{name}={value!r}' for name, value in self._given().items())})"
 
     def _repr_html_(self) -> str:
         changed = self.changed()

@@ -324,6 +324,7 @@ def test_repr_is_one_line_of_what_differs():
     assert repr(TrainConfig()) == "TrainConfig()"
     assert repr(TrainConfig(iters=600, learning_rate=1e-4)) == "TrainConfig(iters=600, learning_rate=0.0001)"
     assert repr(TrainConfig(epochs=2)) == "TrainConfig(epochs=2)"
+    assert repr(TrainConfig(mask_prompt=False)) == "TrainConfig(mask_prompt=False)"  # given: data with another value is refused
 
 
 def test_the_cell_shows_every_setting_and_escapes_texts():

@@ -14,7 +14,7 @@ from nbs_tests.training.conftest import make_rows
 def test_what_a_config_leaves_out_is_taken_from_the_data(make_lm, make_data):
     trainer = ft.Trainer(make_lm(), make_data(mask_prompt=True, max_seq_length=64), ft.TrainConfig(batch_size=3))
     assert (trainer.config.mask_prompt, trainer.config.max_seq_length, trainer.config.prompt_feature) == (True, 64, "prompt")
-    assert trainer.config.batch_size == 3
+    assert trainer.config.changed() == {"batch_size": 3, "mask_prompt": True, "max_seq_length": 64}
     assert ft.Trainer(make_lm(), make_data()).config.max_seq_length == 2048
 
 
