@@ -140,6 +140,10 @@ def _range(low: float | None, high: float | None) -> str:
     return f" of at least {low}" if high is None else f" from {low} to {high}"
 
 
+def _within(value: float, low: float | None, high: float | None) -> bool:
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
 def whole_number(name: str, value: Any, low: int = 0, error: type[Exception] = ConfigError) -> int:
     """An argument as an int of at least `low`; whole floats such as 1e3 count, True and texts do not.
 
@@ -157,9 +161,7 @@ def whole(low: int | None = None, high: int | None = None, also: tuple[int, ...]
     phrase = f"a whole number{_range(low, high)}" + "".join(f" or {a}" for a in also)
 
     def check(value: Any) -> int:
-        if not is_finite(value) or value != int(value):
-            raise Refused(phrase)
-        if value not in also and ((low is not None and value < low) or (high is not None and value > high)):
+        if not is_finite(value) or value != int(value) or (value not in also and not _within(value, low, high)):
             raise Refused(phrase)
         return int(value)
 
@@ -172,13 +174,11 @@ def number(low: float | None = None, high: float | None = None, above: float | N
     phrase += f"{' and' if above is not None or low is not None else ''} smaller than {below}" if below is not None else ""
 
     def check(value: Any) -> float:
-        if not is_finite(value):
+        if not is_finite(value) or not _within(value, low, high):
             raise Refused(phrase)
-        value = float(value)
-        outside = (low is not None and value < low) or (high is not None and value > high)
-        if outside or (above is not None and value <= above) or (below is not None and value >= below):
+        if (above is not None and value <= above) or (below is not None and value >= below):
             raise Refused(phrase)
-        return value
+        return float(value)
 
     return check
 
@@ -291,10 +291,10 @@ class YamlSettings(dict):
         lines: key -> line, counted from 1.
     """
 
-    def __init__(self, values: Mapping[str, Any], path: str, lines: Mapping[str, int]):
-        super().__init__(values)
+    def __init__(self, path: str):
+        super().__init__()
         self.path = path
-        self.lines = dict(lines)
+        self.lines: dict[str, int] = {}
 
     def where(self, key: str | None) -> str:
         """`"file:line"` of a key, or the file alone."""
@@ -331,11 +331,6 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
-
-
-def _float(text: str) -> float:
-    return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -378,12 +373,18 @@ def read_yaml(path: str | os.PathLike) -> YamlSettings:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         raise ConfigError(f"{name}: expected YAML settings, one `name: value` a line; {problem}.") from None
-    if values is None:
-        return YamlSettings({}, name, {})
-    if not isinstance(values, dict):
+    if not isinstance(values, (dict, type(None))):
         raise ConfigError(f"{name}:1: expected settings, one `name: value` a line, got a {type(values).__name__}.")
-    lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)}
-    return _with_underscores(values, name, lines)
+    places = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key, yaml.ScalarNode)} if values else {}
+    settings = YamlSettings(name)
+    for key, value in (values or {}).items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{name}: expected names of settings as keys, got {key!r} ({type(key).__name__}).")
+        plain, line = key.replace("-", "_"), places.get(key, 1)
+        if plain in settings:
+            raise ConfigError(f"{name}:{line}: {key!r} and the key on line {settings.lines[plain]} are the same setting; keep one.")
+        settings[plain], settings.lines[plain] = value, line
+    return settings
 
 
 def _check_size(node: yaml.Node | None, sizes: dict[int, int]) -> int:
@@ -417,20 +418,6 @@ def _read_text(path: Path, name: str) -> str:
         raise ConfigError(f"{name}: expected UTF-8 text; byte {error.start} is not. Save the file as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}. Check the path.") from None
-
-
-def _with_underscores(values: dict, name: str, lines: dict[str, int]) -> YamlSettings:
-    result: dict[str, Any] = {}
-    at: dict[str, int] = {}
-    for key, value in values.items():
-        if not isinstance(key, str):
-            raise ConfigError(f"{name}: expected names of settings as keys, got {key!r} ({type(key).__name__}).")
-        plain = key.replace("-", "_")
-        line = lines.get(key, 1)
-        if plain in result:
-            raise ConfigError(f"{name}:{line}: {key!r} and the key on line {at[plain]} are the same setting; keep one.")
-        result[plain], at[plain] = value, line
-    return YamlSettings(result, name, at)
 
 
 def write_yaml(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
