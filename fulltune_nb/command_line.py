@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from fulltune_nb.errors import FulltuneError, TrainingError, nearest
+from fulltune_nb.settings import as_typed
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,46 +42,21 @@ class Parser(argparse.ArgumentParser):
 def add_fields(group: Any, cls: type) -> None:
     """A flag for every setting of a dataclass: `batch_size` is `--batch-size`.
 
-    Flags that are not given leave nothing behind. Values are only brought into Python's form here; the dataclass checks them.
+    Flags that are not given leave nothing behind. Texts become the values they stand for; the dataclass checks these.
     """
     for field in dataclasses.fields(cls):
         kind, default = str(field.type), field.default
         shown = isinstance(default, (int, float, str)) and default is not False
         note = f" (default: {'yes' if default is True else default})" if shown else ""
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{field.metadata['help']}{note}".replace("%", "%%")}
         if kind.startswith("bool"):
-            options["action"] = argparse.BooleanOptionalAction
+            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif kind.startswith("tuple"):
-            options |= {"nargs": "*", "metavar": "PATTERN"}
-        elif "dict" in kind:
-            options |= {"type": _json_or_text, "metavar": "JSON"}
-        elif "int" in kind or "float" in kind:
-            options |= {"type": _number_or_text, "metavar": "N"}
+            options = {"nargs": "*", "metavar": "PATTERN"}
         else:
-            options["metavar"] = "TEXT"
-        group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **options)
-
-
-def _number_or_text(text: str) -> int | float | str | None:
-    if text.lower() == "none":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text  # the dataclass says what is expected
-
-
-def _json_or_text(text: str) -> Any:
-    if text.lower() == "none":
-        return None
-    if not text.lstrip().startswith(("{", "[")):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+            metavar = "JSON" if "dict" in kind else "N" if "int" in kind or "float" in kind else "TEXT"
+            options = {"type": partial(as_typed, kind=kind), "metavar": metavar}
+        help = f"{field.metadata['help']}{note}".replace("%", "%%")
+        group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS, help=help, **options)
 
 
 def run(work: Callable[[], int]) -> int:

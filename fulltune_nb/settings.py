@@ -353,6 +353,30 @@ def read_value(text: str) -> Any:
         raise ConfigError(f"{text[:80]!r}: not a YAML value: {' '.join(str(error).split())[:200]}.") from None
 
 
+_READ_AS = {"bool": bool, "int": (int, float), "float": (int, float), "dict": dict, "tuple": list}  # in an annotation -> in YAML
+
+
+def as_typed(value: Any, kind: str) -> Any:
+    """A text given for a setting that is no text, as the value it stands for: a flag's, or one that papermill passes.
+
+    Anything else stays as it is, and the check says what was expected. `kind` is the field's annotation, such as "int | None".
+    """
+    kinds = {part.split("[")[0].strip() for part in kind.split("|")}
+    types = tuple(_READ_AS[kind] for kind in sorted(kinds & _READ_AS.keys()))
+    if not isinstance(value, str) or not types:
+        return value
+    text = value.strip()
+    if text.lower() in ("none", "null") and "None" in kinds:
+        return None
+    if "str" in kinds and not text.startswith("{"):
+        return value
+    try:
+        meant = read_value(text)
+    except ConfigError:
+        return value
+    return meant if isinstance(meant, types) and isinstance(meant, bool) == ("bool" in kinds) else value
+
+
 def read_yaml(path: str | os.PathLike) -> YamlSettings:
     """The settings in a YAML file. Hyphens in the names of the outermost keys become underscores. An empty file gives none.
 

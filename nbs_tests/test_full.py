@@ -128,7 +128,9 @@ def test_what_is_not_given_has_the_defaults_of_the_old_command():
         (["--optimizer-config", '{"betas": [0.9, 0.95]}'], "optimizer_config", {"betas": (0.9, 0.95)}),
         (["--lr-factors", '{"*embed*": 0.1}'], "lr_factors", {"*embed*": 0.1}),
         (["--freeze", "*.mlp.*", "*norm*"], "freeze", ("*.mlp.*", "*norm*")),
-        (["--patience", "none"], "patience", None), (["--text-feature", "body"], "text_feature", "body"), (["--epochs", "2"], "epochs", 2),
+        (["--patience", "none"], "patience", None), (["--lr-schedule", "none"], "lr_schedule", None),
+        (["--optimizer-config", "{betas: [0.9, 0.95]}"], "optimizer_config", {"betas": (0.9, 0.95)}),
+        (["--text-feature", "body"], "text_feature", "body"), (["--epochs", "2"], "epochs", 2),
     ],
 )  # fmt: skip
 def test_values_arrive_in_their_types(argv, name, value):
@@ -317,7 +319,7 @@ def test_an_unchanged_export_is_replaced_and_anything_else_stays(base, tmp_path)
         (["--train", "--batch-size", "0"], "batch_size"),
         (["--train", "--model-file", "model.bin"], ".bin"), (["--train", "--learning-rate", "fast"], "learning_rate"),
         (["--train", "--iters", "3", "--epochs", "1"], "epochs"), (["--train", "--optimizer", "adamv"], "adamw"),
-        (["--train", "--learning_rat", "1"], "--learning-rate"), (["--train", "--optimizer-config", "{"], "JSON"),
+        (["--train", "--learning_rat", "1"], "--learning-rate"), (["--train", "--optimizer-config", "{"], "optimizer_config: expected"),
         (["--train", "--resume"], "--run-dir"), (["--train", "--run-dir", "none", "--resume"], "none"), (["-c", "none.yaml"], "none.yaml"),
         (["--train", "--model", "BASE", "--data", "DATA", "--dtype", "float16"], "float16"),
         (["--train", "--model", "BASE", "--data", "DATA", "--mask-prompt"], "mask_prompt"), (["train"], "train"),

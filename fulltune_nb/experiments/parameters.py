@@ -21,12 +21,11 @@ from typing import Any
 
 from fulltune_nb import html
 from fulltune_nb.errors import ConfigError, nearest
-from fulltune_nb.settings import read_value, show
+from fulltune_nb.settings import as_typed, show
 from fulltune_nb.training.config import TrainConfig, without_rival
 
 OWN = ("model", "data", "run_dir", "export_dir")
 """Parameters besides the fields of `TrainConfig`; all are texts, "" standing for "not given"."""
-_READ_AS = {"bool": bool, "int": (int, float), "float": (int, float), "dict": dict, "tuple": list}  # of a field's kind
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def read_experiment(namespace: Mapping[str, Any], defaults: Mapping[str, Any] | 
     for name in names:
         if name not in fields and name not in OWN:
             raise ConfigError(f"unknown parameter {name!r}. {nearest(name, [*OWN, *fields])}")
-    values = {name: _as_typed(namespace[name], fields[name]) for name in names if name in fields}
+    values = {name: as_typed(namespace[name], fields[name]) for name in names if name in fields}
     settings = {name: value for name, value in values.items() if value is not None}
     usual = without_rival(defaults or {}, settings)
     if settings.get("optimizer", usual.get("optimizer")) != usual.get("optimizer"):
@@ -85,26 +84,6 @@ def read_experiment(namespace: Mapping[str, Any], defaults: Mapping[str, Any] | 
         own[name] = str(value or "")
     own["run_dir"] = own["run_dir"] or str(unused(Path("runs", "experiment")))
     return Experiment(**own, config=TrainConfig.from_dict({**usual, **settings}), given=tuple(names))
-
-
-def _as_typed(value: Any, kind: str) -> Any:
-    """A text given for a setting of another `kind` (an annotation such as "int | None"), as the value it stands for.
-
-    Anything else stays as it is, and the config says what was expected.
-    """
-    if not isinstance(value, str):
-        return value
-    text, kinds = value.strip(), {part.split("[")[0].strip() for part in kind.split("|")}
-    if text.lower() in ("none", "null") and "None" in kinds:
-        return None
-    types = tuple(_READ_AS[kind] for kind in sorted(kinds & _READ_AS.keys()))
-    if not types or ("str" in kinds and not text.startswith("{")):
-        return value
-    try:
-        meant = read_value(text)
-    except ConfigError:
-        return value
-    return meant if isinstance(meant, types) and isinstance(meant, bool) == ("bool" in kinds) else value
 
 
 def given_names(namespace: Mapping[str, Any]) -> list[str]:
