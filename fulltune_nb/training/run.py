@@ -63,6 +63,18 @@ def holds_run(path: Path) -> bool:
         return False
 
 
+def check_holds_no_run(path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: a run that has come beyond its very beginning is in the folder.
+    """
+    if holds_run(path):
+        raise CheckpointError(
+            f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or by Trainer(..., resume=\"auto\");"
+            " or give a new run_dir."
+        )
+
+
 def read_metrics(path: Path) -> tuple[History, list[str]]:
     """The reports in the `metrics.jsonl` of a run's folder, for whoever looks at runs; nothing is locked.
 
@@ -157,11 +169,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             directory = cls(path)
             try:
-                if holds_run(path):
-                    raise CheckpointError(
-                        f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or by Trainer(..., resume=\"auto\");"
-                        " or give a new run_dir."
-                    )
+                check_holds_no_run(path)
                 config.to_yaml(path / CONFIG_FILE)
                 (path / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
                 if made:

@@ -33,7 +33,7 @@ from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.plan import make_plan
-from fulltune_nb.training.run import RunDirectory, StoredRun, check_same_data, holds_run
+from fulltune_nb.training.run import RunDirectory, StoredRun, check_holds_no_run, check_same_data, holds_run
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.state import (
@@ -104,18 +104,21 @@ class Trainer:
         config = (config or TrainConfig()).for_data(data.settings)
         if resume not in (None, "auto") and not isinstance(resume, StoredRun):
             raise ConfigError(f'resume: expected "auto" or None, got {resume!r:.80}. Trainer.resume(run_dir) goes on with a run.')
-        if resume == "auto" and run_dir is not None and holds_run(Path(run_dir).expanduser()):
+        run_dir = None if run_dir is None else Path(run_dir).expanduser()
+        if isinstance(resume, StoredRun):
+            self._begin(lm, data, config, force, resume)
+        elif resume == "auto" and run_dir is not None and holds_run(run_dir):
             with StoredRun(run_dir, force) as stored:
                 config = stored.config(config)
                 stored.data(data, lm, config)
                 self._begin(stored.model(lm), data, config, force, stored)
             stored.directory.write_config(config)
-        elif isinstance(resume, StoredRun):
-            self._begin(lm, data, config, force, resume)
+        elif run_dir is not None:
+            check_holds_no_run(run_dir)  # before the model is touched: a living trainer may be training it
+            self._begin(lm, data, config, force)
+            self._write_into(RunDirectory.create(run_dir, config, lm.source))
         else:
             self._begin(lm, data, config, force)
-            if run_dir is not None:
-                self._write_into(RunDirectory.create(run_dir, config, lm.source))
 
     @classmethod
     def resume(
@@ -414,17 +417,17 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Validation, once a step; keeps the best weights and counts towards `patience`."""
-        config, patience = self.config, self.patience
+        config, patience, loss = self.config, self.patience, None
         due = self.step_count == self.total_steps or self.step_count % config.steps_per_eval == 0
         if due and patience.last_step != self.step_count and self.data.valid is not None and config.val_batches:
             loss = self.evaluate("valid", None if config.val_batches < 0 else config.val_batches).loss
-            with interrupts_deferred():
+        with interrupts_deferred():
+            if loss is not None:
                 self._best_is_due = patience.improved(self.step_count, loss)
                 if not self._best_is_due and self.stopped_early:
                     message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
                     self.event("early_stop", message)
-        if self._best_is_due and patience.last_step == self.step_count and self.run_dir and self.step_count:
-            with interrupts_deferred():
+            if self._best_is_due and patience.last_step == self.step_count and self.run_dir and self.step_count:
                 self._try_to_write(partial(self._directory.save_best, self.lm))
                 self._best_is_due = False
 

@@ -16,6 +16,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, FulltuneError, ModelError
 from fulltune_nb.models.model_file import export_folder, save_model_file
+from fulltune_nb.training.run import RunDirectory
 from fulltune_nb.training.state import list_checkpoints, read_state
 from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_resuming import MASKED
@@ -93,9 +94,9 @@ def test_whatever_other_write_fails_is_an_error_that_names_the_file(make_trainer
     run = tmp_path / "run"
     trainer = make_trainer(run_dir=run, iters=2)
     trainer.run()
-    counter = iter(range(10_000))
+    counter, best = iter(range(10_000)), RunDirectory.create(tmp_path / "best", trainer.config)
     works = {
-        "best": lambda: trainer._directory.save_best(trainer.lm),
+        "best": lambda: best.save_best(trainer.lm),
         "metrics": lambda: trainer.evaluate("valid"),
         "result": lambda: trainer.evaluate("test"),
         "model file": lambda: save_model_file(tmp_path / "model.npz", trainer.lm),
@@ -164,6 +165,19 @@ def test_a_full_disk_stops_the_run_or_not_as_configured(make_trainer, tmp_path, 
     monkeypatch.undo()
     trainer.run()
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000008"
+
+
+def test_the_best_weights_that_could_not_be_written_are_written_when_the_run_goes_on(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(run_dir=tmp_path / "run", steps_per_eval=2, iters=4)
+    trainer.run(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        with pytest.raises(CheckpointError, match="No space left"):
+            trainer.run(1)
+    assert trainer.state == "failed" and trainer.patience.best_loss == trainer.history.evals[-1].loss and trainer.step_count == 2
+    next(trainer.steps())
+    best = ft.load_model(tmp_path / "run" / "best")
+    assert ft.Trainer(best, trainer.data, trainer.config).evaluate("valid").loss == pytest.approx(trainer.patience.best_loss, rel=1e-6)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")

@@ -194,13 +194,14 @@ def test_a_refused_second_trainer_leaves_the_living_one_its_folder(make_trainer,
     living.run(2)
     living.save()
     for refused in (
-        lambda: make_trainer(run_dir=tmp_path / "run"),
+        lambda: ft.Trainer(living.lm, living.data, living.config, tmp_path / "run"),
         lambda: ft.Trainer.resume(tmp_path / "run", data=make_data(11, mask_prompt=True)),
         lambda: ft.Trainer(living.lm, make_data(11, mask_prompt=True), living.config, tmp_path / "run", resume="auto"),
     ):
         with pytest.raises(CheckpointError, match="already holds a run|data differs"):
             refused()
     gc.collect()
+    assert living.lm.card.history is living.history
     living.run(1)
     living.save()
     assert (tmp_path / "run" / LOCK_FILE).exists() and living.step_count == 3
