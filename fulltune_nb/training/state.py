@@ -19,7 +19,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.errors import CheckpointError, FulltuneError
 from fulltune_nb.files import check_space, flush_to_disk, put_in_place, sha256_of, write_text
@@ -27,6 +26,7 @@ from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, save_folder
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters
 from fulltune_nb.system_info import package_versions
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
 from fulltune_nb.training.history import History
@@ -35,8 +35,6 @@ OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "trainer.js
 FOLDER_NAME = r"step-\d{6,}"
 _SMALL_FILES = 2**24  # bytes kept free for the tokenizer, the history and the like
 _MAX_JSON = 2**30  # bytes of a manifest or a state that are read
-
-Arrays = dict[str, mx.array]
 
 
 def versions() -> dict[str, str]:
@@ -58,7 +56,7 @@ def set_random_state(state: list[int]) -> None:
 def copy_of(lm: LanguageModel) -> LanguageModel:
     """The same model with weights of its own."""
     model = _new_decoder(lm)
-    model.update(tree_unflatten(list(copied(dict(tree_flatten(lm.model.parameters()))).items())))
+    put_parameters(model, copied(parameters_of(lm.model)))
     return LanguageModel(model, lm.tokenizer, lm.source, lm.generation_config)
 
 
@@ -77,21 +75,18 @@ def copied(arrays: Arrays) -> Arrays:
     return copies
 
 
+@dataclass
 class Patience:
-    """The best validation loss so far, and how many evaluations have passed without a better one.
+    """The best validation loss so far, and how many evaluations have passed without a better one."""
 
-    Attributes:
-        limit: evaluations without improvement after which training stops; None for never.
-        best_loss: in nats; inf before the first evaluation.
-        waited: evaluations since the best one.
-        last_step: the step evaluated last, so that none is evaluated twice; -1 before the first.
-    """
-
-    def __init__(self, limit: int | None):
-        self.limit = limit
-        self.best_loss = math.inf
-        self.waited = 0
-        self.last_step = -1
+    limit: int | None
+    """Evaluations without improvement after which training stops; None for never."""
+    best_loss: float = math.inf
+    """In nats; inf before the first evaluation."""
+    waited: int = 0
+    """Evaluations since the best one."""
+    last_step: int = -1
+    """The step evaluated last, so that none is evaluated twice; -1 before the first."""
 
     def improved(self, step: int, loss: float) -> bool:
         """Counts an evaluation; True where it is the best so far."""
@@ -232,7 +227,7 @@ def write_checkpoint(folder: Path, lm: LanguageModel, state: TrainerState | None
     """
     partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     optimizer_arrays = state.optimizer_arrays if state else {}
-    arrays = [*(array for _, array in tree_flatten(lm.model.parameters())), *optimizer_arrays.values()]
+    arrays = [*parameters_of(lm.model).values(), *optimizer_arrays.values()]
     try:
         check_space(folder.parent, sum(array.nbytes for array in arrays) + _SMALL_FILES, "a checkpoint")
         partial.mkdir(parents=True)
@@ -301,7 +296,7 @@ def read_checkpoint(folder: Path, lm: LanguageModel) -> TrainerState:
     """
     values, model = read_state(folder), _new_decoder(lm)
     load_folder_weights(model, folder)
-    return TrainerState.from_json(values, read_optimizer(folder), dict(tree_flatten(model.parameters())))
+    return TrainerState.from_json(values, read_optimizer(folder), parameters_of(model))
 
 
 def read_optimizer(folder: Path) -> dict[str, mx.array]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.cpu import cap_cache
 from fulltune_nb.data.batches import Batch
@@ -24,7 +23,7 @@ from fulltune_nb.data.encode import Example
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts
 from fulltune_nb.models.language_model import LanguageModel
-from fulltune_nb.models.parameters import select_trainable
+from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
@@ -322,7 +321,7 @@ class Trainer:
             self.optimizers.end_step()  # one that failed on the way
             self.optimizers.observers = observers
             self.optimizers.load_state_arrays(before.optimizer_arrays)
-            self.lm.model.update(tree_unflatten(list(before.weights.items())))
+            put_parameters(self.lm.model, before.weights)
             set_random_state(before.random)
 
     # -- many steps -----------------------------------------------------------------------------------------------
@@ -533,7 +532,7 @@ class Trainer:
             optimizer_steps_before=self.optimizer_steps_before,
             origin=origin,
             optimizer_arrays=self.optimizers.state_arrays(),
-            weights=dict(tree_flatten(self.lm.model.parameters())),
+            weights=parameters_of(self.lm.model),
         )
 
     def _put_state(self, state: TrainerState) -> None:
@@ -542,7 +541,7 @@ class Trainer:
         Raises:
             CheckpointError: the arrays do not fit, or the run is shorter; nothing is changed.
         """
-        own = {name: (array.shape, array.dtype) for name, array in tree_flatten(self.lm.model.parameters())}
+        own = {name: (array.shape, array.dtype) for name, array in parameters_of(self.lm.model).items()}
         if state.weights and own != {name: (array.shape, array.dtype) for name, array in state.weights.items()}:
             raise CheckpointError("the snapshot is of a model of another shape or dtype. Restore those of this trainer, or of forks of it.")
         if state.step > self.total_steps:
@@ -550,9 +549,8 @@ class Trainer:
                 f"the state is that of step {state.step:,}, but the run has {self.total_steps:,} steps in all. Give more iters or epochs."
             )
         self.optimizers.load_state_arrays(state.optimizer_arrays)
-        if state.weights:
-            self.lm.model.update(tree_unflatten(list(state.weights.items())))
-            mx.eval(self.lm.model.parameters())
+        put_parameters(self.lm.model, state.weights)
+        mx.eval(self.lm.model.parameters())
         self.history[:] = state.history
         self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
         self.lm.torn = None
