@@ -153,7 +153,8 @@ class Trainer:
         self.interrupted = False
         self._directory: RunDirectory | None = None
         self._callbacks: tuple[Any, ...] = ()
-        self._loops_open, self._failed, self._metrics_fail = 0, False, False
+        self._loops_open, self._failed = 0, False
+        self._told_failure: str | None = None
         self._forget_what_is_written()
         lm.card = ModelCard(lm.source, data, config, self.history)
         plan = make_plan(lm, data, config, force, stored and stored.backward(config))
@@ -479,13 +480,16 @@ class Trainer:
             self._try_to_write(partial(self._directory.write_result, self.result()))
 
     def _try_to_write(self, write: Callable[[], Any]) -> None:
-        """Where `on_save_error` is "continue", an event tells that something cannot be written."""
+        """Where `on_save_error` is "continue", an event tells that something cannot be written, once until something can."""
         try:
             write()
+            self._told_failure = None
         except CheckpointError as error:
             if self.config.on_save_error == "stop" or not self._directory.is_ours:
                 raise
-            self.event("save_failed", str(error))
+            if str(error) != self._told_failure:  # writing that very event may fail too
+                self._told_failure = str(error)
+                self.event("save_failed", str(error))
 
     def _forget_what_is_written(self) -> None:
         """Of a run that goes back, what was written is not of the line that begins now."""
@@ -629,15 +633,7 @@ class Trainer:
         """Adds an entry to the history and to the run's folder, and tells callbacks and listeners."""
         self.history.append(report)
         if self._directory is not None:
-            try:
-                self._directory.append(report)
-                self._metrics_fail = False
-            except CheckpointError as error:
-                if self.config.on_save_error == "stop" or not self._directory.is_ours:
-                    raise
-                if not self._metrics_fail:  # one event tells that nothing can be written
-                    self._metrics_fail = True
-                    self.event("save_failed", str(error))
+            self._try_to_write(partial(self._directory.append, report))
         self.tell(_METHODS[type(report)], report)
 
     def event(self, kind: str, message: str) -> None:
