@@ -77,18 +77,20 @@ class Pace:
 
     def __init__(self, steps: int, reports: Iterable[StepReport] = ()):
         self.recent: deque[StepReport] = deque(reports, maxlen=max(1, steps))
-        self._first: tuple[int, float] | None = None  # a step's number, and when it ended
+        self._first: tuple[int, float] | None = None  # the number of a run's first step, and when it ended
         self._ended: tuple[int, float] | None = None  # the latest
+        self._resting = False
 
     def add(self, report: StepReport) -> None:
         """Takes in a step that has just ended."""
         self.recent.append(report)
         self._ended = report.step, time.monotonic()
-        self._first = self._first or self._ended
+        if self._first is None or self._resting:
+            self._first, self._resting = self._ended, False
 
     def rest(self) -> None:
         """The time from here to the next step does not count: the run begins or ends."""
-        self._first = self._ended = None
+        self._resting = True
 
     @property
     def last(self) -> StepReport | None:

@@ -156,6 +156,22 @@ def test_time_left_counts_what_happens_between_the_steps(moment, capsys):
     assert "0:20 left" in capsys.readouterr().out
 
 
+def test_a_pause_is_no_part_of_the_pace_and_does_not_forget_it(moment):
+    trainer = FakeTrainer(PlainProgress(), moment)
+    pace = module.Pace(10)
+    trainer.callback = SimpleNamespace(on_step=lambda _, report: pace.add(report))
+    for _ in range(3):
+        trainer.step(seconds=2.0)
+        moment.now += 1.0
+    pace.rest()
+    assert pace.seconds_left(10) == 30.0
+    moment.now += 1000.0
+    for _ in range(2):
+        trainer.step(seconds=4.0)
+        moment.now += 1.0
+    assert pace.seconds_left(10) == 50.0
+
+
 def test_what_happened_before_the_run_is_told_at_its_start_once(moment, capsys):
     trainer = FakeTrainer(PlainProgress(), moment, every=100)
     trainer.history.append(Event(0, "dtype", "weights were bfloat16", 0.0))
