@@ -134,16 +134,19 @@ def _finite(value: Any) -> Any:
 class RunDirectory:
     """Writes one run's files. Made by `create` or `open`, which lock the folder.
 
+    Whatever cannot be written is a `CheckpointError`; what stood there before is untouched.
+
     Attributes:
         path: the folder.
+        lock: says whether a later trainer of this process has taken the folder over.
         notes: what was found and put right when it was opened.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = RunLock(path)
+        self.lock = RunLock(path)
         self._unwritten: list[Entry] = []
-        self.notes = [self._lock.note] if self._lock.note else []
+        self.notes = [self.lock.note] if self.lock.note else []
         try:
             self.notes += tidy(self.path / "checkpoints", rf"(damaged-|left-)?{FOLDER_NAME}")
             self.notes += tidy(self.path, "best|metrics|events|result|config")
@@ -179,7 +182,7 @@ class RunDirectory:
                 raise
         except (OSError, ConfigError, ModelError) as error:
             raise CheckpointError(f"run_dir {path} cannot be made: {error}") from error
-        directory._lock.keep()
+        directory.lock.keep()
         return directory
 
     @classmethod
@@ -193,19 +196,10 @@ class RunDirectory:
             raise CheckpointError(f"No whole checkpoint in {path / 'checkpoints'}: there is no such folder. Give the run_dir of a run.")
         return cls(path)
 
-    def keep(self) -> None:
-        """The run goes on here: a trainer of this process that had the folder before does not get it back."""
-        self._lock.keep()
-
     def close(self) -> None:
         """Lets go of the folder, or gives it back to the trainer that had it before."""
         wait_for_removals()  # whoever opens it next would find folders half removed
-        self._lock.release()
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether no later trainer of this process has taken the folder over."""
-        return self._lock.is_ours
+        self.lock.release()
 
     def has_checkpoints(self) -> bool:
         """Whether the run was saved at all."""
@@ -215,11 +209,8 @@ class RunDirectory:
         """Writes the checkpoint of a state whose weights the model holds, then removes all but the newest `keep`.
 
         Of checkpoints of later steps, which a trainer that went back has left, the last is set aside as `left-step-...`.
-
-        Raises:
-            CheckpointError: it cannot be written; earlier ones are untouched.
         """
-        self._lock.check()
+        self.lock.check()
         folder = self.path / "checkpoints"
         written = folder / checkpoint_name(state.step)
         write_checkpoint(written, lm, state)
@@ -237,21 +228,13 @@ class RunDirectory:
         return written
 
     def save_best(self, lm: LanguageModel) -> None:
-        """Makes the present weights the best ones.
-
-        Raises:
-            CheckpointError: they cannot be written; the former best ones are untouched.
-        """
-        self._lock.check()
+        """Makes the present weights the best ones."""
+        self.lock.check()
         write_checkpoint(self.path / "best", lm)
 
     def append(self, entry: Entry) -> None:
-        """One line into `metrics.jsonl`, or `events.jsonl`, handed to the system at once.
-
-        Raises:
-            CheckpointError: it cannot be written. It is written with the next one that can be.
-        """
-        self._lock.check()
+        """One line into `metrics.jsonl`, or `events.jsonl`, handed to the system at once; if not, with the next one that can be."""
+        self.lock.check()
         self._unwritten.append(entry)
         while self._unwritten:
             path = self.path / (EVENTS_FILE if isinstance(self._unwritten[0], Event) else METRICS_FILE)
@@ -267,33 +250,21 @@ class RunDirectory:
             del self._unwritten[0]
 
     def rewrite_metrics(self, history: Iterable[Entry]) -> None:
-        """Makes `metrics.jsonl` say what the history says: a resumed run drops what came after its checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Makes `metrics.jsonl` say what the history says: a resumed run drops what came after its checkpoint."""
         lines = [json.dumps(entry.to_dict(), allow_nan=False) + "\n" for entry in history if not isinstance(entry, Event)]
         self._write(METRICS_FILE, lambda: write_text(self.path / METRICS_FILE, "".join(lines)))
         self._unwritten = [entry for entry in self._unwritten if isinstance(entry, Event)]
 
     def write_config(self, config: TrainConfig) -> None:
-        """The settings that the run goes on with.
-
-        Raises:
-            CheckpointError: they cannot be written.
-        """
+        """The settings that the run goes on with."""
         self._write(CONFIG_FILE, lambda: config.to_yaml(self.path / CONFIG_FILE))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """What came out, into `result.json`.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """What came out, into `result.json`."""
         self._write(RESULT_FILE, lambda: write_result(self.path, result))
 
     def _write(self, name: str, write: Callable[[], Any]) -> None:
-        self._lock.check()
+        self.lock.check()
         try:
             write()
         except (OSError, ConfigError) as error:

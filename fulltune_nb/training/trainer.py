@@ -176,7 +176,7 @@ class Trainer:
         self._directory = stored.directory
         self._put_state(stored.state())
         stored.put_damaged_away()
-        stored.directory.keep()
+        stored.directory.lock.keep()
         self._saved_step = self.step_count
         for note in (*stored.notes, f"resumed at step {self.step_count} from {stored.checkpoint}"):
             self.event("resume", note)
@@ -485,7 +485,7 @@ class Trainer:
             write()
             self._told_failure = None
         except CheckpointError as error:
-            if self.config.on_save_error == "stop" or not self._directory.is_ours:
+            if self.config.on_save_error == "stop" or not self._directory.lock.is_ours:
                 raise
             if str(error) != self._told_failure:  # writing that very event may fail too
                 self._told_failure = str(error)
