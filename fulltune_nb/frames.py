@@ -8,8 +8,12 @@ from typing import Any
 from fulltune_nb.errors import MissingDependencyError
 
 
-def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> Any:
-    """A `pandas.DataFrame`, with these columns also where there are no rows; None: those of the rows.
+def frame(rows: Iterable[Mapping[str, Any]] | Mapping[str, Sequence], columns: Sequence[str] | None = None) -> Any:
+    """A `pandas.DataFrame` of rows, or of a list of values for each column.
+
+    Args:
+        rows: name -> value for each row; or name -> values.
+        columns: their names and order, also where there are no rows; None: as they come.
 
     Raises:
         MissingDependencyError: pandas is not installed.
@@ -18,4 +22,4 @@ def frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = Non
         import pandas
     except ImportError as error:
         raise MissingDependencyError("to_frame needs pandas. Install it with: pip install pandas") from error
-    return pandas.DataFrame(list(rows), columns=columns if columns is None else list(columns))
+    return pandas.DataFrame(rows if isinstance(rows, Mapping) else list(rows), columns=columns)

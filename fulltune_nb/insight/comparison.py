@@ -85,7 +85,7 @@ class Comparison:
         Raises `MissingDependencyError` without pandas.
         """
         columns = {"run": [run.name for run in self.runs], **self.results, **{f"config.{k}": v for k, v in self.differences.items()}}
-        return frame((dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)), list(columns))
+        return frame(columns)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Training losses, smoothed, and validation losses of all runs, on `ax` or a new figure."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 
 from fulltune_nb.data.encode import Example
-from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.errors import ConfigError, DataError, listed
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
 from fulltune_nb.models.language_model import LanguageModel
@@ -236,7 +236,7 @@ def _question(row: Any, number: int, features: Mapping[str, str]) -> _Question:
     if not isinstance(messages, Sequence) or len(messages) < 2 or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(
             f"{source}: expected a prompt and a completion, or messages that end with the assistant's; the row has "
-            f"{', '.join(map(repr, list(values)[:8])) or 'nothing'}. Plain text has no answer to compare with."
+            f"{listed([repr(key) for key in values], 8) or 'nothing'}. Plain text has no answer to compare with."
         )
     last = messages[-1]
     if last.get("role") != "assistant" or not isinstance(last.get("content"), str):

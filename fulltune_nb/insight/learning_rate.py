@@ -110,8 +110,7 @@ class LearningRateSearch:
     def to_frame(self) -> Any:
         """A pandas DataFrame with a line for each step. Raises `MissingDependencyError` without pandas."""
         columns = {"learning_rate": self.rates, "loss": self.losses, "smoothed": self.smoothed, "survival": self.survival}
-        cells = zip(*(values.tolist() for values in columns.values()), strict=True)
-        return frame((dict(zip(columns, line, strict=True)) for line in cells), list(columns))
+        return frame({name: values.tolist() for name, values in columns.items()})
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Loss against the rate, with the suggestion, and below which rate rounding eats a bfloat16 model's updates.

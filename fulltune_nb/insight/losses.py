@@ -105,17 +105,17 @@ class TokenLosses:
         """A pandas DataFrame with a row for each token. Raises `MissingDependencyError` without pandas."""
         columns = ["source", "position", "id", "token", "trained", "loss", "probability", "rank"]
         columns += ["base_loss", "difference"] if self.compared else []
-        return frame((values for row in self.rows for values in self._values(row)), columns)
+        parts = [self._columns(row) for row in self.rows]
+        return frame({name: [value for part in parts for value in part[name]] for name in columns})
 
-    def _values(self, row: ExampleLosses) -> list[dict[str, Any]]:
+    def _columns(self, row: ExampleLosses) -> dict[str, Sequence]:
         ids = row.example.tokens.tolist()
-        columns: dict[str, Any] = {
-            "position": range(len(ids)), "id": ids, "token": token_texts(self.tokenizer, ids), "trained": row.trained.tolist(),
-            "loss": row.losses.tolist(), "probability": row.found.probabilities.tolist(), "rank": row.found.ranks.tolist(),
-        }
-        if self.compared:
-            columns |= {"base_loss": row.base.losses.tolist(), "difference": row.difference.tolist()}
-        return [{"source": row.example.source, **dict(zip(columns, cells, strict=True))} for cells in zip(*columns.values(), strict=True)]
+        columns = {
+            "source": [row.example.source] * len(ids), "position": range(len(ids)), "id": ids, "token": token_texts(self.tokenizer, ids),
+            "trained": row.trained.tolist(), "loss": row.losses.tolist(), "probability": row.found.probabilities.tolist(),
+            "rank": row.found.ranks.tolist(),
+        }  # fmt: skip
+        return columns | ({"base_loss": row.base.losses.tolist(), "difference": row.difference.tolist()} if self.compared else {})
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Loss by position, with a base the difference to it; a curve for each of the first four examples, on `ax` or a new figure."""

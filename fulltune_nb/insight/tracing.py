@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from fulltune_nb.data.look import token_texts, visible
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, facts
-from fulltune_nb.insight.predictions import ALTERNATIVES, as_examples, predictions, ranking, short, text_example, trained_tokens
+from fulltune_nb.insight.predictions import as_examples, predictions, ranking, short, text_example, trained_tokens
 from fulltune_nb.insight.updates import block_of
 from fulltune_nb.models.decoder import Decoder, attention_shares
 from fulltune_nb.models.language_model import LanguageModel
@@ -45,24 +46,21 @@ class Trace:
 
     def __init__(self, lm: LanguageModel, example: Example):
         self._lm, self.example = lm, example
-        length, layers, width = len(example.tokens), lm.config.num_layers, min(ALTERNATIVES, lm.config.vocab_size)
-        self.residual_norms = np.zeros((layers + 1, length), np.float32)
-        self.top_ids = np.zeros((layers + 1, length, width), np.int32)
-        self.top_probabilities = np.zeros((layers + 1, length, width), np.float32)
-        self.next_probabilities = np.zeros((layers + 1, max(length - 1, 0)), np.float32)
-        self.next_ranks = np.zeros((layers + 1, max(length - 1, 0)), np.int32)
-        self._maps: dict[int, np.ndarray] = {}
-        size = lm.config.hidden_size * length * 4 * (layers + 1)
-        self._hidden: list[mx.array] | None = [] if size <= KEPT_BYTES else None
+        layers, length = lm.config.num_layers, len(example.tokens)
+        keeps_hidden = 4 * length * lm.config.hidden_size * (layers + 1) <= KEPT_BYTES
         keeps_maps = 4 * length**2 * lm.config.num_heads * layers <= KEPT_BYTES
+        self._hidden: list[mx.array] = []  # by layer; none for a long text
+        self._maps: dict[int, list[np.ndarray]] = {}  # block, from 1 -> (H / K, T, T) of each key/value head; none for a long text
+        norms, said = [], []
         for layer, x in enumerate(residual_stream(lm.model, example.tokens)):
-            self.residual_norms[layer] = _lengths(x)
-            said = predictions(lm.model, lm.model.norm(x)[0], example.tokens[1:])
-            _, self.next_probabilities[layer], self.next_ranks[layer], self.top_ids[layer], self.top_probabilities[layer] = said
-            if self._hidden is not None:
+            norms.append(_lengths(x))
+            said.append(predictions(lm.model, lm.model.norm(x)[0], example.tokens[1:])[1:])
+            if keeps_hidden:
                 self._hidden.append(x)
             if keeps_maps and layer < layers:
-                self._maps[layer + 1] = np.concatenate(list(attention_of_block(lm.model, layer, x)))
+                self._maps[layer + 1] = list(attention_of_block(lm.model, layer, x))
+        self.residual_norms = np.stack(norms)
+        self.next_probabilities, self.next_ranks, self.top_ids, self.top_probabilities = map(np.stack, zip(*said, strict=True))
 
     @property
     def num_layers(self) -> int:
@@ -91,28 +89,23 @@ class Trace:
 
         Row t sums to 1 over the tokens that token t sees. Errors as `hidden`.
         """
-        layer = _index("layer", layer, 1, self.num_layers)
-        heads = self._lm.config.num_heads
-        chosen = None if head is None else _index("head", head, 0, heads - 1)
-        if layer in self._maps:
-            return self._maps[layer] if chosen is None else self._maps[layer][chosen]
-        x, groups, maps = self._stream(layer - 1), heads // self._lm.config.num_kv_heads, []
-        for number, found in enumerate(attention_of_block(self._lm.model, layer - 1, x)):
-            if chosen is None:
-                maps.append(found)
-            elif number == chosen // groups:
-                return found[chosen % groups]
-        return np.concatenate(maps)
+        maps, config = self._attention(layer), self._lm.config
+        if head is None:
+            return np.concatenate(list(maps))
+        group, place = divmod(_index("head", head, 0, config.num_heads - 1), config.num_heads // config.num_kv_heads)
+        return next(islice(maps, group, None))[place]
 
     def pooled_attention(self, layer: int, size: int = _MAP) -> np.ndarray:
         """`attention`, (H, s, s) with s <= `size`: of each tile of a long text's map the largest value."""
+        return np.concatenate([pooled(maps, size) for maps in self._attention(layer)])
+
+    def _attention(self, layer: int) -> Iterator[np.ndarray]:
+        """(H / K, T, T) for each key/value head of block `layer`."""
         layer = _index("layer", layer, 1, self.num_layers)
-        if layer in self._maps:
-            return pooled(self._maps[layer], size)
-        return np.concatenate([pooled(m, size) for m in attention_of_block(self._lm.model, layer - 1, self._stream(layer - 1))])
+        return iter(self._maps[layer]) if layer in self._maps else attention_of_block(self._lm.model, layer - 1, self._stream(layer - 1))
 
     def _stream(self, layer: int) -> mx.array:
-        if self._hidden is not None:
+        if self._hidden:
             return self._hidden[layer]
         x = next(x for i, x in enumerate(residual_stream(self._lm.model, self.example.tokens)) if i == layer)
         if not np.allclose(_lengths(x), self.residual_norms[layer], rtol=1e-4, equal_nan=True):
@@ -124,20 +117,18 @@ class Trace:
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with a line for each layer and token. Raises `MissingDependencyError` without pandas."""
-        columns = ["layer", "position", "token", "residual_norm", "lens_token", "lens_probability", "next_probability", "next_rank"]
-        return frame((line for layer in range(self.num_layers + 1) for line in self._lines(layer)), columns)
-
-    def _lines(self, layer: int) -> list[dict[str, Any]]:
-        said = token_texts(self._lm.tokenizer, self.top_ids[layer, :, 0].tolist())
-        pairs = list(zip(self.next_probabilities[layer].tolist(), self.next_ranks[layer].tolist(), strict=True))
-        lines = []
-        for i, token in enumerate(self.tokens):
-            probability, rank = pairs[i] if i < len(pairs) else (float("nan"), 0)
-            lines.append({
-                "layer": layer, "position": i, "token": token, "residual_norm": float(self.residual_norms[layer, i]), "lens_token": said[i],
-                "lens_probability": float(self.top_probabilities[layer, i, 0]), "next_probability": probability, "next_rank": rank,
-            })
-        return lines
+        layers, length = self.top_ids.shape[:2]
+        nothing_follows = ((0, 0), (0, 1))
+        return frame({
+            "layer": np.repeat(np.arange(layers), length).tolist(),
+            "position": [*range(length)] * layers,
+            "token": self.tokens * layers,
+            "residual_norm": self.residual_norms.ravel().tolist(),
+            "lens_token": [text for ids in self.top_ids[:, :, 0].tolist() for text in token_texts(self._lm.tokenizer, ids)],
+            "lens_probability": self.top_probabilities[:, :, 0].ravel().tolist(),
+            "next_probability": np.pad(self.next_probabilities, nothing_follows, constant_values=np.nan).ravel().tolist(),
+            "next_rank": np.pad(self.next_ranks, nothing_follows).ravel().tolist(),
+        })
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Length of the residual stream by layer and token, on `ax` or a new figure."""
@@ -197,7 +188,7 @@ class Inspection(Trace):
         if not trained.any():
             raise DataError(f"{example.source}: no token of it is trained on, so it has no gradient. ft.trace shows it without.")
         super().__init__(lm, example)
-        stream = self._hidden if self._hidden is not None else list(residual_stream(lm.model, example.tokens))
+        stream = self._hidden or list(residual_stream(lm.model, example.tokens))
         self.loss, self.gradient_norms, self.residual_gradient_norms = gradients(lm.model, example.tokens, trained, stream)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,8 @@ class UpdateMeter(Attachable):
         self.keep = None if keep is None else whole_number("keep", keep, low=1)
         self.records: list[TensorUpdate] = []
         self._attached_by_run = self._warned = False
-        self._seen: dict[tuple[str, int], _MeasuredRows] = {}  # of the update under way, by name and first row
-        self._fresh: list[_MeasuredRows] = []  # of the step under way
+        self._pending: dict[tuple[str, int], tuple] = {}  # what was seen before an update, by name and first row
+        self._measured: dict[tuple[str, str, int], list[tuple]] = {}  # of the step under way: name, dtype, size -> sums over some rows
 
     def attach(self, trainer: Trainer) -> UpdateMeter:
         """Measures every step of this trainer from now on, whoever takes it; until `detach`."""
@@ -96,7 +96,7 @@ class UpdateMeter(Attachable):
         if self._trainer is not None:
             self._trainer.optimizers.observers.remove(self)
         super().detach()
-        self._attached_by_run, self._seen, self._fresh = False, {}, []
+        self._attached_by_run, self._pending, self._measured = False, {}, {}
 
     def on_start(self, trainer: Trainer, target: int) -> None:
         """As a callback of `run`: attaches itself for as long as that lasts."""
@@ -114,21 +114,21 @@ class UpdateMeter(Attachable):
         if (update.step - 1) % self.every:
             return
         size = math.prod(update.shape)
-        skip = rows_between(self.sample, size, update.weight.shape[0])
-        old, moving, update_squares, sample_squares = _moving(update, skip)
-        self._seen[update.name, update.first_row] = _MeasuredRows(
-            update.name, str(update.weight.dtype).removeprefix("mlx.core."), size, old.size, update_squares, sample_squares,
-            sum_of_squares(update.gradient), sum_of_squares(update.weight), old, moving, skip,
-        )  # fmt: skip
+        every = rows_between(self.sample, size, update.weight.shape[0])
+        weight, change = update.change(every)
+        old, moving = update.weight[::every] + 0, change != 0  # a copy: a view of the rows would hold the whole array
+        squares = [mx.square(change).sum(), mx.square(weight).sum()]
+        mx.eval(old, moving, squares)
+        sums = (*(square.item() for square in squares), sum_of_squares(update.gradient), sum_of_squares(update.weight))
+        tensor = update.name, str(update.weight.dtype).removeprefix("mlx.core."), size
+        self._pending[update.name, update.first_row] = tensor, every, old, moving, sums
 
     def after(self, name: str, first_row: int, new: mx.array) -> None:
         """See `UpdateObserver`."""
-        if (seen := self._seen.pop((name, first_row), None)) is None:
-            return
-        differs = new[:: seen.skip] != seen.old
-        seen.counts = (seen.moving.sum().item(), (differs & seen.moving).sum().item())
-        seen.old = seen.moving = None
-        self._fresh.append(seen)
+        if (name, first_row) in self._pending:
+            tensor, every, old, moving, sums = self._pending.pop((name, first_row))
+            changed = (new[::every] != old) & moving
+            self._measured.setdefault(tensor, []).append((old.size, moving.sum().item(), changed.sum().item(), *sums))
 
     def on_step(self, trainer: Trainer, report: Any) -> None:
         """The step is whole: what was seen of it is taken down."""
@@ -139,11 +139,8 @@ class UpdateMeter(Attachable):
 
     def collect(self, step: int) -> list[TensorUpdate]:
         """What was seen since the last call, as of this step; for a loop of one's own, where no trainer tells that a step is whole."""
-        fresh, self._fresh = self._fresh, []
-        pieces: dict[str, list[_MeasuredRows]] = {}
-        for seen in fresh:
-            pieces.setdefault(seen.name, []).append(seen)
-        new = [_joined(step, own) for own in pieces.values()]
+        measured, self._measured = self._measured, {}
+        new = [_tensor_update(step, *tensor, [sum(values) for values in zip(*rows, strict=True)]) for tensor, rows in measured.items()]
         self.records += new
         if self.keep is not None and len(self.records) > 2 * self.keep * len(new) > 0:
             del self.records[: -self.keep * len(new)]
@@ -190,8 +187,7 @@ class UpdateMeter(Attachable):
         if what not in SUMMARIES:
             raise ConfigError(f"what: expected {', '.join(map(repr, SUMMARIES))}, got {what!r}.")
         blocks, steps = self.by_block(), self.steps
-        values = [[SUMMARIES[what](by_step[step]) if step in by_step else math.nan for step in steps] for by_step in blocks.values()]
-        return list(blocks), steps, np.array(values, dtype=np.float64).reshape(len(blocks), len(steps))
+        return list(blocks), steps, _values(blocks, steps, what)
 
     def plot(self, ax: Axes | None = None, what: str = "survival") -> Axes:
         """Blocks x steps as a heat map.
@@ -219,46 +215,10 @@ class UpdateMeter(Attachable):
         return survival_html(self)
 
 
-@dataclass
-class _MeasuredRows:
-    """What was seen of a tensor, or of some rows of it. Squares are sums of them."""
-
-    name: str
-    dtype: str
-    size: int
-    """Elements of the whole tensor."""
-    looked_at: int
-    update_squares: float
-    sample_squares: float
-    """Of the weights that were looked at."""
-    gradient_squares: float
-    weight_squares: float
-    old: mx.array | None
-    moving: mx.array | None
-    skip: int
-    counts: tuple[int, int] = (0, 0)
-    """Elements that were to move, and that did."""
-
-
-def _joined(step: int, pieces: list[_MeasuredRows]) -> TensorUpdate:
-    sample = sum(piece.sample_squares for piece in pieces)
-    return TensorUpdate(
-        step=step, name=pieces[0].name, dtype=pieces[0].dtype, size=pieces[0].size,
-        looked_at=sum(piece.looked_at for piece in pieces), moving=sum(piece.counts[0] for piece in pieces),
-        changed=sum(piece.counts[1] for piece in pieces),
-        update_ratio=math.sqrt(sum(piece.update_squares for piece in pieces) / max(sample, 1e-30)),
-        gradient_norm=math.sqrt(sum(piece.gradient_squares for piece in pieces)),
-        weight_norm=math.sqrt(sum(piece.weight_squares for piece in pieces)),
-    )  # fmt: skip
-
-
-def _moving(update: PendingUpdate, skip: int) -> tuple[mx.array, mx.array, float, float]:
-    """The rows before the update, which of their elements it moves, its squares and theirs; evaluated, so that nothing is held."""
-    weight, change = update.change(skip)
-    old = update.weight[::skip] + 0  # a copy: a view of the rows would hold the whole array
-    moving, squares = change != 0, [mx.square(change).sum(), mx.square(weight).sum()]
-    mx.eval(old, moving, squares)
-    return old, moving, squares[0].item(), squares[1].item()
+def _tensor_update(step: int, name: str, dtype: str, size: int, sums: Sequence[float]) -> TensorUpdate:
+    looked_at, moving, changed, update, sample, gradient, weight = sums  # the last four of squares
+    ratio = math.sqrt(update / max(sample, 1e-30))
+    return TensorUpdate(step, name, dtype, size, looked_at, moving, changed, ratio, math.sqrt(gradient), math.sqrt(weight))
 
 
 def rows_between(sample: int | None, size: int, rows: int) -> int:
@@ -320,6 +280,12 @@ SUMMARIES = {
 }
 
 
+def _values(blocks: dict[str, dict[int, list[TensorUpdate]]], steps: Sequence[int], what: str) -> np.ndarray:
+    """(blocks, steps) float64; NaN where a block was not measured."""
+    values = [[SUMMARIES[what](by_step[step]) if step in by_step else math.nan for step in steps] for by_step in blocks.values()]
+    return np.array(values, dtype=np.float64).reshape(len(blocks), len(steps))
+
+
 def block_of(name: str) -> str:
     """`layers.3.mlp.up_proj.weight` -> `layers.3`; what stands outside the blocks by its first part."""
     return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
@@ -367,8 +333,7 @@ def _percent(share: float) -> str:
 
 def _heat_map_html(blocks: dict[str, dict[int, list[TensorUpdate]]], what: str, measured: int) -> str:
     names, steps = list(blocks), sorted({step for by_step in blocks.values() for step in by_step})
-    values = np.array([[SUMMARIES[what](by_step.get(step, [])) for step in steps] for by_step in blocks.values()], dtype=np.float64)
-    shares = what == "survival"
+    values, shares = _values(blocks, steps, what), what == "survival"
 
     def title(row: int, column: int) -> str:
         return f"{names[row]}, step {steps[column]}: {values[row, column]:{'.1%' if shares else '.3g'}}"

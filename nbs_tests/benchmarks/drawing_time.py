@@ -51,7 +51,7 @@ def deep_trace(lm: ft.LanguageModel) -> Any:
     found.example = ft.Example(random.integers(10, 400, TOKENS), np.ones(TOKENS, bool), "x" * 9999, "long:1", 0, {})
     found.residual_norms, found.next_probabilities = random.random((LAYERS + 1, TOKENS)), random.random((LAYERS + 1, TOKENS - 1))
     found.top_ids, found.top_probabilities = random.integers(10, 400, (LAYERS + 1, TOKENS, 5)), random.random((LAYERS + 1, TOKENS, 5))
-    found._maps = {1: random.random((4, TOKENS, TOKENS), dtype=np.float32)}
+    found.attention = lambda layer, head: random.random((TOKENS, TOKENS), dtype=np.float32)
     return found
 
 

@@ -114,10 +114,12 @@ def test_a_long_text_keeps_little_and_computes_the_rest_again(make_lm, monkeypat
     kept = ft.trace(lm, text)
     monkeypatch.setattr(tracing, "KEPT_BYTES", 0)
     again = ft.trace(lm, text)
-    assert again._hidden is None and not again._maps
+    calls = []
+    monkeypatch.setattr(tracing, "residual_stream", lambda *a, real=tracing.residual_stream: calls.append(1) or real(*a))
     np.testing.assert_allclose(again.hidden(1), kept.hidden(1), atol=1e-6)
     np.testing.assert_allclose(again.attention(2), kept.attention(2), atol=1e-6)
     np.testing.assert_allclose(again.attention(2, 3), kept.attention(2, 3), atol=1e-6)
+    assert len(calls) == 3
     lm.model.embed_tokens.weight = lm.model.embed_tokens.weight * 2
     with pytest.raises(ft.ConfigError, match="Trace it again"):
         again.attention(2)
@@ -154,14 +156,14 @@ def test_views_are_harmless_and_there_for_one_token_too(make_trainer, make_lm, c
     one.plot_lens().figure.canvas.draw()
 
 
-def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_bounded_room(make_lm, close_figures):
+def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_bounded_room(make_lm, monkeypatch, close_figures):
     found = ft.trace(make_lm(), "the quick brown fox")
     layers, length, random = 33, 4096, np.random.default_rng(0)
     found.example = ft.Example(random.integers(10, 400, length), np.ones(length, bool), "x" * 9999, "long:1", 0, {})
     found.residual_norms, found.next_probabilities = random.random((layers, length)), random.random((layers, length - 1))
     found.top_ids = random.integers(10, 400, (layers, length, 5))
     found.top_probabilities = random.random((layers, length, 5))
-    found._maps = {1: random.random((4, length, length), dtype=np.float32)}
+    monkeypatch.setattr(found, "attention", lambda layer, head: random.random((length, length), dtype=np.float32))
     html = found._repr_html_()
     assert len(html) < 600_000
     assert "4,080 tokens before these are not shown" in html and html.count("<rect") == 33 * 64
