@@ -42,6 +42,11 @@ class ForgettingSnapshot:
     drift: dict[str, float]
     """Module path -> norm of the change since the base over the norm at the base."""
 
+    @property
+    def mean_drift(self) -> float:
+        """Over the tensors."""
+        return float(np.mean(list(self.drift.values())))
+
 
 class Forgetting(Attachable):
     """Watches what a model forgets, as a callback: `trainer.run(callbacks=[Forgetting(prompts, text)])`, or by `look(trainer)`.
@@ -152,9 +157,8 @@ class Forgetting(Attachable):
         """
         lines = []
         for snapshot in self.snapshots:
-            drift = float(np.mean(list(snapshot.drift.values())))
+            common = {"step": snapshot.step, "perplexity": snapshot.perplexity, "mean_drift": snapshot.mean_drift}
             for prompt, answer in zip(self.prompts, snapshot.answers, strict=True) if self.prompts else [(None, None)]:
-                common = {"step": snapshot.step, "perplexity": snapshot.perplexity, "mean_drift": drift}
                 lines.append({**common, "prompt": prompt, "answer": answer})
         return frame(lines, ["step", "perplexity", "mean_drift", "prompt", "answer"])
 
@@ -183,11 +187,13 @@ class Forgetting(Attachable):
         places = np.unique(np.linspace(0, len(self.snapshots) - 1, _COLUMNS).round().astype(int))
         shown = [self.snapshots[i] for i in places]
         left = f"; {len(self.snapshots) - len(shown)} snapshots between are not shown" if len(shown) < len(self.snapshots) else ""
-        rows: list[tuple] = [("perplexity on general text", *(f"{s.perplexity:.3f}" for s in shown))]
         base = self.snapshots[0].perplexity
-        rows.append(("… against the base", *(f"{s.perplexity / base - 1:+.1%}" for s in shown)))
-        rows.append(("mean drift of the weights", *(f"{np.mean(list(s.drift.values())):.2e}" for s in shown)))
-        rows += [(cut(prompt, _CHARACTERS), *(cut(s.answers[i], _CHARACTERS) for s in shown)) for i, prompt in enumerate(self.prompts)]
+        rows = [
+            ("perplexity on general text", *(f"{s.perplexity:.3f}" for s in shown)),
+            ("… against the base", *(f"{s.perplexity / base - 1:+.1%}" for s in shown)),
+            ("mean drift of the weights", *(f"{s.mean_drift:.2e}" for s in shown)),
+            *((cut(prompt, _CHARACTERS), *(cut(s.answers[i], _CHARACTERS) for s in shown)) for i, prompt in enumerate(self.prompts)),
+        ]
         return f'<div class="{NO_MATH}">{table(("", *(f"step {s.step:,}" for s in shown)), rows, f"Forgetting{left}")}</div>'
 
 

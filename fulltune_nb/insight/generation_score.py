@@ -266,19 +266,20 @@ def full_match(pattern: str, text: str, seconds: float = SECONDS) -> tuple[float
         return 0.0, f"the pattern cannot be used: {error}"
 
 
-_Judge = Callable[[str, str, Mapping[str, Any]], tuple[float, str]]
+_Judge = Callable[[str, str, Mapping[str, Any]], tuple[float, str]]  # of answer, expected and row: the score, and why there is none
+_METRICS: dict[str, _Judge] = {
+    "exact_match": lambda answer, expected, row: (float(answer.strip() == expected.strip()), ""),
+    "contains": lambda answer, expected, row: (float(expected.strip() in answer), ""),
+    "regex": lambda answer, expected, row: full_match(expected, answer),
+}
 
 
 def _judge(metric: Metric) -> _Judge:
-    if metric == "exact_match":
-        return lambda answer, expected, row: (float(answer.strip() == expected.strip()), "")
-    if metric == "contains":
-        return lambda answer, expected, row: (float(expected.strip() in answer), "")
-    if metric == "regex":
-        return lambda answer, expected, row: full_match(expected, answer)
     if callable(metric):
         return _own(metric)
-    raise ConfigError(f"metric: expected 'exact_match', 'contains', 'regex' or a function, got {metric!r}.")
+    if not isinstance(metric, str) or metric not in _METRICS:
+        raise ConfigError(f"metric: expected {', '.join(map(repr, _METRICS))} or a function, got {metric!r}.")
+    return _METRICS[metric]
 
 
 def _own(metric: Callable[..., Any]) -> _Judge:

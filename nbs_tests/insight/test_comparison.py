@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import matplotlib.pyplot as plt
 import pytest
 
 import fulltune_nb as ft
@@ -34,7 +33,6 @@ def test_results_and_differences_are_those_of_the_runs(runs):
     found.plot().figure.canvas.draw()
     assert len(found.plot().lines) == 4
     assert [text.get_text() for text in found.plot().get_legend().get_texts()] == ["a, training", "a, valid", "b, training", "b, valid"]
-    plt.close("all")
 
 
 def test_what_result_json_says_again_is_shown_once(runs):
@@ -102,4 +100,3 @@ def test_hostile_files_are_only_text(tmp_path):
     found.runs[0].name = HOSTILE
     assert_harmless(found._repr_html_())
     found.plot().figure.canvas.draw()
-    plt.close("all")

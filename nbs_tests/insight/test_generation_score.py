@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import matplotlib.pyplot as plt
 import pytest
 
 import fulltune_nb as ft
@@ -131,4 +130,3 @@ def test_wrong_answers_stand_beside_the_expected_ones_harmlessly():
     assert_harmless(html)
     assert "right" in html and "31 below 1; the first 20 of them" in html and len(report.to_frame()) == 31
     report.plot().figure.canvas.draw()
-    plt.close("all")

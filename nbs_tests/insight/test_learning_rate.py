@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -134,4 +133,3 @@ def test_plots_and_frames(make_trainer):
     found = ft.find_lr(make_trainer(), steps=20)
     assert len(found.to_frame()) == len(found.rates) and "suggestion" in found._repr_html_() and "suggestion" in repr(found)
     found.plot().figure.canvas.draw()
-    plt.close("all")

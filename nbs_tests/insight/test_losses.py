@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import matplotlib.pyplot as plt
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,12 +14,6 @@ from fulltune_nb.insight.losses import ExampleLosses, TokenLosses
 from fulltune_nb.insight.predictions import TokenStatistics
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 from nbs_tests.models.parity import need_torch
-
-
-@pytest.fixture
-def close_figures():
-    yield
-    plt.close("all")
 
 
 def test_trained_tokens_average_to_the_loss_of_evaluate(make_trainer):
@@ -165,7 +158,7 @@ def test_no_token_is_told_by_colour_alone(make_lm, make_data):
         assert styles and all("border-" in style for style in styles if "background" in style)
 
 
-def test_hostile_texts_are_only_text(make_lm, close_figures):
+def test_hostile_texts_are_only_text(make_lm):
     found = ft.token_losses(make_lm(), [HOSTILE, HOSTILE + "x"], base=make_lm())
     example = found.rows[0].example
     object.__setattr__(example, "source", HOSTILE)
@@ -174,7 +167,7 @@ def test_hostile_texts_are_only_text(make_lm, close_figures):
     found.plot().figure.canvas.draw()
 
 
-def test_four_thousand_tokens_stay_in_a_box(make_tokenizer, close_figures):
+def test_four_thousand_tokens_stay_in_a_box(make_tokenizer):
     random, tokenizer = np.random.default_rng(0), make_tokenizer()
     tokens = random.integers(10, 400, 4096).astype(np.int32)
     five = random.integers(10, 400, (4096, 5)).astype(np.int32), random.random((4096, 5), dtype=np.float32)

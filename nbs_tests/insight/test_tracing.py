@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -17,12 +16,6 @@ from nbs_tests.models.model_cases import CASES, VOCAB, random_ids
 from nbs_tests.models.parity import assert_gradients_close, need_torch, write_folder
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture
-def close_figures():
-    yield
-    plt.close("all")
 
 
 def norm(array) -> float:
@@ -143,7 +136,7 @@ def test_wrong_questions_are_refused(make_lm, make_trainer):
         ft.inspect(trainer, ft.Example(np.arange(5), np.zeros(5, bool), "", "a:1", 0, {}))
 
 
-def test_views_are_harmless_and_there_for_one_token_too(make_trainer, make_lm, close_figures):
+def test_views_are_harmless_and_there_for_one_token_too(make_trainer, make_lm):
     trainer = make_trainer()
     found = ft.inspect(trainer, HOSTILE)
     assert_harmless(found._repr_html_())
@@ -156,7 +149,7 @@ def test_views_are_harmless_and_there_for_one_token_too(make_trainer, make_lm, c
     one.plot_lens().figure.canvas.draw()
 
 
-def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_bounded_room(make_lm, monkeypatch, close_figures):
+def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_bounded_room(make_lm, monkeypatch):
     found = ft.trace(make_lm(), "the quick brown fox")
     layers, length, random = 33, 4096, np.random.default_rng(0)
     found.example = ft.Example(random.integers(10, 400, length), np.ones(length, bool), "x" * 9999, "long:1", 0, {})

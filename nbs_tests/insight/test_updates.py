@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -204,7 +203,6 @@ def test_views_show_every_block(make_trainer):
         meter.plot(what=what).figure.canvas.draw()
     with pytest.raises(ft.ConfigError, match="survival"):
         meter.heat("colour")
-    plt.close("all")
 
 
 def test_thirty_two_layers_and_many_steps_are_drawn_in_bounded_room():
@@ -214,7 +212,6 @@ def test_thirty_two_layers_and_many_steps_are_drawn_in_bounded_room():
     html = meter._repr_html_()
     meter.plot().figure.canvas.draw()  # how long it takes: nbs_tests/benchmarks/drawing_time.py
     assert html.count("<rect") == 32 * 60 and len(html) < 500_000 and "140 earlier measurements" in html
-    plt.close("all")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw8bit"])
