@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.settings import whole_number
 
 if TYPE_CHECKING:
     from fulltune_nb.experiments.runs import Run, Sweep
@@ -52,6 +51,7 @@ def sweep(
     """
     from fulltune_nb.experiments.parameters import check_names, folder_name, label, parameter_names, points_of, varied
     from fulltune_nb.experiments.runs import Run, Sweep
+    from fulltune_nb.settings import whole_number
 
     notebook, out_dir = _find(Path(notebook).expanduser()), Path(out_dir).expanduser().resolve()
     jobs = whole_number("sweep: jobs", jobs, 1)
