@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -166,10 +166,13 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     meter = UpdateMeter(every=1, sample=_SAMPLE) if rounded else None
     with trainer.rehearsal() as step:
         trainer.optimizers.observers += [meter] if meter else []
-        for rate, loss, share in _sweep(step, np.geomspace(lowest, highest, steps).tolist(), meter):
+        for number, rate in enumerate(np.geomspace(lowest, highest, steps).tolist(), 1):
+            try:
+                losses.append(step(rate))
+            except NonFiniteError:  # all is taken back anyway
+                losses.append(math.inf)
             rates.append(rate)
-            losses.append(loss)
-            survivals.append(share)
+            survivals.append(survival(meter.collect(number)) if meter else math.nan)
             if _ran_away(losses):
                 break
     stochastic = getattr(trainer.config, "rounding", None) == "stochastic"
@@ -177,19 +180,8 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
     return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic, stays)
 
 
-def _sweep(step: Callable[[float], float], rates: Sequence[float], meter: UpdateMeter | None) -> Iterator[tuple[float, float, float]]:
-    """Rate, loss before the update, share of the updates that survived; ends where the loss is not finite."""
-    for number, rate in enumerate(rates, 1):
-        try:
-            loss = step(rate)
-        except NonFiniteError:  # all is taken back anyway
-            yield rate, math.inf, math.nan
-            return
-        yield rate, loss, survival(meter.collect(number)) if meter else math.nan
-
-
 def _ran_away(losses: Sequence[float], recent: int = 5) -> bool:
-    """Whether the last losses are far above the lowest ones."""
+    """Whether the last loss is not finite, or the last losses are far above the lowest ones."""
     if not math.isfinite(losses[-1]):
         return True
     if len(losses) < 2 * recent:
