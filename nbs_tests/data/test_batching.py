@@ -25,39 +25,49 @@ def make_split(lengths, seed=0, trained=0.5, name="train"):
 rows_of_any_size = st.lists(st.integers(1, 60), min_size=1, max_size=50).filter(lambda lengths: max(lengths) > 1)
 
 
-@given(lengths=rows_of_any_size, batch_size=st.integers(1, 8), accumulation=st.integers(1, 4), seed=st.integers(0, 2**40))
-@settings(max_examples=300, deadline=None)
-def test_every_trainable_row_is_seen_exactly_once_per_epoch(lengths, batch_size, accumulation, seed):
-    split = make_split(lengths)
-    order = StepBatches(split, batch_size=batch_size, seed=seed, grad_accumulation_steps=accumulation)
-    trainable = [i for i, length in enumerate(lengths) if length > 1]
+def assert_every_trainable_example_once(split, batch_size, accumulation, seed, packing):
+    order = StepBatches(split, batch_size=batch_size, seed=seed, grad_accumulation_steps=accumulation, packing=packing, max_seq_length=60)
     for epoch in range(2):
         steps = order.epoch(epoch)
         batches = [batch for step in steps for batch in step]
-        assert sorted(row for batch in batches for row in batch) == trainable
-        assert len(steps) == order.steps_per_epoch == -(-len(batches) // accumulation)
+        groups = [row if packing else (row,) for batch in batches for row in batch]
+        assert sorted(index for group in groups for index in group) == split.trainable.tolist()
+        assert all(split.lengths[list(group)].sum() <= 60 for group in groups)
+        assert len(steps) == order.steps_per_epoch == -(-len(batches) // accumulation) and len(batches) == order.batches_per_epoch
         assert all(len(step) == accumulation for step in steps[:-1]) and 1 <= len(steps[-1]) <= accumulation
         assert all(len(batch) == batch_size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= batch_size
-        assert sum(collate(split, batch).num_tokens for batch in batches) == split.trained_tokens
+        assert sum(collate(split, rows, order.shape(rows)).num_tokens for rows in batches) == split.trained_tokens
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["single", "packed"])
+@given(lengths=rows_of_any_size, batch_size=st.integers(1, 8), accumulation=st.integers(1, 4), seed=st.integers(0, 2**40))
+@settings(max_examples=200, deadline=None)
+def test_every_trainable_example_is_seen_exactly_once_per_epoch(packing, lengths, batch_size, accumulation, seed):
+    assert_every_trainable_example_once(make_split(lengths), batch_size, accumulation, seed, packing)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["single", "packed"])
 @pytest.mark.parametrize("size", range(1, 51))
-def test_every_row_is_seen_once_for_each_small_size_and_batch_size(size):
-    split = make_split([2 + (7 * i) % 11 for i in range(size)])
-    for batch_size in range(1, 9):
-        for accumulation in range(1, 5):
-            steps = StepBatches(split, batch_size=batch_size, seed=0, grad_accumulation_steps=accumulation).epoch(0)
-            assert sorted(row for step in steps for batch in step for row in batch) == list(range(size))
+def test_every_example_is_seen_once_for_each_small_size_and_batch_size(size, packing):
+    split = make_split([2 + (7 * i) % (41 if packing else 11) for i in range(size)])
+    for batch_size in range(1, 6 if packing else 9):
+        for accumulation in range(1, 4):
+            assert_every_trainable_example_once(split, batch_size, accumulation, 0, packing)
 
 
-def test_order_is_a_function_of_seed_and_epoch_only():
-    split = make_split(range(2, 40))
-    order = StepBatches(split, batch_size=4, seed=7)
-    second = order.epoch(1)
+@pytest.mark.parametrize("packing", [False, True], ids=["single", "packed"])
+def test_order_is_a_function_of_seed_and_epoch_only(packing):
+    split = make_split([2 + i % 9 for i in range(60)])
+
+    def order(seed=7):
+        return StepBatches(split, batch_size=2, seed=seed, packing=packing, max_seq_length=30)
+
+    first = order()
+    second = first.epoch(1)
     np.random.seed(3)
-    order.epoch(0)
-    assert order.epoch(1) == second == StepBatches(split, batch_size=4, seed=7).epoch(1)
-    assert len({str(StepBatches(split, batch_size=4, seed=seed).epoch(e)) for seed in (7, 8) for e in (0, 1)}) == 4
+    first.epoch(0)
+    assert first.epoch(1) == second == order().epoch(1)
+    assert len({str(order(seed).epoch(epoch)) for seed in (7, 8) for epoch in (0, 1)}) == 4
 
 
 def test_order_stays_the_same_in_later_versions():

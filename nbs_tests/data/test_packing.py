@@ -13,7 +13,6 @@ from fulltune_nb.errors import ConfigError
 from nbs_tests.data.test_batching import make_split
 
 CAPACITY = 60
-lengths_of_any_size = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=50).filter(lambda lengths: max(lengths) > 1)
 
 
 def slow_best_fit(lengths, capacity):
@@ -62,48 +61,6 @@ def packed(split, batch_size, seed=0, accumulation=1, capacity=CAPACITY):
     return StepBatches(
         split, batch_size=batch_size, seed=seed, grad_accumulation_steps=accumulation, packing=True, max_seq_length=capacity
     )
-
-
-def assert_every_trainable_example_once(split, order, batch_size, accumulation):
-    steps = order.epoch(0)
-    assert len(steps) == order.steps_per_epoch
-    for epoch in range(3):
-        steps = order.epoch(epoch)
-        batches = [batch for step in steps for batch in step]
-        assert sorted(index for batch in batches for row in batch for index in row) == split.trainable.tolist()
-        assert all(split.lengths[list(row)].sum() <= CAPACITY for batch in batches for row in batch)
-        assert len(steps) == order.steps_per_epoch == -(-len(batches) // accumulation) and len(batches) == order.batches_per_epoch
-        assert all(len(step) == accumulation for step in steps[:-1]) and 1 <= len(steps[-1]) <= accumulation
-        assert all(len(batch) == batch_size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= batch_size
-
-
-@given(lengths=lengths_of_any_size, batch_size=st.integers(1, 6), accumulation=st.integers(1, 4), seed=st.integers(0, 2**40))
-@settings(max_examples=200, deadline=None)
-def test_every_trainable_example_is_seen_exactly_once_per_epoch(lengths, batch_size, accumulation, seed):
-    split = make_split(lengths)
-    order = packed(split, batch_size, seed, accumulation)
-    assert_every_trainable_example_once(split, order, batch_size, accumulation)
-    batches = [collate(split, rows, order.shape(rows)) for step in order.epoch(1) for rows in step]
-    assert sum(batch.num_tokens for batch in batches) == split.trained_tokens
-
-
-@pytest.mark.parametrize("size", range(1, 51))
-def test_every_example_is_seen_once_for_each_small_size_and_batch_size(size):
-    split = make_split([2 + (7 * i) % 41 for i in range(size)])
-    for batch_size in range(1, 6):
-        for accumulation in range(1, 4):
-            order = packed(split, batch_size, 0, accumulation)
-            assert_every_trainable_example_once(split, order, batch_size, accumulation)
-
-
-def test_order_is_a_function_of_seed_and_epoch_only():
-    split = make_split([2 + i % 9 for i in range(60)])
-    order = packed(split, 2, 7, capacity=30)
-    second = order.epoch(1)
-    np.random.seed(3)
-    order.epoch(0)
-    assert order.epoch(1) == second == packed(split, 2, 7, capacity=30).epoch(1)
-    assert len({str(packed(split, 2, seed, capacity=30).epoch(e)) for seed in (7, 8) for e in (0, 1)}) == 4
 
 
 def test_examples_of_one_length_change_their_neighbours_from_epoch_to_epoch():
