@@ -202,11 +202,7 @@ def _read(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
 
 
 def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -> tuple[Split, list[str]]:
-    """The split of all rows that can be used, and a line for each that cannot; `notes` grows by what is to be announced.
-
-    Raises:
-        ConfigError: the prompt is to be masked in a format that has none.
-    """
+    """The split of all rows that can be used, and a line for each that cannot; `notes` grows by what is to be announced."""
     format = detect_format((row for _, row in raw.rows), settings)
     if format is not None:
         notes += _before_encoding(raw, format, tokenizer, settings)
@@ -221,11 +217,7 @@ def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -
 
 
 def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettings) -> list[str]:
-    """Checks what the format needs, and gives the tokenizer a chat template where it has none.
-
-    Returns:
-        What is to be announced.
-    """
+    """Notes on what the format needs of settings and tokenizer, which gets a chat template where it has none."""
     notes = []
     if format != "text":
         notes += [note for note in [ensure_chat_template(tokenizer)] if note]
@@ -265,11 +257,6 @@ def _line_number(problem: str) -> int:
 
 
 def _check_trainable(split: Split, settings: DataSettings) -> None:
-    """Refuse a split with nothing to train on.
-
-    Raises:
-        DataError: no row of it has a trained token.
-    """
     if len(split.trainable):
         return
     why = []

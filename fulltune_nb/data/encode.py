@@ -128,10 +128,7 @@ def _tokenize_chunk(rendered: list[tuple[str, Mapping, _Rendered]], format: str,
 
 
 def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    """Ids of many texts in one call; the same ids as one by one.
-
-    For rendered chats `add_special_tokens` is False, which is also what `apply_chat_template(tokenize=True)` does.
-    """
+    """Ids of many texts in one call, the same as one by one. Rendered chats have their special tokens already."""
     if not texts:
         return []
     options = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
@@ -164,11 +161,7 @@ def messages_of(row: Mapping[str, Any], format: str, settings: DataSettings) -> 
 
 
 def _render_chat(row: Mapping[str, Any], format: str, renderer: ChatRenderer, settings: DataSettings) -> _Rendered:
-    """The row's text and, where prompts are masked, its assistant turns.
-
-    Raises:
-        RowError: the template refuses the row, leaves out its tool calls, or breaks the rule of prefixes.
-    """
+    """The row's text and, where prompts are masked, its assistant turns; a `RowError` says why there are none."""
     messages, tools = messages_of(row, format, settings), row.get("tools")
     text = _render(renderer, messages, tools, "the chat template refuses this row")
     if any(message.get("tool_calls") for message in messages):
@@ -180,11 +173,7 @@ def _render_chat(row: Mapping[str, Any], format: str, renderer: ChatRenderer, se
 
 
 def _turns(text: str, renderer: ChatRenderer, messages: list, tools: Any) -> list[tuple[str, str]]:
-    """For each assistant turn, the text before it (generation prompt included) and the text up to its end.
-
-    Raises:
-        RowError: one of them is not a prefix of the whole text.
-    """
+    """For each assistant turn, the text before it (generation prompt included) and the text up to its end: prefixes of the whole."""
     turns = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -215,11 +204,7 @@ def _broken_prefix(text: str, prefix: str, number: int, place: str) -> str:
 
 
 def _token_spans(tokens: list[int], turns: list[tuple[list[int], list[int]]]) -> list[tuple[int, int]]:
-    """Token positions [start, end) of each assistant turn, from the tokens before it and up to its end.
-
-    Raises:
-        RowError: they are not the first tokens of the whole.
-    """
+    """Token positions [start, end) of each assistant turn, from the tokens before it and up to its end: prefixes of the whole."""
     for number, turn in enumerate(turns, 1):
         for prefix, place in zip(turn, ("start", "end"), strict=True):
             if tokens[: len(prefix)] != prefix:
@@ -246,12 +231,8 @@ def _renders_as(text: str, renderer: ChatRenderer, messages: list, tools: Any) -
 
 
 def _check_encodable(text: str) -> None:
-    """
-    Raises:
-        RowError: the text has half a surrogate pair, which JSON can write and UTF-8 cannot.
-    """
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write and UTF-8 cannot
         half = f"{text[error.start]!r} at character {error.start}"
         raise RowError(f"the text has half of a surrogate pair ({half}), which is no character: remove it") from None
