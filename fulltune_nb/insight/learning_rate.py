@@ -14,7 +14,7 @@ from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, facts
 from fulltune_nb.insight.updates import UpdateMeter, survival
 from fulltune_nb.settings import whole_number
-from fulltune_nb.training.schedule import final_share
+from fulltune_nb.training.schedule import final_share, make_schedule
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
             if _ran_away(losses):
                 break
     stochastic = getattr(trainer.config, "rounding", None) == "stochastic"
-    stays = final_share(trainer.config, trainer.total_steps)
+    config, total = trainer.config, trainer.total_steps
+    stays = final_share(make_schedule(config.lr_schedule, config.learning_rate, config.warmup, total), total)
     return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic, stays)
 
 

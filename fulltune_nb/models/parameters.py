@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +17,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.families import to_hf
-
-if TYPE_CHECKING:
-    from fulltune_nb.models.decoder import Decoder
 
 Arrays = dict[str, mx.array]
 """Name -> array."""
@@ -70,7 +67,7 @@ def holders_of(module: nn.Module, names: Iterable[str]) -> dict[str, tuple[Any, 
     return {name: holder_of(module, name) for name in names}
 
 
-def select_trainable(model: Decoder, train_only: Sequence[str], freeze: Sequence[str]) -> None:
+def select_trainable(model: nn.Module, train_only: Sequence[str], freeze: Sequence[str]) -> None:
     """Makes every tensor trainable, then freezes what `train_only` leaves out and `freeze` names.
 
     Args:
@@ -92,7 +89,7 @@ def put_trainable(model: nn.Module, trained: Collection[str]) -> None:
         module.freeze(recurse=False, keys=key)
 
 
-def trained_names(model: Decoder, train_only: Sequence[str], freeze: Sequence[str]) -> set[str]:
+def trained_names(model: nn.Module, train_only: Sequence[str], freeze: Sequence[str]) -> set[str]:
     """Names of the parameters that `select_trainable` leaves trainable; arguments and errors as there."""
     names = {name: to_hf(name, model.config.family) for name in parameters_of(model)}
     for setting, patterns in (("train_only", train_only), ("freeze", freeze)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -21,11 +21,9 @@ from fulltune_nb.insight.updates import UpdateMeter, rounding_warning, survival_
 from fulltune_nb.panels.controls import button, field, row, scrolled
 from fulltune_nb.panels.live_plot import MAX_SHARE, MIN_SECONDS
 from fulltune_nb.panels.loop import TrainLoop
+from fulltune_nb.panels.panel import Panel
 from fulltune_nb.plots import moving_mean
 from fulltune_nb.training.history import StepReport
-
-if TYPE_CHECKING:
-    from fulltune_nb.panels.train import TrainPanel
 
 
 class Tab:
@@ -42,8 +40,8 @@ class Tab:
     title: str
     box: widgets.Widget
 
-    def __init__(self, panel: TrainPanel):
-        self.panel, self.loop, self.trainer = panel, panel.loop, panel.trainer
+    def __init__(self, panel: Panel, loop: TrainLoop):
+        self.panel, self.loop, self.trainer = panel, loop, loop.trainer
 
     def renew(self) -> None:
         """Shows what there is now. Called only while the tab is open."""
@@ -178,8 +176,8 @@ class UpdatesTab(Tab):
 
     title = "Updates"
 
-    def __init__(self, panel: TrainPanel):
-        super().__init__(panel)
+    def __init__(self, panel: Panel, loop: TrainLoop):
+        super().__init__(panel, loop)
         self._measuring = self.loop.shared(Measuring)
         self._measuring.open_tabs[self] = False
         self.every = field(
@@ -260,8 +258,8 @@ class BatchTab(Tab):
 
     title = "Batch"
 
-    def __init__(self, panel: TrainPanel):
-        super().__init__(panel)
+    def __init__(self, panel: Panel, loop: TrainLoop):
+        super().__init__(panel, loop)
         self._just_opened = False
         self.spikes = field(
             widgets.Dropdown, "steps that stand out", "Steps whose loss lies highest above that of the steps around them", "360px",
@@ -363,8 +361,8 @@ class CallbacksTab(Tab):
 
     title = "Callbacks"
 
-    def __init__(self, panel: TrainPanel):
-        super().__init__(panel)
+    def __init__(self, panel: Panel, loop: TrainLoop):
+        super().__init__(panel, loop)
         self.page = widgets.HTML(tooltip="What attached callbacks have seen")
         self.box = scrolled(self.page)
 

@@ -73,7 +73,7 @@ class TrainPanel(Panel):
         splits = [name for name in ("valid", "test", "train") if getattr(trainer.data, name) is not None]
         self.controls = TrainControls(splits, trainer.run_dir is not None)
         super().__init__(self.controls.box)
-        self.tabs: dict[str, Tab] = {kind.title: kind(self) for kind in TABS}
+        self.tabs: dict[str, Tab] = {kind.title: kind(self, self.loop) for kind in TABS}
         for tab in self.tabs.values():
             self.controls.add_tab(tab.title, tab.box)
         self._view = TrainView(self)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fulltune_nb.errors import ConfigError, nearest
 from fulltune_nb.settings import Check, SettingError, checked, is_finite, number, show, whole
-
-if TYPE_CHECKING:
-    from fulltune_nb.training.config import TrainConfig
 
 Schedule = Callable[[int], float]
 
@@ -22,19 +19,21 @@ SHAPES = ("constant", "linear", "cosine")
 """The schedules that span the whole run and take the peak from `learning_rate`."""
 
 
-def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:
+def make_schedule(lr_schedule: str | Mapping[str, Any] | None, learning_rate: float, warmup: int, total_steps: int) -> Schedule:
     """The schedule of a run: step (from 0) -> learning rate.
 
     With warmup W and a peak rate P, step s < W has P * (s + 1) / (W + 1), so that the first step already moves and step W is
     the first with P. "linear" and "cosine" then fall to 0 at step `total_steps`, one past the last, and stay there.
 
     Args:
-        config: its `learning_rate`, `lr_schedule` and `warmup` count.
+        lr_schedule: one of `SHAPES`, or mlx_lm's form; None stays at the peak.
+        learning_rate: the peak P; mlx_lm's form brings its own.
+        warmup: the steps W.
         total_steps: optimizer steps of the whole run.
     """
-    shape, peak, warmup = config.lr_schedule or "constant", config.learning_rate, config.warmup
-    if isinstance(shape, Mapping):
-        return _named(shape, warmup)
+    if isinstance(lr_schedule, Mapping):
+        return _named(lr_schedule, warmup)
+    shape, peak = lr_schedule or "constant", learning_rate
 
     def schedule(step: int) -> float:
         if step < warmup:
@@ -47,9 +46,8 @@ def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def final_share(config: TrainConfig, total_steps: int) -> float:
+def final_share(schedule: Schedule, total_steps: int) -> float:
     """What the rate of the last step is of the highest one: 1 where it stays, near 0 where it decays. From 0 to 1."""
-    schedule = make_schedule(config, total_steps)
     last = max(total_steps - 1, 0)
     highest = max(schedule(step) for step in (*range(0, last, max(1, last // 100)), last))
     return schedule(last) / highest if highest else 1.0

@@ -161,7 +161,7 @@ class Trainer:
         for kind, message in plan.notes:
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
-        self._rate = LearningRate(make_schedule(config, self.total_steps))
+        self._rate = LearningRate(make_schedule(config.lr_schedule, config.learning_rate, config.warmup, self.total_steps))
         if plan.dtype != lm.model.embed_tokens.weight.dtype:
             lm.model.set_dtype(plan.dtype)
             mx.eval(lm.model.parameters())

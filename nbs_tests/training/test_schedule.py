@@ -4,7 +4,12 @@ import pytest
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.schedule import final_share, make_schedule
+from fulltune_nb.training.schedule import final_share
+from fulltune_nb.training.schedule import make_schedule as make
+
+
+def make_schedule(config, total):
+    return make(config.lr_schedule, config.learning_rate, config.warmup, total)
 
 
 def rates(total=20, **settings):
@@ -135,5 +140,5 @@ def test_two_warmups_that_disagree_are_refused():
     ],
 )
 def test_what_is_left_of_the_highest_rate_at_the_end(settings, share):
-    assert final_share(TrainConfig(**settings), 20) == pytest.approx(share)
-    assert final_share(TrainConfig(**settings), 0) == 1.0  # no step at all: nothing has decayed
+    assert final_share(make_schedule(TrainConfig(**settings), 20), 20) == pytest.approx(share)
+    assert final_share(make_schedule(TrainConfig(**settings), 0), 0) == 1.0  # no step at all: nothing has decayed
