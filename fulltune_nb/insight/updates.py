@@ -16,7 +16,7 @@ from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, more, table
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.callbacks import Attachable
-from fulltune_nb.training.optimizers import PendingUpdate
+from fulltune_nb.training.rules import Piece
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class UpdateMeter(Attachable):
         if self._attached_by_run:
             self.detach()
 
-    def before(self, update: PendingUpdate) -> None:
+    def before(self, update: Piece) -> None:
         """See `UpdateObserver`."""
         if (update.step - 1) % self.every:
             return

@@ -109,12 +109,12 @@ class Adafactor(Rule):
         found = super().pieces(vectors, scalars)
         for tensor in (tensor for tensor in tensors if tensor.array.ndim >= 2):
             self._observe_whole_matrices(tensor, scalars)
-            found += [Piece(tensor, rows, self, scalars, in_place=False) for rows in _cut_matrices(tensor)]
+            found += [Piece(tensor, rows, self, scalars) for rows in _cut_matrices(tensor)]
         return found
 
     def observe(self, tensor: Tensor, scalars: _Step) -> None:
         for rows in _cut_matrices(tensor):
-            self._observe(Piece(tensor, rows, self, scalars, in_place=False))
+            self._observe(Piece(tensor, rows, self, scalars))
 
     def result(self, piece: Piece) -> tuple[mx.array, State]:
         if piece.rows is None:
@@ -159,7 +159,7 @@ class Adafactor(Rule):
             if begin == own.start and own.stop <= rows.stop:
                 while matrix.passes < self.passes:
                     for part in cut(own, tensor.array.shape[-1]):
-                        self._observe(Piece(tensor, part, self, step, in_place=False))
+                        self._observe(Piece(tensor, part, self, step))
             if matrix.passes < self.passes:
                 raise TrainingError(
                     f"rows of {tensor.name}: adafactor has to observe the gradients of all rows, {self.passes} times, before some can be"

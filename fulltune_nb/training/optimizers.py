@@ -21,69 +21,18 @@ from fulltune_nb.settings import SettingError
 from fulltune_nb.training.adafactor import Adafactor
 from fulltune_nb.training.config import TrainConfig, optimizer_settings
 from fulltune_nb.training.eight_bit import EightBit
-from fulltune_nb.training.rounding import check_dtype, rounding_key
+from fulltune_nb.training.rounding import Rounding, check_dtype
 from fulltune_nb.training.rules import SGD, Adam, KernelAdam, Lion, Muon, Piece, Rule, Scalars, Shape, State, Tensor
 
 
 class UpdateObserver(Protocol):
     """Is told of each tensor, or piece of one, before and after its update."""
 
-    def before(self, update: PendingUpdate) -> None:
+    def before(self, update: Piece) -> None:
         """The update is about to be made. Nothing of it may be held on to that has not been evaluated."""
 
     def after(self, name: str, first_row: int, new: mx.array) -> None:
         """The same tensor or piece as it is now, evaluated."""
-
-
-@dataclass(frozen=True, eq=False)
-class PendingUpdate:
-    """One tensor or piece, and what is about to be done to it."""
-
-    step: int
-    """Of the optimizer, from 1."""
-    piece: Piece
-
-    @property
-    def name(self) -> str:
-        """Module path of the tensor."""
-        return self.piece.tensor.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        return self.piece.tensor.array.shape
-
-    @property
-    def first_row(self) -> int:
-        """Where the piece begins in the matrix of all rows; 0 for a tensor as it is."""
-        return self.piece.first_row
-
-    @property
-    def weight(self) -> mx.array:
-        """The parameter's rows before the update."""
-        return self.piece.weight
-
-    @property
-    def gradient(self) -> mx.array:
-        """Before clipping."""
-        return self.piece.gradient
-
-    def result(self) -> mx.array:
-        """The weight after the step, float32 and not rounded; lazy, and computed apart from the step's own."""
-        return self.piece.rule.result(self.piece)[0]
-
-    def change(self, every: int = 1) -> tuple[mx.array, mx.array]:
-        """The weight and the update before any rounding, both float32, of each `every`-th row; lazy.
-
-        Rules with a `change` method (AdamW, Adam, SGD, Lion) compute just these rows, as the update itself. For the others all rows
-        of the piece are computed, and the update is a difference of float32 numbers: where it is too small for those, it counts as none.
-        """
-        rows, piece = slice(None, None, every), self.piece
-        weight = piece.weight[rows].astype(mx.float32)
-        if piece.rule.change is None:
-            return weight, self.result()[rows].astype(mx.float32) - weight
-        state = {name: array[rows] for name, array in piece.state.items()}
-        return weight, piece.rule.change(weight, piece.gradient[rows], state, piece.scalars)
 
 
 @dataclass(frozen=True)
@@ -237,12 +186,10 @@ class Optimizers:
     def _tensors(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None) -> dict[Group, list[Tensor]]:
         if self._scalars is None:
             raise TrainingError("No step was begun: call begin_step(learning_rate) before the gradients come.")
-        gradients, tensors = dict(tree_flatten(gradients)), {}
+        gradients, tensors, rounding = dict(tree_flatten(gradients)), {}, Rounding(self._seed, self.step)
         self._check_gradients(gradients, rows)
-        for name, (holder, key) in holders_of(model, gradients).items():
-            exact = self._seed is None or holder[key].dtype == mx.float32
-            rounding = None if exact else rounding_key(self._seed, self.step, name)
-            tensor = Tensor(name, holder, key, self._state[name], gradients[name], rows, rounding)
+        for name, place in holders_of(model, gradients).items():
+            tensor = Tensor(name, *place, self._state[name], gradients[name], rows, rounding)
             tensors.setdefault(self._groups[name], []).append(tensor)
         return tensors
 
@@ -268,13 +215,13 @@ class Optimizers:
     def _before(self, pieces: list[Piece]) -> None:
         for piece in pieces if self.observers else ():
             for observer in self.observers:
-                observer.before(PendingUpdate(self.step, piece))
+                observer.before(piece)
         self._changed = True
 
     def _after(self, pieces: list[Piece]) -> None:
         for piece in pieces if self.observers else ():
             for observer in self.observers:
-                observer.after(piece.tensor.name, piece.first_row, piece.weight)
+                observer.after(piece.name, piece.first_row, piece.weight)
 
     def _rule(self, name: str) -> Rule:
         return self._rules[self._groups[name].optimizer]

@@ -11,6 +11,8 @@ in a run that was resumed, and however a tensor is cut into pieces.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -25,7 +27,7 @@ _MODULUS = 2**32
 # Counter-based generator: an odd multiple of the place (a Weyl sequence) plus the key, mixed by two rounds of shift, xor and
 # multiplication (splitmix's scheme in 32 bits; constants of C. Wellons' hash prospector). mx.random.randint takes nine times the time.
 _WEYL, _MIX1, _MIX2 = 0x9E3779B9, 0x21F0AAAD, 0x735A2D97
-_TABLE_SIZE = 2**21
+TABLE_SIZE = 2**21
 
 _kept: list[mx.array] = []  # the multiples of the Weyl constant, as many as have been needed so far
 
@@ -61,6 +63,31 @@ def rounding_key(seed: int, step: int, name: str) -> int:
     """A number of 32 bits from the run's seed, the step and the tensor's name."""
     digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+class Rounding(NamedTuple):
+    """How the parameters are rounded in one step."""
+
+    seed: int | None
+    """Of the run; None rounds to nearest even."""
+    step: int
+
+    def round_all(
+        self, arrays: Sequence[mx.array], places: Sequence[tuple[mx.Dtype, str, int]], streams: Sequence[mx.Stream]
+    ) -> list[mx.array]:
+        """Parameters, or pieces of them, in their own dtypes; lazy.
+
+        Args:
+            arrays: float32.
+            places: for each its dtype, the tensor's name, and where in the tensor its first element stands.
+            streams: for each where it is computed.
+        """
+        found = []
+        for x, (dtype, name, first), stream in zip(arrays, places, streams, strict=True):
+            key = None if self.seed is None or dtype == mx.float32 else rounding_key(self.seed, self.step, name)
+            with mx.stream(stream):
+                found.append(round_to(x, dtype, key, first))
+        return found
 
 
 def round_to(x: mx.array, dtype: mx.Dtype, key: int | None, first: int = 0) -> mx.array:
@@ -105,7 +132,7 @@ def _carry(bits: mx.array, h: mx.array) -> mx.array:
 
 def _multiples(size: int) -> mx.array:
     """0, 1, 2, ... times the Weyl constant (uint32); kept for pieces of the usual sizes."""
-    if size > _TABLE_SIZE:
+    if size > TABLE_SIZE:
         return mx.arange(size, dtype=mx.uint32) * _WEYL
     if not _kept or _kept[0].size < size:
         table = mx.arange(1 << max(size - 1, 1).bit_length(), dtype=mx.uint32) * _WEYL

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.optimizers
 
 from fulltune_nb.cpu import AdamUpdate, Kernels, num_streams, on_cpu, sole, streams_for
-from fulltune_nb.training.rounding import round_to
+from fulltune_nb.training.rounding import Rounding
 
 Shape = tuple[int, ...]
 State = dict[str, mx.array]
@@ -50,11 +50,10 @@ class Tensor:
     state: State
     """Changed in place."""
     gradient: mx.array
-    """Of the whole tensor, or of some places on its first axis."""
-    places: slice | None = None
+    """Before clipping; of the whole tensor, or of some places on its first axis."""
+    places: slice | None
     """These places; None: all."""
-    rounding: int | None = None
-    """Key of stochastic rounding; None rounds to the nearest."""
+    rounding: Rounding
 
     @property
     def array(self) -> mx.array:
@@ -78,36 +77,64 @@ class Piece:
     """Of the matrix (R, C); None: the tensor as it is."""
     rule: Rule
     scalars: Scalars
-    in_place: bool
+    in_place: bool = False
     """The update needs no memory of its own."""
 
     @property
+    def name(self) -> str:
+        """Module path of the tensor."""
+        return self.tensor.name
+
+    @property
+    def step(self) -> int:
+        """Of the optimizer, from 1."""
+        return self.tensor.rounding.step
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole tensor."""
+        return self.tensor.array.shape
+
+    @property
     def first_row(self) -> int:
-        """Where the piece begins in the matrix of all rows."""
+        """Where the piece begins in the matrix of all rows; 0 for a tensor as it is."""
         return self.rows.start if self.rows else 0
 
     @property
     def size(self) -> int:
         """Elements."""
-        array = self.tensor.array
-        return (self.rows.stop - self.rows.start) * array.shape[-1] if self.rows else array.size
+        return (self.rows.stop - self.rows.start) * self.shape[-1] if self.rows else self.tensor.array.size
 
     @property
     def weight(self) -> mx.array:
-        """The parameter's rows (r, C), or the parameter as it is."""
-        return take(self.tensor.array, self.tensor.array.ndim, self.rows)
+        """Rows of the parameter (r, C), or the parameter as it is."""
+        return take(self.tensor.array, len(self.shape), self.rows)
 
     @property
     def gradient(self) -> mx.array:
-        """Before clipping."""
-        before = self.tensor.rows.start if self.rows else 0
-        own = slice(self.rows.start - before, self.rows.stop - before) if self.rows else None
-        return take(self.tensor.gradient, self.tensor.gradient.ndim, own)
+        """The same rows of the gradient, before clipping."""
+        if self.rows is None:
+            return self.tensor.gradient
+        before = self.tensor.rows.start
+        return take(self.tensor.gradient, len(self.shape), slice(self.rows.start - before, self.rows.stop - before))
 
     @property
     def state(self) -> State:
-        """The slots' rows; for rules that work by rows, where every slot has the parameter's rows."""
-        return {name: take(array, self.tensor.array.ndim, self.rows) for name, array in self.tensor.state.items()}
+        """The same rows of the slots, for a rule that works by rows."""
+        return {name: take(array, len(self.shape), self.rows) for name, array in self.tensor.state.items()}
+
+    def change(self, every: int = 1) -> tuple[mx.array, mx.array]:
+        """The weight and the update before any rounding, both float32, of each `every`-th row; lazy.
+
+        Rules with a `change` (AdamW, Adam, SGD, Lion) compute just these rows, as the update itself. For the others all rows of the
+        piece are computed, and the update is a difference of float32 numbers: where it is too small for those, it counts as none.
+        """
+        rows = slice(None, None, every)
+        weight = self.weight[rows].astype(mx.float32)
+        if self.rule.change is None:
+            return weight, self.rule.result(self)[0][rows].astype(mx.float32) - weight
+        state = {name: array[rows] for name, array in self.state.items()}
+        return weight, self.rule.change(weight, self.gradient[rows], state, self.scalars)
 
 
 def take(array: mx.array, rank: int, rows: slice | None) -> mx.array:
@@ -210,21 +237,24 @@ class Rule:
 
     def update_batch(self, batch: Sequence[Piece]) -> None:
         """Update some pieces at the same time, by MLX."""
-        whole, parts = [], []
-        for piece, stream in zip(batch, streams_for([piece.size for piece in batch]), strict=True):
-            tensor = piece.tensor
+        streams, results = streams_for([piece.size for piece in batch]), []
+        for piece, stream in zip(batch, streams, strict=True):
             with mx.stream(stream):
-                new, state = self.result(piece)
-                if (dtype := tensor.array.dtype) != mx.float32:
-                    new = round_to(new, dtype, tensor.rounding, first=piece.first_row * tensor.array.shape[-1])
-                if piece.rows is None:
-                    # Model and state take the new arrays before anything is evaluated: only their graph then holds the old ones, so
-                    # that evaluation may write into these.
-                    tensor.holder[tensor.key] = new
-                    tensor.state.update(state)
-                    whole.append(tensor)
-                else:
-                    parts.append((piece, new, state))
+                results.append(self.result(piece))
+        states = [state for _, state in results]
+        places = [(piece.tensor.array.dtype, piece.name, piece.first_row * piece.shape[-1]) for piece in batch]
+        # Nothing here holds the float32 results any longer, which are larger than what they are rounded to.
+        arrays = batch[0].tensor.rounding.round_all([results.pop(0)[0] for _ in batch], places, streams)
+        whole, parts = [], []
+        for piece, array, state in zip(batch, arrays, states, strict=True):
+            if piece.rows is None:
+                # Model and state take the new arrays before anything is evaluated: only their graph then holds the old ones, so that
+                # evaluation may write into these.
+                piece.tensor.holder[piece.tensor.key] = array
+                piece.tensor.state.update(state)
+                whole.append(piece.tensor)
+            else:
+                parts.append((piece, array, state))
         # The parameters first: Lion's new one reads the old moment, whose memory is free only after that.
         mx.eval([tensor.array for tensor in whole], [new for _, new, _ in parts])
         mx.eval([tensor.state for tensor in whole], [state for *_, state in parts])
@@ -372,9 +402,10 @@ class KernelAdam(Adam):
         for i, (piece, g) in enumerate(zip(own, gradients, strict=True)):
             p, m, v = arrays[3 * i : 3 * i + 3]
             updates.append(AdamUpdate(p, g, m, v, first=piece.first_row * p.shape[-1]))
-        if updates:
+        if own:
             self.kernels.adam(updates, own[0].scalars["numbers"])
-        super().update_batch([piece for piece in batch if not piece.in_place])
+        if others := [piece for piece in batch if not piece.in_place]:
+            super().update_batch(others)
 
 
 class SGD(Rule):

@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 import fulltune_nb as ft
 from fulltune_nb.insight import UpdateMeter
 from fulltune_nb.insight.updates import TensorUpdate
-from fulltune_nb.training.optimizers import Optimizers, PendingUpdate
+from fulltune_nb.training.optimizers import Optimizers
+from fulltune_nb.training.rules import Piece
 
 OPTIMIZERS = {
     "adamw": {"weight_decay": 0.1}, "adam": {"weight_decay": 0.1}, "sgd": {"optimizer_config": {"momentum": 0.9, "nesterov": True}},
@@ -25,7 +26,7 @@ class _Changes:
         self._pieces: dict[str, dict[int, np.ndarray]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def before(self, update: PendingUpdate) -> None:
+    def before(self, update: Piece) -> None:
         self._pieces.setdefault(update.name, {})[update.first_row] = np.array(update.change()[1], dtype=np.float64)
         self._shapes[update.name] = update.shape
 

@@ -90,7 +90,7 @@ def test_pieces_are_rounded_as_the_whole_is():
 def test_large_arrays_draw_the_same_bits_as_their_pieces(monkeypatch):
     x = mx.random.normal((3000,), key=mx.random.key(0))
     whole = rounded(x, 11)
-    monkeypatch.setattr("fulltune_nb.training.rounding._TABLE_SIZE", 512)
+    monkeypatch.setattr("fulltune_nb.training.rounding.TABLE_SIZE", 512)
     assert np.array_equal(rounded(x, 11), whole)
 
 
