@@ -35,18 +35,14 @@ class BlasWarning(RuntimeWarning):
 
 @dataclass(frozen=True)
 class BlasInfo:
-    """What computes MLX's float32 matrix products.
-
-    Attributes:
-        name: such as "OpenBLAS 0.3.34", "MKL" or "bundled reference BLAS".
-        path: the library's file; None where MLX's own is used.
-        how: where it came from: "preloaded", "environment or system", "scipy-openblas32", `"FULLTUNE_BLAS=..."`, or why
-            nothing was done.
-    """
+    """What computes MLX's float32 matrix products."""
 
     name: str
+    """Such as "OpenBLAS 0.3.34", "MKL" or "bundled reference BLAS"."""
     path: str | None
+    """The library's file; None where MLX's own is used."""
     how: str
+    """Where it came from: "preloaded", "environment or system", "scipy-openblas32", `"FULLTUNE_BLAS=..."`, or why nothing was done."""
 
 
 _BUNDLED = "bundled reference BLAS"
@@ -60,8 +56,13 @@ def ensure_fast_blas() -> BlasInfo:
     """
     global _info
     if _info is None:
-        _info = _not_needed() or _find_and_load()
+        _info = find_fast_blas()
     return _info
+
+
+def find_fast_blas() -> BlasInfo:
+    """As `ensure_fast_blas`, looking anew."""
+    return _not_needed() or _find_and_load()
 
 
 def _not_needed() -> BlasInfo | None:
@@ -120,9 +121,6 @@ def _warn(message: str) -> None:
     warnings.warn_explicit(message, BlasWarning, frame.f_code.co_filename, frame.f_lineno)
 
 
-# ---- the sources -------------------------------------------------------------------------------------------------------
-
-
 def _already_global() -> BlasInfo | None:
     """The BLAS that libmlx's symbols go to (or will go to) without our doing: LD_PRELOAD, or this module loaded twice."""
     everything = ctypes.CDLL(None)
@@ -152,10 +150,10 @@ def _from_openblas(tried: list[str]) -> BlasInfo | None:
 
 
 def _from_mkl(tried: list[str]) -> BlasInfo | None:
-    if not any(_opens(path) for path in _candidates(MKL_NAMES)):
+    if not any(opens(path) for path in _candidates(MKL_NAMES)):
         return None
     # MKL looks for its threading library at the first call and ends the process when it is missing, so look beforehand.
-    if not any(_opens(path) for path in _candidates(("libiomp5.so",))):
+    if not any(opens(path) for path in _candidates(("libiomp5.so",))):
         tried.append("MKL (its libiomp5.so is missing: install intel-openmp)")
         return None
     return _load_first(MKL_NAMES, tried)
@@ -173,14 +171,14 @@ def _from_pypi(tried: list[str]) -> BlasInfo | None:
         targets = {name: ctypes.cast(getattr(library, f"scipy_{name}"), ctypes.c_void_p).value for name in FUNCTIONS}
         blas_stub.load(blas_stub.image(targets, machine))
     except (OSError, AttributeError, KeyError) as error:
-        tried.append(f"{path} ({error if blas_stub.supported(machine) else f'no forwarding stubs for {machine}'})")
+        tried.append(f"{path} ({error if machine in blas_stub.MACHINES else f'no forwarding stubs for {machine}'})")
         return None
     return BlasInfo(_name_of(library, path, prefix="scipy_"), path, "scipy-openblas32")
 
 
 def _load_first(names: tuple[str, ...], tried: list[str]) -> BlasInfo | None:
     for path in _candidates(names):
-        if _opens(path) and (info := _load(path, "environment or system", tried)):
+        if opens(path) and (info := _load(path, "environment or system", tried)):
             return info
     return None
 
@@ -192,7 +190,8 @@ def _candidates(names: tuple[str, ...]) -> list[str]:
     return [file for file in files if os.path.exists(file)] + list(names)
 
 
-def _opens(path: str) -> bool:
+def opens(path: str) -> bool:
+    """Whether the dynamic linker can load a library."""
     try:
         ctypes.CDLL(path)
     except OSError:
@@ -212,9 +211,6 @@ def _load(path: str, how: str, tried: list[str]) -> BlasInfo | None:
         return None
     file = _file_of(library.cblas_sgemm) or path
     return BlasInfo(_name_of(library, file), file, how)
-
-
-# ---- what the dynamic linker knows ---------------------------------------------------------------------------------------
 
 
 def _has_functions(library: ctypes.CDLL) -> bool:

@@ -37,12 +37,8 @@ def _jump_aarch64(address: int) -> bytes:
     return struct.pack("<4IQ", 0xD503245F, 0x58000070, 0xD61F0200, 0xD503201F, address)
 
 
-_MACHINES = {"x86_64": (_EM_X86_64, _jump_x86_64), "aarch64": (_EM_AARCH64, _jump_aarch64)}
-
-
-def supported(machine: str) -> bool:
-    """Whether `image` can be made for `machine`, a name as `os.uname().machine` gives it."""
-    return machine in _MACHINES
+MACHINES = {"x86_64": (_EM_X86_64, _jump_x86_64), "aarch64": (_EM_AARCH64, _jump_aarch64)}
+"""Processors that `image` knows, by their names in `os.uname().machine`: ELF's number, and a jump to an address."""
 
 
 def image(targets: Mapping[str, int], machine: str) -> bytes:
@@ -55,17 +51,16 @@ def image(targets: Mapping[str, int], machine: str) -> bytes:
     Raises:
         KeyError: another machine.
     """
-    elf_machine, jump = _MACHINES[machine]
+    elf_machine, jump = MACHINES[machine]
     names = list(targets)
     strings = b"\0" + b"".join(name.encode() + b"\0" for name in [*names, SONAME])
-    header_size = _EHDR + 4 * _PHDR
-    symbols_at = header_size
+    symbols_at = _EHDR + 4 * _PHDR
     hash_at = symbols_at + _SYM * (len(names) + 1)
     # One bucket holds the chain of all symbols: bucket count, chain count, bucket 0, then each symbol's successor.
     chain = [0, *range(2, len(names) + 1), 0]
     hashes = struct.pack(f"<{3 + len(chain)}I", 1, len(names) + 1, 1, *chain)
     strings_at = hash_at + len(hashes)
-    code_at = _round_up(strings_at + len(strings), 16)
+    code_at = -(-(strings_at + len(strings)) // 16) * 16
     dynamic_at = code_at + _STUB * len(names)
 
     code = b"".join(jump(address).ljust(_STUB, b"\0") for address in targets.values())
@@ -104,10 +99,6 @@ def _headers(elf_machine: int, dynamic_at: int, dynamic_size: int) -> bytes:
         struct.pack("<IIQQQQQQ", kind, flags, offset, address, address, size, size, align)
         for kind, flags, offset, address, size, align in segments
     )
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 def load(data: bytes) -> ctypes.CDLL:

@@ -37,7 +37,6 @@ _LOWEST, _HIGHEST = -88.0, 89.0
 
 _TWO_ROOT = 2.0 * math.sqrt(2.0 / math.pi)
 
-
 FEWEST_ELEMENTS = 8192
 """Arrays smaller than this are left to MLX's own functions: there they are as fast or faster."""
 
@@ -50,9 +49,6 @@ def applies(*arrays: mx.array) -> bool:
 def on_cpu() -> bool:
     """Whether MLX's default device is the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
-
-
-# ---- the exponential -----------------------------------------------------------------------------------------------------
 
 
 def _exp(x: mx.array) -> mx.array:
@@ -81,9 +77,6 @@ def _fast_exp_vjp(_x, cotangent, output):
 def fast_exp(x: mx.array) -> mx.array:
     """`mx.exp(x)`, any shape; relative error below 5e-7 on the CPU, with 0 below -87.7 and inf above 88.4."""
     return _fast_exp(x) if applies(x) else mx.exp(x)
-
-
-# ---- softmax -------------------------------------------------------------------------------------------------------------
 
 
 def exp_and_sum(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -127,14 +120,9 @@ def softmax(x: mx.array) -> mx.array:
 
 def softmax_statistics(logits: mx.array) -> tuple[mx.array, mx.array]:
     """log(sum(exp(logits))) over the last axis (n,), and the softmax (n, V), without gradients of their own; float32."""
-    if not applies(logits):
-        log_sum = mx.logsumexp(logits, axis=-1)
-        return log_sum, mx.exp(logits - log_sum[:, None])
     exponentials, total, maximum = exp_and_sum(logits)
     return (maximum + mx.log(total))[:, 0], exponentials * (1.0 / total)
 
-
-# ---- products ------------------------------------------------------------------------------------------------------------
 
 _FEWEST_ROWS = 8
 """Products of fewer rows read each weight once or twice: turning it into float32 would cost more than it saves."""
@@ -142,28 +130,17 @@ _FEWEST_ROWS = 8
 
 @mx.custom_function
 def _product(x: mx.array, weight: mx.array) -> mx.array:
-    return x @ weight.T
+    return x @ weight.astype(mx.result_type(x, weight)).T
 
 
 @_product.vjp
 def _product_vjp(primals, cotangent, _output):
     # Automatic differentiation gives (x.T @ cotangent).T, whose rows lie across the memory: all that reads the gradient
-    # afterwards (its norm, the optimizer) would then be two to four times as slow.
+    # afterwards (its norm, the optimizer) would then be two to four times as slow. A weight in half precision is turned into float32
+    # once more, so that the copy does not live from the forward to the backward pass; its gradient stays float32, as the optimizer's
+    # arithmetic.
     x, weight = primals
-    return cotangent @ weight, _rows_of(cotangent).T @ _rows_of(x)
-
-
-@mx.custom_function
-def _half_product(x: mx.array, weight: mx.array) -> mx.array:
-    return x @ weight.astype(mx.float32).T
-
-
-@_half_product.vjp
-def _half_product_vjp(primals, cotangent, _output):
-    # The weight is turned into float32 once more, so that the copy does not live from the forward to the backward pass. Its
-    # gradient stays float32: the optimizer computes in it.
-    x, weight = primals
-    return cotangent @ weight.astype(mx.float32), _rows_of(cotangent).T @ _rows_of(x)
+    return cotangent @ weight.astype(mx.result_type(x, weight)), _rows_of(cotangent).T @ _rows_of(x)
 
 
 def _rows_of(x: mx.array) -> mx.array:
@@ -179,16 +156,13 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
     if not on_cpu():
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
     if weight.dtype in (mx.bfloat16, mx.float16) and (x.dtype == mx.float32 or x.size >= _FEWEST_ROWS * x.shape[-1]):
-        product = _half_product(x.astype(mx.float32), weight).astype(mx.result_type(x, weight))
+        product = _product(x.astype(mx.float32), weight).astype(mx.result_type(x, weight))
     else:
         product = _product(x, weight)
     return product if bias is None else product + bias
 
 
-# ---- activations, plain and gated ----------------------------------------------------------------------------------------
-
-
-# Each is x s(x) with a sigmoid s. The forward pass keeps s, so that the backward pass needs no exponential again.
+# Activations are x s(x) with a sigmoid s. The forward pass keeps s, so that the backward pass needs no exponential again.
 
 
 def _sigmoid(x: mx.array) -> mx.array:

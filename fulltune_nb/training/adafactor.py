@@ -9,7 +9,7 @@ A stack of matrices (E, R, C), as of experts, is E parameters, each with means a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,8 +24,10 @@ _compiled = partial(mx.compile, shapeless=True)
 
 @dataclass
 class _Matrix:
-    """One matrix (R, C) in one step."""
+    """What was seen of one matrix (R, C) in one step."""
 
+    first_row: int
+    """Where it begins in a stack."""
     seen: int = 0
     """Rows of this pass."""
     passes: int = 0
@@ -47,9 +49,10 @@ class _Matrix:
     is_stored: bool = False
     """Whether the new means are in the state."""
 
-    def weights(self, first: int, count: int) -> tuple[mx.array, mx.array]:
-        """Of some rows, and of the columns (C,): the update is gradient * row weights * column weights * factor."""
-        return mx.rsqrt(self.row_means[first : first + count] / self.mean), mx.rsqrt(self.column_means)
+    def weights(self, rows: slice) -> tuple[mx.array, mx.array]:
+        """Of some rows of the tensor, and of the columns (C,): the update is gradient * row weights * column weights * factor."""
+        own = slice(rows.start - self.first_row, rows.stop - self.first_row)
+        return mx.rsqrt(self.row_means[own] / self.mean), mx.rsqrt(self.column_means)
 
 
 @dataclass
@@ -64,10 +67,11 @@ class _Step:
     matrices: dict[tuple[str, int], _Matrix] = field(default_factory=dict)
     """Those seen so far, by tensor and place in a stack."""
 
-    def matrix(self, tensor: Tensor, rows: slice) -> tuple[_Matrix, int]:
-        """The matrix that some rows of a tensor lie in, and where it begins."""
-        index = rows.start // tensor.array.shape[-2]
-        return self.matrices.setdefault((tensor.name, index), _Matrix()), index * tensor.array.shape[-2]
+    def matrix(self, tensor: Tensor, rows: slice) -> _Matrix:
+        """The matrix that some rows of a tensor lie in."""
+        size = tensor.array.shape[-2]
+        index = rows.start // size
+        return self.matrices.setdefault((tensor.name, index), _Matrix(index * size))
 
 
 class Adafactor(Rule):
@@ -105,32 +109,38 @@ class Adafactor(Rule):
         return new, {"exp_avg_sq": mean, **moment}
 
     def pieces(self, tensors: Sequence[Tensor], scalars: _Step) -> list[Piece]:
-        vectors = [tensor for tensor in tensors if tensor.array.ndim < 2]
-        found = super().pieces(vectors, scalars)
+        found = super().pieces([tensor for tensor in tensors if tensor.array.ndim < 2], scalars)
         for tensor in (tensor for tensor in tensors if tensor.array.ndim >= 2):
-            self._observe_whole_matrices(tensor, scalars)
-            found += [Piece(tensor, rows, self, scalars) for rows in _cut_matrices(tensor)]
+            for own in self._cut(tensor, scalars):
+                self._observe_whole(own)
+                found += own
         return found
 
     def observe(self, tensor: Tensor, scalars: _Step) -> None:
-        for rows in _cut_matrices(tensor):
-            self._observe(Piece(tensor, rows, self, scalars))
+        for own in self._cut(tensor, scalars):
+            for piece in own:
+                self._observe(piece)
 
     def result(self, piece: Piece) -> tuple[mx.array, State]:
         if piece.rows is None:
             return super().result(piece)
-        matrix, begin = piece.scalars.matrix(piece.tensor, piece.rows)
-        g, moment = piece.gradient, piece.tensor.state.get("exp_avg")  # the other slots are means
+        matrix, moment = piece.scalars.matrix(piece.tensor, piece.rows), piece.tensor.state.get("exp_avg")  # other slots are means
         moment = None if moment is None else take(moment, moment.ndim, piece.rows)
-        row_weights, column_weights = matrix.weights(piece.rows.start - begin, piece.rows.stop - piece.rows.start)
+        row_weights, column_weights = matrix.weights(piece.rows)
         weights = row_weights[:, None] * column_weights
-        return self._descended(piece.weight, g, weights, moment, matrix.rate, matrix.factor, piece.scalars)
+        return self._descended(piece.weight, piece.gradient, weights, moment, matrix.rate, matrix.factor, piece.scalars)
 
     def update_batch(self, batch: Sequence[Piece]) -> None:
         for piece in batch:
             if piece.rows is not None:
                 self._store_means(piece)
         super().update_batch(batch)
+
+    def _cut(self, tensor: Tensor, step: _Step) -> list[list[Piece]]:
+        """For each matrix of a stack, the rows that the gradient is of in pieces."""
+        rows, (*_, size, columns) = tensor.rows, tensor.array.shape
+        matrices = (slice(row, min(row + size, rows.stop)) for row in range(rows.start, rows.stop, size))
+        return [[Piece(tensor, part, self, step) for part in cut(own, columns)] for own in matrices]
 
     def _descended(self, p, g, weights, moment, rate, factor, step: _Step) -> tuple[mx.array, State]:
         """The parameter (float32), and the first moment where there is one. `weights`: of the size of g, which they multiply."""
@@ -151,26 +161,24 @@ class Adafactor(Rule):
 
     # -- the passes -----------------------------------------------------------------------------------------------
 
-    def _observe_whole_matrices(self, tensor: Tensor, step: _Step) -> None:
-        """All passes over matrices whose whole gradient is here and of which nothing was observed yet."""
-        rows, size = tensor.rows, tensor.array.shape[-2]
-        for own in (slice(row, row + size) for row in range(rows.start, rows.stop, size)):
-            matrix, begin = step.matrix(tensor, own)
-            if begin == own.start and own.stop <= rows.stop:
-                while matrix.passes < self.passes:
-                    for part in cut(own, tensor.array.shape[-1]):
-                        self._observe(Piece(tensor, part, self, step))
-            if matrix.passes < self.passes:
-                raise TrainingError(
-                    f"rows of {tensor.name}: adafactor has to observe the gradients of all rows, {self.passes} times, before some can be"
-                    " updated. Call observe(...) for all of them first, or give the whole gradient."
-                )
+    def _observe_whole(self, pieces: Sequence[Piece]) -> None:
+        """The passes over a matrix that are left, where these pieces are all of it."""
+        step, tensor, rows = pieces[0].scalars, pieces[0].tensor, slice(pieces[0].rows.start, pieces[-1].rows.stop)
+        matrix = step.matrix(tensor, rows)
+        if matrix.seen == 0 and rows.stop - rows.start == tensor.array.shape[-2]:
+            while matrix.passes < self.passes:
+                for piece in pieces:
+                    self._observe(piece)
+        if matrix.passes < self.passes:
+            raise TrainingError(
+                f"rows of {tensor.name}: adafactor has to observe the gradients of all rows, {self.passes} times, before some can be"
+                " updated. Call observe(...) for all of them first, or give the whole gradient."
+            )
 
     def _observe(self, piece: Piece) -> None:
         """Takes in some rows: each once in a pass, in any order; evaluated."""
-        (matrix, begin), g = piece.scalars.matrix(piece.tensor, piece.rows), piece.gradient
-        rows, first = piece.tensor.array.shape[-2], piece.rows.start - begin
-        squares = _squares(g, mx.array(piece.scalars.scale))
+        matrix, g, (*_, rows, columns) = piece.scalars.matrix(piece.tensor, piece.rows), piece.gradient, piece.shape
+        first, squares = piece.rows.start, _squares(g, mx.array(piece.scalars.scale))
         if matrix.passes == 0:
             matrix.row_sums[first] = squares.sum(axis=1)
             matrix.column_sums = matrix.column_sums + squares.sum(axis=0)
@@ -178,9 +186,8 @@ class Adafactor(Rule):
                 matrix.parameter_squares[first] = mx.square(piece.weight.astype(mx.float32)).sum(axis=1)
             mx.eval(matrix.row_sums[first], matrix.column_sums, matrix.parameter_squares)
         else:
-            row_weights, column_weights = matrix.weights(first, g.shape[0])
-            in_row = (squares * mx.square(column_weights)).sum(axis=1)
-            matrix.update_squares[first] = in_row * mx.square(row_weights)
+            row_weights, column_weights = matrix.weights(piece.rows)
+            matrix.update_squares[first] = (squares * mx.square(column_weights)).sum(axis=1) * mx.square(row_weights)
             mx.eval(matrix.update_squares[first])
         matrix.seen += g.shape[0]
         if matrix.seen > rows:
@@ -188,45 +195,32 @@ class Adafactor(Rule):
         if matrix.seen == rows:
             matrix.seen, matrix.passes = 0, matrix.passes + 1
             if matrix.passes == 1:
-                self._find_means(piece, matrix)
+                self._find_means(piece.tensor, matrix, piece.scalars)
             else:
-                matrix.factor = self._clip_factor(_joined(matrix.update_squares), rows * g.shape[-1])
+                matrix.factor = self._clip_factor(_joined(matrix.update_squares), rows * columns)
                 mx.eval(matrix.factor)
 
-    def _find_means(self, piece: Piece, matrix: _Matrix) -> None:
+    def _find_means(self, tensor: Tensor, matrix: _Matrix, step: _Step) -> None:
         """The end of the first pass."""
-        step, (rows, columns) = piece.scalars, piece.tensor.array.shape[-2:]
-        old_row, old_column = _old_means(piece.tensor, piece.rows.start // rows)
-        matrix.row_means = _moved(old_row, _joined(matrix.row_sums) / columns + self.eps[0], step.beta_2)
+        (*_, rows, columns), rank, first = tensor.array.shape, tensor.array.ndim, matrix.first_row
+        old_rows = take(tensor.state["exp_avg_sq_row"], rank, slice(first, first + rows))
+        old_columns = take(tensor.state["exp_avg_sq_col"], rank - 1, slice(first // rows, first // rows + 1))[0]
+        matrix.row_means = _moved(old_rows, _joined(matrix.row_sums) / columns + self.eps[0], step.beta_2)
+        matrix.column_means = _moved(old_columns, matrix.column_sums / rows + self.eps[0], step.beta_2)
         matrix.mean = matrix.row_means.mean()
-        matrix.column_means = _moved(old_column, matrix.column_sums / rows + self.eps[0], step.beta_2)
         matrix.rate = step.rate * self._parameter_scale(_joined(matrix.parameter_squares), rows * columns)
-        mx.eval(matrix.row_means, matrix.mean, matrix.column_means, matrix.rate)
+        mx.eval(matrix.row_means, matrix.column_means, matrix.mean, matrix.rate)
 
     def _store_means(self, piece: Piece) -> None:
         """Puts new means into the state, when the first rows of a matrix are updated."""
-        tensor, (matrix, begin) = piece.tensor, piece.scalars.matrix(piece.tensor, piece.rows)
+        state, matrix, rank = piece.tensor.state, piece.scalars.matrix(piece.tensor, piece.rows), len(piece.shape)
         if not matrix.is_stored:
-            rank, rows = tensor.array.ndim, tensor.array.shape[-2]
-            own, index, state = slice(begin, begin + rows), begin // rows, tensor.state
-            state["exp_avg_sq_row"] = put(state["exp_avg_sq_row"], rank, own, matrix.row_means)
-            state["exp_avg_sq_col"] = put(state["exp_avg_sq_col"], rank - 1, slice(index, index + 1), matrix.column_means[None])
+            first, rows = matrix.first_row, piece.shape[-2]
+            place = slice(first // rows, first // rows + 1)
+            state["exp_avg_sq_row"] = put(state["exp_avg_sq_row"], rank, slice(first, first + rows), matrix.row_means)
+            state["exp_avg_sq_col"] = put(state["exp_avg_sq_col"], rank - 1, place, matrix.column_means[None])
             mx.eval(state["exp_avg_sq_row"], state["exp_avg_sq_col"])
             matrix.is_stored = True
-
-
-def _cut_matrices(tensor: Tensor) -> Iterator[slice]:
-    """The rows of a tensor's gradient in pieces that lie within one matrix each."""
-    rows, size = tensor.rows, tensor.array.shape[-2]
-    for row in range(rows.start, rows.stop, size):
-        yield from cut(slice(row, min(row + size, rows.stop)), tensor.array.shape[-1])
-
-
-def _old_means(tensor: Tensor, index: int) -> tuple[mx.array, mx.array]:
-    """The means of the rows (R,) and columns (C,) of one matrix of a stack."""
-    rank, rows = tensor.array.ndim, tensor.array.shape[-2]
-    row = take(tensor.state["exp_avg_sq_row"], rank, slice(index * rows, (index + 1) * rows))
-    return row, take(tensor.state["exp_avg_sq_col"], rank - 1, slice(index, index + 1))[0]
 
 
 def _joined(by_row: Mapping[int, mx.array]) -> mx.array:

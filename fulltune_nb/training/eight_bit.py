@@ -17,11 +17,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
-from fulltune_nb.training.rules import Rule, Shape, Slot, State
+from fulltune_nb.training.rules import Rule, Scalars, Shape, Slot, State
 
 _compiled = partial(mx.compile, shapeless=True)
 
@@ -41,7 +40,7 @@ class EightBit(Rule):
     """A rule that works by rows, with its state in 8 bits: `m` as a first moment, `v` as a second one."""
 
     def __init__(self, rule: Rule):
-        self.rule, self.begin = rule, rule.begin
+        self.rule = rule
         self.temporary_bytes = tuple(4 + own for own in rule.temporary_bytes)
 
     def slots(self, shape: Shape) -> dict[str, Slot]:
@@ -52,7 +51,10 @@ class EightBit(Rule):
         scales = {f"{name}_scale": Slot((*shape[:-1], shape[-1] // block)) for name in own}
         return {name: Slot(shape, mx.uint8) for name in own} | scales
 
-    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Any) -> tuple[mx.array, State]:
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Scalars:
+        return self.rule.begin(step, learning_rate, weight_decay, gradient_scale)
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Scalars) -> tuple[mx.array, State]:
         names = [name for name in state if not name.endswith("_scale")]
         if len(names) == len(state):
             return self.rule.apply(p, g, state, scalars)

@@ -22,7 +22,7 @@ from fulltune_nb.training.adafactor import Adafactor
 from fulltune_nb.training.config import TrainConfig, optimizer_settings
 from fulltune_nb.training.eight_bit import EightBit
 from fulltune_nb.training.rounding import Rounding, check_dtype
-from fulltune_nb.training.rules import SGD, Adam, KernelAdam, Lion, Muon, Piece, Rule, Scalars, Shape, State, Tensor
+from fulltune_nb.training.rules import SGD, Adam, KernelAdam, Lion, Muon, Piece, Rule, Scalars, Shape, State, Tensor, piece_size
 
 
 class UpdateObserver(Protocol):
@@ -345,7 +345,7 @@ def random_bits_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: m
     """Bytes of the table that stochastic rounding keeps from its first use on; arguments as for `update_bytes`."""
     if dtype == mx.float32 or config.rounding == "nearest":
         return 0
-    largest = max((rule.largest_piece(shape) for rule, own in _shapes_by_rule(shapes, config) for shape in own), default=1)
+    largest = max((min(math.prod(shape), piece_size()) for shape in shapes.values()), default=1)
     return 4 << max(largest - 1, 1).bit_length()  # a power of two
 
 

@@ -8,6 +8,7 @@ worked on in pieces that fit into a cache, so that what is computed on the way s
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -177,7 +178,7 @@ def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-class Rule:
+class Rule(ABC):
     """An optimizer's rule. It holds no state: what belongs to a step is in the scalars, what outlives it in the tensors."""
 
     by_rows = True
@@ -191,24 +192,25 @@ class Rule:
     temporary_bytes = (0, 0)
     """Of an element that is worked on, for float32 and for bfloat16 parameters: arrays on the way to the new ones, as measured."""
 
+    @abstractmethod
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """Name -> array kept for a parameter of this shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Scalars:
         """The scalars of a step, for all tensors with this learning rate and weight decay. `step` counts from 1."""
-        raise NotImplementedError
 
     def in_place(self, scalars: Scalars) -> bool:
         """Whether float32 parameters and state are updated with no memory besides their own."""
         return False
 
+    @abstractmethod
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: Scalars) -> tuple[mx.array, State]:
         """The parameter (float32, not rounded) and the state after the step; lazy."""
-        raise NotImplementedError
 
     def observe(self, tensor: Tensor, scalars: Scalars) -> None:
         """Take in some rows of a gradient that will be updated later; nothing of the tensor changes."""
+        raise NotImplementedError
 
     def pieces(self, tensors: Sequence[Tensor], scalars: Scalars) -> list[Piece]:
         """Tensors as they are where that needs little or no memory, else pieces of them."""
@@ -219,17 +221,11 @@ class Rule:
             if tensor.places is None and (own or not self.by_rows or array.ndim < 2 or array.size <= most):
                 found.append(Piece(tensor, None, self, scalars, own))
             else:
-                found += [Piece(tensor, rows, self, scalars, False) for rows in cut(tensor.rows, array.shape[-1])]
+                found += [Piece(tensor, rows, self, scalars) for rows in cut(tensor.rows, array.shape[-1])]
         return found
 
     def update(self, pieces: Sequence[Piece], before: Callable[[list[Piece]], None], after: Callable[[list[Piece]], None]) -> None:
-        """Update parameters and state; evaluated when it returns.
-
-        Args:
-            pieces: of tensors of this rule.
-            before: is told of pieces that are about to be updated together.
-            after: is told of them when they are.
-        """
+        """Update parameters and state; evaluated. `before` and `after` are told of the pieces that are updated together."""
         for batch in batches(pieces):
             before(batch)
             self.update_batch(batch)
@@ -267,8 +263,7 @@ class Rule:
     def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
         """Bytes that an update of tensors in this dtype needs besides parameters, gradients and state, at most.
 
-        None in place. Else the new parameters of all pieces that are worked on at a time, in their own dtype, and some float32 arrays for
-        a piece on each stream.
+        None in place. Else the new parameters of all pieces of a batch, and some float32 arrays for a piece on each stream.
         """
         dtypes = {dtype, *(slot.dtype for shape in shapes for slot in self.slots(shape).values())}
         if dtypes == {mx.float32} and self.in_place(self.begin(1, 0.0, weight_decay, 1.0)):
@@ -279,10 +274,6 @@ class Rule:
         in_work = sum(sorted(pieces, reverse=True)[:streams])
         return 2 * together + self.temporary_bytes[dtype != mx.float32] * min(in_work, together)
 
-    def largest_piece(self, shape: Shape) -> int:
-        """Elements of the largest piece of a tensor."""
-        return min(math.prod(shape), piece_size())
-
     def result(self, piece: Piece) -> tuple[mx.array, State]:
         """A piece (float32, not rounded) and its state after the step; lazy, nothing is changed."""
         return self.apply(piece.weight, piece.gradient, piece.state, piece.scalars)
@@ -291,12 +282,8 @@ class Rule:
 _compiled = partial(mx.compile, shapeless=True)
 
 
-def _scalar(value: float) -> mx.array:
-    return mx.array(value, dtype=mx.float32)
-
-
 def _scalars(*values: float) -> tuple[mx.array, ...]:
-    return tuple(map(_scalar, values))
+    return tuple(mx.array(value, dtype=mx.float32) for value in values)
 
 
 @_compiled
@@ -488,8 +475,9 @@ class Muon(Rule):
         return {"v": Slot(shape)}
 
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
-        state = {"step": mx.array(step, dtype=mx.uint64), "learning_rate": _scalar(learning_rate)}
-        return {"state": state, "weight_decay": weight_decay, "scale": None if gradient_scale == 1.0 else _scalar(gradient_scale)}
+        rate, scale = _scalars(learning_rate, gradient_scale)
+        state = {"step": mx.array(step, dtype=mx.uint64), "learning_rate": rate}
+        return {"state": state, "weight_decay": weight_decay, "scale": None if gradient_scale == 1.0 else scale}
 
     def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
         self.optimizer.state.update(scalars["state"])
@@ -506,6 +494,3 @@ class Muon(Rule):
     def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
         sizes = [math.prod(shape) for shape in shapes]
         return 8 * min(sum(sizes), max(*sizes, piece_size() * num_streams()))
-
-    def largest_piece(self, shape: Shape) -> int:
-        return math.prod(shape)

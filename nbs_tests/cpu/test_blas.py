@@ -21,7 +21,7 @@ import os, sys
 import fulltune_nb
 from fulltune_nb.cpu import blas
 del os.environ["FULLTUNE_BLAS"]
-blas._info, blas.OPENBLAS_NAMES, blas.MKL_NAMES = None, (), ()
+blas.OPENBLAS_NAMES, blas.MKL_NAMES = (), ()
 sys.modules["scipy_openblas32"] = None
 """
 
@@ -100,7 +100,7 @@ def test_reloading_or_importing_anew_after_mlx_does_not_warn():
 
 
 def test_nothing_found_is_warned_of_with_what_to_install():
-    code = FIND_NOTHING + "info = blas.ensure_fast_blas(); print(info.name, info.path)"
+    code = FIND_NOTHING + "info = blas.find_fast_blas(); print(info.name, info.path)"
     result = python(code, FULLTUNE_BLAS="off")
     assert result.stdout == "bundled reference BLAS None\n"
     assert "pip install scipy-openblas32" in result.stderr and "conda install libopenblas" in result.stderr
@@ -108,7 +108,7 @@ def test_nothing_found_is_warned_of_with_what_to_install():
 
 def test_a_processor_without_stubs_is_warned_of_with_the_reason():
     pytest.importorskip("scipy_openblas32", reason="comes with the extra `cpu`")
-    code = FIND_NOTHING + "del sys.modules['scipy_openblas32']; blas.blas_stub._MACHINES.clear(); blas.ensure_fast_blas()"
+    code = FIND_NOTHING + "del sys.modules['scipy_openblas32']; blas.blas_stub.MACHINES.clear(); blas.find_fast_blas()"
     result = python(code, FULLTUNE_BLAS="off")
     assert "no forwarding stubs for" in result.stderr and "apt-get install libopenblas0" in result.stderr
 
@@ -131,7 +131,7 @@ def test_an_openblas_that_lacks_the_functions_is_passed_over(tmp_path):
 def test_mkl_without_its_threading_library_is_passed_over(tmp_path):
     (tmp_path / "lib").mkdir()
     fake_library(tmp_path / "lib" / "libmkl_rt.so.2")
-    code = FIND_NOTHING + "blas.MKL_NAMES = ('libmkl_rt.so.2',); blas._opens = lambda p: 'iomp5' not in p; print(blas.ensure_fast_blas())"
+    code = FIND_NOTHING + "blas.MKL_NAMES = ('libmkl_rt.so.2',); blas.opens = lambda p: 'iomp5' not in p; print(blas.find_fast_blas())"
     result = python(code, FULLTUNE_BLAS="off", CONDA_PREFIX=str(tmp_path))
     assert "path=None" in result.stdout and "libiomp5.so is missing" in result.stderr
 
@@ -159,9 +159,8 @@ def test_nothing_is_done_with_the_cuda_backend(tmp_path):
 
 
 def test_nothing_is_done_on_macos(monkeypatch):
-    monkeypatch.setattr(blas, "_info", None)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert blas.ensure_fast_blas().how == "nothing to do on darwin"
+    assert blas.find_fast_blas().how == "nothing to do on darwin"
 
 
 def test_stubs_forward_to_their_targets():
