@@ -36,7 +36,7 @@ from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.data.dataset import load_data
-    from fulltune_nb.data.encode import Example
+    from fulltune_nb.data.example import Example
     from fulltune_nb.insight.comparison import compare
     from fulltune_nb.insight.generation_score import evaluate_generation
     from fulltune_nb.insight.learning_rate import find_lr
@@ -90,7 +90,7 @@ _HOMES = {
     "DataPanel": "panels.data",
     "EvalReport": "training.history",
     "Event": "training.history",
-    "Example": "data.encode",
+    "Example": "data.example",
     "History": "training.history",
     "LanguageModel": "models.language_model",
     "StepReport": "training.history",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -53,6 +53,13 @@ def test_signatures_in_the_api_are_the_real_ones(name):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_the_picture_of_the_house_is_what_the_imports_say():
+    spec = importlib.util.spec_from_file_location("draw_house", DOCS / "draw_house.py")
+    draw_house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw_house)
+    assert draw_house.PICTURE.read_text("utf-8") == draw_house.draw(), "run python docs/draw_house.py"
 
 
 def test_the_index_lists_every_decision_by_its_title():

@@ -70,6 +70,15 @@ def test_imports_point_left(imports):
     assert not wrong
 
 
+def test_imports_go_in_no_circle(imports):
+    """Those for type checkers only count too: who reads a module must be able to read what it builds on first."""
+    needs = {importer: {imported for other, imported in imports if other == importer} for importer, _ in imports if importer != PACKAGE}
+    while free := [module for module, others in needs.items() if not others & needs.keys() - {module}]:
+        for module in free:
+            del needs[module]
+    assert not needs
+
+
 def test_only_what_stands_on_the_right_uses_the_public_names(imports):
     wrong = [importer for importer, imported in imports if imported == PACKAGE and PLACE[part_of(importer)] < PLACE["panels"]]
     assert not wrong, "import the module itself"

@@ -2,7 +2,7 @@
 
 from fulltune_nb.data.batches import Batch, StepBatches, collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split, load_data
-from fulltune_nb.data.encode import Example
+from fulltune_nb.data.example import Example
 from fulltune_nb.data.settings import DataSettings
 
 __all__ = [

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from fulltune_nb.data.dataset import Split
-from fulltune_nb.data.encode import Example
+from fulltune_nb.data.example import Example
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from fulltune_nb.chat_template import ensure_chat_template
-from fulltune_nb.data.encode import Example, encode_rows
+from fulltune_nb.data.encode import encode_rows
+from fulltune_nb.data.example import Example, Lens
+from fulltune_nb.data.look import dataset_html, split_html
 from fulltune_nb.data.read import PREFIX, SPLITS, RawSplit, hub_id, read_folder, read_hub, read_memory
 from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
@@ -72,8 +74,6 @@ class Split(Sequence[Example]):
         return f"Split({self.name}: {len(self):,} {self.format} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained)"
 
     def _repr_html_(self) -> str:
-        from fulltune_nb.data.look import split_html
-
         return split_html(self)
 
 
@@ -115,8 +115,6 @@ class DataSet:
             ConfigError: `n` is no whole number of at least 1.
             DataError: there is no such split.
         """
-        from fulltune_nb.data.look import Lens
-
         n = whole_number("show", n, low=1)
         if split not in self.splits:
             raise DataError(f"There is no split {split!r} in this data set; it has {', '.join(self.splits)}.")
@@ -127,8 +125,6 @@ class DataSet:
         return f"DataSet({parts}, {sum(s.tokens for s in self.splits.values()):,} tokens)"
 
     def _repr_html_(self) -> str:
-        from fulltune_nb.data.look import dataset_html
-
         return dataset_html(self)
 
 

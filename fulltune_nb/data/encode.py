@@ -15,41 +15,13 @@ from typing import Any
 import numpy as np
 
 from fulltune_nb.chat_template import ChatRenderer, LimitReached, TemplateRefused
+from fulltune_nb.data.example import Example
 from fulltune_nb.data.rows import RowError
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import DataError
 
 CHUNK_ROWS = 512
 """Rows tokenized in one call: enough for the tokenizer to work in parallel, few enough to keep the extra memory small."""
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One row as the model sees it."""
-
-    tokens: np.ndarray
-    """(T,) int32"""
-    loss_mask: np.ndarray
-    """(T,) bool: token i is trained on, as the target predicted from tokens[:i]. The first is never one."""
-    text: str
-    """The text that was tokenized: the row's own, or what the chat template made of it."""
-    source: str
-    """File and 1-based line, `"train.jsonl:12"`; for rows in memory the split and the row, `"train:12"`."""
-    cut: int
-    """Tokens cut off at the end by `max_seq_length`."""
-    row: Mapping[str, Any]
-    """The row as it was read."""
-    tokenizer: Any = field(default=None, repr=False)
-    """For showing the tokens."""
-
-    def __repr__(self) -> str:
-        cut = f", {self.cut} cut" if self.cut else ""
-        return f"Example({self.source}: {len(self.tokens)} tokens, {int(self.loss_mask.sum())} trained{cut})"
-
-    def _repr_html_(self) -> str:
-        from fulltune_nb.data.look import example_html
-
-        return example_html(self)
 
 
 @dataclass

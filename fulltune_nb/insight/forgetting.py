@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fulltune_nb.data.encode import Example
+from fulltune_nb.data.example import Example
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import regex
 
-from fulltune_nb.data.encode import Example
+from fulltune_nb.data.example import Example
 from fulltune_nb.errors import ConfigError, DataError, listed
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table

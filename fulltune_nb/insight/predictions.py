@@ -11,8 +11,7 @@ import numpy as np
 
 from fulltune_nb.chat_template import prompt_ids
 from fulltune_nb.cpu import softmax_statistics
-from fulltune_nb.data.encode import Example
-from fulltune_nb.data.look import visible
+from fulltune_nb.data.example import Example, visible
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.language_model import LanguageModel

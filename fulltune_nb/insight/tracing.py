@@ -11,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb import svg
-from fulltune_nb.data.encode import Example
-from fulltune_nb.data.look import token_texts, visible
+from fulltune_nb.data.example import Example, token_texts, visible
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, facts

@@ -16,19 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fulltune_nb.data.dataset import DataSet, Split
-from fulltune_nb.data.encode import Example
-from fulltune_nb.data.look import (
-    ADVICE,
-    Duplicates,
-    Hits,
-    Lens,
-    SpecialTokenCheck,
-    check_special_tokens,
-    counts_table,
-    find_duplicates,
-    search,
-    surroundings,
-)
+from fulltune_nb.data.example import ADVICE, Example, Lens, SpecialTokenCheck, check_special_tokens
+from fulltune_nb.data.look import Duplicates, Hits, counts_table, find_duplicates, search, surroundings
 from fulltune_nb.errors import ConfigError, DataError, listed
 from fulltune_nb.html import NO_MATH, PALETTE, counted, esc, facts, table
 from fulltune_nb.panels.controls import PICTURE_HEIGHT, PICTURE_WIDTH, DataControls

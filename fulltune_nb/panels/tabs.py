@@ -13,7 +13,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
-from fulltune_nb.data.look import Lens
+from fulltune_nb.data.example import Lens
 from fulltune_nb.errors import FulltuneError
 from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
 from fulltune_nb.insight.losses import TokenLosses, token_losses

@@ -19,7 +19,7 @@ import mlx.core as mx
 from fulltune_nb.cpu import cap_cache
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.data.encode import Example
+from fulltune_nb.data.example import Example
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts
 from fulltune_nb.models.language_model import LanguageModel

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data.look import BOS_DOUBLED, CUT_TOKENS_SHOWN, TOKENS_SHOWN, token_texts
+from fulltune_nb.data.example import BOS_DOUBLED, CUT_TOKENS_SHOWN, TOKENS_SHOWN, token_texts
 from fulltune_nb.errors import ConfigError, DataError
 
 PAIRS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(5)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data.look import ADVICE, BOS_DOUBLED, BOS_MISSING, END_MISSING, END_NOT_TRAINED, EOS_DOUBLED, check_special_tokens
+from fulltune_nb.data.example import ADVICE, BOS_DOUBLED, BOS_MISSING, END_MISSING, END_NOT_TRAINED, EOS_DOUBLED, check_special_tokens
 from nbs_tests.data.chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3
 
 PAIR = {"prompt": "What is it?", "completion": "It is a fox."}

@@ -1,0 +1,278 @@
+"""An example: one row as the model sees it, how it is shown token by token, and whether its begin and end tokens are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fulltune_nb.html import PALETTE, counted, esc
+from fulltune_nb.tokenizer import BYTE_ALPHABET, special_ids
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One row as the model sees it."""
+
+    tokens: np.ndarray
+    """(T,) int32"""
+    loss_mask: np.ndarray
+    """(T,) bool: token i is trained on, as the target predicted from tokens[:i]. The first is never one."""
+    text: str
+    """The text that was tokenized: the row's own, or what the chat template made of it."""
+    source: str
+    """File and 1-based line, `"train.jsonl:12"`; for rows in memory the split and the row, `"train:12"`."""
+    cut: int
+    """Tokens cut off at the end by `max_seq_length`."""
+    row: Mapping[str, Any]
+    """The row as it was read."""
+    tokenizer: Any = field(default=None, repr=False)
+    """For showing the tokens."""
+
+    def __repr__(self) -> str:
+        cut = f", {self.cut} cut" if self.cut else ""
+        return f"Example({self.source}: {len(self.tokens)} tokens, {int(self.loss_mask.sum())} trained{cut})"
+
+    def _repr_html_(self) -> str:
+        """Token by token."""
+        if self.tokenizer is None:
+            return head_html(self) + runs_html(self)
+        return Lens([self], self.tokenizer)._repr_html_()
+
+
+# ---- in a cell
+
+TOKENS_SHOWN = 400
+"""Tokens of an example shown in full; of a longer one the first and the last of them."""
+CHARACTERS_SHOWN = 1200
+CUT_TOKENS_SHOWN = 60
+"""Of the tokens cut off at the end, the first so many are shown."""
+
+_TAGS = {"trained": "u", "masked": "span", "cut": "s"}
+_STYLES = {
+    "trained": f"text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px;background-color:{PALETTE[4]}55",
+    "masked": "opacity:0.6",
+    "special": f"border:1px dashed {PALETTE[5]};border-radius:3px",
+    "cut": "text-decoration:line-through;opacity:0.6",
+}
+_PRE = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;margin:2px 0 10px 0;line-height:1.9"
+LEGEND_OF_RUNS = (
+    f'<div style="margin-bottom:6px"><u style="{_STYLES["trained"]}">trained on</u> (underlined, tinted) &nbsp; '
+    f'<span style="{_STYLES["masked"]}">masked</span> (plain, faint) &nbsp; '
+    f'<span style="{_STYLES["special"]}">special token</span> (dashed box)'
+)
+_LEGEND = f'{LEGEND_OF_RUNS} &nbsp; · space &nbsp; ⏎ line break &nbsp; <s style="{_STYLES["cut"]}">cut off</s> (struck through)</div>'
+
+
+class Lens:
+    """Examples token by token, as `DataSet.show` returns them; `_repr_html_` draws them, hovering over a token gives its id.
+
+    `print` writes them as text, with `[[` and `]]` around what is trained on.
+    """
+
+    def __init__(self, examples: Sequence[Example], tokenizer):
+        self.examples = list(examples)
+        self.tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        more = " ..." if len(self.examples) > 3 else ""
+        return f"Lens({counted(len(self.examples), 'example')}: {', '.join(e.source for e in self.examples[:3])}{more})"
+
+    def __str__(self) -> str:
+        return "\n\n".join(_as_text(example, self.tokenizer) for example in self.examples)
+
+    def _repr_html_(self) -> str:
+        return f"<div>{_LEGEND}{''.join(self._html(e) for e in self.examples)}</div>"
+
+    def _html(self, example: Example) -> str:
+        check = check_special_tokens([example], self.tokenizer)
+        counts = f", {check.bos[0]} BOS, {check.eos[0]} EOS"
+        warnings = "".join(f"<div>⚠ {esc(problem)}</div>" for problem in check.of(0))
+        return head_html(example, counts) + warnings + _tokens_html(example, self.tokenizer)
+
+
+def head_html(example: Example, more: str = "") -> str:
+    """Where an example comes from, and its numbers of tokens."""
+    cut = f", {example.cut:,} cut off at the end" if example.cut else ""
+    counts = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on{more}{cut}"
+    return f"<div><b>{esc(example.source)}</b> &nbsp; {counts}</div>"
+
+
+def _as_text(example: Example, tokenizer) -> str:
+    size = f"{example.source}: {len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on"
+    cut = f", {example.cut:,} cut off" if example.cut else ""
+    texts = [(_decode(tokenizer, ids), trained) for ids, trained in _runs(example)]
+    return f"{size}{cut}\n" + "".join(f"[[{text}]]" if trained else text for text, trained in texts)
+
+
+def runs_html(example: Example) -> str:
+    """The decoded tokens in runs of trained and masked ones; shorter than a box per token."""
+    if example.tokenizer is None:
+        return f'<pre style="{_PRE}">{esc(example.text, CHARACTERS_SHOWN)}</pre>'
+    runs, left, parts = _runs(example), CHARACTERS_SHOWN, []
+    for number, (ids, trained) in enumerate(runs):
+        if left <= 0:
+            rest = sum(len(ids) for ids, _ in runs[number:]), sum(len(ids) for ids, trained in runs[number:] if trained)
+            parts.append(f"<b> … {rest[0]:,} tokens more, {rest[1]:,} of them trained on</b>")
+            break
+        text = _decode(example.tokenizer, ids)
+        parts.append(_box(esc(text, left), "trained" if trained else "masked"))
+        left -= len(text)
+    return f'<pre style="{_PRE}">{"".join(parts)}</pre>'
+
+
+def _runs(example: Example) -> list[tuple[np.ndarray, bool]]:
+    """The tokens in runs that are trained on, or not."""
+    borders = np.flatnonzero(np.diff(example.loss_mask)) + 1
+    runs = zip(np.split(example.tokens, borders), np.split(example.loss_mask, borders), strict=True)
+    return [(ids, bool(mask[0])) for ids, mask in runs if len(ids)]
+
+
+def _decode(tokenizer, ids: Sequence[int] | np.ndarray) -> str:
+    return tokenizer.decode(list(map(int, ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _box(html: str, *kinds: str, title: str = "") -> str:
+    style = ";".join(_STYLES[kind] for kind in kinds)
+    hover = f';margin-right:2px" title="{title}' if title else ""
+    return f'<{_TAGS[kinds[0]]} class="{" ".join(kinds)}" style="{style}{hover}">{html}</{_TAGS[kinds[0]]}>'
+
+
+def _tokens_html(example: Example, tokenizer) -> str:
+    """A box for each token; of a long example for those at both ends."""
+    shown = np.arange(len(example.tokens))
+    if len(shown) > TOKENS_SHOWN:
+        shown = np.concatenate([shown[: TOKENS_SHOWN // 2], shown[-TOKENS_SHOWN // 2 :]])
+    special = special_ids(tokenizer)
+    ids = example.tokens[shown].tolist()
+    boxes, before = [], -1
+    for i, token, text in zip(shown.tolist(), ids, token_texts(tokenizer, ids), strict=True):
+        if i != before + 1:
+            hidden = example.loss_mask[before + 1 : i]
+            boxes.append(f"<b> … {len(hidden):,} tokens not shown, {int(hidden.sum()):,} of them trained on … </b>")
+        kinds = ["trained" if example.loss_mask[i] else "masked"] + ["special"] * (token in special)
+        # The browser drops a line break that comes first in <pre>; the mark before it prevents that.
+        boxes.append(_box(esc(visible(text)), *kinds, title=f"token {i}, id {token}: {', '.join(kinds)}"))
+        before = i
+    if example.cut:
+        cut = _cut_tokens(example, tokenizer)
+        title = f"cut off by max_seq_length={len(example.tokens)}"
+        boxes += [_box(esc(visible(text)), "cut", title=title) for text in token_texts(tokenizer, cut)]
+        boxes.append(f"<b> … {example.cut - len(cut):,} more cut off</b>" if example.cut > len(cut) else "")
+    return f'<pre style="{_PRE}">{"".join(boxes)}</pre>'
+
+
+def _cut_tokens(example: Example, tokenizer) -> list[int]:
+    """The first of the tokens that are gone, found again in the text; none where it is tokenized differently now."""
+    kept, wanted = example.tokens.tolist(), min(example.cut, CUT_TOKENS_SHOWN)
+    # Not the whole of a very long text: hardly a token has more than a dozen characters.
+    start = example.text[: 16 * (len(kept) + wanted)]
+    for adds_special_tokens in (False, True):
+        ids = list(tokenizer(start, add_special_tokens=adds_special_tokens, truncation=False, verbose=False)["input_ids"])
+        if ids[: len(kept)] != kept:
+            continue
+        if len(start) < len(example.text):
+            ids = ids[:-8]  # the last ones may be others where the text goes on
+        elif len(ids) == len(kept) + example.cut - 1:
+            ids.append(tokenizer.eos_token_id)  # which plain texts get behind them
+        return ids[len(kept) : len(kept) + wanted]
+    return []
+
+
+def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
+    """Each token's own text. A token that is only part of a character is given by its bytes, such as `<E2 82>`."""
+    known: dict[int, str] = {}
+    for token_id in ids:
+        if token_id not in known:
+            known[token_id] = _token_text(tokenizer, int(token_id))
+    return [known[token_id] for token_id in ids]
+
+
+def _token_text(tokenizer, token_id: int) -> str:
+    raw = tokenizer.convert_ids_to_tokens(token_id)
+    if raw is None:
+        return f"<id {token_id}>"
+    text = _decode(tokenizer, [token_id])
+    if "\ufffd" in text and raw != text:
+        return "<" + " ".join(f"{BYTE_ALPHABET[c]:02X}" for c in raw) + ">" if all(c in BYTE_ALPHABET for c in raw) else raw
+    if raw.startswith("▁") and not text.startswith(" "):  # SentencePiece decoders drop the space before a first word
+        text = " " + text
+    return text or raw
+
+
+def visible(text: str) -> str:
+    """A token's text with its spaces, line breaks and tabs to be seen."""
+    return text.replace(" ", "·").replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "⇥\t")
+
+
+# ---- begin and end tokens
+
+_END_TOKENS = 3  # an end token stands among the last ones: templates often put a line break behind it
+
+
+@dataclass(frozen=True)
+class SpecialTokenCheck:
+    """What stands at the beginnings and ends of some examples; all arrays go by example."""
+
+    bos: np.ndarray
+    """(rows,) int64, BOS tokens in each."""
+    eos: np.ndarray
+    """(rows,) int64, EOS tokens in each."""
+    problems: dict[str, np.ndarray]
+    """What is wrong -> the indices of the examples, ascending. Only what occurs."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Indices of all examples with a problem, ascending."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self.problems.values()]))
+
+    def of(self, row: int) -> list[str]:
+        """What is wrong with one example."""
+        return [name for name, rows in self.problems.items() if row in rows]
+
+
+BOS_DOUBLED = "BOS stands twice in a row"
+BOS_MISSING = "does not begin with BOS, which the tokenizer puts before every text"
+EOS_DOUBLED = "EOS stands twice in a row"
+END_MISSING = "ends with neither EOS nor another special token"
+END_NOT_TRAINED = "is trained on, but its end token is not"
+
+ADVICE = {
+    BOS_DOUBLED: "Remove the one in the rows: the tokenizer or the chat template puts its own.",
+    BOS_MISSING: "The chat template leaves it out. A model that always saw it may do worse; its own template may write it.",
+    EOS_DOUBLED: "Remove the one in the rows: another is put behind them.",
+    END_MISSING: "The model does not learn a token to stop at: answers end at max_tokens, or at a text that stands for the end.",
+    END_NOT_TRAINED: "The model does not learn to stop. Is the last turn the assistant's?",
+}
+"""What each problem means and what to do."""
+
+
+def check_special_tokens(examples: Sequence[Example], tokenizer) -> SpecialTokenCheck:
+    """Counts and checks BOS and EOS. Where one token is both, only its uses as an end are checked.
+
+    An end that `max_seq_length` has cut off is not counted as missing here: cut rows are counted by the split.
+    """
+    bos, eos = (-1 if token is None else token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    adds_bos = bos >= 0 and list(tokenizer("a")["input_ids"])[:1] == [bos]
+    ends = special_ids(tokenizer) - ({bos} if bos != eos else set())
+    counts, problems = np.zeros((2, len(examples)), dtype=np.int64), {name: [] for name in ADVICE}
+    for row, example in enumerate(examples):
+        tokens, length = example.tokens, len(example.tokens)
+        is_bos, is_eos = tokens == bos, tokens == eos
+        counts[:, row] = np.count_nonzero(is_bos), np.count_nonzero(is_eos)
+        at_end = [i for i in range(max(length - _END_TOKENS, 0), length) if int(tokens[i]) in ends]
+        is_whole = length > 0 and not example.cut
+        end_untrained = at_end and not example.loss_mask[at_end].any() and example.loss_mask.any()
+        found = {
+            BOS_DOUBLED: bos != eos and counts[0, row] > 1 and (is_bos[1:] & is_bos[:-1]).any(),
+            BOS_MISSING: adds_bos and length > 0 and not is_bos[0],
+            EOS_DOUBLED: counts[1, row] > 1 and (is_eos[1:] & is_eos[:-1]).any(),
+            END_MISSING: is_whole and ends and not at_end,
+            END_NOT_TRAINED: is_whole and end_untrained,
+        }
+        for name, is_wrong in found.items():
+            if is_wrong:
+                problems[name].append(row)
+    return SpecialTokenCheck(*counts, {name: np.array(rows, dtype=np.int64) for name, rows in problems.items() if rows})
