@@ -1,4 +1,4 @@
-"""What came of an experiment, in the `result.json` of its folder."""
+"""What came of an experiment, in the `result.json` of its folder. A module of its own because people's notebooks import it from here."""
 
 from __future__ import annotations
 
