@@ -10,7 +10,7 @@ from fulltune_nb.errors import WeightsError
 from fulltune_nb.files import atomic_path
 from fulltune_nb.html import human_bytes
 from fulltune_nb.models.model_file import metadata_path, read_metadata, write_metadata
-from fulltune_nb.tensor_files import check_ending, open_npz, open_safetensors, write_npz, write_safetensors
+from fulltune_nb.tensor_files import check_ending, open_tensors, write_npz, write_safetensors
 
 
 def convert(source: Path, target: Path, force: bool = False) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def convert(source: Path, target: Path, force: bool = False) -> tuple[int, int]:
     if taken and not force:
         raise WeightsError(f"{taken[0]} exists already; nothing was written. Give another name, or --force to replace it.")
     metadata = read_metadata(source)
-    tensors = open_npz(source) if source.suffix == ".npz" else open_safetensors(source)
+    tensors = open_tensors(source)
     try:
         with atomic_path(target) as temporary:
             if target.suffix == ".npz":
