@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action=argparse.BooleanOptionalAction, help="send the prompt through the chat template, or raw")
     add("--ignore-chat-template", dest="chat", action="store_false", default=argparse.SUPPRESS, help="the same as --no-chat")
     add("--max-tokens", "-m", type=int, default=256, help="tokens after which the answer ends in any case (default: %(default)s)")
-    add("--temp", "--temperature", type=float, default=0.0, help="0: always the likeliest token (default: %(default)s)")
+    add("--temperature", "--temp", type=float, default=0.0, help="0: always the likeliest token (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="draw among the fewest likeliest tokens with this much probability (default: %(default)s)")
     add("--top-k", type=int, default=0, help="draw among this many likeliest tokens; 0: all (default: %(default)s)")
     add("--min-p", type=float, default=0.0, help="draw among tokens with this share of the likeliest one's (default: %(default)s)")
@@ -71,9 +71,9 @@ def answer(arguments: argparse.Namespace) -> Iterator[str]:
     """Loads the model and returns the pieces of its answer."""
     from fulltune_nb.models.generation import Sampling
     from fulltune_nb.models.model_file import load_with_model_file, trained_format
+    from fulltune_nb.settings import names_of
 
-    names = {"temp": "temperature", **{name: name for name in ("max_tokens", "top_p", "top_k", "min_p", "stop", "seed")}}
-    settings = {setting: getattr(arguments, name) for name, setting in names.items()}
+    settings = {name: getattr(arguments, name) for name in names_of(Sampling)}
     Sampling(**settings)  # what is wrong with it is said before a model is loaded
     prompt = read_prompt(arguments.prompt)
     lm = load_with_model_file(arguments.model, arguments.model_file, arguments.dtype)
