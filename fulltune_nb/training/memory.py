@@ -123,7 +123,8 @@ class MemoryPlan:
     """Bytes of freed arrays that MLX may keep besides."""
     moment: str
     """When: over the whole graph "forward", "loss", "last block" or "first block" (of the backward pass), or "update"; layerwise "loss",
-    "block", "vocabulary" or "update"; "forward or backward pass" where these were measured."""
+    "block again" (its forward pass within the backward pass), "block", "vocabulary" or "update"; "forward or backward pass" where these
+    were measured."""
     workload: str
     """What was assumed, in words."""
     advice: tuple[str, ...] = field(default=())
@@ -309,16 +310,16 @@ class Workload:
         kept, ahead = self._kept(self._width), self._ahead(max(self._scores, self._width), self._hidden)
         below = self._hidden if self.config.grad_checkpoint else kept  # of each block below the one that is computed
         back = max(2 * kept, ahead + self._scores) if self.config.grad_checkpoint else 2 * kept
-        stack, ends = (depth - 1) * below, 2 * self._hidden
+        stack, ends = max(depth - 1, 0) * below, 2 * self._hidden
         forward = stack + ahead + copies
         if self.model.num_experts:  # the routing is read while the graph is made: of what was computed by then, MLX lets nothing go
             forward = depth * (kept + self._ahead(self._scores, self._width, 2 * self._hidden) + copies)
             forward *= 1 + self.config.grad_checkpoint
         found = self._in_bytes({
             "forward": {"gradients": before, "activations": forward},
-            "loss": {"gradients": before, "activations": stack + below + ends, "logits": self._logits()},
+            "loss": {"gradients": before, "activations": depth * below + ends, "logits": self._logits()},
             "last block": {"gradients": before + head, "activations": stack + ends + back + copies},
-            "first block": {"gradients": before + gradients + self._tied * head, "activations": max(back, 2 * kept) + copies},
+            "first block": {"gradients": before + gradients + self._tied * head, "activations": back + copies},
             "update": {"gradients": gradients},
         })  # fmt: skip
         squares = 0 if self._kernels else 4 * min(2 * max(math.prod(shape) for shape in self.shapes.values()), gradients)
@@ -340,7 +341,7 @@ class Workload:
         piece = self._largest_group(self.trained, experts_apart=True)
         copies = self._half_on_cpu * self._largest_group(self.parameters, experts_apart=True)
         width = self._width // max(model.num_experts, 1)  # one expert at a time
-        block = max(2 * self._kept(width), self._ahead(max(self._scores, width), self._hidden)) + copies
+        again, sums = self._ahead(max(self._scores, width), self._hidden) + copies, (several > 1) * piece
 
         range_rows = vocabulary.ranges(model.vocab_size, model.hidden_size)[0].stop
         range_weights = range_rows * model.hidden_size
@@ -351,13 +352,12 @@ class Workload:
         else:
             chunk = self._ahead(min(chunk_size(range_rows), self.targets) * range_rows)
         chunk += self._half_on_cpu * range_weights
-        sums = 2 + (self._tied and several > 1)
+        ranges = 2 + (self._tied and several > 1)  # what is summed, and what is added to it
         found = self._in_bytes({
             "loss": {"activations": inputs + targets, "logits": several * kept + chunk},
-            "block": {"activations": inputs + block, "logits": several * kept, "gradients": (1 + (several > 1)) * piece},
-            "vocabulary": {
-                "activations": targets + 3 * hidden, "logits": several * kept + (0 if kept else chunk), "gradients": sums * range_weights,
-            },
+            "block again": {"activations": inputs + again, "logits": several * kept, "gradients": sums},
+            "block": {"activations": inputs + 2 * self._kept(width), "logits": several * kept, "gradients": sums + piece},
+            "vocabulary": {"activations": targets + 3 * hidden, "logits": several * kept or chunk, "gradients": ranges * range_weights},
             "update": {"activations": inputs, "logits": several * kept, "gradients": max(piece, range_weights)},
         })  # fmt: skip
         squares = 0 if self._kernels else found["update"]["gradients"]
