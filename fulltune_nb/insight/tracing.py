@@ -19,8 +19,8 @@ from fulltune_nb.insight.predictions import as_examples, predictions, ranking, s
 from fulltune_nb.insight.updates import block_of
 from fulltune_nb.models.decoder import Decoder, attention_shares
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.models.parameters import backward_through
 from fulltune_nb.settings import whole_number
-from fulltune_nb.training.layerwise import backward_through
 from fulltune_nb.training.loss import cross_entropy
 from fulltune_nb.training.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""A model's parameters by name: which are trained, where one stands in the model, and arrays put in their place for a while.
+"""A model's parameters by name: which are trained, where one stands, arrays put in their place for a while, and their gradients.
 
 A parameter's name is its module path, such as `layers.0.mlp.up_proj.weight`. Patterns in settings (`train_only`, `freeze`) are matched
 against the name it has in Hugging Face checkpoints, such as `model.layers.0.mlp.up_proj.weight`.
@@ -6,8 +6,8 @@ against the name it has in Hugging Face checkpoints, such as `model.layers.0.mlp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -51,6 +51,41 @@ def swapped_in(module: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[No
         yield
     finally:
         put_parameters(module, own)
+
+
+def backward_through(
+    modules: Mapping[str, nn.Module], function: Callable[..., mx.array], inputs: Sequence[mx.array], cotangent: mx.array
+) -> tuple[mx.array, list[mx.array], Arrays]:
+    """A function's value, and the gradients of its inputs and of the modules' trainable parameters by name; lazy.
+
+        x_of_block, loss = ..., ...
+        value, (to_x,), own = backward_through({"layers.3": block}, lambda x: block(x, rotation, mask), [x], to_output)
+        mx.eval(to_x, own)                    # own["layers.3.mlp.up_proj.weight"], ...
+
+    Who has no use for the value must not name it: it would keep what it is computed from.
+
+    Args:
+        modules: by module path; `function` uses their parameters. With the path "" parameters go by their names in the module.
+        function: of the inputs.
+        inputs: arrays.
+        cotangent: gradient with respect to the function's value.
+    """
+    trained = {path: trainable_of(module) for path, module in modules.items()}
+    names = [(path, name) for path, own in trained.items() for name in own]
+    primals = [*inputs, *(array for own in trained.values() for array in own.values())]
+
+    def of_arrays(*values: mx.array) -> mx.array:
+        given = dict(zip(names, values[len(inputs) :], strict=True))
+        with ExitStack() as stack:
+            for path, module in modules.items():
+                stack.enter_context(swapped_in(module, {name: given[path, name] for name in trained[path]}))
+            return function(*values[: len(inputs)])
+
+    if not primals:
+        return function(), [], {}
+    (value,), found = mx.vjp(of_arrays, primals, [cotangent])
+    paths = [f"{path}.{name}" if path else name for path, name in names]
+    return value, found[: len(inputs)], dict(zip(paths, found[len(inputs) :], strict=True))
 
 
 def holder_of(module: nn.Module, name: str) -> tuple[Any, str | int]:

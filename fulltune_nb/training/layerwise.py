@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -25,46 +24,11 @@ from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Decoder, Rotation, Routing
-from fulltune_nb.models.parameters import Arrays, lowest_trained_block, parameters_of, swapped_in, trainable_of
+from fulltune_nb.models.parameters import Arrays, backward_through, lowest_trained_block, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.vocabulary import HeadInput
-
-
-def backward_through(
-    modules: Mapping[str, nn.Module], function: Callable[..., mx.array], inputs: Sequence[mx.array], cotangent: mx.array
-) -> tuple[mx.array, list[mx.array], Arrays]:
-    """A function's value, and the gradients of its inputs and of the modules' trainable parameters by name; lazy.
-
-        x_of_block, loss = ..., ...
-        value, (to_x,), own = backward_through({"layers.3": block}, lambda x: block(x, rotation, mask), [x], to_output)
-        mx.eval(to_x, own)                    # own["layers.3.mlp.up_proj.weight"], ...
-
-    Who has no use for the value must not name it: it would keep what it is computed from.
-
-    Args:
-        modules: by module path; `function` uses their parameters. With the path "" parameters go by their names in the module.
-        function: of the inputs.
-        inputs: arrays.
-        cotangent: gradient with respect to the function's value.
-    """
-    trained = {path: trainable_of(module) for path, module in modules.items()}
-    names = [(path, name) for path, own in trained.items() for name in own]
-    primals = [*inputs, *(array for own in trained.values() for array in own.values())]
-
-    def of_arrays(*values: mx.array) -> mx.array:
-        given = dict(zip(names, values[len(inputs) :], strict=True))
-        with ExitStack() as stack:
-            for path, module in modules.items():
-                stack.enter_context(swapped_in(module, {name: given[path, name] for name in trained[path]}))
-            return function(*values[: len(inputs)])
-
-    if not primals:
-        return function(), [], {}
-    (value,), found = mx.vjp(of_arrays, primals, [cotangent])
-    paths = [f"{path}.{name}" if path else name for path, name in names]
-    return value, found[: len(inputs)], dict(zip(paths, found[len(inputs) :], strict=True))
 
 
 def vjp(
