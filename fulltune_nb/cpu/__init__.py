@@ -1,6 +1,6 @@
 """The door to what MLX needs on a CPU: a fast BLAS, kernels, streams for its cores, exponentials, memory that is used again.
 
-Everything takes and gives plain arrays, and does what MLX does on other devices; nothing outside of this folder asks for the platform.
+Everything takes and gives plain arrays, and does what MLX does on other devices; what else depends on the device asks `on_cpu`.
 Importing the door imports no mlx, because the BLAS has to be loaded before mlx; the other names load when they are first used.
 """
 

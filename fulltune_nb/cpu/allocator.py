@@ -29,7 +29,7 @@ _MMAP_MAX = 65536  # glibc's default
 _NEVER_TRIM = 2**31 - 1
 
 
-def cap_cache(lean: bool = False) -> None:
+def cap_cache(gives_back: bool = False) -> None:
     """On the CPU, makes freed arrays' memory stay with the process, for the arrays to come. Other devices keep MLX's default.
 
     With glibc that holds for everything the process allocates from then on: what it holds from the system stays near the
@@ -37,14 +37,14 @@ def cap_cache(lean: bool = False) -> None:
     peak that reports show, `cache_memory` shows it.
 
     Args:
-        lean: arrays of 4 MiB and more are given back to the system when they are freed, so that what the process holds stays near
+        gives_back: arrays of 4 MiB and more are given back to the system when they are freed, so that what the process holds stays near
             what it uses.
     """
     if on_cpu():
         if (mallopt := _mallopt()) is not None:
-            mallopt(_M_MMAP_MAX, _MMAP_MAX if lean else 0)
+            mallopt(_M_MMAP_MAX, _MMAP_MAX if gives_back else 0)
             mallopt(_M_MMAP_THRESHOLD, GIVEN_BACK_BYTES)
-            mallopt(_M_TRIM_THRESHOLD, GIVEN_BACK_BYTES if lean else _NEVER_TRIM)
+            mallopt(_M_TRIM_THRESHOLD, GIVEN_BACK_BYTES if gives_back else _NEVER_TRIM)
         mx.set_cache_limit(cache_limit())
 
 

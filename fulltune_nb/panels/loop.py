@@ -21,7 +21,7 @@ from fulltune_nb.training.trainer import Trainer
 
 Shared = TypeVar("Shared")
 
-PAUSE_SECONDS = 0.001
+BREATH_SECONDS = 0.001
 """How long the event loop is let go after a step or a piece. With 0 a button needs four steps to be heard."""
 
 # -- interrupts: the notebook's stop button, heard while work goes on behind the cells ----------------------------------
@@ -63,7 +63,7 @@ def interruptible() -> Iterator[None]:
 
 async def let_go() -> None:
     """Lets go of the event loop for a moment: buttons and cells have their turn."""
-    await asyncio.sleep(PAUSE_SECONDS)
+    await asyncio.sleep(BREATH_SECONDS)
 
 
 class Background:

@@ -95,9 +95,9 @@ def global_norm(gradients: Mapping[str, mx.array], kernels: Kernels | None = Non
     return mx.sqrt(sum(parts)).item()
 
 
-def clip_scale(norm: float, max_norm: float | None) -> float:
+def clip_scale(norm: float, max_norm: float) -> float:
     """What gradients of this global norm are multiplied by, as in `torch.nn.utils.clip_grad_norm_`; at most 1."""
-    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    return min(1.0, max_norm / (norm + 1e-6))
 
 
 def check_finite(number: int, loss: float, norm: float, batches: Sequence[Batch]) -> None:

@@ -81,7 +81,7 @@ class StepReport(_Record):
     tokens: int
     """Trained tokens in the step."""
     learning_rate: float
-    """Rate this step was taken with."""
+    """Rate this step was taken with, before `lr_factors`."""
     grad_norm: float
     """Global L2 norm of the gradient, before clipping."""
     seconds: float

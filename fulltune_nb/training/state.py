@@ -115,7 +115,7 @@ class Patience:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """All that a run needs to go on bit for bit from a step. Data and tokenizer are named, not held.
+    """All that a run needs to go on bit for bit from a step. The data is named, not held; the tokenizer stands in the model's folder.
 
     Attributes:
         step: optimizer steps taken.
@@ -124,8 +124,8 @@ class TrainerState:
         patience: `Patience.to_dict()`.
         random: MLX's random state.
         optimizer_steps_before: steps taken before the optimizer was begun anew, in a fork.
-        origin: JSON values of what the run is: `config`, `model_source`, `data` (source and fingerprint), `versions`, `backward`;
-            and for readers of the file, `position` and `learning_rate`.
+        origin: what the run was begun with, as JSON values: `config`, `model_source`, `data` (source and fingerprint), `versions`,
+            `backward`; and for readers of the file, `position` and `learning_rate`.
         optimizer_arrays: the optimizer's state by name.
         weights: by module path; empty where the model holds them.
     """

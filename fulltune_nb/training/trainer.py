@@ -166,7 +166,7 @@ class Trainer:
             lm.model.set_dtype(plan.dtype)
             mx.eval(lm.model.parameters())
         select_trainable(lm.model, config.train_only, config.freeze)
-        cap_cache(lean=plan.gives_back)
+        cap_cache(plan.gives_back)
         self.optimizers = Optimizers(lm.model, config)
         self.engine = plan.make_engine(lm.model)
         if stored is not None:
@@ -433,7 +433,7 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """The rate of the next step, which is reported as `step_count + 1`."""
         return self._rate.at(self.step_count)
 
     def set_learning_rate(self, learning_rate: float) -> None:

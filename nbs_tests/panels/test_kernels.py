@@ -111,12 +111,12 @@ def test_an_interrupt_between_cells_pauses_and_the_losses_stay_the_same(kernel, 
 
 @pytest.mark.parametrize("pause_seconds", [0.001, 0.2], ids=["mostly in steps", "mostly between steps"])
 def test_an_interrupt_of_the_cell_that_waits_pauses_and_is_no_error(kernel, panel, pause_seconds):
-    kernel.run(f"from fulltune_nb.panels import loop; loop.PAUSE_SECONDS = {pause_seconds}")
+    kernel.run(f"from fulltune_nb.panels import loop; loop.BREATH_SECONDS = {pause_seconds}")
     waiting = kernel.send("panel.start(); await panel.wait(); print('over')")
     time.sleep(0.7)
     kernel.interrupt()
     cell = kernel.outcome(waiting)
-    kernel.run("loop.PAUSE_SECONDS = 0.001")
+    kernel.run("loop.BREATH_SECONDS = 0.001")
     assert cell.status == "ok" and "over" in cell.text, cell.error
     assert kernel.value("trainer.interrupted and not panel.loop.running")
     kernel.run("panel.start(2); await panel.wait()")

@@ -281,7 +281,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
 def test_a_layerwise_run_gives_memory_back_where_it_is_short(make_lm, make_data, monkeypatch, memory, limit, short):
     given = []
     monkeypatch.setattr("fulltune_nb.training.memory.machine_limit", lambda: limit)
-    monkeypatch.setattr("fulltune_nb.training.trainer.cap_cache", lambda lean: given.append(lean))
+    monkeypatch.setattr("fulltune_nb.training.trainer.cap_cache", given.append)
     config = ft.TrainConfig(memory=memory, backward="layerwise")
     ft.Trainer(make_lm(), make_data(config=config), config, force=True)
     assert given == [short]

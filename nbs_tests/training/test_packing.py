@@ -10,12 +10,14 @@ from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
 from fulltune_nb.data import Example, Split, StepBatches, collate
+from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.decoder import Decoder, causal_mask, within_segments
 from fulltune_nb.models.families import read_config
 from fulltune_nb.training import memory
 from fulltune_nb.training.engine import WholeGraph
 from fulltune_nb.training.layerwise import Layerwise
+from fulltune_nb.training.plan import preflight
 from nbs_tests.models.model_cases import CASES, FAMILIES, SMALL
 from nbs_tests.training.conftest import loss_and_gradients, make_rows
 
@@ -227,15 +229,16 @@ def test_preflight_counts_the_widest_packed_row(monkeypatch):
     config = read_config({"model_type": "llama", **SMALL})
     lm = SimpleNamespace(model=Decoder(config), config=config, dtype="float32")
     lengths = np.array([40, 30, 30, 20, 10, 10])
-    split = SimpleNamespace(lengths=lengths, trainable=np.arange(6), trained_tokens=int((lengths - 1).sum()))
-    data = SimpleNamespace(train=split)
+    trained = lengths - 1
+    split = SimpleNamespace(lengths=lengths, trainable=np.arange(6), trained_lengths=trained, trained_tokens=int(trained.sum()))
+    data = SimpleNamespace(train=split, settings=DataSettings())
     # 40 + 20, 30 + 30, 10 + 10: widths 58, 58 and 18
-    words = memory.preflight(lm, data, ft.TrainConfig(packing=True, batch_size=8, max_seq_length=60)).workload
+    words = preflight(lm, data, ft.TrainConfig(packing=True, batch_size=8, max_seq_length=60)).workload
     assert words.startswith("3 packed rows of 58 tokens in a micro-batch")
-    words = memory.preflight(lm, data, ft.TrainConfig(packing=True, batch_size=1, max_seq_length=200)).workload
+    words = preflight(lm, data, ft.TrainConfig(packing=True, batch_size=1, max_seq_length=200)).workload
     assert words.startswith("1 packed row of 134 tokens")
     # Shorter rows, which advice may try, cut the examples: 25 + 10, 25 + 10, 25 + ..., never more than 35 tokens.
-    words = memory.preflight(lm, data, ft.TrainConfig(packing=True, batch_size=1, max_seq_length=35)).workload
+    words = preflight(lm, data, ft.TrainConfig(packing=True, batch_size=1, max_seq_length=35)).workload
     assert words.startswith("1 packed row of 34 tokens")
 
 
