@@ -84,7 +84,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         parameters, names = trainable_of(model), _names_for_patterns(model)
-        _check_patterns(config, names)
+        check_patterns(model, config)
         for name, array in parameters.items():
             check_dtype(name, array.dtype)
         self.step = 0
@@ -312,7 +312,12 @@ def _names_for_patterns(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: (name,) if family is None else (to_hf(name, family), name) for name in parameters_of(model)}
 
 
-def _check_patterns(config: TrainConfig, names: Mapping[str, tuple[str, ...]]) -> None:
+def check_patterns(model: nn.Module, config: TrainConfig) -> None:
+    """
+    Raises:
+        ConfigError: a pattern in `lr_factors` matches no parameter.
+    """
+    names = _names_for_patterns(model)
     for pattern in config.lr_factors:
         if not any(fnmatchcase(name, pattern) for own in names.values() for name in own):
             shown = [own[0] for own in names.values()]

@@ -23,7 +23,7 @@ from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
 from fulltune_nb.training.memory import MemoryPlan, Workload
-from fulltune_nb.training.optimizers import update_bytes
+from fulltune_nb.training.optimizers import check_patterns, update_bytes
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
 
 COMPILING_PAYS_FROM = 3e13
@@ -73,9 +73,10 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
         backward: "whole" or "layerwise", decided before; None: as the settings and the memory say.
 
     Raises:
-        ConfigError: a pattern in `train_only` or `freeze` matches nothing.
+        ConfigError: a pattern in `train_only`, `freeze` or `lr_factors` matches nothing.
         MemoryLimitError: the run does not fit; the message says what would make it fit.
     """
+    check_patterns(lm.model, config)
     notes, batches = [], step_batches(data.train, config)
     if config.packing:
         notes.append(("packing", batches.packing_note))

@@ -28,6 +28,7 @@ from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.lock import RunLock
+from fulltune_nb.training.plan import step_batches
 from fulltune_nb.training.state import (
     FOLDER_NAME,
     TrainerState,
@@ -297,7 +298,7 @@ class StoredRun:
         except BaseException:
             self.directory.close()
             raise
-        self.notes = list(self.directory.notes)
+        self.notes, self._has_weights = list(self.directory.notes), True
         then, now = self._state["versions"], versions()
         changed = [f"{name} was {str(then[name])[:40]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
         if changed:
@@ -337,7 +338,7 @@ class StoredRun:
         return now
 
     def model(self, lm: LanguageModel | None) -> LanguageModel:
-        """The model with the checkpoint's weights: the one given, or a new one.
+        """The model of the run: the one given, which `put_weights` gives the checkpoint's, or a new one that has them.
 
         Raises:
             CheckpointError: the one given is another model.
@@ -357,8 +358,18 @@ class StoredRun:
             if not self._force:
                 raise CheckpointError(f"{message}. Give the same model or none, or force=True to go on with this one.")
             self.notes.append(message)
-        load_folder_weights(lm.model, self.checkpoint)
+        self._has_weights = False
         return lm
+
+    def put_weights(self, lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
+        """Gives the model the checkpoint's weights, where it has not got them. The last thing, so that a refusal leaves it as it is.
+
+        Raises:
+            CheckpointError: the run would be shorter than it has come.
+        """
+        check_long_enough(config.total_steps(step_batches(data.train, config).steps_per_epoch), self._state["step"])
+        if not self._has_weights:
+            load_folder_weights(lm.model, self.checkpoint)
 
     def data(self, data: DataSet | str | os.PathLike | None, lm: LanguageModel, config: TrainConfig) -> DataSet:
         """The run's data: as given, or from the folder it was in.
@@ -399,6 +410,17 @@ class StoredRun:
             except OSError:
                 place = path.name
             self.notes.append(f"passed over a damaged checkpoint, now called {place}: {why}")
+
+
+def check_long_enough(total_steps: int, step: int) -> None:
+    """
+    Raises:
+        CheckpointError: a run of so many steps has no such step.
+    """
+    if step > total_steps:
+        raise CheckpointError(
+            f"the state is that of step {step:,}, but the run has {total_steps:,} steps in all. Give more iters or epochs."
+        )
 
 
 def check_same_data(data: DataSet, stored: Mapping[str, Any], force: bool) -> list[str]:

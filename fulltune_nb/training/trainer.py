@@ -32,7 +32,7 @@ from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.plan import make_plan
-from fulltune_nb.training.run import RunDirectory, StoredRun, check_holds_no_run, check_same_data, holds_run
+from fulltune_nb.training.run import RunDirectory, StoredRun, check_holds_no_run, check_long_enough, check_same_data, holds_run
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.state import (
@@ -112,12 +112,10 @@ class Trainer:
                 stored.data(data, lm, config)
                 self._begin(stored.model(lm), data, config, force, stored)
             stored.directory.write_config(config)
-        elif run_dir is not None:
-            check_holds_no_run(run_dir)  # before the model is touched: a living trainer may be training it
-            self._begin(lm, data, config, force)
-            self._write_into(RunDirectory.create(run_dir, config, lm.source))
         else:
-            self._begin(lm, data, config, force)
+            if run_dir is not None:
+                check_holds_no_run(run_dir)
+            self._begin(lm, data, config, force, run_dir=run_dir)
 
     @classmethod
     def resume(
@@ -145,8 +143,16 @@ class Trainer:
             lm = stored.model(lm)
             return cls(lm, stored.data(data, lm, config), config, force=force, resume=stored)
 
-    def _begin(self, lm: LanguageModel, data: DataSet, config: TrainConfig, force: bool, stored: StoredRun | None = None) -> None:
-        """At step 0, or where a stored run stands."""
+    def _begin(
+        self,
+        lm: LanguageModel,
+        data: DataSet,
+        config: TrainConfig,
+        force: bool,
+        stored: StoredRun | None = None,
+        run_dir: Path | None = None,
+    ) -> None:
+        """At step 0, or where a stored run stands. What may be refused comes first: a living trainer may be training the model."""
         self.lm, self.data, self.config = lm, data, config
         self.history, self.listeners, self.patience = History(), [], Patience(config.patience)
         self.step_count = self.optimizer_steps_before = 0
@@ -156,8 +162,11 @@ class Trainer:
         self._loops_open, self._failed = 0, False
         self._told_failure: str | None = None
         self._forget_what_is_written()
-        lm.card = ModelCard(lm.source, data, config, self.history)
+        if stored is not None:
+            stored.put_weights(lm, data, config)
         plan = make_plan(lm, data, config, force, stored and stored.backward(config))
+        directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
+        lm.card = ModelCard(lm.source, data, config, self.history)
         for kind, message in plan.notes:
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
@@ -171,6 +180,8 @@ class Trainer:
         self.engine = plan.make_engine(lm.model)
         if stored is not None:
             self._go_on_with(stored)
+        elif directory is not None:
+            self._write_into(directory)
 
     def _go_on_with(self, stored: StoredRun) -> None:
         self._directory = stored.directory
@@ -548,10 +559,7 @@ class Trainer:
         own = {name: (array.shape, array.dtype) for name, array in parameters_of(self.lm.model).items()}
         if state.weights and own != {name: (array.shape, array.dtype) for name, array in state.weights.items()}:
             raise CheckpointError("the snapshot is of a model of another shape or dtype. Restore those of this trainer, or of forks of it.")
-        if state.step > self.total_steps:
-            raise CheckpointError(
-                f"the state is that of step {state.step:,}, but the run has {self.total_steps:,} steps in all. Give more iters or epochs."
-            )
+        check_long_enough(self.total_steps, state.step)
         self.optimizers.load_state_arrays(state.optimizer_arrays)
         put_parameters(self.lm.model, state.weights)
         mx.eval(self.lm.model.parameters())

@@ -207,6 +207,33 @@ def test_a_refused_second_trainer_leaves_the_living_one_its_folder(make_trainer,
     assert (tmp_path / "run" / LOCK_FILE).exists() and living.step_count == 3
 
 
+def test_a_refused_second_trainer_leaves_the_model_as_it_is(make_trainer, make_data, tmp_path):
+    """Nothing of a living trainer's model is touched: its weights are not those of the checkpoint, and as many are trained."""
+    straight = make_trainer(freeze=["*embed_tokens*"])
+    straight.run(4)
+    run = tmp_path / "run"
+    living = make_trainer(run_dir=run, freeze=["*embed_tokens*"])
+    living.run(2)
+    living.save()
+    living.run(1)
+    (tmp_path / "file").touch()
+    lm, data, config = living.lm, living.data, living.config
+    all_trained = config.replace(freeze=[])
+    for refused in (
+        lambda: ft.Trainer.resume(run, lm),
+        lambda: ft.Trainer.resume(run, lm, make_data(11, mask_prompt=True)),
+        lambda: ft.Trainer(lm, data, config.replace(iters=1), run, resume="auto"),
+        lambda: ft.Trainer(lm, data, all_trained, tmp_path / "file"),
+        lambda: ft.Trainer(lm, data, all_trained.replace(lr_factors={"nonsense": 1.0})),
+        lambda: ft.Trainer(lm, data, config.replace(train_only=["nonsense"])),
+    ):
+        with pytest.raises((CheckpointError, ft.ConfigError)):
+            refused()
+    living.run(1)
+    assert [r.loss for r in living.history.steps] == [r.loss for r in straight.history.steps]
+    assert lm.card.history is living.history
+
+
 def test_a_run_whose_folder_another_one_has_taken_writes_nothing_into_it(make_trainer, tmp_path):
     first = make_trainer(run_dir=tmp_path / "run")
     first.run(1)
