@@ -279,3 +279,17 @@ def test_an_evaluation_after_the_last_cell_takes_nothing_out_of_the_result(make_
     assert whole["test_loss"] == whole["after"]["loss"] == whole["test"]["loss"] and whole["exported"] == "out"
     trainer.evaluate("valid")
     assert json.loads(path.read_text()).keys() == whole.keys()
+
+
+def test_a_run_that_goes_on_drops_the_losses_of_its_former_end_from_the_result(make_trainer, make_data, tmp_path):
+    run = tmp_path / "run"
+    trainer = make_trainer(run_dir=run, iters=2)
+    trainer.run()
+    trainer.evaluate("test")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "note": "mine"}))
+    config = trainer.config.replace(iters=4)
+    ft.Trainer(trainer.lm, trainer.data, config, run, resume="auto").run()
+    on = json.loads((run / "result.json").read_text())
+    assert (on["steps"], on["note"], on["test"]) == (4, "mine", None) and "test_loss" in result.keys() - on.keys()
+    assert on["valid_loss"] == on["valid_last"]["loss"]
