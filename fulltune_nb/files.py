@@ -184,7 +184,10 @@ def remove_folder(folder: Path) -> None:
 
 def _remove_files(folder: Path) -> None:
     """Removes a folder that has lost its name already; a large one in a thread, as that takes a third of the time of writing it."""
-    size = sum(path.lstat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+    try:
+        size = sum(path.lstat().st_size for path in folder.iterdir())
+    except OSError:  # no folder, or somebody else is removing it too
+        size = 0
     if size <= REMOVED_AT_ONCE:
         shutil.rmtree(folder, ignore_errors=True)
         return

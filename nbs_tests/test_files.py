@@ -91,6 +91,13 @@ def test_a_folder_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
     assert len(tidy(tmp_path, "place")) == 1 and os.listdir(tmp_path) == []  # not brought back: some of its files may be gone
 
 
+def test_a_file_that_somebody_else_removes_from_it_meanwhile_is_no_error(tmp_path, monkeypatch):
+    place = folder(tmp_path / "place", "old")
+    monkeypatch.setattr(files.Path, "iterdir", lambda self: iter([self / "gone"]))
+    remove_folder(place)
+    assert os.listdir(tmp_path) == []
+
+
 def replace(place):
     put_in_place(folder(place.with_name("new"), "new"), place)
 

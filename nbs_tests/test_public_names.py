@@ -71,6 +71,12 @@ def test_importing_is_quiet_and_leaves_the_heavy_packages_alone():
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
 
 
+def test_what_a_command_needs_for_its_help_leaves_numpy_and_mlx_alone():
+    commands = ", ".join(f"fulltune_nb.{name}" for name in ("full", "generate", "demo", "sweep"))
+    result = python(f"import sys, {commands}; print([m for m in {HEAVY!r} if m in sys.modules])")
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
+
+
 def test_loading_a_model_is_quiet_where_pytorch_is_not_installed(monkeypatch):
     monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)  # mlx-lm sets it for the whole process
     code = """
