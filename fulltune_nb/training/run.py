@@ -369,9 +369,10 @@ class StoredRun:
         """Gives the model the checkpoint's weights, where it has not got them. The last thing, so that a refusal leaves it as it is.
 
         Raises:
-            CheckpointError: the run would be shorter than it has come.
+            CheckpointError: the run would be shorter than it has come, or cannot be written to.
         """
         check_long_enough(config.total_steps(step_batches(data.train, config).steps_per_epoch), self._state["step"])
+        self.directory.rewrite_metrics(History.from_jsonable(self._state["history"]))  # a full disk is found out here
         if not self._has_weights:
             load_folder_weights(lm.model, self.checkpoint)
 

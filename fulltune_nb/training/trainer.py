@@ -554,13 +554,21 @@ class Trainer:
         """Stands where a state says from now on; its arrays become the trainer's own.
 
         Raises:
-            CheckpointError: the arrays do not fit, or the run is shorter; nothing is changed.
+            CheckpointError: the arrays do not fit, the run is shorter, or its metrics cannot be written; nothing is changed.
         """
         own = {name: (array.shape, array.dtype) for name, array in parameters_of(self.lm.model).items()}
         if state.weights and own != {name: (array.shape, array.dtype) for name, array in state.weights.items()}:
             raise CheckpointError("the snapshot is of a model of another shape or dtype. Restore those of this trainer, or of forks of it.")
         check_long_enough(self.total_steps, state.step)
+        before = self.optimizers.state_arrays()
         self.optimizers.load_state_arrays(state.optimizer_arrays)
+        if self._directory:
+            try:
+                self._directory.rewrite_metrics(state.history)
+            except CheckpointError:
+                self.optimizers.load_state_arrays(before)
+                raise
+        del before
         put_parameters(self.lm.model, state.weights)
         mx.eval(self.lm.model.parameters())
         self.history[:] = state.history
@@ -571,8 +579,6 @@ class Trainer:
         self.patience.load(state.patience)
         set_random_state(state.random)
         self._forget_what_is_written()
-        if self._directory:
-            self._directory.rewrite_metrics(self.history)
 
     def snapshot(self, folder: str | os.PathLike | None = None) -> Snapshot:
         """The present state, to go back to with `restore`.

@@ -16,7 +16,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, FulltuneError, ModelError
 from fulltune_nb.models.model_file import export_folder, save_model_file
-from fulltune_nb.training.run import RunDirectory
+from fulltune_nb.training.run import RunDirectory, read_metrics
 from fulltune_nb.training.state import list_checkpoints, read_state
 from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_resuming import MASKED
@@ -294,3 +294,31 @@ def test_a_small_disk_that_fills_up(make_lm, tokenizer, tmp_path):
         del trainer
         gc.collect()
         subprocess.run(["umount", "-l", str(place)], capture_output=True)
+
+
+def test_a_full_disk_refuses_to_go_back_or_to_resume_before_anything_is_changed(make_trainer, tmp_path, monkeypatch):
+    """The living trainer goes on with its own weights and optimizer afterwards, not with a mixture."""
+    straight = make_trainer()
+    straight.run(4)
+    trainer = make_trainer(run_dir=tmp_path / "run")
+    start = trainer.snapshot()
+    trainer.run(2)
+    trainer.save()
+    trainer.run(1)
+    for refused in (lambda: trainer.restore(start), lambda: ft.Trainer.resume(tmp_path / "run", trainer.lm, trainer.data)):
+        monkeypatch.setattr(tempfile, "mkstemp", fail_with(errno.ENOSPC))
+        with pytest.raises(CheckpointError, match="metrics.jsonl could not be written"):
+            refused()
+        monkeypatch.undo()
+    gc.collect()
+    trainer.run(1)
+    assert [r.loss for r in trainer.history.steps] == [r.loss for r in straight.history.steps]
+    steps = [r.step for r in read_metrics(tmp_path / "run")[0].steps]
+    assert steps == [1, 2, 3, 4] and trainer.step_count == 4
+
+
+def fail_with(number):
+    def call(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return call
