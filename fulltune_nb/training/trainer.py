@@ -239,9 +239,12 @@ class Trainer:
         Raises:
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
+            CheckpointError: a later trainer of this process has taken the run up; or a report cannot be written.
         """
         with self._running(), interrupts_deferred():
             self._check_whole()
+            if self._directory and not self._directory.lock.is_ours:
+                self._directory.lock.check()  # before the update: the later trainer may be training this very model
             if self.step_count == 0 and self._directory and not self._directory.has_checkpoints():
                 self.save()  # a run can always go back to where it began
             started, rate = time.perf_counter(), self.learning_rate

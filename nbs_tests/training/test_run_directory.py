@@ -268,6 +268,21 @@ def test_resume_auto_begins_a_run_and_goes_on_with_it(make_trainer, make_lm, mak
         ft.Trainer(make_lm(), data, settings, tmp_path / "run", resume=True)
 
 
+def test_a_loop_whose_run_was_taken_up_does_not_touch_the_model_that_both_train(make_trainer, tmp_path):
+    """As where the cell that makes the trainer is run again while a panel trains."""
+    straight = make_trainer()
+    straight.run()
+    first = make_trainer(run_dir=tmp_path / "run")
+    loop = first.steps()
+    next(loop)
+    again = ft.Trainer(first.lm, first.data, first.config, tmp_path / "run", resume="auto")
+    with pytest.raises(CheckpointError, match="taken up by a later trainer"):
+        next(loop)
+    assert first.step_count == 1 and first.state == "failed"
+    again.run()
+    assert [r.loss for r in again.history.steps] == [r.loss for r in straight.history.steps]
+
+
 def test_an_evaluation_after_the_last_cell_takes_nothing_out_of_the_result(make_trainer, tmp_path):
     from fulltune_nb.experiments.result import experiment_result, write_result
 
