@@ -296,7 +296,8 @@ class TrainView:
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         self._pace.add(report)
-        if time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+        by_itself = trainer.state != "running"  # nothing comes behind it that would show it
+        if by_itself or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self.refresh()
         if self._plot.seconds_to_wait() == 0:
             self._plot.draw(trainer.history)

@@ -95,6 +95,11 @@ class Adafactor(Rule):
             own = {"exp_avg_sq": Slot(shape)}
         return own if self.beta_1 is None else {**own, "exp_avg": Slot(shape)}
 
+    def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
+        """As every rule's, and the new means, which stand beside the old ones until the rows are updated."""
+        means = [slot.nbytes for shape in shapes if len(shape) >= 2 for name, slot in self.slots(shape).items() if name != "exp_avg"]
+        return super().update_bytes(shapes, dtype, weight_decay) + sum(means)
+
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> _Step:
         return _Step(1.0 - step**self.decay_rate, learning_rate, weight_decay, gradient_scale)
 

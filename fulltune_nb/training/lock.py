@@ -131,8 +131,11 @@ class _LockFile:
             ) from None
 
     def is_replaced(self) -> bool:
-        """Whether another file stands in its place."""
-        return self.path.exists() and not _is_file_at(self._descriptor, self.path)
+        """Whether another file stands in its place; not where it cannot be looked at: there the write itself says why."""
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except OSError:
+            return False
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:

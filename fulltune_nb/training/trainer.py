@@ -241,36 +241,37 @@ class Trainer:
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
             CheckpointError: a later trainer of this process has taken the run up; or a report cannot be written.
         """
-        with self._running(), interrupts_deferred():
-            self._check_whole()
-            if self._directory and not self._directory.lock.is_ours:
-                self._directory.lock.check()  # before the update: the later trainer may be training this very model
-            if self.step_count == 0 and self._directory and not self._directory.has_checkpoints():
-                self.save()  # a run can always go back to where it began
-            started, rate = time.perf_counter(), self.learning_rate
-            mx.reset_peak_memory()
-            batches = self.batches.of_step(self.step_count)
-            try:
-                loss, norm = self._take_step(self.step_count + 1, batches, rate)
-            except BaseException as error:
-                self._step_failed(error)
-                raise
-            seconds, tokens = time.perf_counter() - started, sum(batch.num_tokens for batch in batches)
-            self.step_count += 1
-            report = StepReport(
-                step=self.step_count,
-                epoch=self.step_count / self.steps_per_epoch,
-                loss=loss,
-                tokens=tokens,
-                learning_rate=rate,
-                grad_norm=norm,
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                peak_memory=mx.get_peak_memory(),
-                active_memory=mx.get_active_memory(),
-                cache_memory=mx.get_cache_memory(),
-            )
-            self.record(report)
+        with interrupts_deferred():
+            with self._running():
+                self._check_whole()
+                if self._directory and not self._directory.lock.is_ours:
+                    self._directory.lock.check()  # before the update: the later trainer may be training this very model
+                if self.step_count == 0 and self._directory and not self._directory.has_checkpoints():
+                    self.save()  # a run can always go back to where it began
+                started, rate = time.perf_counter(), self.learning_rate
+                mx.reset_peak_memory()
+                batches = self.batches.of_step(self.step_count)
+                try:
+                    loss, norm = self._take_step(self.step_count + 1, batches, rate)
+                except BaseException as error:
+                    self._step_failed(error)
+                    raise
+                seconds, tokens = time.perf_counter() - started, sum(batch.num_tokens for batch in batches)
+                self.step_count += 1
+                report = StepReport(
+                    step=self.step_count,
+                    epoch=self.step_count / self.steps_per_epoch,
+                    loss=loss,
+                    tokens=tokens,
+                    learning_rate=rate,
+                    grad_norm=norm,
+                    seconds=seconds,
+                    tokens_per_second=tokens / seconds,
+                    peak_memory=mx.get_peak_memory(),
+                    active_memory=mx.get_active_memory(),
+                    cache_memory=mx.get_cache_memory(),
+                )
+            self.record(report)  # a step that was taken by itself is over when it is told
         return report
 
     def _take_step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
@@ -348,15 +349,18 @@ class Trainer:
         """
         target = self._target(n)
         self._check_whole()
-        with self._running():
-            if self.step_count or not self.done:
-                self._evaluate_if_due()  # what an interrupt kept from being done after the last step
-                self._save_if_due()
-            while self.step_count < target and not self.stopped_early:
-                report = self.step()
-                self._evaluate_if_due()
-                self._save_if_due()
-                yield report
+        try:
+            with self._running():
+                if self.step_count or not self.done:
+                    self._evaluate_if_due()  # what an interrupt kept from being done after the last step
+                    self._save_if_due()
+                while self.step_count < target and not self.stopped_early:
+                    report = self.step()
+                    self._evaluate_if_due()
+                    self._save_if_due()
+                    yield report
+        finally:
+            self.tell("on_change")  # however the loop was left
 
     def _target(self, n: int | None) -> int:
         """The step count at which `n` more steps end."""
@@ -384,8 +388,8 @@ class Trainer:
         Args:
             n: steps; None for all that are left.
             callbacks: objects with any of `on_step(trainer, report)`, `on_eval(trainer, report)`, `on_save(trainer, path)`,
-                `on_event(trainer, event)`; also `on_start(trainer, target)`, with the step count at which this call will end, and
-                `on_end(trainer)`, which comes after an error too.
+                `on_event(trainer, event)`; also `on_start(trainer, target)`, with the step count at which this call will end,
+                `on_end(trainer)`, which comes after an error too, and `on_change(trainer)`, when the state is another one.
 
         Raises:
             NonFiniteError: see `step`.

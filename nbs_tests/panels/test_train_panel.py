@@ -239,6 +239,15 @@ def test_a_run_in_a_cell_moves_the_panel_too(make_trainer, panel_of):
     assert "done" in panel.controls.status.value and panel.controls.progress.value == 8
 
 
+def test_after_steps_in_a_cell_the_panel_says_that_it_is_paused(make_trainer, panel_of):
+    panel = panel_of(make_trainer())
+    panel.trainer.step()
+    assert "paused" in panel.controls.status.value
+    for _ in panel.trainer.steps(2):
+        assert panel.trainer.state == "running"
+    assert "paused" in panel.controls.status.value and "step 3 " in panel.controls.status.value
+
+
 def test_a_resumed_runs_log_and_plot_hold_what_was_before(make_trainer, panel_of, tmp_path):
     trainer = make_trainer(run_dir=tmp_path / "run", steps_per_eval=2)
     trainer.run(4)
