@@ -132,17 +132,15 @@ class _LockFile:
 
     def is_replaced(self) -> bool:
         """Whether another file stands in its place; not where it cannot be looked at: there the write itself says why."""
-        try:
-            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        except OSError:
-            return False
+        return _is_file_at(self._descriptor, self.path) is False
 
 
-def _is_file_at(descriptor: int, path: Path) -> bool:
+def _is_file_at(descriptor: int, path: Path) -> bool | None:
+    """Whether an open file is the one at a path; None where nothing is there, or it cannot be looked at."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
-        return False
+        return None
 
 
 def _let_go(descriptor: int, path: Path, process: int) -> None:
