@@ -10,7 +10,7 @@ from fulltune_nb.errors import WeightsError
 from fulltune_nb.files import atomic_path
 from fulltune_nb.html import human_bytes
 from fulltune_nb.models.model_file import metadata_path, read_metadata, write_metadata
-from fulltune_nb.tensor_files import check_ending, open_tensors, write_npz, write_safetensors
+from fulltune_nb.tensor_files import FORMAT, check_ending, open_tensors, write_npz, write_safetensors
 
 
 def convert(source: Path, target: Path, force: bool = False) -> tuple[int, int]:
@@ -45,7 +45,7 @@ def convert(source: Path, target: Path, force: bool = False) -> tuple[int, int]:
             if target.suffix == ".npz":
                 write_npz(temporary, tensors)
             else:
-                write_safetensors(temporary, tensors, {"format": "mlx", **metadata})
+                write_safetensors(temporary, tensors, {**metadata, **FORMAT})
         own = {key: value for key, value in metadata.items() if key != "format"}
         if own:
             write_metadata(target, own)

@@ -31,6 +31,8 @@ from fulltune_nb.files import Checksum, atomic_path, begin_checksum, no_key_twic
 
 ENDINGS = (".npz", ".safetensors")
 """Of weights files."""
+FORMAT = {"format": "pt"}
+"""In the header of every safetensors file that is written: the layout is PyTorch's, and accelerate and older transformers ask for it."""
 
 _NUMPY = {  # dtype in a safetensors header -> in an npy header
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<V2", "C64": "<c8", "BOOL": "|b1",
@@ -99,14 +101,14 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
             if path.suffix == ".npz":
                 mx.savez(str(temporary), **tensors)
             else:
-                write_safetensors(temporary, tensors_of(tensors), {"format": "mlx", **(metadata or {})})
+                write_safetensors(temporary, tensors_of(tensors), {**(metadata or {}), **FORMAT})
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path} could not be written: {error}. Check free space and permissions.") from error
 
 
 def begin_checksum_of(tensors: Mapping[str, mx.array]) -> Checksum:
     """The SHA-256 of the safetensors file that `write_tensors` makes of these tensors, computed in a thread from now on."""
-    return begin_checksum(_safetensors(tensors_of(tensors), {"format": "mlx"}))
+    return begin_checksum(_safetensors(tensors_of(tensors), FORMAT))
 
 
 def tensors_of(arrays: Mapping[str, mx.array]) -> list[Tensor]:

@@ -61,7 +61,7 @@ def test_safetensors_becomes_npz_with_the_same_tensors(safetensors, tmp_path):
 def test_there_and_back_gives_the_same_bytes(safetensors, tmp_path):
     assert main([str(safetensors), str(tmp_path / "a.npz")]) == 0
     assert main([str(tmp_path / "a.npz"), str(tmp_path / "b.safetensors")]) == 0
-    assert safetensors_metadata(tmp_path / "b.safetensors") == {"base_model": "somewhere", "format": "mlx"}
+    assert safetensors_metadata(tmp_path / "b.safetensors") == {"base_model": "somewhere", "format": "pt"}
     before = {tensor.name: b"".join(tensor.chunks()) for tensor in open_safetensors(safetensors)}
     after = {tensor.name: b"".join(tensor.chunks()) for tensor in open_safetensors(tmp_path / "b.safetensors")}
     assert before == after
@@ -96,7 +96,7 @@ def test_bfloat16_that_numpy_wrote_as_raw_bytes_stays_bfloat16(tmp_path):
 def test_what_the_npz_says_about_itself_goes_along(npz, tmp_path):
     (tmp_path / "model.npz.json").write_text('{"base_model": "somewhere"}')
     assert main([str(npz), str(tmp_path / "out.safetensors")]) == 0
-    assert safetensors_metadata(tmp_path / "out.safetensors") == {"format": "mlx", "base_model": "somewhere"}
+    assert safetensors_metadata(tmp_path / "out.safetensors") == {"format": "pt", "base_model": "somewhere"}
 
 
 def test_an_existing_target_is_replaced_only_with_force(npz, tmp_path, capsys):

@@ -62,6 +62,11 @@ class Split(Sequence[Example]):
         return self.examples[index]
 
     @cached_property
+    def largest_id(self) -> int:
+        """The largest token id of any example; -1 where there are no tokens."""
+        return max((int(example.tokens.max()) for example in self.examples if len(example.tokens)), default=-1)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over lengths, tokens and masks: equal for splits that train alike."""
         digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())

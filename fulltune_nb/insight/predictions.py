@@ -12,7 +12,8 @@ import numpy as np
 from fulltune_nb.chat_template import prompt_ids
 from fulltune_nb.cpu import softmax_statistics
 from fulltune_nb.data.example import Example, visible
-from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.data.token_ids import check_ids
+from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.training.loss import chunks
@@ -34,12 +35,7 @@ def as_examples(lm: LanguageModel, given: Any) -> list[Example]:
         hint = " Pass one of its splits, such as data.valid." if hasattr(given, "splits") else ""
         raise ConfigError(f"Expected an example, a text, or a list of them, got {type(given).__name__}.{hint}")
     examples = [text_example(lm, one, number) if isinstance(one, str) else one for number, one in enumerate(given)]
-    for example in examples:
-        if len(example.tokens) and not 0 <= example.tokens.min() <= example.tokens.max() < lm.config.vocab_size:
-            raise DataError(
-                f"{example.source}: token ids from {example.tokens.min()} to {example.tokens.max()}, but the model has 0 to "
-                f"{lm.config.vocab_size - 1}. Load the data with this model's tokenizer."
-            )
+    check_ids(examples, lm.config.vocab_size, lm.tokenizer)
     return examples
 
 

@@ -19,6 +19,7 @@ from fulltune_nb.cpu import Kernels, exp_and_sum
 from fulltune_nb.data.batches import collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
+from fulltune_nb.data.token_ids import check_ids
 from fulltune_nb.errors import DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.history import EvalReport
@@ -136,7 +137,11 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
         split: the examples.
         batch_size: rows at a time; changes memory and time, not the result.
         max_batches: at most so many batches; None for the whole split.
+
+    Raises:
+        DataError: token ids that the model has no row for.
     """
+    check_ids(split, model.config.vocab_size)
     total, tokens = 0.0, 0
     batches = evaluation_batches(split, batch_size, max_batches)
     for rows, shape in zip(batches, evaluation_shapes(split, batches), strict=True):
@@ -153,7 +158,7 @@ def evaluate_split(model: Decoder, data: DataSet, split: str, step: int, batch_s
     """Loss and perplexity over a split of the data, as a report; see `evaluate_loss`.
 
     Raises:
-        DataError: there is no such split.
+        DataError: there is no such split, or it has token ids that the model has no row for.
     """
     if split not in SPLITS or getattr(data, split) is None:
         raise DataError(f"No split {split!r} in this data; there are {', '.join(data.splits)}.")

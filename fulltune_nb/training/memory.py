@@ -23,6 +23,7 @@ import psutil
 from fulltune_nb import html, svg
 from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import row_widths
+from fulltune_nb.data.token_ids import check_ids
 from fulltune_nb.models.families import ModelConfig
 from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names
 from fulltune_nb.training import vocabulary
@@ -197,10 +198,13 @@ class Workload:
 
         Raises:
             ConfigError: a pattern in `train_only` or `freeze` matches nothing.
+            DataError: token ids in any split that the model has no row for.
         """
         rows, tokens = config.batch_size, config.max_seq_length - 1
         targets = rows * tokens
         if data is not None:
+            for split in data.splits.values():
+                check_ids(split, lm.config.vocab_size, lm.tokenizer)
             split = data.train
             widths = np.maximum(row_widths(split.lengths[split.trainable], config.max_seq_length, config.packing), 1)
             tokens, rows = int(widths.max()), min(rows, len(widths))

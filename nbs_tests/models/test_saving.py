@@ -65,10 +65,10 @@ def test_saving_and_loading_changes_nothing(case, tmp_path):
     np.testing.assert_array_equal(np.array(again(ids)), np.array(decoder(ids)))
 
 
-def test_tensors_have_the_names_of_hugging_face_and_the_metadata_of_mlx(tmp_path):
+def test_tensors_have_the_names_and_the_metadata_of_hugging_face(tmp_path):
     with safe_open(saved(tmp_path) / "model.safetensors", framework="numpy") as file:
         assert set(file.keys()) == set(tensors_of())
-        assert file.metadata() == {"format": "mlx"}
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(mx.float32, "float32"), (mx.bfloat16, "bfloat16")])
@@ -148,7 +148,7 @@ def test_large_models_are_sharded_with_an_index(tmp_path, monkeypatch):
     for name in files:
         with safe_open(tmp_path / "out" / name, framework="numpy") as file:
             assert set(file.keys()) == {key for key, place in index["weight_map"].items() if place == name}
-            assert file.metadata() == {"format": "mlx"}
+            assert file.metadata() == {"format": "pt"}
         inside = sum(tensors[key].nbytes for key, place in index["weight_map"].items() if place == name)
         assert inside <= 8000 or sum(place == name for place in index["weight_map"].values()) == 1
     ids = mx.array(random_ids(RAW, (1, 9), 0))
@@ -289,7 +289,7 @@ def test_written_tensors_are_read_back_as_they_were(ending, dtype, tmp_path):
 def test_own_metadata_is_added_to_that_of_mlx(tmp_path):
     write_tensors(tmp_path / "m.safetensors", {"x": mx.ones(3)}, {"source": "somewhere"})
     with safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
-        assert file.metadata() == {"format": "mlx", "source": "somewhere"}
+        assert file.metadata() == {"format": "pt", "source": "somewhere"}
 
 
 def test_a_trained_models_new_values_are_what_is_saved(tmp_path):
