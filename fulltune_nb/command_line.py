@@ -39,6 +39,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class FlagOrWord(argparse.Action):
+    """`--name`, `--no-name` or `--name WORD`."""
+
+    def __init__(self, option_strings: list[str], dest: str, kind: str, **options: Any):
+        names = [*option_strings, *(name.replace("--", "--no-", 1) for name in option_strings)]
+        super().__init__(names, dest, nargs="?", metavar="WORD", **options)
+        self.kind = kind
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """As in argparse."""
+        is_no = option_string.startswith("--no-")
+        if is_no and values is not None:
+            parser.error(f"{option_string} takes no value, found {values!r}.")
+        setattr(namespace, self.dest, not is_no if values is None else as_typed(values, self.kind))
+
+
 def add_fields(group: Any, cls: type) -> None:
     """A flag for every setting of a dataclass: `batch_size` is `--batch-size`.
 
@@ -48,8 +64,10 @@ def add_fields(group: Any, cls: type) -> None:
         kind, default = str(field.type), field.default
         shown = isinstance(default, (int, float, str)) and default is not False
         note = f" (default: {'yes' if default is True else default})" if shown else ""
-        if kind.startswith("bool"):
-            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if kind.startswith("bool | str"):
+            options: dict[str, Any] = {"action": FlagOrWord, "kind": kind}
+        elif kind.startswith("bool"):
+            options = {"action": argparse.BooleanOptionalAction}
         elif kind.startswith("tuple"):
             options = {"nargs": "*", "metavar": "PATTERN"}
         else:

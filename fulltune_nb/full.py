@@ -196,15 +196,17 @@ def show_data(data: DataSet) -> None:
         print(note)
 
 
-def show_other_mask(path: Path, mask_prompt: bool) -> None:
+def show_other_mask(path: Path, mask_prompt: bool | str) -> None:
     """Says so where the weights were trained on other tokens than those that count now: the losses then differ by nature."""
     from fulltune_nb.models.model_file import read_metadata
 
     before = read_metadata(path).get("mask_prompt")
-    if before == "true" and not mask_prompt:
+    if before in ("true", "last") and not mask_prompt:
         print(f"{path} was trained on the answers only, and here the prompts count too: --mask-prompt leaves them out.")
     elif before == "false" and mask_prompt:
         print(f"{path} was trained on the prompts too, and here only the answers count: --no-mask-prompt counts both.")
+    elif before not in (None, str(mask_prompt).lower()):
+        print(f"{path} was trained with mask_prompt {before}, and here it is {str(mask_prompt).lower()}: other answers count.")
 
 
 def check_outputs(settings: Settings, lm: LanguageModel) -> None:

@@ -208,6 +208,18 @@ def choice(*allowed: str) -> Check:
     return check
 
 
+def flag_or(*words: str) -> Check:
+    """True, False, or one of a few texts."""
+    phrase = f"True, False or {' or '.join(map(repr, words))}"
+
+    def check(value: Any) -> bool | str:
+        if not isinstance(value, bool) and not (isinstance(value, str) and value in words):
+            raise Refused(phrase)
+        return value
+
+    return check
+
+
 def optional(check: Check) -> Check:
     """None, or what `check` takes."""
 
@@ -368,7 +380,7 @@ def as_typed(value: Any, kind: str) -> Any:
     text = value.strip()
     if text.lower() in ("none", "null") and "None" in kinds:
         return None
-    if "str" in kinds and not text.startswith("{"):
+    if "str" in kinds and "bool" not in kinds and not text.startswith("{"):
         return value
     try:
         meant = read_value(text)

@@ -21,6 +21,8 @@ from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
 
+_REASONS_SHOWN = 3  # of the rows that are left out, in the notes
+
 
 class Split(Sequence[Example]):
     """The examples of one split, in the order of the file; rows that occur twice occur twice.
@@ -38,13 +40,15 @@ class Split(Sequence[Example]):
         tokens: tokens of all examples.
         trained_tokens: tokens that are trained on.
         blank_lines: blank lines of the file, which are no rows.
+        skipped: with `bad_rows="skip"` a line for each row that could not be used, `"train.jsonl:12: reason"`.
     """
 
-    def __init__(self, name: str, format: str, examples: Sequence[Example], blank_lines: int = 0):
+    def __init__(self, name: str, format: str, examples: Sequence[Example], blank_lines: int = 0, skipped: Sequence[str] = ()):
         self.name = name
         self.format = format
         self.examples = list(examples)
         self.blank_lines = blank_lines
+        self.skipped = list(skipped)
         trained = np.array([int(e.loss_mask.sum()) for e in self.examples], dtype=np.int64)
         self.trained_lengths = trained
         self.lengths = np.array([len(e.tokens) for e in self.examples], dtype=np.int64)
@@ -137,12 +141,13 @@ def load_data(
     source: str | os.PathLike | Mapping[str, Any],
     tokenizer,
     *,
-    mask_prompt: bool | None = None,
+    mask_prompt: bool | str | None = None,
     max_seq_length: int | None = None,
     prompt_feature: str | None = None,
     completion_feature: str | None = None,
     text_feature: str | None = None,
     chat_feature: str | None = None,
+    bad_rows: str | None = None,
     config: object | None = None,
 ) -> DataSet:
     """Read rows, find their format, and make tokens and loss masks of them.
@@ -153,28 +158,31 @@ def load_data(
             the rows themselves as `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts.
         tokenizer: `lm.tokenizer`, or any tokenizer of `transformers`. One without a chat template gets ChatML set on it when
             the rows need one; `.notes` says so.
-        mask_prompt: train on assistant turns and completions only. Default False.
+        mask_prompt: True: train on assistant turns and completions only; "last": on the last of them only. Default False.
         max_seq_length: tokens kept of a row. Default 2048. What is cut is counted.
         prompt_feature: key of the prompt in the rows. Default "prompt".
         completion_feature: key of the completion. Default "completion".
         text_feature: key of the text. Default "text".
         chat_feature: key of the messages. Default "messages".
+        bad_rows: "error" (default) or "skip", which leaves rows out that cannot be used; they are counted, see `Split.skipped`.
         config: an object with fields of these names, such as a `TrainConfig`, to take them from.
 
     Raises:
-        DataError: nothing to read, or bad rows; all of them are collected, with file and line, in `.problems`.
+        DataError: nothing to read, or bad rows (with `bad_rows="skip"`: a split of nothing else); all of them are collected, with file
+            and line, in `.problems`.
         ConfigError: a setting is wrong, disagrees with `config`, or means nothing for the format found.
         MissingDependencyError: the package `datasets` is needed and not installed.
     """
     given = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "prompt_feature": prompt_feature}
     given |= {"completion_feature": completion_feature, "text_feature": text_feature, "chat_feature": chat_feature}
+    given |= {"bad_rows": bad_rows}
     settings = resolve_settings(given, config)
     _check_tokenizer(tokenizer)
     where, raw_splits, notes = _read(source)
     splits, problems = {}, []
     for raw in raw_splits:
-        splits[raw.name], bad = _build(raw, tokenizer, settings, notes)
-        problems += bad
+        split = splits[raw.name] = _build(raw, tokenizer, settings, notes)
+        problems += split.skipped if settings.bad_rows == "error" or not len(split) else []
     if problems:
         raise bad_rows_error(problems, where or "the rows given")
     for split in splits.values():
@@ -202,8 +210,8 @@ def _read(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
     raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.{hint}')
 
 
-def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -> tuple[Split, list[str]]:
-    """The split of all rows that can be used, and a line for each that cannot; `notes` grows by what is to be announced."""
+def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -> Split:
+    """The split of all rows that can be used; `notes` grows by what is to be announced."""
     format = detect_format((row for _, row in raw.rows), settings)
     if format is not None:
         notes += _before_encoding(raw, format, tokenizer, settings)
@@ -212,9 +220,10 @@ def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -
         problem = row_problem(row, format, settings)
         good.append((source, row)) if problem is None else problems.append(f"{source}: {problem}")
     encoded = encode_rows(good, format or "text", tokenizer, settings)
-    split = Split(raw.name, format or "text", encoded.examples, raw.blank_lines)
+    problems = sorted(problems + encoded.problems, key=_line_number)
+    split = Split(raw.name, format or "text", encoded.examples, raw.blank_lines, problems)
     notes += _left_out(split, encoded.unshown_tools, settings)
-    return split, sorted(problems + encoded.problems, key=_line_number)
+    return split
 
 
 def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettings) -> list[str]:
@@ -226,8 +235,8 @@ def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettin
             notes.append("The chat template can write the date of today into the rows: their tokens may differ from day to day.")
     elif settings.mask_prompt:
         raise ConfigError(
-            f"mask_prompt=True means nothing for {raw.label}: its rows have the text format, in which there is no prompt to mask. "
-            "Use mask_prompt=False, or rows of the chat or completions format."
+            f"mask_prompt={settings.mask_prompt} means nothing for {raw.label}: its rows have the text format, in which there is no prompt "
+            "to mask. Use mask_prompt=False, or rows of the chat or completions format."
         )
     elif tokenizer.eos_token_id is None:
         notes.append("The tokenizer has no end-of-text token: none is put behind the texts.")
@@ -247,8 +256,16 @@ def _left_out(split: Split, unshown_tools: int, settings: DataSettings) -> list[
         len(split.untrainable) and f"{len(split.untrainable):,} {of_rows} have no token to train on and stay out of the batches.",
         unshown_tools and f"the chat template leaves out the tools of {unshown_tools:,} {of_rows}.",
         split.blank_lines and f"{split.blank_lines:,} blank lines, which are no rows.",
+        split.skipped and _skipped(split),
     ]
     return [f"{split.name}: {note}" for note in notes if note]
+
+
+def _skipped(split: Split) -> str:
+    """What `bad_rows="skip"` has left out, with the first reasons."""
+    first = "; ".join(split.skipped[:_REASONS_SHOWN])
+    more = f"; and {len(split.skipped) - _REASONS_SHOWN:,} more" if len(split.skipped) > _REASONS_SHOWN else ""
+    return f"{len(split.skipped):,} rows cannot be used and are left out ({first}{more}). All of them: data.{split.name}.skipped."
 
 
 def _line_number(problem: str) -> int:
@@ -265,6 +282,7 @@ def _check_trainable(split: Split, settings: DataSettings) -> None:
         why.append(f"{split.truncated:,} of them are cut at max_seq_length={settings.max_seq_length:,}: raise it")
     if split.format == "chat" and settings.mask_prompt:
         roles = sorted({str(m["role"])[:40] for e in split for m in e.row[settings.chat_feature]})
-        why.append(f"mask_prompt=True trains on turns of the role 'assistant' only, found are {', '.join(map(repr, roles[:8]))}")
+        found = ", ".join(map(repr, roles[:8]))
+        why.append(f"mask_prompt={settings.mask_prompt} trains on turns of the role 'assistant' only, found are {found}")
     reason = "; ".join(why) or "each is shorter than two tokens: give them more text"
     raise DataError(f"{split.name}: none of the {len(split):,} rows has a token to train on ({reason}).")

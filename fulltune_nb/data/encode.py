@@ -140,16 +140,17 @@ def _render_chat(row: Mapping[str, Any], format: str, renderer: ChatRenderer, se
         bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
         if _renders_as(text, renderer, bare, tools):  # it would train on nothing in the calls' place
             raise RowError("the chat template leaves out this row's tool calls: use a template that writes them, or remove the calls")
-    turns = _turns(text, renderer, messages, tools) if settings.mask_prompt else []
+    wanted = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = wanted[-1:] if settings.mask_prompt == "last" else wanted
+    turns = _turns(text, renderer, messages, tools, wanted) if settings.mask_prompt else []
     return _Rendered(text, turns, unshown_tools=bool(tools) and _renders_as(text, renderer, messages, None))
 
 
-def _turns(text: str, renderer: ChatRenderer, messages: list, tools: Any) -> list[tuple[str, str]]:
+def _turns(text: str, renderer: ChatRenderer, messages: list, tools: Any, wanted: list[int]) -> list[tuple[str, str]]:
     """For each assistant turn, the text before it (generation prompt included) and the text up to its end: prefixes of the whole."""
     turns = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for i in wanted:
+        message = messages[i]
         number = len(turns) + 1
         what = f"mask_prompt: the chat template cannot render the part of this row before assistant turn {number} by itself"
         before = _render(renderer, messages[:i], tools, what, add_generation_prompt=True)

@@ -43,13 +43,13 @@ def _share(part: int, whole: int) -> str:
 def counts_table(splits: Sequence) -> str:
     """Rows, tokens, lengths and losses of splits, a line each."""
     headers = ("split", "format", "rows", "tokens", "trained on", "share", "median length", "longest")
-    headers += ("rows cut", "tokens cut", "rows not trained on")
+    headers += ("rows cut", "tokens cut", "rows not trained on", "rows left out")
     rows = []
     for s in splits:
         median, longest = (int(np.median(s.lengths)), int(s.lengths.max())) if len(s) else (0, 0)
         numbers = (len(s), s.tokens, s.trained_tokens)
         share = _share(s.trained_tokens, s.tokens)
-        last = (median, longest, s.truncated, s.tokens_cut, len(s.untrainable))
+        last = (median, longest, s.truncated, s.tokens_cut, len(s.untrainable), len(s.skipped))
         rows.append((s.name, s.format, *(f"{n:,}" for n in numbers), share, *(f"{n:,}" for n in last)))
     return table(headers, rows)
 

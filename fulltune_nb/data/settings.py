@@ -7,7 +7,7 @@ from typing import Any
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import facts
-from fulltune_nb.settings import SettingError, check_fields, described, flag, names_of, setting, show, text, whole
+from fulltune_nb.settings import SettingError, check_fields, choice, described, flag_or, names_of, setting, show, text, whole
 
 FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
 
@@ -21,12 +21,18 @@ class DataSettings:
         ConfigError: a value is of another type or out of range.
     """
 
-    mask_prompt: bool = setting(False, flag, "Train on the assistant's turns (chat) or the completion only, not on what precedes them.")
+    mask_prompt: bool | str = setting(
+        False, flag_or("last"),
+        "True: train on the assistant's turns (chat) or the completion only, not on what precedes them; \"last\": on the last turn only.",
+    )  # fmt: skip
     max_seq_length: int = setting(2048, whole(2), "Tokens after which a row is cut.")
     prompt_feature: str = setting("prompt", text, "Key of the prompt in rows of the completions format.")
     completion_feature: str = setting("completion", text, "Key of the completion in rows of the completions format.")
     text_feature: str = setting("text", text, "Key of the text in rows of the text format.")
     chat_feature: str = setting("messages", text, "Key of the list of messages in rows of the chat format.")
+    bad_rows: str = setting(
+        "error", choice("error", "skip"), 'What rows that cannot be used do: an "error" that lists them all, or "skip", which counts them.'
+    )
 
     def __post_init__(self):
         check_fields(self)

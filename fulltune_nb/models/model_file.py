@@ -5,7 +5,7 @@ A `.safetensors` file carries these texts itself; beside `model.npz` stands `mod
     base_model    the folder (absolute) or hub id whose config.json and tokenizer belong to the weights
     dtype         of the weights, such as "float32"
     data_format   of the rows trained on: "chat", "completions" or "text"
-    mask_prompt   "true" where the loss was on the answers only, else "false"
+    mask_prompt   "true" where the loss was on the answers only, "last" where on the last one of each row, else "false"
     fulltune_nb   the version that wrote it
 """
 
@@ -33,14 +33,14 @@ def metadata_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = None, mask_prompt: bool | None = None) -> None:
+def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = None, mask_prompt: bool | str | None = None) -> None:
     """Writes all weights under their Hugging Face names, and where they come from.
 
     Args:
         path: the file; its ending says which kind.
         lm: the model.
         data_format: of the rows trained on.
-        mask_prompt: whether the loss was on the answers only.
+        mask_prompt: whether the loss was on the answers only, or on the "last" of each row.
 
     Raises:
         WeightsError: another ending, a weights file of the source model, or the file cannot be written.

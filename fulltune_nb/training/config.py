@@ -194,7 +194,7 @@ class TrainConfig:
         None, checks.optional(checks.whole(1)), "Evaluations without improvement after which training stops. None: never."
     )
     seed: int = setting(0, checks.whole(0, 2**63 - 1), "Seed of the order of the data.")
-    mask_prompt: bool | None = _data_setting("mask_prompt")
+    mask_prompt: bool | str | None = _data_setting("mask_prompt")
     max_seq_length: int | None = _data_setting("max_seq_length")
     packing: bool = setting(
         False, checks.flag,
@@ -204,6 +204,7 @@ class TrainConfig:
     completion_feature: str | None = _data_setting("completion_feature")
     text_feature: str | None = _data_setting("text_feature")
     chat_feature: str | None = _data_setting("chat_feature")
+    bad_rows: str | None = _data_setting("bad_rows")
 
     def __new__(cls, *args: Any, **settings: Any):
         check_names(settings, cls)  # before dataclass's own TypeError, which names no neighbours

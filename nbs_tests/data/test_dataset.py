@@ -209,3 +209,28 @@ def test_reprs_are_one_line(tokenizer):
 def test_loading_prints_nothing(make_tokenizer, capfd):
     load_data({"train": CHATS, "valid": TEXTS}, make_tokenizer(model_max_length=4))
     assert capfd.readouterr() == ("", "")
+
+
+GOOD = {"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]}
+
+
+def test_bad_rows_are_skipped_where_asked_counted_and_told(tmp_path, tokenizer):
+    (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(GOOD), "no JSON", '{"messages": []}', json.dumps(GOOD)]))
+    with pytest.raises(DataError, match="2 problems"):
+        load_data(tmp_path, tokenizer)
+    data = load_data(tmp_path, tokenizer, bad_rows="skip", mask_prompt=True)
+    assert [example.source for example in data.train] == ["train.jsonl:1", "train.jsonl:4"]
+    assert [line.split(": ")[0] for line in data.train.skipped] == ["train.jsonl:2", "train.jsonl:3"]
+    assert "train: 2 rows cannot be used and are left out (train.jsonl:2: not JSON" in data.notes[-1]
+    assert "rows left out" in data._repr_html_()
+
+
+def test_a_split_of_bad_rows_only_is_an_error_also_where_they_are_skipped(tokenizer):
+    with pytest.raises(DataError, match="valid:1"):
+        load_data({"train": [GOOD], "valid": [{"messages": []}]}, tokenizer, bad_rows="skip")
+
+
+def test_last_trains_the_last_assistant_turn_only(tokenizer):
+    messages = [*GOOD["messages"], {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Still fine."}]
+    example = load_data({"train": [{"messages": messages}]}, tokenizer, mask_prompt="last").train[0]
+    assert tokenizer.decode(example.tokens[example.loss_mask]) == "Still fine.<|im_end|>\n"

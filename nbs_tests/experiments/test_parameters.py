@@ -22,6 +22,7 @@ def test_the_text_false_is_never_true(text, meant):
     "name, text, meant",
     [
         ("learning_rate", "1e-4", 1e-4),
+        ("mask_prompt", "last", "last"),
         ("iters", "20", 20),
         ("iters", "1e3", 1000),
         ("epochs", "None", None),
