@@ -1,8 +1,7 @@
-"""Small model configurations: a fixed list, which the committed fixtures stand for, and a random generator for live checks."""
+"""Small model configurations, which the committed fixtures stand for; random ones for live checks are made by `family_cases.py`."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -78,47 +77,3 @@ CASES: dict[str, dict[str, Any]] = {
 def random_ids(raw: dict[str, Any], shape: tuple[int, int], seed: int) -> np.ndarray:
     """Token ids, int32."""
     return np.random.default_rng(seed).integers(0, raw["vocab_size"], shape, dtype=np.int32)
-
-
-def random_case(family: str, seed: int) -> dict[str, Any]:
-    """A random small configuration of a family, with the switches that family has, in one of the two dialects."""
-    pick = random.Random(f"{family} {seed}")
-    heads = pick.choice([2, 3, 4, 6])
-    head_dim = pick.choice([4, 8, 12]) if family != "phi" else pick.choice([8, 16])
-    changes: dict[str, Any] = {
-        "num_attention_heads": heads,
-        "num_key_value_heads": pick.choice([k for k in (1, 2, 3, 4, 6) if heads % k == 0]),
-        "hidden_size": heads * head_dim,
-        "intermediate_size": pick.choice([12, 20, 40]),
-        "num_hidden_layers": pick.choice([2, 3]),
-        "vocab_size": pick.choice([50, 61, 97]),
-        "tie_word_embeddings": pick.random() < 0.5,
-    }
-    if family in ("llama", "mistral", "mixtral", "qwen2", "gemma", "olmo") and pick.random() < 0.4:
-        changes["head_dim"] = pick.choice([6, 10, 16])
-    if family in ("llama", "gemma", "olmo"):
-        changes["attention_bias"] = pick.random() < 0.5
-    if family == "llama":
-        changes["mlp_bias"] = pick.random() < 0.5
-    if family in ("mistral", "mixtral"):
-        changes["sliding_window"] = pick.choice([None, 2, 5, 9])
-    if family == "mixtral":
-        changes["num_local_experts"] = pick.choice([3, 4, 8])
-        changes["num_experts_per_tok"] = pick.choice([1, 2, 3])
-    if family == "qwen2":
-        changes.update(use_sliding_window=pick.random() < 0.7, sliding_window=pick.choice([3, 8]), max_window_layers=pick.choice([0, 1, 2]))
-    if family == "olmo":
-        changes["clip_qkv"] = pick.choice([None, 0.5, 1.5])
-    if family == "phi":
-        changes["qk_layernorm"] = pick.random() < 0.5
-    return _case(family, **changes, **_random_rope(family, pick))
-
-
-def _random_rope(family: str, pick: random.Random) -> dict[str, Any]:
-    theta = pick.choice([1e3, 1e4, 1e6])
-    scaling = pick.choice([{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, {"rope_type": "llama3", **LLAMA3}])
-    partial = {"partial_rotary_factor": pick.choice([0.25, 0.5, 1.0])} if family == "phi" else {}
-    if pick.random() < 0.5:
-        return {"rope_parameters": {"rope_theta": theta, **scaling, **partial}}
-    old_scaling = None if scaling["rope_type"] == "default" else scaling
-    return {"rope_theta": theta, "rope_scaling": old_scaling, **partial}

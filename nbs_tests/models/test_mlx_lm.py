@@ -1,8 +1,8 @@
 """Exported folders in mlx-lm 0.32.2, which is no dependency: where it is installed, it must compute the same from them.
 
-What mlx-lm itself gets wrong or does not know is left out: `olmo` (its module ends the process), sliding windows past
-the window, clipped or normalised queries and keys, rope scaling for Mixtral, biases of a tied head, and Gemma's activation
-(the exact GELU instead of the tanh one that the checkpoints were trained with; hence the wider tolerance there).
+What mlx-lm itself gets wrong (transformers computes what we do) or does not know is left out: `olmo` (its module ends the process),
+sliding windows past the window, clipped or normalised queries and keys, rope scaling for Mixtral, biases of a tied head, and Gemma's
+activation (the exact GELU instead of the tanh one that the checkpoints were trained with; hence the wider tolerance there).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
+from fulltune_nb.models.families import FAMILIES, read_config
 from fulltune_nb.models.folder import save_folder
+from nbs_tests.models.family_parity import mlx_lm_error
 from nbs_tests.models.model_cases import LLAMA3, SMALL, random_ids
-from nbs_tests.models.parity import need, relative_error
+from nbs_tests.models.parity import need, need_torch, relative_error
 
 OTHER_THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}  # in the dialect that mlx-lm does not read
 CASES = {
@@ -38,6 +39,17 @@ CASES = {
     },
     "gemma": {"model_type": "gemma", "head_dim": 12, **OTHER_THETA},
 }  # fmt: skip
+
+
+IS_WRONG = {"olmo", "gemma"}
+"""Families that mlx-lm does not compute as transformers does even where a configuration gives nothing but sizes."""
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in IS_WRONG])
+def test_mlx_lm_computes_from_a_saved_folder_what_transformers_does(family):
+    need("mlx_lm", "pip install mlx-lm==0.32.2")
+    need_torch()
+    assert (mlx_lm_error(family) or 0.0) < 1e-4
 
 
 # MLX's CPU backend has the product that mlx-lm's experts use in float32 only.

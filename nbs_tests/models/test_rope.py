@@ -10,7 +10,8 @@ import pytest
 
 from fulltune_nb.errors import ModelError
 from fulltune_nb.models.rope import RopeConfig, inverse_frequencies, read_rope, rotate, rotation_table
-from nbs_tests.models.model_cases import FAMILIES, LLAMA3, random_case
+from nbs_tests.models.family_cases import cases_of
+from nbs_tests.models.model_cases import FAMILIES, LLAMA3
 from nbs_tests.models.parity import need_torch
 from nbs_tests.models.real_configs import EXPECTED
 
@@ -106,9 +107,6 @@ def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     assert between.any() and np.all(scaled[between] < plain[between]) and np.all(scaled[between] > plain[between] / 8)
 
 
-CONFIGS = [raw for raw, _, _ in EXPECTED.values()] + [random_case(family, seed) for family in FAMILIES for seed in range(4)]
-
-
 def test_frequencies_are_those_of_transformers():
     need_torch()
     import importlib
@@ -117,7 +115,8 @@ def test_frequencies_are_those_of_transformers():
 
     from fulltune_nb.models.families import read_config
 
-    for raw in CONFIGS:
+    small = [raw for family in FAMILIES for raw in cases_of(family, 4)]
+    for raw in [*(raw for raw, _, _ in EXPECTED.values()), *small]:
         family = raw["model_type"]
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         reference = getattr(module, f"{family.capitalize()}RotaryEmbedding")(AutoConfig.for_model(**raw))

@@ -27,7 +27,7 @@ def build(raw: dict[str, Any], seed: int) -> torch.nn.Module:
                 scale = 0.15 if "embed" in name else 1.3 / parameter.shape[-1] ** 0.5
                 parameter.copy_(scale * noise)
             else:
-                parameter.add_(0.2 * noise)
+                parameter.copy_(torch.nan_to_num(parameter) + 0.2 * noise)
     return model
 
 
@@ -62,12 +62,22 @@ def gradients(model: torch.nn.Module, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 def greedy(model: torch.nn.Module, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
     """`generate` without sampling, never stopping: (1, T) -> (new_tokens,)."""
+    return greedy_with_gap(model, prompt, new_tokens)[0]
+
+
+def greedy_with_gap(model: torch.nn.Module, prompt: np.ndarray, new_tokens: int) -> tuple[np.ndarray, float]:
+    """The greedy answer, and how far the chosen token was ahead of the second best at the closest call, by the logits' spread."""
     tensor = torch.from_numpy(prompt).long()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     with torch.no_grad():
-        full = model.generate(tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=new_tokens, use_cache=True)
-    return full[0, tensor.shape[1] :].numpy().astype(np.int32)
+        made = model.generate(
+            tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=new_tokens, use_cache=True,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    best = torch.cat(made.logits).float().sort(dim=-1).values  # (new_tokens, V)
+    gap = ((best[:, -1] - best[:, -2]) / best.std(dim=-1)).min().item()
+    return made.sequences[0, tensor.shape[1] :].numpy().astype(np.int32), gap
 
 
 def smallest_gap(model: torch.nn.Module, prompt: np.ndarray, answer: np.ndarray) -> float:

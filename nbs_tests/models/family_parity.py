@@ -1,0 +1,212 @@
+"""Every family against transformers: `python -m nbs_tests.models.family_parity [family ...]`.
+
+A case is a random small `config.json` (`family_cases`) with random weights that transformers made. All errors are relative: the norm of the
+difference over that of the reference. Needs torch and mlx-lm.
+"""
+
+from __future__ import annotations
+
+import fulltune_nb  # noqa: F401  first of all: it gives MLX its BLAS
+
+# isort: split
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.families import FAMILIES, Family
+from fulltune_nb.models.folder import load_decoder, save_folder
+from fulltune_nb.training.engine import WholeGraph
+from fulltune_nb.training.layerwise import Layerwise
+from nbs_tests.models.family_cases import cases_of, plain_case
+from nbs_tests.models.model_cases import random_ids
+from nbs_tests.models.parity import NO_GRADIENT, gradients, greedy, relative_error, write_folder
+from nbs_tests.training.conftest import random_batch
+
+IDS_SHAPE = (2, 27)
+"""Rows and tokens: longer than every window, and than the length before rope is scaled."""
+PACKED = (11, 16)
+"""Lengths of the examples in one packed row: neither is longer than the length before rope is scaled."""
+PROMPT_LENGTH = 5
+CLEAR = 1e-3
+"""No token of a greedy answer may be chosen by less than this share of the logits' spread: rounding could choose the other."""
+LIMITS = {"logits": 1e-5, "gradients": 1e-3, "greedy": 0.0, "engines": 1e-5, "packing": 1e-5, "saved": 1e-5}
+"""What a case's errors may be; `greedy` is the share of tokens that differ."""
+ROUNDS = {"logits": 1e-4}
+"""What they may be where float32 itself does not allow the limit: transformers in float64 is as far from transformers in float32."""
+TABLE = Path("docs/models.md")
+
+
+def compare(raw: dict[str, Any], seed: int, folder: Path, new_tokens: int = 64) -> dict[str, float]:
+    """The errors of one case, by what was compared."""
+    from nbs_tests.models import torch_reference as reference
+
+    model = reference.build(raw, seed)
+    write_folder(folder / "source", raw, reference.checkpoint(model))
+    decoder = load_decoder(folder / "source")
+    ids = random_ids(raw, IDS_SHAPE, seed)
+    expected = reference.logits(model, ids)
+    errors = {"logits": position_error(decoder(mx.array(ids)), expected)}
+    prompt, answer = clear_answer(reference, model, raw, new_tokens)
+    errors["greedy"] = float(np.mean(greedy(decoder, prompt, new_tokens) != answer))
+    errors["engines"] = tensors_error(*engines(decoder, raw["vocab_size"]))
+    errors["packing"] = packing_error(decoder, ids)
+    save_folder(folder / "saved", decoder, None)
+    errors["saved"] = position_error(reference.logits(reference.load(folder / "saved"), ids), expected)
+    expected_gradients = reference.gradients(model, ids)
+    for checkpoint in (False, True):
+        found = gradients(decoder, ids, checkpoint)
+        errors["gradients"] = max(errors.get("gradients", 0.0), tensors_error(found, expected_gradients))
+    return errors
+
+
+def position_error(found: np.ndarray | mx.array, expected: np.ndarray) -> float:
+    """The largest relative error of any position: logits (B, T, V)."""
+    found, expected = (np.asarray(array, dtype=np.float64) for array in (found, expected))
+    return float((np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)).max())
+
+
+def tensors_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """The largest relative error of any tensor's gradient; infinite where one is missing, or is there where none should be."""
+    largest = max(np.linalg.norm(array) for array in expected.values())
+    worst = 0.0 if found.keys() == expected.keys() else np.inf
+    for name in found.keys() & expected.keys():
+        if np.linalg.norm(expected[name]) <= NO_GRADIENT * largest:  # rounding noise, such as of a router that has no choice
+            worst = max(worst, 0.0 if np.linalg.norm(found[name]) <= NO_GRADIENT * largest else np.inf)
+        else:
+            worst = max(worst, relative_error(found[name], expected[name]))
+    return worst
+
+
+def clear_answer(reference: Any, model: Any, raw: dict[str, Any], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """A prompt (1, T) and transformers' greedy answer (new_tokens,), of which no token is a close call."""
+    for seed in range(20):
+        prompt = random_ids(raw, (1, PROMPT_LENGTH), seed)
+        answer, gap = reference.greedy_with_gap(model, prompt, new_tokens)
+        if gap > CLEAR:
+            return prompt, answer
+    raise AssertionError(f"no prompt with a clear answer: {raw}")
+
+
+def engines(decoder: Decoder, vocab_size: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The gradients of a step by the lean engine and by the fast one, by name."""
+    batches = [random_batch(vocab_size, 3, 20, 1), random_batch(vocab_size, 2, 13, 2)]
+    by_engine = []
+    for engine in (Layerwise(decoder), WholeGraph(decoder)):
+        whole: dict[str, np.ndarray] = {}
+        shapes = dict(_parameters(decoder))
+        for piece in engine.gradients(1, batches).pieces():
+            for name, gradient in piece.gradients.items():
+                whole.setdefault(name, np.full(shapes[name], np.nan, np.float32))[piece.rows or slice(None)] = np.array(gradient)
+        by_engine.append(whole)
+    return tuple(by_engine)
+
+
+def _parameters(decoder: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    from mlx.utils import tree_flatten
+
+    return ((name, array.shape) for name, array in tree_flatten(decoder.parameters()))
+
+
+def packing_error(decoder: Decoder, ids: np.ndarray) -> float:
+    """How far the logits of examples in one row are from those of each example alone."""
+    row = ids[:1, : sum(PACKED)]
+    segments = mx.array(np.repeat(np.arange(len(PACKED)), PACKED)[None].astype(np.int32))
+    packed = np.array(decoder.head(decoder.hidden_states(mx.array(row), segments=segments)))
+    ends = np.cumsum(PACKED)
+    alone = [np.array(decoder(mx.array(row[:, end - length : end]))) for end, length in zip(ends, PACKED, strict=True)]
+    return position_error(packed, np.concatenate(alone, axis=1))
+
+
+def mlx_lm_error(family: str) -> float | None:
+    """How far mlx-lm is from transformers, of a folder that we saved; None where it has no such family."""
+    from mlx_lm.utils import load_model
+
+    from nbs_tests.models import torch_reference as reference
+
+    raw = plain_case(family)
+    model = reference.build(raw, 0)
+    ids = random_ids(raw, IDS_SHAPE, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        source, saved = Path(folder, "source"), Path(folder, "saved")
+        save_folder(saved, load_decoder(write_folder(source, raw, reference.checkpoint(model))), None)
+        try:
+            theirs, _ = load_model(saved)
+        except (ValueError, SystemExit):  # its module of olmo ends the process
+            return None
+        return position_error(np.array(theirs(mx.array(ids))), reference.logits(model, ids))
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of all cases of a family: the largest error of each comparison, and what went wrong."""
+
+    cases: int
+    errors: dict[str, float]
+    problems: tuple[str, ...]
+
+
+def run(family: str, count: int, seed: int = 0, new_tokens: int = 64) -> Result:
+    """Compares `count` cases of a family."""
+    largest: dict[str, float] = {}
+    problems = []
+    for i, raw in enumerate(cases_of(family, count, seed)):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                errors = compare(raw, i, Path(folder), new_tokens)
+        except Exception as error:  # one case that cannot be computed is no reason to leave the others out
+            problems.append(f"{family} case {i}: {type(error).__name__}: {error}\n  {raw}")
+            continue
+        wrong = {name: error for name, error in errors.items() if not error <= LIMITS.get(name, np.inf)}
+        if wrong:
+            problems.append(f"{family} case {i}: {wrong}\n  {raw}")
+        largest |= {name: max(largest.get(name, 0.0), error) for name, error in errors.items()}
+    return Result(count, largest, tuple(problems))
+
+
+def mechanisms(family: Family) -> str:
+    """What a row says, where it differs from a row that says nothing."""
+    said = []
+    for part in fields(family):
+        value = getattr(family, part.name)
+        default = part.default if part.default is not MISSING else part.default_factory() if part.default_factory is not MISSING else None
+        if part.name in ("defaults", "names", "norm_eps") or value == default:
+            continue
+        name = part.name.replace("_", " ")
+        said.append(name if value is True else f"{name}: {_words(value)}")
+    return "; ".join(said)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_words(key)} ({_words(switch)})" if isinstance(switch, str) else _words(key) for key, switch in value.items())
+    return " ".join(map(_words, value)) if isinstance(value, (tuple, list, frozenset)) else str(value).replace("_proj", "")
+
+
+def main(families: list[str], count: int = 8) -> int:
+    """Compares, prints, and says how many cases failed."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    failed = 0
+    for family in families:
+        result = run(family, count)
+        result.errors["mlx-lm"] = mlx_lm_error(family)
+        print(family, " ".join(f"{name} {'-' if error is None else f'{error:.1e}'}" for name, error in result.errors.items()), flush=True)
+        print("\n".join(result.problems), end="\n" if result.problems else "", flush=True)
+        failed += len(result.problems)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1:] or list(FAMILIES))))
