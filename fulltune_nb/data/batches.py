@@ -83,8 +83,9 @@ def collate(split: Split, rows: Sequence[Row], shape: tuple[int, int] | None = N
     packed = any(isinstance(row, tuple) for row in rows)
     groups = [tuple(int(index) for index in row) if isinstance(row, tuple) else (int(row),) for row in rows]
     indices = tuple(index for group in groups for index in group)
-    sources = tuple(split.examples[index].source for index in indices)
-    used = [sum(max(len(split.examples[index].tokens) - 1, 0) for index in group) for group in groups]
+    table = split.examples
+    sources = tuple(table.sources[index] for index in indices)
+    used = [sum(max(int(split.lengths[index]) - 1, 0) for index in group) for group in groups]
     width = shape[0] if shape else max(used, default=0)
     inputs = np.zeros((len(groups), width), dtype=np.int32)  # any id will do for padding: no real position sees it
     segments = np.full_like(inputs, -1) if packed else None
@@ -92,7 +93,8 @@ def collate(split: Split, rows: Sequence[Row], shape: tuple[int, int] | None = N
     for b, group in enumerate(groups):
         begin = 0
         for number, index in enumerate(group):
-            tokens, loss_mask = split.examples[index].tokens, split.examples[index].loss_mask
+            at = slice(table.begins[index], table.begins[index + 1])
+            tokens, loss_mask = table.tokens[at], table.loss_mask[at]
             end = begin + max(len(tokens) - 1, 0)
             inputs[b, begin:end] = tokens[:-1]
             if packed:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fulltune_nb.data.look import dataset_html, split_html
 from fulltune_nb.data.read import PREFIX, SPLITS, RawSplit, hub_id, read_folder, read_hub, read_memory
 from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
+from fulltune_nb.data.table import ExampleTable
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
 
@@ -37,6 +39,10 @@ class Split(Sequence[Example]):
         untrainable: indices of the rows with no trained token.
         truncated: rows cut at the end by `max_seq_length`.
         tokens_cut: tokens lost that way.
+        split_rows: rows that became several examples, windows of their tokens (`long_rows="split"`).
+        windows: those examples.
+        dropped: rows left out because they have more tokens than `max_seq_length` (`long_rows="drop"`).
+        tokens_dropped: tokens lost that way.
         tokens: tokens of all examples.
         trained_tokens: tokens that are trained on.
         blank_lines: blank lines of the file, which are no rows.
@@ -46,16 +52,19 @@ class Split(Sequence[Example]):
     def __init__(self, name: str, format: str, examples: Sequence[Example], blank_lines: int = 0, skipped: Sequence[str] = ()):
         self.name = name
         self.format = format
-        self.examples = list(examples)
+        self.examples = table = ExampleTable.of(examples)
         self.blank_lines = blank_lines
         self.skipped = list(skipped)
-        trained = np.array([int(e.loss_mask.sum()) for e in self.examples], dtype=np.int64)
-        self.trained_lengths = trained
-        self.lengths = np.array([len(e.tokens) for e in self.examples], dtype=np.int64)
+        self.lengths = np.diff(table.begins)
+        up_to = np.concatenate([[0], np.cumsum(table.loss_mask, dtype=np.int64)])  # trained tokens before each token
+        self.trained_lengths = trained = np.diff(up_to[table.begins])
         self.trainable = np.flatnonzero(trained)
         self.untrainable = np.flatnonzero(trained == 0)
-        self.truncated = sum(e.cut > 0 for e in self.examples)
-        self.tokens_cut = sum(e.cut for e in self.examples)
+        self.truncated = int(np.count_nonzero(table.cut))
+        self.tokens_cut = int(table.cut.sum())
+        self.split_rows = int(np.count_nonzero((table.before == 0) & (table.behind > 0)))
+        self.windows = int(np.count_nonzero(table.before + table.behind))
+        self.dropped, self.tokens_dropped = table.dropped, table.tokens_dropped
         self.tokens = int(self.lengths.sum())
         self.trained_tokens = int(trained.sum())
 
@@ -74,9 +83,11 @@ class Split(Sequence[Example]):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over lengths, tokens and masks: equal for splits that train alike."""
         digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
-        for example in self.examples:
-            digest.update(example.tokens.astype("<i4").tobytes())
-            digest.update(example.loss_mask.tobytes())
+        tokens, loss_mask = memoryview(self.examples.tokens.astype("<i4").view(np.uint8)), memoryview(self.examples.loss_mask)
+        begins = self.examples.begins.tolist()
+        for begin, end in pairwise(begins):
+            digest.update(tokens[4 * begin : 4 * end])
+            digest.update(loss_mask[begin:end])
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -148,6 +159,7 @@ def load_data(
     text_feature: str | None = None,
     chat_feature: str | None = None,
     bad_rows: str | None = None,
+    long_rows: str | None = None,
     config: object | None = None,
 ) -> DataSet:
     """Read rows, find their format, and make tokens and loss masks of them.
@@ -159,12 +171,14 @@ def load_data(
         tokenizer: `lm.tokenizer`, or any tokenizer of `transformers`. One without a chat template gets ChatML set on it when
             the rows need one; `.notes` says so.
         mask_prompt: True: train on assistant turns and completions only; "last": on the last of them only. Default False.
-        max_seq_length: tokens kept of a row. Default 2048. What is cut is counted.
+        max_seq_length: tokens that a row has at most. Default 2048.
         prompt_feature: key of the prompt in the rows. Default "prompt".
         completion_feature: key of the completion. Default "completion".
         text_feature: key of the text. Default "text".
         chat_feature: key of the messages. Default "messages".
         bad_rows: "error" (default) or "skip", which leaves rows out that cannot be used; they are counted, see `Split.skipped`.
+        long_rows: what becomes of a longer row. "cut" (default) at its end; "split" into windows of `max_seq_length` tokens, each of
+            which begins with the last token of the one before, so that each token is trained on exactly once; or "drop". All are counted.
         config: an object with fields of these names, such as a `TrainConfig`, to take them from.
 
     Raises:
@@ -175,7 +189,7 @@ def load_data(
     """
     given = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "prompt_feature": prompt_feature}
     given |= {"completion_feature": completion_feature, "text_feature": text_feature, "chat_feature": chat_feature}
-    given |= {"bad_rows": bad_rows}
+    given |= {"bad_rows": bad_rows, "long_rows": long_rows}
     settings = resolve_settings(given, config)
     _check_tokenizer(tokenizer)
     where, raw_splits, notes = _read(source)
@@ -250,10 +264,14 @@ def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettin
 
 def _left_out(split: Split, unshown_tools: int, settings: DataSettings) -> list[str]:
     """What is to be announced of a split: what was cut, not shown or is not trained on."""
-    of_rows, cut = f"of {len(split):,} rows", split.truncated
+    limit, cut, dropped, untrainable = f"max_seq_length={settings.max_seq_length:,}", split.truncated, split.dropped, len(split.untrainable)
+    of_rows = f"of {len(split) + dropped - split.windows + split.split_rows:,} rows"
+    of_examples = f"of {len(split):,} windows and rows" if split.windows else of_rows
     notes = [
-        cut and f"{cut:,} {of_rows} cut to max_seq_length={settings.max_seq_length:,} tokens ({split.tokens_cut:,} tokens lost).",
-        len(split.untrainable) and f"{len(split.untrainable):,} {of_rows} have no token to train on and stay out of the batches.",
+        cut and f"{cut:,} {of_rows} cut to {limit} tokens ({split.tokens_cut:,} tokens lost).",
+        dropped and f"{dropped:,} {of_rows} left out, because they have more than {limit} tokens ({split.tokens_dropped:,} tokens lost).",
+        split.windows and f"{split.split_rows:,} {of_rows} split into {split.windows:,} windows of at most {limit} tokens.",
+        untrainable and f"{untrainable:,} {of_examples} have no token to train on and stay out of the batches.",
         unshown_tools and f"the chat template leaves out the tools of {unshown_tools:,} {of_rows}.",
         split.blank_lines and f"{split.blank_lines:,} blank lines, which are no rows.",
         split.skipped and _skipped(split),
@@ -280,6 +298,8 @@ def _check_trainable(split: Split, settings: DataSettings) -> None:
     why = []
     if split.truncated:
         why.append(f"{split.truncated:,} of them are cut at max_seq_length={settings.max_seq_length:,}: raise it")
+    if split.dropped:
+        why.append(f"{split.dropped:,} are left out, longer than max_seq_length={settings.max_seq_length:,}: raise it")
     if split.format == "chat" and settings.mask_prompt:
         roles = sorted({str(m["role"])[:40] for e in split for m in e.row[settings.chat_feature]})
         found = ", ".join(map(repr, roles[:8]))

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from fulltune_nb.chat_template import ChatRenderer, LimitReached, TemplateRefused
-from fulltune_nb.data.example import Example
 from fulltune_nb.data.rows import RowError
 from fulltune_nb.data.settings import DataSettings
+from fulltune_nb.data.table import ExampleTable, TableWriter
 from fulltune_nb.errors import DataError
 
 CHUNK_ROWS = 512
@@ -28,7 +26,7 @@ CHUNK_ROWS = 512
 class Encoded:
     """What `encode_rows` made of the rows of a split."""
 
-    examples: list[Example] = field(default_factory=list)
+    examples: ExampleTable
     problems: list[str] = field(default_factory=list)
     unshown_tools: int = 0
     """Rows whose `tools` the chat template does not write into the text."""
@@ -56,11 +54,12 @@ def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, toke
     Raises:
         DataError: the chat template takes far too much time or memory with a row.
     """
-    rows, encoded, renderer = list(rows), Encoded(), ChatRenderer(tokenizer)
+    rows, writer, renderer = list(rows), TableWriter(settings, tokenizer), ChatRenderer(tokenizer)
+    problems, unshown_tools = [], 0
     for start in range(0, len(rows), CHUNK_ROWS):
-        rendered = _render_chunk(rows[start : start + CHUNK_ROWS], format, renderer, settings, encoded.problems)
-        _tokenize_chunk(rendered, format, tokenizer, settings, encoded)
-    return encoded
+        rendered = _render_chunk(rows[start : start + CHUNK_ROWS], format, renderer, settings, problems)
+        unshown_tools += _tokenize_chunk(rendered, format, tokenizer, settings, writer, problems)
+    return Encoded(writer.table(), problems, unshown_tools)
 
 
 def _render_chunk(
@@ -82,21 +81,26 @@ def _render_chunk(
     return rendered
 
 
-def _tokenize_chunk(rendered: list[tuple[str, Mapping, _Rendered]], format: str, tokenizer, settings: DataSettings, into: Encoded) -> None:
+def _tokenize_chunk(
+    rendered: list[tuple[str, Mapping, _Rendered]], format: str, tokenizer, settings: DataSettings, into: TableWriter, problems: list[str]
+) -> int:
+    """Adds the rows to the table, and to `problems` those that have none; returns how many of them do not show their tools."""
     # All texts, prefixes included, are tokenized in one call, each once: a last turn's end is often the whole text.
     texts = list(dict.fromkeys(text for _, _, item in rendered for text in (item.text, *(part for turn in item.turns for part in turn))))
     ids = dict(zip(texts, _tokenize(tokenizer, texts, add_special_tokens=format == "text"), strict=True))
+    eos, unshown_tools = tokenizer.eos_token_id if format == "text" else None, 0
     for source, row, item in rendered:
         tokens = ids[item.text]
-        if format == "text" and tokenizer.eos_token_id is not None and tokens[-1:] != [tokenizer.eos_token_id]:
-            tokens = [*tokens, tokenizer.eos_token_id]
+        if eos is not None and tokens[-1:] != [eos]:
+            tokens = [*tokens, eos]
         try:
             spans = _token_spans(tokens, [(ids[a], ids[b]) for a, b in item.turns]) if settings.mask_prompt else [(0, len(tokens))]
         except RowError as error:
-            into.problems.append(f"{source}: {error}")
+            problems.append(f"{source}: {error}")
             continue
-        into.unshown_tools += item.unshown_tools
-        into.examples.append(_example(tokens, spans, item.text, source, row, tokenizer, settings.max_seq_length))
+        unshown_tools += item.unshown_tools
+        into.add(tokens, spans, item.text, source, row)
+    return unshown_tools
 
 
 def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -105,18 +109,6 @@ def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool) -> list[lis
         return []
     options = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}
     return tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
-
-
-def _example(tokens: list[int], spans, text: str, source: str, row: Mapping, tokenizer, max_seq_length: int) -> Example:
-    mask = np.zeros(len(tokens), dtype=bool)
-    for start, end in spans:
-        mask[start:end] = True
-    mask[:1] = False  # nothing precedes the first token, so nothing predicts it
-    kept = np.array(tokens[:max_seq_length], dtype=np.int32)
-    mask = mask[:max_seq_length].copy()
-    for array in (kept, mask):
-        array.setflags(write=False)
-    return Example(kept, mask, text, source, len(tokens) - len(kept), row, tokenizer)
 
 
 # ---- conversations to texts

@@ -30,6 +30,8 @@ class Example:
     """The row as it was read."""
     tokenizer: Any = field(default=None, repr=False)
     """For showing the tokens."""
+    window: tuple[int, int] = field(default=(0, 0), repr=False)
+    """Tokens of its row that stand before and behind it, in other windows; (0, 0) unless `long_rows="split"` made windows of the row."""
 
     def __repr__(self) -> str:
         cut = f", {self.cut} cut" if self.cut else ""
@@ -103,7 +105,7 @@ def head_html(example: Example, more: str = "") -> str:
 def _as_text(example: Example, tokenizer) -> str:
     size = f"{example.source}: {len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on"
     cut = f", {example.cut:,} cut off" if example.cut else ""
-    texts = [(_decode(tokenizer, ids), trained) for ids, trained in _runs(example)]
+    texts = [(decode(tokenizer, ids), trained) for ids, trained in _runs(example)]
     return f"{size}{cut}\n" + "".join(f"[[{text}]]" if trained else text for text, trained in texts)
 
 
@@ -117,7 +119,7 @@ def runs_html(example: Example) -> str:
             rest = sum(len(ids) for ids, _ in runs[number:]), sum(len(ids) for ids, trained in runs[number:] if trained)
             parts.append(f"<b> … {rest[0]:,} tokens more, {rest[1]:,} of them trained on</b>")
             break
-        text = _decode(example.tokenizer, ids)
+        text = decode(example.tokenizer, ids)
         parts.append(_box(esc(text, left), "trained" if trained else "masked"))
         left -= len(text)
     return f'<pre style="{_PRE}">{"".join(parts)}</pre>'
@@ -130,7 +132,7 @@ def _runs(example: Example) -> list[tuple[np.ndarray, bool]]:
     return [(ids, bool(mask[0])) for ids, mask in runs if len(ids)]
 
 
-def _decode(tokenizer, ids: Sequence[int] | np.ndarray) -> str:
+def decode(tokenizer, ids: Sequence[int] | np.ndarray) -> str:
     return tokenizer.decode(list(map(int, ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -194,7 +196,7 @@ def _token_text(tokenizer, token_id: int) -> str:
     raw = tokenizer.convert_ids_to_tokens(token_id)
     if raw is None:
         return f"<id {token_id}>"
-    text = _decode(tokenizer, [token_id])
+    text = decode(tokenizer, [token_id])
     if "\ufffd" in text and raw != text:
         return "<" + " ".join(f"{BYTE_ALPHABET[c]:02X}" for c in raw) + ">" if all(c in BYTE_ALPHABET for c in raw) else raw
     if raw.startswith("▁") and not text.startswith(" "):  # SentencePiece decoders drop the space before a first word

@@ -25,7 +25,7 @@ class DataSettings:
         False, flag_or("last"),
         "True: train on the assistant's turns (chat) or the completion only, not on what precedes them; \"last\": on the last turn only.",
     )  # fmt: skip
-    max_seq_length: int = setting(2048, whole(2), "Tokens after which a row is cut.")
+    max_seq_length: int = setting(2048, whole(2), "Tokens that a row has at most; `long_rows` says what becomes of a longer one.")
     prompt_feature: str = setting("prompt", text, "Key of the prompt in rows of the completions format.")
     completion_feature: str = setting("completion", text, "Key of the completion in rows of the completions format.")
     text_feature: str = setting("text", text, "Key of the text in rows of the text format.")
@@ -33,6 +33,11 @@ class DataSettings:
     bad_rows: str = setting(
         "error", choice("error", "skip"), 'What rows that cannot be used do: an "error" that lists them all, or "skip", which counts them.'
     )
+    long_rows: str = setting(
+        "cut", choice("cut", "split", "drop"),
+        'What becomes of a row with more tokens than `max_seq_length`: it is "cut" at the end, "split" into windows, in which each of its '
+        'tokens is trained on exactly once, or left out ("drop").',
+    )  # fmt: skip
 
     def __post_init__(self):
         check_fields(self)

@@ -205,6 +205,7 @@ class TrainConfig:
     text_feature: str | None = _data_setting("text_feature")
     chat_feature: str | None = _data_setting("chat_feature")
     bad_rows: str | None = _data_setting("bad_rows")
+    long_rows: str | None = _data_setting("long_rows")
 
     def __new__(cls, *args: Any, **settings: Any):
         check_names(settings, cls)  # before dataclass's own TypeError, which names no neighbours

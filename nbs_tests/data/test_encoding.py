@@ -31,7 +31,7 @@ def encode_one(row, format, tokenizer, data_settings=MASKED):
 
 def problem(row, format, tokenizer, data_settings=MASKED):
     encoded = encode([row], format, tokenizer, data_settings)
-    assert encoded.examples == [] and len(encoded.problems) == 1
+    assert len(encoded.examples) == 0 and len(encoded.problems) == 1
     return encoded.problems[0]
 
 

@@ -1,0 +1,161 @@
+"""The examples of a split in a few flat arrays: 5 bytes a token, and no object a row but what was read."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, overload
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from fulltune_nb.data.example import Example, decode
+from fulltune_nb.data.settings import DataSettings
+
+
+class ExampleTable(Sequence[Example]):
+    """Examples in flat arrays. An `Example`, of views of them, is made when it is asked for; it stays the same while somebody holds it.
+
+    Attributes:
+        tokens: (tokens,) int32, those of all examples one after another.
+        loss_mask: (tokens,) bool.
+        begins: (examples + 1,) int64; example i has tokens[begins[i]:begins[i + 1]].
+        cut: (examples,) int64, tokens cut off at the end of each.
+        before, behind: (examples,) int64, tokens of its row that stand in other windows; 0 where rows are whole.
+        texts: the text of each example's row.
+        sources: file and line of each.
+        rows: each one's row as it was read.
+        dropped: rows left out because they have more tokens than `max_seq_length`.
+        tokens_dropped: tokens of those.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, loss_mask: np.ndarray, begins: np.ndarray, columns: np.ndarray,
+        texts: list[str], sources: list[str], rows: list[Mapping[str, Any]], tokenizer: Any = None,
+    ):  # fmt: skip
+        self.tokens, self.loss_mask, self.begins = tokens, loss_mask, begins
+        self._columns = columns  # (3, examples)
+        self.cut, self.before, self.behind = columns
+        self.texts, self.sources, self.rows, self._tokenizer = texts, sources, rows, tokenizer
+        self.dropped = self.tokens_dropped = 0
+        self._made: WeakValueDictionary[int, Example] = WeakValueDictionary()
+        for values in (tokens, loss_mask, begins, columns):
+            values.setflags(write=False)
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> ExampleTable:
+        """The table of examples that were made one by one."""
+        if isinstance(examples, cls):
+            return examples
+        examples = list(examples)
+        begins = np.cumsum([0, *(len(e.tokens) for e in examples)], dtype=np.int64)
+        tokens = np.fromiter(chain.from_iterable(e.tokens.tolist() for e in examples), np.int32, begins[-1])
+        loss_mask = np.fromiter(chain.from_iterable(e.loss_mask.tolist() for e in examples), bool, begins[-1])
+        columns = np.array([(e.cut, *e.window) for e in examples], dtype=np.int64).reshape(-1, 3).T
+        texts, sources, rows = ([getattr(e, name) for e in examples] for name in ("text", "source", "row"))
+        table = cls(tokens, loss_mask, begins, columns, texts, sources, rows, examples[0].tokenizer if examples else None)
+        table._made.update(enumerate(examples))
+        return table
+
+    def take(self, indices: np.ndarray) -> ExampleTable:
+        """A table of some of the examples, in the order of `indices` (int64)."""
+        lengths = np.diff(self.begins)[indices]
+        begins = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.repeat(self.begins[indices] - begins[:-1], lengths) + np.arange(begins[-1])
+        lists = ([column[i] for i in indices.tolist()] for column in (self.texts, self.sources, self.rows))
+        return ExampleTable(self.tokens[places], self.loss_mask[places], begins, self._columns[:, indices], *lists, self._tokenizer)
+
+    @classmethod
+    def joined(cls, tables: Sequence[ExampleTable]) -> ExampleTable:
+        """The examples of several tables, one table after the other."""
+        tokens, loss_mask = (np.concatenate([getattr(table, name) for table in tables]) for name in ("tokens", "loss_mask"))
+        begins = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(table.begins) for table in tables]))])
+        columns = np.concatenate([table._columns for table in tables], axis=1)
+        lists = (list(chain.from_iterable(getattr(table, name) for table in tables)) for name in ("texts", "sources", "rows"))
+        table = cls(tokens, loss_mask, begins, columns, *lists, tables[0]._tokenizer)
+        table.dropped, table.tokens_dropped = (sum(getattr(t, name) for t in tables) for name in ("dropped", "tokens_dropped"))
+        return table
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[operator.index(index)]
+        if (example := self._made.get(i)) is None:
+            at = slice(self.begins[i], self.begins[i + 1])
+            tokens, window = self.tokens[at], (int(self.before[i]), int(self.behind[i]))
+            text = decode(self._tokenizer, tokens) if any(window) else self.texts[i]
+            example = Example(
+                tokens, self.loss_mask[at], text, self.sources[i], int(self.cut[i]), self.rows[i], self._tokenizer, window
+            )  # fmt: skip
+            self._made[i] = example
+        return example
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+class TableWriter:
+    """Makes a table row by row, with no numpy object for any; rows longer than `max_seq_length` become what `long_rows` says."""
+
+    def __init__(self, settings: DataSettings, tokenizer: Any):
+        self._limit, self._long_rows, self._tokenizer = settings.max_seq_length, settings.long_rows, tokenizer
+        self._tokens, self._loss_mask, self._lengths = array("i"), bytearray(), array("q")
+        self._columns = array("q")  # cut, before and behind of each example
+        self._texts: list[str] = []
+        self._sources: list[str] = []
+        self._rows: list[Mapping[str, Any]] = []
+        self._dropped = self._tokens_dropped = 0
+
+    def add(self, tokens: Sequence[int], spans: Iterable[tuple[int, int]], text: str, source: str, row: Mapping[str, Any]) -> None:
+        """A row.
+
+        Args:
+            tokens: all of its ids.
+            spans: positions [start, end) in `tokens` that are trained on.
+        """
+        size, limit = len(tokens), self._limit
+        loss_mask = bytearray(size)
+        for start, end in spans:
+            loss_mask[start:end] = b"\1" * (min(end, size) - start)
+        if size <= limit:
+            self._write(tokens, loss_mask, (0, 0, 0), text, source, row)
+            return
+        if self._long_rows == "drop":
+            self._dropped += 1
+            self._tokens_dropped += size
+        elif self._long_rows == "cut":
+            self._write(tokens[:limit], loss_mask[:limit], (size - limit, 0, 0), text, source, row)
+        else:
+            # A window begins with the last token of the one before, which is there as context: so each token is a target exactly once.
+            for start in range(0, size - 1, limit - 1):
+                end = min(start + limit, size)
+                self._write(tokens[start:end], loss_mask[start:end], (0, start, size - end), text, source, row)
+
+    def _write(self, tokens, loss_mask: bytearray, columns: tuple[int, int, int], text: str, source: str, row: Mapping[str, Any]) -> None:
+        loss_mask[:1] = bytes(min(len(tokens), 1))  # nothing precedes the first token, so nothing predicts it
+        self._tokens.extend(tokens)
+        self._loss_mask += loss_mask
+        self._lengths.append(len(tokens))
+        self._columns.extend(columns)
+        self._texts.append(text)
+        self._sources.append(source)
+        self._rows.append(row)
+
+    def table(self) -> ExampleTable:
+        """All rows that were added; the writer is not to be used any more."""
+        tokens, loss_mask = np.frombuffer(self._tokens, dtype=np.int32), np.frombuffer(self._loss_mask, dtype=bool)
+        begins = np.concatenate([[0], np.cumsum(np.frombuffer(self._lengths, dtype=np.int64))])
+        columns = np.ascontiguousarray(np.frombuffer(self._columns, dtype=np.int64).reshape(-1, 3).T)
+        table = ExampleTable(tokens, loss_mask, begins, columns, self._texts, self._sources, self._rows, self._tokenizer)
+        table.dropped, table.tokens_dropped = self._dropped, self._tokens_dropped
+        return table
