@@ -184,16 +184,27 @@ def _too_large() -> str:
 
 # ---- the template of a tokenizer that has none
 
-CHATML = (
+PLAIN_CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+"""What tokenizers without a template were given once; the runs of that time go on with it."""
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
+    "{% if message['role'] == 'assistant' and eos_token and eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""`<|im_end|>` is several tokens for a tokenizer that does not know it; the EOS behind it is one, at which every reader stops."""
 
 CHATML_NOTE = (
-    "The tokenizer has no chat template: the ChatML text <|im_start|>role, content, <|im_end|> is used. "
-    "It is set on the tokenizer, so that generation uses it and an exported model carries it."
+    "The tokenizer has no chat template: the ChatML text <|im_start|>role, content, <|im_end|> is used, with the tokenizer's EOS behind "
+    "each assistant turn. It is set on the tokenizer, so that generation uses it and an exported model carries it."
 )
 
 
@@ -252,10 +263,10 @@ def chat_ids(
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """What the chat template writes right after an assistant's answer: as stop ids, or as stop strings.
+    """What the chat template writes right after an assistant's answer: as stop ids, and as stop strings.
 
-    A model trained through the template has learned to end there, whatever its generation config calls the end. ChatML on a
-    tokenizer that does not know `<|im_end|>` is an ordinary text, hence the strings.
+    A model trained through the template has learned to end there, whatever its generation config calls the end. The first special
+    token is the stop id. Text before it, such as the `<|im_end|>` of ChatML where the tokenizer does not know it, is a stop string.
     """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
     try:
@@ -266,10 +277,15 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tup
     end = end.strip()
     if not mark or not end:
         return (), ()
-    tokens = tokenizer.encode(end, add_special_tokens=False)
-    if tokens and tokens[0] in tokenizer.added_tokens_decoder:
-        return (tokens[0],), ()
-    return (), (end.splitlines()[0],)
+    known = end_tokens(tokenizer)
+    first = next((token for token in tokenizer.encode(end, add_special_tokens=False) if token in known), None)
+    text = (end if first is None else end.partition(tokenizer.convert_ids_to_tokens(first))[0]).strip()
+    return () if first is None else (first,), (text.splitlines()[0],) if text else ()
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that can end a turn: special and added ones, which no ordinary text is made of."""
+    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
 
 
 def _check_messages(messages: Any) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 SENTENCEPIECE = "tokenizer.model"
 """The vocabulary as SentencePiece keeps it: transformers reads it where there is no tokenizer.json, llama.cpp's converter needs it."""
+TEMPLATE = "chat_template.jinja"
+"""The chat template as a file of its own."""
 
 _LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file")
 

@@ -32,7 +32,7 @@ class LanguageModel:
         model: the decoder, an `mlx.nn.Module`: ids (B, T) -> logits (B, T, V).
         tokenizer: the `transformers` tokenizer.
         source: where it was loaded from: folder or hub id; None for random weights.
-        generation_config: `generation_config.json` of the source, or None.
+        generation_config: `generation_config.json` of the source, with the ends that were trained; None where there is neither.
         torn: why the weights cannot be used, when a training step was broken off half-way; else None.
         card: how the weights came about, as `.files()`, texts by file name that `save` writes too; None where nothing is known.
     """
@@ -82,13 +82,28 @@ class LanguageModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer: from `generation_config.json`, else the tokenizer's EOS."""
+        """Token ids that end an answer: from `generation_config`, else the tokenizer's EOS. A trainer adds the ends that it trains."""
         ids = (self.generation_config or {}).get("eos_token_id")
         if ids is None:
             ids = self.tokenizer.eos_token_id
-        if ids is None:
-            return ()
-        return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+        return _different(ids, int)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer, from `generation_config`: ends that are several tokens."""
+        return _different((self.generation_config or {}).get("stop_strings"), str)
+
+    def add_ends(self, ids: Sequence[int], strings: Sequence[str] = ()) -> None:
+        """Makes ends that are trained stops of every answer, here and, by `generation_config.json`, for whoever reads a saved model.
+
+        Args:
+            ids: token ids; they come behind those that are stops already.
+            strings: texts, for ends that are several tokens. `generate` of transformers stops there when it is given the tokenizer.
+        """
+        ends = {"eos_token_id": (*self.stop_ids, *ids), "stop_strings": (*self.stop_strings, *strings)}
+        ends = {name: list(dict.fromkeys(values)) for name, values in ends.items() if values}
+        if ends:
+            self.generation_config = {**(self.generation_config or {}), **ends}
 
     def generate(
         self,
@@ -238,7 +253,7 @@ class LanguageModel:
     def _with_ends(self, sampling: Sampling, chat: bool = False) -> tuple[Sampling, frozenset[int]]:
         """The sampling with every stop string of an answer, and the ids that end one."""
         ids, strings = answer_end(self.tokenizer) if chat else ((), ())
-        return replace(sampling, stop=(*sampling.stop, *strings)), frozenset((*self.stop_ids, *ids))
+        return replace(sampling, stop=(*sampling.stop, *self.stop_strings, *strings)), frozenset((*self.stop_ids, *ids))
 
     def _check_whole(self) -> None:
         if self.torn:
@@ -284,6 +299,12 @@ class LanguageModel:
                 ("chat template", "yes" if self.tokenizer.chat_template else "none"),
             ],
         )
+
+
+def _different(values: Any, kind: type) -> tuple[Any, ...]:
+    """One value or several of a `generation_config.json`, each once; what is of another kind is left out."""
+    values = values if isinstance(values, (list, tuple)) else (values,)
+    return tuple(dict.fromkeys(value for value in values if isinstance(value, kind) and not isinstance(value, bool) and value != ""))
 
 
 def _each(items: Sequence[Any], convert: Callable[[Any], list[int]], name: str) -> list[list[int]]:

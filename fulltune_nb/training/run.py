@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fulltune_nb.chat_template import CHATML
 from fulltune_nb.data.dataset import DataSet, load_data
 from fulltune_nb.data.read import hub_id
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, listed
 from fulltune_nb.files import append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
 from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.tokenizer import TEMPLATE
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.lock import RunLock
@@ -302,7 +304,7 @@ class StoredRun:
         except BaseException:
             self.directory.close()
             raise
-        self.notes, self._has_weights = list(self.directory.notes), True
+        self.notes, self._has_weights, self._other_template = list(self.directory.notes), True, False
         then, now = self._state["versions"], versions()
         changed = [f"{name} was {str(then[name])[:40]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
         if changed:
@@ -351,6 +353,7 @@ class StoredRun:
             lm = load_model(self.checkpoint)
             lm.source = self._state["model_source"]
             return lm
+        self._put_template(lm)
         stored = read_config_file(self.checkpoint / "config.json")
         differences = [
             f"{name} was {value!r} and is {getattr(lm.config, name)!r}"
@@ -364,6 +367,12 @@ class StoredRun:
             self.notes.append(message)
         self._has_weights = False
         return lm
+
+    def _put_template(self, lm: LanguageModel) -> None:
+        """A tokenizer without a template of its own gets the one that the run gave it when it began, which need not be today's."""
+        path, now = self.checkpoint / TEMPLATE, lm.tokenizer.chat_template
+        if now in (None, CHATML) and path.is_file() and (stored := path.read_text(encoding="utf-8")) != now:
+            lm.tokenizer.chat_template, self._other_template = stored, True
 
     def put_weights(self, lm: LanguageModel, data: DataSet, config: TrainConfig) -> None:
         """Gives the model the checkpoint's weights, where it has not got them. The last thing, so that a refusal leaves it as it is.
@@ -394,6 +403,10 @@ class StoredRun:
             data = load_data(source if data is None else data, lm.tokenizer, config=config)
         if not isinstance(data, DataSet):
             raise DataError(f"data: expected what load_data returns, or a folder, got {type(data).__name__}.")
+        if self._other_template and data.fingerprint != self._state["data"]["fingerprint"]:  # loaded with the template of today
+            rows = {name: [example.row for example in split] for name, split in data.splits.items()}
+            source, data = data.source, load_data(rows, lm.tokenizer, config=config)
+            data.source = source
         self.notes += check_same_data(data, self._state["data"], self._force)
         return data
 

@@ -19,6 +19,7 @@ import mlx.core as mx
 from fulltune_nb.cpu import cap_cache
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet
+from fulltune_nb.data.ends import trained_ends
 from fulltune_nb.data.example import Example
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts
@@ -108,9 +109,8 @@ class Trainer:
             self._begin(lm, data, config, force, resume)
         elif resume == "auto" and run_dir is not None and holds_run(run_dir):
             with StoredRun(run_dir, force) as stored:
-                config = stored.config(config)
-                stored.data(data, lm, config)
-                self._begin(stored.model(lm), data, config, force, stored)
+                config, lm = stored.config(config), stored.model(lm)
+                self._begin(lm, stored.data(data, lm, config), config, force, stored)
             stored.directory.write_config(config)
         else:
             if run_dir is not None:
@@ -167,6 +167,7 @@ class Trainer:
         plan = make_plan(lm, data, config, force, stored and stored.backward(config))
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
         lm.card = ModelCard(lm.source, data, config, self.history)
+        lm.add_ends(*trained_ends(data))
         for kind, message in plan.notes:
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward

@@ -1,6 +1,6 @@
 """Chat templates in the shapes that models on the hub have, shortened."""
 
-from fulltune_nb.chat_template import CHATML  # noqa: F401
+from nbs_tests.conftest import CHATML  # noqa: F401
 
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"

@@ -150,7 +150,7 @@ def test_object_that_is_no_tokenizer_is_an_error_that_says_what_to_pass(tokenize
 def test_tokenizer_without_chat_template_gets_chatml_once_and_says_so(make_tokenizer):
     tokenizer = make_tokenizer()
     data = load_data({"train": CHATS, "valid": PAIRS}, tokenizer)
-    assert data.train[0].text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    assert data.train[0].text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|></s>\n"
     assert tokenizer.chat_template == CHATML and len(data.notes) == 1 and "ChatML" in data.notes[0]
     assert load_data({"train": CHATS}, tokenizer).notes == []
 
