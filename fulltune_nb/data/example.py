@@ -44,6 +44,22 @@ class Example:
         return Lens([self], self.tokenizer)._repr_html_()
 
 
+def flat(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Examples as flat arrays; those of a split lie there so.
+
+    Returns:
+        tokens (tokens,) int32 and loss masks (tokens,) bool, one example behind the other; where each begins and the last ends,
+        (examples + 1,) int64; and (3, examples) int64: tokens cut off at the end, tokens of the row before and behind a window.
+    """
+    examples = getattr(examples, "examples", examples)
+    if hasattr(examples, "columns"):
+        return examples.tokens, examples.loss_mask, examples.begins, examples.columns
+    begins = np.cumsum([0, *(len(e.tokens) for e in examples)], dtype=np.int64)
+    tokens = np.concatenate([np.empty(0, np.int32), *(e.tokens for e in examples)]).astype(np.int32)
+    loss_mask = np.concatenate([np.empty(0, bool), *(e.loss_mask for e in examples)]).astype(bool)
+    return tokens, loss_mask, begins, np.array([(e.cut, *e.window) for e in examples], dtype=np.int64).reshape(-1, 3).T
+
+
 # ---- in a cell
 
 TOKENS_SHOWN = 400
@@ -254,27 +270,38 @@ ADVICE = {
 def check_special_tokens(examples: Sequence[Example], tokenizer) -> SpecialTokenCheck:
     """Counts and checks BOS and EOS. Where one token is both, only its uses as an end are checked.
 
-    An end that `max_seq_length` has cut off is not counted as missing here: cut rows are counted by the split.
+    An end that `max_seq_length` has cut off, or that stands in another window of the row, is not missing here.
+
+    Args:
+        examples: some examples, or a split, of whose rows a million take some seconds.
     """
     bos, eos = (-1 if token is None else token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     adds_bos = bos >= 0 and list(tokenizer("a")["input_ids"])[:1] == [bos]
     ends = special_ids(tokenizer) - ({bos} if bos != eos else set())
-    counts, problems = np.zeros((2, len(examples)), dtype=np.int64), {name: [] for name in ADVICE}
-    for row, example in enumerate(examples):
-        tokens, length = example.tokens, len(example.tokens)
-        is_bos, is_eos = tokens == bos, tokens == eos
-        counts[:, row] = np.count_nonzero(is_bos), np.count_nonzero(is_eos)
-        at_end = [i for i in range(max(length - _END_TOKENS, 0), length) if int(tokens[i]) in ends]
-        is_whole = length > 0 and not example.cut
-        end_untrained = at_end and not example.loss_mask[at_end].any() and example.loss_mask.any()
-        found = {
-            BOS_DOUBLED: bos != eos and counts[0, row] > 1 and (is_bos[1:] & is_bos[:-1]).any(),
-            BOS_MISSING: adds_bos and length > 0 and not is_bos[0],
-            EOS_DOUBLED: counts[1, row] > 1 and (is_eos[1:] & is_eos[:-1]).any(),
-            END_MISSING: is_whole and ends and not at_end,
-            END_NOT_TRAINED: is_whole and end_untrained,
-        }
-        for name, is_wrong in found.items():
-            if is_wrong:
-                problems[name].append(row)
-    return SpecialTokenCheck(*counts, {name: np.array(rows, dtype=np.int64) for name, rows in problems.items() if rows})
+    tokens, loss_mask, begins, (cut, before, behind) = flat(examples)
+    first, filled = begins[:-1], np.diff(begins) > 0
+
+    def per_row(places: np.ndarray) -> np.ndarray:
+        """How many of `places`, (tokens,) bool, each example has."""
+        return np.diff(np.concatenate([[0], np.cumsum(places, dtype=np.int64)])[begins])
+
+    def doubled(places: np.ndarray) -> np.ndarray:
+        pairs = places & np.concatenate([[False], places[:-1]])[: len(places)]
+        pairs[first[filled]] = False  # its neighbour is the end of the example before
+        return per_row(pairs) > 0
+
+    is_bos, is_eos, is_end = tokens == bos, tokens == eos, np.isin(tokens, list(ends))
+    from_end = np.repeat(begins[1:], np.diff(begins)) - np.arange(len(tokens))  # 1 for the last token of an example
+    is_end &= from_end <= _END_TOKENS
+    ended, whole = per_row(is_end) > 0, filled & (cut == 0) & (behind == 0)
+    begins_with_bos = np.zeros(len(first), dtype=bool)
+    begins_with_bos[filled] = is_bos[first[filled]]
+    found = {
+        BOS_DOUBLED: doubled(is_bos) & (bos != eos),
+        BOS_MISSING: filled & (before == 0) & ~begins_with_bos & adds_bos,
+        EOS_DOUBLED: doubled(is_eos),
+        END_MISSING: whole & ~ended & bool(ends),
+        END_NOT_TRAINED: whole & ended & (per_row(is_end & loss_mask) == 0) & (per_row(loss_mask) > 0),
+    }
+    problems = {name: np.flatnonzero(wrong) for name, wrong in found.items() if wrong.any()}
+    return SpecialTokenCheck(per_row(is_bos), per_row(is_eos), problems)

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from fulltune_nb.data.example import Example, decode
+from fulltune_nb.data.example import Example, decode, flat
 from fulltune_nb.data.settings import DataSettings
 
 
@@ -22,8 +22,9 @@ class ExampleTable(Sequence[Example]):
         tokens: (tokens,) int32, those of all examples one after another.
         loss_mask: (tokens,) bool.
         begins: (examples + 1,) int64; example i has tokens[begins[i]:begins[i + 1]].
-        cut: (examples,) int64, tokens cut off at the end of each.
-        before, behind: (examples,) int64, tokens of its row that stand in other windows; 0 where rows are whole.
+        columns: (3, examples) int64, whose rows are the next three.
+        cut: tokens cut off at the end of each.
+        before, behind: tokens of its row that stand in other windows; 0 where rows are whole.
         texts: the text of each example's row.
         sources: file and line of each.
         rows: each one's row as it was read.
@@ -36,7 +37,7 @@ class ExampleTable(Sequence[Example]):
         texts: list[str], sources: list[str], rows: list[Mapping[str, Any]], tokenizer: Any = None,
     ):  # fmt: skip
         self.tokens, self.loss_mask, self.begins = tokens, loss_mask, begins
-        self._columns = columns  # (3, examples)
+        self.columns = columns
         self.cut, self.before, self.behind = columns
         self.texts, self.sources, self.rows, self._tokenizer = texts, sources, rows, tokenizer
         self.dropped = self.tokens_dropped = 0
@@ -50,12 +51,8 @@ class ExampleTable(Sequence[Example]):
         if isinstance(examples, cls):
             return examples
         examples = list(examples)
-        begins = np.cumsum([0, *(len(e.tokens) for e in examples)], dtype=np.int64)
-        tokens = np.fromiter(chain.from_iterable(e.tokens.tolist() for e in examples), np.int32, begins[-1])
-        loss_mask = np.fromiter(chain.from_iterable(e.loss_mask.tolist() for e in examples), bool, begins[-1])
-        columns = np.array([(e.cut, *e.window) for e in examples], dtype=np.int64).reshape(-1, 3).T
         texts, sources, rows = ([getattr(e, name) for e in examples] for name in ("text", "source", "row"))
-        table = cls(tokens, loss_mask, begins, columns, texts, sources, rows, examples[0].tokenizer if examples else None)
+        table = cls(*flat(examples), texts, sources, rows, examples[0].tokenizer if examples else None)
         table._made.update(enumerate(examples))
         return table
 
@@ -65,14 +62,14 @@ class ExampleTable(Sequence[Example]):
         begins = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(self.begins[indices] - begins[:-1], lengths) + np.arange(begins[-1])
         lists = ([column[i] for i in indices.tolist()] for column in (self.texts, self.sources, self.rows))
-        return ExampleTable(self.tokens[places], self.loss_mask[places], begins, self._columns[:, indices], *lists, self._tokenizer)
+        return ExampleTable(self.tokens[places], self.loss_mask[places], begins, self.columns[:, indices], *lists, self._tokenizer)
 
     @classmethod
     def joined(cls, tables: Sequence[ExampleTable]) -> ExampleTable:
         """The examples of several tables, one table after the other."""
         tokens, loss_mask = (np.concatenate([getattr(table, name) for table in tables]) for name in ("tokens", "loss_mask"))
         begins = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(table.begins) for table in tables]))])
-        columns = np.concatenate([table._columns for table in tables], axis=1)
+        columns = np.concatenate([table.columns for table in tables], axis=1)
         lists = (list(chain.from_iterable(getattr(table, name) for table in tables)) for name in ("texts", "sources", "rows"))
         table = cls(tokens, loss_mask, begins, columns, *lists, tables[0]._tokenizer)
         table.dropped, table.tokens_dropped = (sum(getattr(t, name) for t in tables) for name in ("dropped", "tokens_dropped"))
