@@ -135,7 +135,8 @@ def check_paths(settings: Settings) -> None:
     Raises:
         ConfigError, DataError, WeightsError: nothing to do, or something that is needed is not there.
     """
-    from fulltune_nb.data.read import ENDINGS, folder_names, hub_id
+    from fulltune_nb.data.hub import hub_id
+    from fulltune_nb.data.read import folder_names, names_of
     from fulltune_nb.tensor_files import check_ending
     from fulltune_nb.training.run import holds_run
 
@@ -151,7 +152,7 @@ def check_paths(settings: Settings) -> None:
         return  # the run knows its data; where it has moved, data says where to
     if options.train and options.run_dir is not None and holds_run(Path(options.run_dir).expanduser()):
         raise ConfigError(f"{options.run_dir} already holds a run. Add --resume to go on with it, or give another --run-dir.")
-    if hub_id(options.data) is not None:
+    if hub_id(options.data) is not None or options.data.startswith("{"):
         return  # loading it tells what is missing
     folder = Path(options.data).expanduser()
     if not folder.is_dir():
@@ -160,7 +161,7 @@ def check_paths(settings: Settings) -> None:
         except DataError as error:
             raise DataError(f"--data: {error}") from None
     for split in ("train", "test"):
-        if getattr(options, split) and not any((folder / f"{split}{ending}").is_file() for ending in ENDINGS):
+        if getattr(options, split) and not names_of(split, folder_names(folder)):
             there = ", ".join(sorted(path.name for path in folder.glob("*.json*"))[:8]) or "no .jsonl file"
             raise DataError(f"--{split} needs {folder / f'{split}.jsonl'}; found there: {there}.")
 

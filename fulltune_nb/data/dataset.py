@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from fulltune_nb.chat_template import ensure_chat_template
 from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.example import Example, Lens
 from fulltune_nb.data.look import dataset_html, split_html
-from fulltune_nb.data.read import PREFIX, SPLITS, RawSplit, hub_id, read_folder, read_hub, read_memory
+from fulltune_nb.data.raw import SPLITS, RawSplit
+from fulltune_nb.data.read import read_source
 from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
 from fulltune_nb.data.table import ExampleTable
@@ -103,7 +103,8 @@ class DataSet:
     Attributes:
         train, valid, test: a `Split`, or None where there is none.
         settings: the `DataSettings` it was made with.
-        source: absolute path of the folder, `hf:` and the name for a data set of the hub, None for rows in memory.
+        source: absolute path of the folder, `hf:` and the name for a data set of the hub, an object of JSON where each split has its
+            own place, None for rows in memory; `load_data` takes it again.
         notes: lines to announce once: what was cut, left out or put in place of something missing.
         tokenizer: the one it was made with.
     """
@@ -192,7 +193,7 @@ def load_data(
     given |= {"bad_rows": bad_rows, "long_rows": long_rows}
     settings = resolve_settings(given, config)
     _check_tokenizer(tokenizer)
-    where, raw_splits, notes = _read(source)
+    where, raw_splits, notes = read_source(source)
     splits, problems = {}, []
     for raw in raw_splits:
         split = splits[raw.name] = _build(raw, tokenizer, settings, notes)
@@ -211,19 +212,6 @@ def _check_tokenizer(tokenizer) -> None:
     raise ConfigError(f"tokenizer: expected a tokenizer of transformers (lm.tokenizer), got {type(tokenizer).__name__}.{hint}")
 
 
-def _read(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
-    """`DataSet.source`, the rows of each split, and notes on what was not read."""
-    if isinstance(source, Mapping):
-        return None, read_memory(source), []
-    if isinstance(source, str) and (name := hub_id(source)) is not None:
-        return f"{PREFIX}{name}", *read_hub(name)
-    if isinstance(source, (str, os.PathLike)):
-        folder = Path(os.path.abspath(os.path.expanduser(os.fsdecode(source))))
-        return str(folder), *read_folder(folder)
-    hint = ' Give the rows their split: {"train": rows}.' if isinstance(source, (list, tuple)) else ""
-    raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.{hint}')
-
-
 def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -> Split:
     """The split of all rows that can be used; `notes` grows by what is to be announced."""
     format = detect_format((row for _, row in raw.rows), settings)
@@ -236,7 +224,7 @@ def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -
     encoded = encode_rows(good, format or "text", tokenizer, settings)
     problems = sorted(problems + encoded.problems, key=_line_number)
     split = Split(raw.name, format or "text", encoded.examples, raw.blank_lines, problems)
-    notes += _left_out(split, encoded.unshown_tools, settings)
+    notes += raw.notes + _left_out(split, encoded.unshown_tools, settings)
     return split
 
 

@@ -4,94 +4,149 @@
     load_data("hf:org/name", ...)         a data set of the hub; "hf:org/name:config" where it has several
     load_data("org/name", ...)            the same, where there is no such folder here
     load_data({"train": rows}, ...)       rows in memory
+    load_data({"train": "hf:org/name:train[:90%]", "valid": "other/valid.jsonl"}, ...)      each split from its own place
 
-Bad lines are collected, by file and line. The hub and Parquet are read by the optional package `datasets`.
+Bad lines are collected, by file and line. The hub and Parquet are read by the optional package `datasets`, see `hub`.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
-import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from fulltune_nb.data.hub import PREFIX, hub_id, read_hub, read_hub_split, read_parquet, split_from
+from fulltune_nb.data.raw import OTHER_NAMES, SPLITS, RawSplit, read_table, split_meant, split_named
 from fulltune_nb.data.rows import RowError, parse_line, whole_file_problem
-from fulltune_nb.errors import DataError, MissingDependencyError, closest, listed
+from fulltune_nb.errors import DataError, closest, listed
 
-SPLITS = ("train", "valid", "test")
-OTHER_NAMES = {"train": ("training",), "valid": ("validation", "val", "dev", "eval"), "test": ("testing", "tests")}
 ENDINGS = (".jsonl", ".csv", ".parquet")
-PREFIX = "hf:"
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is reported and skipped without being held in memory. As text it would be some four million tokens."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDER_LAYOUT = "a folder with train.jsonl, valid.jsonl and test.jsonl (any of them)"
-_NO_ROWS = "no rows; leave the split out or give it rows"
 
 
-@dataclass
-class RawSplit:
-    """The rows of one split as read."""
-
-    name: str
-    label: str
-    """What stands before the row number: `"train.jsonl"`, or `"train"` for rows in memory."""
-    rows: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
-    """(source, row), the source being label and 1-based line."""
-    problems: list[str] = field(default_factory=list)
-    blank_lines: int = 0
-
-    def or_problem(self, reason: str = _NO_ROWS) -> RawSplit:
-        """The split itself; where it has neither rows nor problems, `reason` becomes its problem."""
-        if not self.rows and not self.problems:
-            self.problems.append(f"{self.label}: {reason}")
-        return self
-
-
-def _split_meant(name: str) -> str | None:
-    """The split that a file or key of this name probably is."""
-    stem = name.lower().split(".")[0]
-    return next((split for split in SPLITS if stem in OTHER_NAMES[split] or closest(stem, [split], cutoff=0.75)), None)
-
-
-# ---- rows in memory
-
-
-def read_memory(source: Mapping[str, Any]) -> list[RawSplit]:
-    """Splits from `{"train": rows, "valid": rows, "test": rows}`; a split that is None counts as absent.
+def read_source(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
+    """Where the rows come from, as text that can be stored and read again (None for rows in memory), the rows, and what was not read.
 
     Raises:
-        DataError: a split has an unknown name or is no list of rows, or there is none at all.
+        DataError: there is nothing to read, or it is not clear what is meant.
+        MissingDependencyError: the package `datasets` is needed and not installed.
     """
-    for name in source:
-        if name not in SPLITS:
-            meant = _split_meant(str(name))
+    if isinstance(source, str) and source.startswith("{"):
+        source = _stored(source)
+    if isinstance(source, Mapping):
+        return read_splits(source)
+    if isinstance(source, str) and (name := hub_id(source)) is not None:
+        return _place(source), *read_hub(name)
+    if isinstance(source, (str, os.PathLike)):
+        folder = _absolute(source)
+        return str(folder), *read_folder(folder)
+    hint = ' Give the rows their split: {"train": rows}.' if isinstance(source, (list, tuple)) else ""
+    raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.{hint}')
+
+
+def is_there(source: str) -> bool:
+    """Whether a stored source may still be read: it is the hub's, or all of its folders and files are on this machine."""
+    places = [value if isinstance(value, str) else key for key, value in _stored(source).items()] if source.startswith("{") else [source]
+    return all(hub_id(place) is not None or Path(place).exists() for place in places)
+
+
+def _stored(source: str) -> dict[str, Any]:
+    try:
+        return json.loads(source)
+    except ValueError as error:
+        expected = 'a folder, or an object of JSON such as {"train": "folder"}'
+        raise DataError(f"Expected {expected}, got {source[:80]!r} ({error}).") from None
+
+
+def _absolute(path: str | os.PathLike) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(os.fsdecode(path))))
+
+
+# ---- splits by name: rows in memory, or the place of each
+
+
+def read_splits(source: Mapping[str, Any]) -> tuple[str | None, list[RawSplit], list[str]]:
+    """Splits from `{"train": rows, "valid": rows, "test": rows}`; a split that is None counts as absent.
+
+    In place of rows may stand where they are: a file, a folder or a data set of the hub, of which the split of that name is taken,
+    or a part of the latter. Where all are so given, the places are what is stored.
+
+    Raises:
+        DataError: a split has an unknown name or is no list of rows, is there by two names, or there is none at all.
+        MissingDependencyError: the package `datasets` is needed and not installed.
+    """
+    keys: dict[str, str] = {}
+    for key in source:
+        split = split_named(key) if isinstance(key, str) else None
+        if split is None:
+            meant = split_meant(str(key))
             hint = f" Did you mean {meant!r}?" if meant else ""
-            raise DataError(f"Unknown split {str(name)!r}: expected {', '.join(SPLITS)}.{hint}")
-    splits = [_read_list(name, source[name]) for name in SPLITS if source.get(name) is not None]
-    if not splits:
+            raise DataError(f"Unknown split {str(key)!r}: expected {', '.join(SPLITS)}.{hint}")
+        if source[key] is None:
+            continue
+        if split in keys:
+            raise DataError(f"{keys[split]!r} and {key!r} both name the split {split}. Which is meant? Give one of them.")
+        keys[split] = key
+    if not keys:
         raise DataError(f"No split given: expected rows under at least one of {', '.join(SPLITS)}.")
-    return splits
+    values = {split: source[keys[split]] for split in SPLITS if split in keys}
+    places = {split: _place(value) for split, value in values.items() if isinstance(value, (str, os.PathLike))}
+    splits = [_read_place(split, places[split]) if split in places else _read_list(split, keys[split], values[split]) for split in values]
+    return (json.dumps(places, ensure_ascii=False) if len(places) == len(values) else None), splits, []
 
 
-def _read_list(name: str, rows: Any) -> RawSplit:
-    if isinstance(rows, (str, bytes, os.PathLike, Mapping)) or not isinstance(rows, Iterable):
-        raise DataError(f"{name}: expected a list of rows (dicts), got {type(rows).__name__}.")
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a pandas DataFrame iterates over its column names
-        raise DataError(f'{name}: expected a list of rows (dicts), got a {type(rows).__name__}. Pass its to_dict("records").')
-    split = RawSplit(name, name)
+def _place(value: str | os.PathLike) -> str:
+    """A place as it can be stored: a name of the hub with its prefix, or an absolute path."""
+    name = hub_id(value) if isinstance(value, str) else None
+    if name is None:
+        return str(_absolute(value))
+    path, colon, part = name.partition(":")
+    is_here = Path(path).expanduser().is_dir()
+    return f"{PREFIX}{_absolute(path) if path and is_here else path}{colon}{part}"
+
+
+def _read_place(split: str, place: str) -> RawSplit:
+    if place.startswith(PREFIX):
+        return read_hub_split(split, place.removeprefix(PREFIX))
+    path = Path(place)
+    if path.is_file() and path.suffix in READERS:
+        return READERS[path.suffix](split, path)
+    if path.is_dir():
+        return split_from(split, read_folder(path)[0], repr(place))
+    raise DataError(
+        f"{split}: expected a list of rows (dicts), or the place of a file ({', '.join(ENDINGS)}), a folder or a data set of the hub"
+        f" ({PREFIX}org/name:split), found nothing of that kind at {place!r}."
+    )
+
+
+def _read_list(split: str, key: str, rows: Any) -> RawSplit:
+    """The rows of a list, a generator, a table of `datasets`, of pandas, Polars or Arrow."""
+    for method, arguments in (("to_pylist", ()), ("to_dicts", ()), ("to_dict", ("records",))):
+        if hasattr(rows, method) and hasattr(rows, "columns"):
+            return read_table(split, key, _without_nan(getattr(rows, method)(*arguments)))
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        raise DataError(f"{key}: expected a list of rows (dicts), got {type(rows).__name__}.")
+    if type(rows).__module__.split(".")[0] == "datasets":
+        return read_table(split, key, rows)
+    raw = RawSplit(split, key)
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
-            split.rows.append((f"{name}:{number}", row))
+            raw.rows.append((f"{key}:{number}", row))
         else:
-            split.problems.append(f"{name}:{number}: not an object (dict) but of type {type(row).__name__}")
-    return split.or_problem()
+            raw.problems.append(f"{key}:{number}: not an object (dict) but of type {type(row).__name__}")
+    return raw.or_problem()
+
+
+def _without_nan(rows: Iterable[Mapping[Any, Any]]) -> Iterator[dict[Any, Any]]:
+    """Rows of a data frame, in which pandas writes NaN where there is nothing."""
+    return ({key: None if isinstance(value, float) and value != value else value for key, value in row.items()} for row in rows)
 
 
 # ---- folders
@@ -105,7 +160,7 @@ def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
         MissingDependencyError: it has a `.parquet` file, and `datasets` is not installed.
     """
     names = folder_names(folder)
-    files = {split: [f"{split}{ending}" for ending in ENDINGS if f"{split}{ending}" in names] for split in SPLITS}
+    files = {split: names_of(split, names) for split in SPLITS}
     found = [split for split in SPLITS if files[split]]
     if not found:
         raise DataError(_no_splits(folder, names))
@@ -113,13 +168,18 @@ def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
         if len(files[split]) > 1:
             raise DataError(f"{str(folder)!r} has {' and '.join(files[split])}. Which is meant? Leave one of them there.")
     notes = []
-    if unread := [name for name in names if name.endswith(".jsonl") and name[: -len(".jsonl")] not in SPLITS]:
-        meant = {name: split for name in unread if (split := _split_meant(name)) and split not in found}
+    if unread := [name for name in names if name.endswith(".jsonl") and all(name not in files[split] for split in SPLITS)]:
+        meant = {name: split for name in unread if (split := split_meant(name)) and split not in found}
         hints = "".join(f" Is {name} meant as {split}.jsonl?" for name, split in list(meant.items())[:3])
         notes.append(f"Not read: {listed(unread)}; only train.jsonl, valid.jsonl and test.jsonl are.{hints}")
-    readers = {".jsonl": read_file, ".csv": read_csv, ".parquet": read_parquet}
     paths = {split: folder / files[split][0] for split in found}
-    return [readers[path.suffix](split, path) for split, path in paths.items()], notes
+    return [READERS[path.suffix](split, path) for split, path in paths.items()], notes
+
+
+def names_of(split: str, names: Iterable[str]) -> list[str]:
+    """Those of a folder's names that a split's file may have: `valid.jsonl`, `validation.csv` and so on."""
+    wanted = {f"{name}{ending}" for name in (split, *OTHER_NAMES[split]) for ending in ENDINGS}
+    return sorted(wanted.intersection(names))
 
 
 def folder_names(folder: Path) -> list[str]:
@@ -156,16 +216,23 @@ def _nearest_folder(folder: Path) -> str:
 def _no_splits(folder: Path, names: list[str]) -> str:
     """Why a folder gives no data: what is in it, and which of that may be meant."""
     files = [name for name in names if not (folder / name).is_dir()]
-    packed = [name for name in files if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) and _split_meant(name)]
-    renames = [f"{name} -> {split}.jsonl" for name in files if name not in packed and (split := _split_meant(name))]
-    ours = [f"{split}{ending}" for split in SPLITS for ending in ENDINGS]
-    inner = [str(folder / name) for name in names if name not in files and any((folder / name / file).is_file() for file in ours)]
+    packed = [name for name in files if name.endswith((".gz", ".zip", ".zst", ".bz2", ".xz")) and split_meant(name)]
+    renames = [f"{name} -> {split}.jsonl" for name in files if name not in packed and (split := split_meant(name))]
+    folders = [folder / name for name in names if name not in files]
+    inner = [str(inside) for inside in folders if any(names_of(split, _names_or_none(inside)) for split in SPLITS)]
     hint = f" Rename (one JSON object per line): {', '.join(renames[:3])}." if renames else ""
     hint += f" Unpack {', '.join(packed[:3])}." if packed else ""
     hint += f" Is one of these folders meant: {listed(inner)}?" if inner else ""
     if "dataset_dict.json" in names or ("README.md" in names and "data" in names):
         hint += f" If it is a data set in the hub's own layout, give it as 'hf:{folder}'."
     return f"No data in {str(folder)!r}: expected {_FOLDER_LAYOUT}, found {listed(names, 10) or 'nothing'}.{hint}"
+
+
+def _names_or_none(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 # ---- JSON Lines
@@ -280,103 +347,5 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-# ---- the hub and Parquet, by the package `datasets`
-
-
-def hub_id(source: str) -> str | None:
-    """The hub id, with its config behind a colon, that a source names; None where it is a folder's path.
-
-    A plain `org/name` is one where neither it nor `org` exists here, so that a folder's misspelt name stays one.
-    """
-    if source.startswith(PREFIX):
-        return source.removeprefix(PREFIX)
-    is_id = _HUB_ID.fullmatch(source) and not Path(source).exists() and not Path(source.split("/")[0]).exists()
-    return source if is_id else None
-
-
-def read_hub(name: str) -> tuple[list[RawSplit], list[str]]:
-    """The splits of a data set of the hub, and notes on those that were not read.
-
-    Raises:
-        MissingDependencyError: `datasets` is not installed.
-        DataError: it could not be loaded, or has no split that is known here.
-    """
-    datasets = _library(f"The hub's data set {name!r} (there is no such folder here)")
-    path, _, config = name.partition(":")
-    if not path:
-        raise DataError(f"{PREFIX}{name}: expected a data set's name behind {PREFIX!r}, such as {PREFIX}org/name.")
-    try:
-        with _quietly(datasets):
-            found = datasets.load_dataset(path, config or None)
-    except Exception as error:  # datasets, the hub's client and the network raise many kinds here; all mean the same to the reader
-        raise DataError(
-            f"The hub's data set {name!r} could not be loaded ({type(error).__name__}: {_in_a_line(error)}). Is the name right, and is"
-            f" there a network? A data set with several configs needs one: {PREFIX}{path}:config. A folder here is given by its path,"
-            f" such as ./{path}."
-        ) from error
-    if not isinstance(found, Mapping):
-        raise DataError(f"The hub's data set {name!r} has no splits, but is a {type(found).__name__}.")
-    return splits_of(found, f"The hub's data set {name!r}")
-
-
-def splits_of(found: Mapping[str, Any], what: str) -> tuple[list[RawSplit], list[str]]:
-    """Splits by name ("validation", "val", "dev" and "eval" are "valid"), and a note on those that are none of ours.
-
-    Raises:
-        DataError: none is known, or two have the same meaning.
-    """
-    meant: dict[str, list[str]] = {split: [name for name in found if name.lower() in (split, *OTHER_NAMES[split])] for split in SPLITS}
-    for split, names in meant.items():
-        if len(names) > 1:
-            raise DataError(f"{what} has {' and '.join(map(repr, names))}, each of which may be {split}. Pass rows: {{{split!r}: rows}}.")
-    unread = ", ".join(repr(name) for name in found if not any(name in names for names in meant.values()))
-    if not any(meant.values()):
-        raise DataError(f"{what} has no split named {', '.join(SPLITS)}, found {unread}. Pass rows: {{'train': rows}}.")
-    notes = [f"Not read: the splits {unread}; only train, valid and test are."] if unread else []
-    return [_read_table(split, names[0], found[names[0]]) for split, names in meant.items() if names], notes
-
-
-def read_parquet(name: str, path: Path) -> RawSplit:
-    """The rows of one Parquet file.
-
-    Raises:
-        MissingDependencyError: `datasets` is not installed.
-    """
-    datasets = _library(f"{path.name}")
-    with tempfile.TemporaryDirectory(prefix="fulltune_nb-") as cache, _quietly(datasets):
-        try:
-            rows = list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True, cache_dir=cache))
-        except Exception as error:  # pyarrow and datasets raise many kinds here
-            return RawSplit(name, path.name).or_problem(f"cannot be read: {_in_a_line(error.__cause__ or error)}")
-    return _read_table(name, path.name, rows)
-
-
-def _read_table(name: str, label: str, rows: Iterable[Mapping[str, Any]]) -> RawSplit:
-    return RawSplit(name, label, [(f"{label}:{number}", dict(row)) for number, row in enumerate(rows, 1)]).or_problem()
-
-
-def _library(needed_for: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{needed_for} is read by the package 'datasets', which is not installed: pip install 'fulltune_nb[datasets]', or pip install"
-            " datasets. Rows in JSON Lines (train.jsonl) need nothing more."
-        ) from error
-    return datasets
-
-
-@contextmanager
-def _quietly(datasets: Any) -> Iterator[None]:
-    """Within the block, `datasets` draws no progress bars."""
-    were_on = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
-
-
-def _in_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+READERS = {".jsonl": read_file, ".csv": read_csv, ".parquet": read_parquet}
+"""A file's ending -> what reads it, given the split's name and the path."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from fulltune_nb.chat_template import CHATML
 from fulltune_nb.data.dataset import DataSet, load_data
-from fulltune_nb.data.read import hub_id
+from fulltune_nb.data.read import is_there
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, listed
 from fulltune_nb.files import append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
@@ -394,7 +394,7 @@ class StoredRun:
         source = self._state["data"]["source"]
         if data is None and source is None:
             raise CheckpointError("The run's data was in memory, so it is not stored. Pass it again: Trainer.resume(run_dir, data=data).")
-        if data is None and hub_id(source) is None and not Path(source).is_dir():
+        if data is None and not is_there(source):
             raise CheckpointError(
                 f"The run's data was in {source}, where there is no folder now. Pass its new place or the data itself:"
                 " Trainer.resume(run_dir, data='new/place')."

@@ -10,7 +10,7 @@ import types
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.data.read import hub_id, splits_of
+from fulltune_nb.data.hub import hub_id, splits_of
 
 INSTALLED_IN_CI = pytest.mark.skipif(
     importlib.util.find_spec("datasets") is None and not os.environ.get("CI"), reason="datasets is not installed; it is in CI"
@@ -21,7 +21,7 @@ ROWS = [{"q": "Capital of France?", "a": "Paris"}, {"q": "a, b\nand c?", "a": "d
 def hub(monkeypatch, load):
     """A stand-in for `datasets` whose hub is `load(name, config)`."""
     stand_in = types.ModuleType("datasets")
-    stand_in.load_dataset = load
+    stand_in.load_dataset = load  # called as load(name, config) or load(name, config, split="...")
     stand_in.disable_progress_bars = stand_in.enable_progress_bars = lambda: None
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
 
@@ -33,6 +33,52 @@ def test_a_data_set_of_the_hub_comes_by_its_splits_and_keys(monkeypatch, tokeniz
     assert asked == [("org/name", "small")] and (len(data.train), len(data.valid), data.test) == (2, 1, None)
     assert data.source == "hf:org/name:small" and data.valid[0].source == "validation:1"
     assert any("'unsupervised'" in note for note in data.notes)
+
+
+PLACES = [
+    ({"train": "hf:org/name:train[:90%]"}, ("org/name", None, "train[:90%]")),
+    ({"train": "hf:org/name:small:train[:50%]+test[:10%]"}, ("org/name", "small", "train[:50%]+test[:10%]")),
+    ({"valid": "hf:org/name:test"}, ("org/name", None, "test")),
+    ("hf:org/name:train[10:20]", ("org/name", None, "train[10:20]")),
+]
+
+
+@pytest.mark.parametrize("source, expected", PLACES, ids=range(len(PLACES)))
+def test_a_part_of_a_data_set_can_be_a_split(source, expected, monkeypatch, tokenizer):
+    asked = []
+    hub(monkeypatch, lambda name, config, split: asked.append((name, config, split)) or ROWS)
+    data = ft.load_data(source, tokenizer, prompt_feature="q", completion_feature="a")
+    assert asked == [expected]
+    again = ft.load_data(data.source, tokenizer, prompt_feature="q", completion_feature="a")
+    assert again.fingerprint == data.fingerprint and asked == [expected] * 2
+    assert next(iter(data.splits.values()))[1].source == f"{expected[2]}:2"
+
+
+def test_a_whole_data_set_gives_the_split_of_the_same_name(monkeypatch, tokenizer):
+    hub(monkeypatch, lambda name, config: {"train": ROWS, "validation": ROWS[:1]})
+    data = ft.load_data({"train": ROWS, "dev": "hf:org/name"}, tokenizer, prompt_feature="q", completion_feature="a")
+    assert len(data.valid) == 1 and data.source is None
+
+
+@pytest.mark.parametrize("source", ["hf:org/name:all[:9]", "hf:org/name[:9]", "hf:a:b:c", {"train": "hf:a:b:c:d"}, {"train": "hf:a:"}])
+def test_a_part_that_is_not_clear_is_refused(source, monkeypatch, tokenizer):
+    hub(monkeypatch, lambda name, config, split=None: ROWS)
+    with pytest.raises(ft.DataError, match="which split|expected a name"):
+        ft.load_data(source, tokenizer)
+
+
+@INSTALLED_IN_CI
+def test_a_folder_can_be_sliced_into_splits(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(10)))
+    monkeypatch.chdir(tmp_path)
+    data = ft.load_data({"train": "hf:rows:train[:80%]", "validation": "hf:rows:train[80%:]"}, tokenizer)
+    assert [e.row["text"] for e in data.valid] == ["row 8", "row 9"] and len(data.train) == 8
+    monkeypatch.chdir(tmp_path / "cache")
+    assert ft.load_data(data.source, tokenizer).fingerprint == data.fingerprint
 
 
 def test_a_plain_name_is_the_hubs_only_where_no_folder_is_meant(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from fulltune_nb.data import read as reading
-from fulltune_nb.data.read import read_file, read_folder, read_memory
+from fulltune_nb.data.read import is_there, read_file, read_folder, read_source, read_splits
 from fulltune_nb.errors import DataError
 
 
@@ -159,10 +159,32 @@ def test_folder_with_some_of_the_files_is_read(tmp_path):
 
 
 def test_jsonl_files_that_are_not_read_are_noted_with_the_name_that_is_meant(tmp_path):
-    for name in ("train.jsonl", "validation.jsonl", "more.jsonl"):
+    for name in ("train.jsonl", "Valid.jsonl", "more.jsonl"):
         (tmp_path / name).write_text('{"text": "a"}\n')
     note = read_folder(tmp_path)[1][0]
-    assert "more.jsonl, validation.jsonl" in note and "Is validation.jsonl meant as valid.jsonl?" in note
+    assert "Valid.jsonl, more.jsonl" in note and "Is Valid.jsonl meant as valid.jsonl?" in note
+
+
+ELSEWHERE = [("validation", "valid"), ("val", "valid"), ("dev", "valid"), ("eval", "valid"), ("testing", "test")]
+
+
+@pytest.mark.parametrize("name, split", ELSEWHERE)
+def test_names_that_splits_have_elsewhere_are_taken_as_files_and_as_keys(tmp_path, name, split):
+    (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "train.csv").write_text("text\na\n")
+    (_, found), notes = read_folder(tmp_path)
+    assert (found.name, found.rows[0][0], notes) == (split, f"{name}.jsonl:1", [])
+    (found,) = read_splits({name: [{"text": "a"}]})[1]
+    assert (found.name, found.rows[0][0]) == (split, f"{name}:1")
+
+
+def test_a_split_by_two_names_is_an_error(tmp_path):
+    for name in ("valid", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"valid\.jsonl and validation\.jsonl. Which is meant"):
+        read_folder(tmp_path)
+    with pytest.raises(DataError, match="'dev' and 'val' both name the split valid"):
+        read_splits({"dev": [{"text": "a"}], "val": [{"text": "a"}]})
 
 
 def test_missing_folder_is_an_error_with_the_nearest_name(tmp_path):
@@ -182,7 +204,7 @@ def test_file_in_place_of_a_folder_is_an_error_that_names_the_folder(tmp_path):
 
 
 WRONG_NAMES = [
-    (["Train.jsonl", "val.jsonl"], "Train.jsonl -> train.jsonl, val.jsonl -> valid.jsonl"),
+    (["Train.jsonl", "Val.jsonl"], "Train.jsonl -> train.jsonl, Val.jsonl -> valid.jsonl"),
     (["train.json"], "train.json -> train.jsonl"),
 ]
 
@@ -226,38 +248,57 @@ def test_folder_in_place_of_a_file_is_a_problem(tmp_path):
 
 def test_rows_in_memory_come_with_split_and_number():
     row = {"text": "a"}
-    splits = read_memory({"test": [row], "train": iter([row, row]), "valid": None})
+    splits = read_splits({"test": [row], "train": iter([row, row]), "valid": None})[1]
     assert [(s.name, s.rows) for s in splits] == [("train", [("train:1", row), ("train:2", row)]), ("test", [("test:1", row)])]
 
 
 def test_row_in_memory_that_is_no_dict_is_a_problem_by_number():
-    split = read_memory({"train": [{"text": "a"}, "b", None]})[0]
+    (split,) = read_splits({"train": [{"text": "a"}, "b", None]})[1]
     assert [p.split(" not")[0] for p in split.problems] == ["train:2:", "train:3:"]
 
 
-@pytest.mark.parametrize("name, meant", [("validation", "valid"), ("tests", "test"), ("Train", "train"), ("dev", "valid")])
+@pytest.mark.parametrize("name, meant", [("vaild", "valid"), ("tset", "test"), ("tarin", "train")])
 def test_unknown_split_is_an_error_with_the_nearest_name(name, meant):
     with pytest.raises(DataError, match=f"Unknown split '{name}'.*Did you mean {meant!r}"):
-        read_memory({name: [{"text": "a"}]})
+        read_splits({name: [{"text": "a"}]})
 
 
 @pytest.mark.parametrize("rows", ["train.jsonl", {"text": "a"}, 3, b"x"])
 def test_split_that_is_no_list_is_an_error(rows):
     with pytest.raises(DataError, match="train: expected a list of rows"):
-        read_memory({"train": rows})
+        read_splits({"train": rows})
 
 
-def test_data_frame_is_an_error_that_says_what_to_pass():
+def test_a_data_frame_is_read_by_rows_and_what_it_lacks_counts_as_absent():
     pandas = pytest.importorskip("pandas", reason="pandas is an optional package")
-    with pytest.raises(DataError, match="to_dict"):
-        read_memory({"train": pandas.DataFrame({"text": ["a"]})})
+    frame = pandas.DataFrame({"text": ["a", None], "messages": [None, [{"role": "user", "name": None}]], "n": [1.5, float("nan")]})
+    (split,) = read_splits({"train": frame})[1]
+    first, second = (row for _, row in split.rows)
+    assert first["text"] == "a" and first["messages"] is None and first["n"] == 1.5 and split.rows[1][0] == "train:2"
+    assert second == {"text": None, "messages": [{"role": "user"}], "n": None}
+
+
+def test_each_split_may_have_its_own_place_which_is_stored_and_read_again(tmp_path):
+    for folder, name in (("a", "rows.jsonl"), ("b", "validation.jsonl")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(f'{{"text": "{folder}"}}\n')
+    where, splits, _ = read_source({"train": tmp_path / "a" / "rows.jsonl", "val": str(tmp_path / "b")})
+    expected = {"train": [("rows.jsonl:1", {"text": "a"})], "valid": [("validation.jsonl:1", {"text": "b"})]}
+    assert {split.name: split.rows for split in splits} == expected
+    assert read_source(where)[:2] == (where, splits) and is_there(where)
+    (tmp_path / "a" / "rows.jsonl").unlink()
+    assert not is_there(where)
+    with pytest.raises(DataError, match=r"train: expected a list of rows .*rows\.jsonl"):
+        read_source(where)
+    with pytest.raises(DataError, match="has no split test, only valid"):
+        read_splits({"test": tmp_path / "b"})
 
 
 @pytest.mark.parametrize("source", [{}, {"train": None}])
 def test_no_split_is_an_error(source):
     with pytest.raises(DataError, match="No split given"):
-        read_memory(source)
+        read_splits(source)
 
 
 def test_empty_list_is_a_problem():
-    assert read_memory({"train": [{"text": "a"}], "valid": []})[1].problems == ["valid: no rows; leave the split out or give it rows"]
+    assert read_splits({"train": [{"text": "a"}], "valid": []})[1][1].problems == ["valid: no rows; leave the split out or give it rows"]
