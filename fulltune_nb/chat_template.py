@@ -6,14 +6,18 @@ the only place that runs one.
 
 from __future__ import annotations
 
+import json
 import operator
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import GenerationError
@@ -56,10 +60,13 @@ class ChatRenderer:
     The limits are the process's: its address space, and a timer whose signal looks at the time and memory that the template took.
     There are none on Windows and outside of the main thread, which signals do not reach; while somebody else uses the timer, only
     the memory is limited.
+
+    `date`, such as "2026-11-29", stands for today in templates that write the date; None: today.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None):
         self._tokenizer = tokenizer
+        self._date = date if writes_date(tokenizer) else None
         self._in_limits = False
         self._limits_before: tuple[int, int] | None = None  # of the address space; None where nothing is limited
         self._kept = 0  # characters of texts since the memory was limited
@@ -82,6 +89,8 @@ class ChatRenderer:
                 _watch.begin()
             # The conversation stands in a list because transformers refuses an empty one that does not.
             options = {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+            if self._date is not None:
+                options["chat_template"] = _dated(self._tokenizer.get_chat_template(tools=tools), self._date)
             text = self._tokenizer.apply_chat_template([messages], **options)[0]
             self._kept += len(text)
             return text
@@ -180,6 +189,30 @@ def _most_memory() -> int:
 
 def _too_large() -> str:
     return f"it would take more than {MEMORY / 2**20:,.0f} MiB of memory"
+
+
+# ---- templates that write the date
+
+_DIRECTIVE = re.compile(r"%[-_0^#]?[A-Za-z]")  # of `strftime`, such as %d and %-d
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for the date of today, as those of Llama 3.1 and later do."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+@lru_cache
+def _dated(template: str, day: str) -> str:
+    """The template with a `strftime_now` of its own in front, for which it is always midnight of one day.
+
+    It is a macro, since transformers hands plain values to templates and no functions; it knows the directives that the template
+    writes. It stands on a line of its own, of which Jinja leaves nothing, so that the template's own lines are what they were.
+    """
+    midnight = datetime.fromisoformat(day)
+    texts = {directive: midnight.strftime(directive) for directive in _DIRECTIVE.findall(template)}
+    texts = {"%%": "\0", **texts, "\0": "%"}
+    filled = "".join(f" | replace({json.dumps(directive)}, {json.dumps(text)})" for directive, text in texts.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
 
 
 # ---- the template of a tokenizer that has none

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import inspect
 import math
 import numbers
@@ -195,6 +196,14 @@ def text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise Refused("a text that is not empty")
     return value
+
+
+def day(value: Any) -> str:
+    """A date as ISO 8601 writes it, such as "2026-11-29"."""
+    try:
+        return datetime.date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        raise Refused('a date such as "2026-11-29"') from None
 
 
 def choice(*allowed: str) -> Check:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fulltune_nb.chat_template import ensure_chat_template
+from fulltune_nb.chat_template import ensure_chat_template, writes_date
 from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.example import Example, Lens
 from fulltune_nb.data.look import dataset_html, split_html
 from fulltune_nb.data.raw import SPLITS, RawSplit
 from fulltune_nb.data.read import read_source
 from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
-from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings
+from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings, with_date
 from fulltune_nb.data.table import ExampleTable
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
@@ -107,6 +108,8 @@ class DataSet:
             own place, None for rows in memory; `load_data` takes it again.
         notes: lines to announce once: what was cut, left out or put in place of something missing.
         tokenizer: the one it was made with.
+        date_is_todays: whether `settings.template_date` was not given, but is the day on which this was loaded.
+        load_again: loads the same rows again, with the `template_date` it is called with; None where rows can be read once only.
     """
 
     def __init__(self, splits: Mapping[str, Split], settings: DataSettings, source: str | None, notes: Sequence[str], tokenizer):
@@ -117,6 +120,8 @@ class DataSet:
         self.source = source
         self.notes = list(notes)
         self.tokenizer = tokenizer
+        self.date_is_todays = False
+        self.load_again: Callable[[str | None], DataSet] | None = None
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -161,6 +166,7 @@ def load_data(
     chat_feature: str | None = None,
     bad_rows: str | None = None,
     long_rows: str | None = None,
+    template_date: str | None = None,
     config: object | None = None,
 ) -> DataSet:
     """Read rows, find their format, and make tokens and loss masks of them.
@@ -180,6 +186,8 @@ def load_data(
         bad_rows: "error" (default) or "skip", which leaves rows out that cannot be used; they are counted, see `Split.skipped`.
         long_rows: what becomes of a longer row. "cut" (default) at its end; "split" into windows of `max_seq_length` tokens, each of
             which begins with the last token of the one before, so that each token is trained on exactly once; or "drop". All are counted.
+        template_date: the date, such as "2026-11-29", that a chat template gets which writes today's into the rows. Default: today,
+            or the day that the environment variable `FULLTUNE_TEMPLATE_DATE` names. A run keeps it when it is resumed.
         config: an object with fields of these names, such as a `TrainConfig`, to take them from.
 
     Raises:
@@ -191,8 +199,10 @@ def load_data(
     given = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "prompt_feature": prompt_feature}
     given |= {"completion_feature": completion_feature, "text_feature": text_feature, "chat_feature": chat_feature}
     given |= {"bad_rows": bad_rows, "long_rows": long_rows}
+    given |= {"template_date": template_date}
     settings = resolve_settings(given, config)
     _check_tokenizer(tokenizer)
+    undated, settings = settings, with_date(settings, tokenizer)
     where, raw_splits, notes = read_source(source)
     splits, problems = {}, []
     for raw in raw_splits:
@@ -202,7 +212,13 @@ def load_data(
         raise bad_rows_error(problems, where or "the rows given")
     for split in splits.values():
         _check_trainable(split, settings)
-    return DataSet(splits, settings, where, list(dict.fromkeys(notes)), tokenizer)
+    if all(split.format == "text" for split in splits.values()):
+        settings = undated
+    data = DataSet(splits, settings, where, list(dict.fromkeys(notes)), tokenizer)
+    data.date_is_todays = settings != undated
+    if not (isinstance(source, Mapping) and any(isinstance(rows, Iterator) for rows in source.values())):  # those are read by now
+        data.load_again = lambda date: load_data(source, tokenizer, config=replace(undated, template_date=date))
+    return data
 
 
 def _check_tokenizer(tokenizer) -> None:
@@ -233,8 +249,8 @@ def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettin
     notes = []
     if format != "text":
         notes += [note for note in [ensure_chat_template(tokenizer)] if note]
-        if "strftime_now" in str(tokenizer.chat_template):
-            notes.append("The chat template can write the date of today into the rows: their tokens may differ from day to day.")
+        if settings.template_date and writes_date(tokenizer):
+            notes.append(f"The chat template can write a date into the rows: it is {settings.template_date} (template_date).")
     elif settings.mask_prompt:
         raise ConfigError(
             f"mask_prompt={settings.mask_prompt} means nothing for {raw.label}: its rows have the text format, in which there is no prompt "

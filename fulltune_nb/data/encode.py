@@ -54,7 +54,7 @@ def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, toke
     Raises:
         DataError: the chat template takes far too much time or memory with a row.
     """
-    rows, writer, renderer = list(rows), TableWriter(settings, tokenizer), ChatRenderer(tokenizer)
+    rows, writer, renderer = list(rows), TableWriter(settings, tokenizer), ChatRenderer(tokenizer, settings.template_date)
     problems, unshown_tools = [], 0
     for start in range(0, len(rows), CHUNK_ROWS):
         rendered = _render_chunk(rows[start : start + CHUNK_ROWS], format, renderer, settings, problems)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
+from fulltune_nb.chat_template import writes_date
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import facts
-from fulltune_nb.settings import SettingError, check_fields, choice, described, flag_or, names_of, setting, show, text, whole
+from fulltune_nb.settings import SettingError, check_fields, choice, day, described, flag_or, names_of, optional, setting, show, text, whole
 
 FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
 
@@ -37,6 +40,10 @@ class DataSettings:
         "cut", choice("cut", "split", "drop"),
         'What becomes of a row with more tokens than `max_seq_length`: it is "cut" at the end, "split" into windows, in which each of its '
         'tokens is trained on exactly once, or left out ("drop").',
+    )  # fmt: skip
+    template_date: str | None = setting(
+        None, optional(day),
+        "The date that chat templates which write today's get, such as 2026-11-29; by default the day on which the data is loaded.",
     )  # fmt: skip
 
     def __post_init__(self):
@@ -71,3 +78,23 @@ def resolve_settings(given: dict[str, Any], config: object | None) -> DataSettin
         what = "; ".join(f"{name}: {stored[name]!r} in config, {explicit[name]!r} given" for name in differing)
         raise ConfigError(f"load_data and config disagree ({what}). Give each setting in one place, or the same in both.")
     return settings
+
+
+DATE_VARIABLE = "FULLTUNE_TEMPLATE_DATE"
+"""Environment variable that says what today is: runs of a sweep get the day on which the sweep began."""
+
+
+def today() -> str:
+    """The date of today, or the one in the environment variable `FULLTUNE_TEMPLATE_DATE`."""
+    return os.environ.get(DATE_VARIABLE) or date.today().isoformat()
+
+
+def with_date(settings: DataSettings, tokenizer: Any) -> DataSettings:
+    """The settings with the date of today, where none is given and the tokenizer's chat template can write one.
+
+    Raises:
+        ConfigError: the environment variable `FULLTUNE_TEMPLATE_DATE` has no date.
+    """
+    if settings.template_date is not None or not writes_date(tokenizer):
+        return settings
+    return replace(settings, template_date=today())

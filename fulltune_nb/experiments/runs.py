@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb import html
+from fulltune_nb.data.settings import DATE_VARIABLE
 from fulltune_nb.experiments.execution import OUTCOME, REQUEST
 from fulltune_nb.experiments.parameters import label, varied
 from fulltune_nb.experiments.result import FILE, read_result
@@ -121,13 +122,14 @@ class Run:
         names = ("status", "attempt", "reason", "seconds", "notebook_sha256")
         write_text(self.folder / _STATE, json.dumps({name: getattr(self, name) for name in names}, indent=2) + "\n")
 
-    def begin(self, notebook: Path, notebook_sha256: str, known: list[str], temporary: Path | None = None) -> subprocess.Popen:
+    def begin(self, notebook: Path, notebook_sha256: str, known: list[str], date: str, temporary: Path | None = None) -> subprocess.Popen:
         """Starts a process that executes the notebook in a kernel of its own; both write into a new attempt's folder.
 
         Args:
             notebook: the file.
             notebook_sha256: of its content.
             known: names of its parameters.
+            date: that chat templates get which write today's.
             temporary: the folder for the process's temporary files, made if need be; None: this process's own.
         """
         self.attempt = 1 + max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=0)
@@ -140,7 +142,7 @@ class Run:
         given = {name: place for name, place in places.items() if name in known and not self.parameters.get(name)}
         request = {"notebook": str(notebook), "executed": str(self.executed), "parameters": {**given, **self.parameters}}
         write_text(attempt / REQUEST, json.dumps(request, indent=2) + "\n")
-        environment = {**os.environ, "FULLTUNE_PROGRESS": "plain", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "FULLTUNE_PROGRESS": "plain", "PYTHONUNBUFFERED": "1", DATE_VARIABLE: date}
         if temporary is not None:
             temporary.mkdir(exist_ok=True)
             environment["TMPDIR"] = str(temporary)

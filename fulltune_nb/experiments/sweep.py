@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.files import write_text
 
 if TYPE_CHECKING:
     from fulltune_nb.experiments.runs import Run, Sweep
@@ -67,7 +68,7 @@ def sweep(
         run.recall()
     sha256 = hashlib.sha256(notebook.read_bytes()).hexdigest()
     progress = progress_of(runs)
-    _run_all([run for run in runs if run.status != "done"], notebook, sha256, known, jobs, stop_on_failure, progress)
+    _run_all([run for run in runs if run.status != "done"], notebook, sha256, known, jobs, stop_on_failure, progress, _first_day(out_dir))
     stale = sum(run.status == "done" and run.notebook_sha256 != sha256 for run in runs)
     notes = [f"{stale} runs were done with another version of the notebook; a new out_dir repeats them."] if stale else []
     result = Sweep(runs, out_dir, notes)
@@ -85,14 +86,26 @@ def _find(notebook: Path) -> Path:
     raise ConfigError(f"{notebook} is no file; expected a notebook.")
 
 
-def _run_all(runs: list[Run], notebook: Path, sha256: str, known: list[str], jobs: int, stop_on_failure: bool, progress: Any) -> None:
+def _first_day(out_dir: Path) -> str:
+    """The day on which the sweep of a folder began. Chat templates that write the date write this one in all its runs."""
+    from fulltune_nb.data.settings import today
+
+    path = out_dir / "begun.txt"
+    if not path.is_file():
+        write_text(path, f"{today()}\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _run_all(
+    runs: list[Run], notebook: Path, sha256: str, known: list[str], jobs: int, stop_on_failure: bool, progress: Any, date: str
+) -> None:
     """Runs what is to be run, `jobs` at a time; an interrupt ends those that are running, which count as failed."""
     stopping, waiting = threading.Event(), iter(runs)
 
     def one(run: Run) -> Run:
         started = time.monotonic()
         own = Path(temporary, threading.current_thread().name) if temporary else None
-        process = run.begin(notebook, sha256, known, own)
+        process = run.begin(notebook, sha256, known, date, own)
         while process.poll() is None:
             if stopping.wait(0.05):
                 process.terminate()  # its kernel ends itself when its parent is gone

@@ -98,6 +98,8 @@ def optimizer_settings(optimizer: str, given: Mapping[str, Any]) -> dict[str, An
 def _data_setting(name: str) -> Any:
     """A field of `DataSettings` that may be left out: None, until the data is known."""
     field = DataSettings.__dataclass_fields__[name]
+    if field.default is None:
+        return setting(None, field.metadata["check"], field.metadata["help"])
     help = f"{field.metadata['help']} Left out: as the data was loaded, by default {field.default}."
     return setting(None, checks.optional(field.metadata["check"]), help)
 
@@ -206,6 +208,7 @@ class TrainConfig:
     chat_feature: str | None = _data_setting("chat_feature")
     bad_rows: str | None = _data_setting("bad_rows")
     long_rows: str | None = _data_setting("long_rows")
+    template_date: str | None = _data_setting("template_date")
 
     def __new__(cls, *args: Any, **settings: Any):
         check_names(settings, cls)  # before dataclass's own TypeError, which names no neighbours

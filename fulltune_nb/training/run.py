@@ -22,10 +22,12 @@ from typing import Any
 from fulltune_nb.chat_template import CHATML
 from fulltune_nb.data.dataset import DataSet, load_data
 from fulltune_nb.data.read import is_there
+from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, listed
 from fulltune_nb.files import append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
 from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.settings import names_of
 from fulltune_nb.tokenizer import TEMPLATE
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
@@ -332,6 +334,7 @@ class StoredRun:
         now, place = (given, "the config given") if given is not None else (TrainConfig.from_yaml(path).fill_from(stored), path)
         before, after = stored.to_dict(), now.to_dict()
         free = _CHANGE_NO_WEIGHT | ({"iters", "epochs"} if stored.lr_schedule in (None, "constant") else set())
+        free |= {name for name in names_of(DataSettings) if before[name] is None}  # of later versions; the data itself is compared
         changed = {name: f"{name} was {before[name]!r} and is {after[name]!r}" for name in before if before[name] != after[name]}
         matters = [text for name, text in changed.items() if name not in free]
         if matters and not self._force:
@@ -385,6 +388,11 @@ class StoredRun:
         if not self._has_weights:
             load_folder_weights(lm.model, self.checkpoint)
 
+    def of_its_day(self, config: TrainConfig, data: DataSet) -> TrainConfig:
+        """The config with the run's date in place of the one of today, where it has that from the data, and the data from the clock."""
+        date = self._state["config"].get("template_date")
+        return config.replace(template_date=date) if date is not None and data.date_is_todays else config
+
     def data(self, data: DataSet | str | os.PathLike | None, lm: LanguageModel, config: TrainConfig) -> DataSet:
         """The run's data: as given, or from the folder it was in.
 
@@ -403,11 +411,14 @@ class StoredRun:
             data = load_data(source if data is None else data, lm.tokenizer, config=config)
         if not isinstance(data, DataSet):
             raise DataError(f"data: expected what load_data returns, or a folder, got {type(data).__name__}.")
-        if self._other_template and data.fingerprint != self._state["data"]["fingerprint"]:  # loaded with the template of today
-            rows = {name: [example.row for example in split] for name, split in data.splits.items()}
-            source, data = data.source, load_data(rows, lm.tokenizer, config=config)
-            data.source = source
-        self.notes += check_same_data(data, self._state["data"], self._force)
+        date, days = config.template_date, ""
+        other_day = date is not None and data.date_is_todays and data.settings.template_date != date
+        other_template = self._other_template and data.fingerprint != self._state["data"]["fingerprint"]  # loaded with that of today
+        if (other_day or other_template) and data.load_again is not None:
+            data = data.load_again(date)
+        if date not in (None, data.settings.template_date):
+            days = f", in rows with the date {data.settings.template_date} where the run has {date}: load_data(..., template_date={date!r})"
+        self.notes += check_same_data(data, self._state["data"], self._force, days)
         return data
 
     def backward(self, config: TrainConfig) -> str | None:
@@ -441,15 +452,15 @@ def check_long_enough(total_steps: int, step: int) -> None:
         )
 
 
-def check_same_data(data: DataSet, stored: Mapping[str, Any], force: bool) -> list[str]:
-    """A note where the data trains otherwise than the data of the run, and `force` is True.
+def check_same_data(data: DataSet, stored: Mapping[str, Any], force: bool, why: str = "") -> list[str]:
+    """A note where the data trains otherwise than the data of the run, and `force` is True. `why` is what is known of the reason.
 
     Raises:
         CheckpointError: `force` is False.
     """
     if data.fingerprint == stored["fingerprint"]:
         return []
-    message = f"the data differs from what the run began with (fingerprint {data.fingerprint[:12]}, then {stored['fingerprint'][:12]})"
+    message = f"the data differs from what the run began with (fingerprint {data.fingerprint[:12]}, then {stored['fingerprint'][:12]}){why}"
     if not force:
         raise CheckpointError(f"{message}. Give the same rows, settings and tokenizer, or force=True to go on with these.")
     return [message]

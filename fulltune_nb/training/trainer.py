@@ -109,7 +109,7 @@ class Trainer:
             self._begin(lm, data, config, force, resume)
         elif resume == "auto" and run_dir is not None and holds_run(run_dir):
             with StoredRun(run_dir, force) as stored:
-                config, lm = stored.config(config), stored.model(lm)
+                config, lm = stored.config(stored.of_its_day(config, data)), stored.model(lm)
                 self._begin(lm, stored.data(data, lm, config), config, force, stored)
             stored.directory.write_config(config)
         else:

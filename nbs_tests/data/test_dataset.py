@@ -174,10 +174,9 @@ def test_chat_template_that_is_there_is_left_alone(make_tokenizer):
     assert ensure_chat_template(tokenizer) is None and tokenizer.chat_template == templates.LLAMA3
 
 
-def test_what_the_template_leaves_out_or_takes_from_the_clock_is_noted(make_tokenizer):
+def test_what_the_template_leaves_out_is_noted(make_tokenizer):
     rows = [{**CHATS[0], "tools": [{"type": "function", "function": {"name": "add"}}]}]
     assert "leaves out the tools of 1 of 1 rows" in load_data({"train": rows}, make_tokenizer(templates.LLAMA3)).notes[0]
-    assert "day to day" in load_data({"train": CHATS}, make_tokenizer(CHATML + "{{ strftime_now('%Y') }}")).notes[0]
 
 
 def test_missing_end_of_text_token_is_noted(make_tokenizer):
