@@ -56,6 +56,7 @@ class Options:
     export: bool = setting(True, flag, "Write a complete Hugging Face model folder after training.")
     export_dir: str | None = setting(None, optional(text), "Where to. Left out: beside the model file, model_hf for model.npz.")
     dtype: str | None = setting(None, optional(text), "float32 or bfloat16, in memory. Left out: as stored (float16 becomes float32).")
+    dequantize: bool = setting(False, flag, "Turn the weights of a model that MLX quantized, or of one in MXFP4, into bfloat16.")
     run_dir: str | None = setting(
         None, optional(text),
         "Folder for checkpoints and metrics. Left out: the weights alone are saved, to the model file, every save_every steps.",
@@ -178,7 +179,7 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
         print(f"Training goes on from the weights in {path}. {again}" if options.train else f"Weights: {path}")
     elif not options.train:
         print(f"There is no {path}: the model is tested as it is.")
-    lm = load_with_model_file(options.model, path if exists else None, options.dtype)
+    lm = load_with_model_file(options.model, path if exists else None, options.dtype, options.dequantize)
     print(f"Model: {lm!r}")
     stored = lm.config.raw.get("dtype") or lm.config.raw.get("torch_dtype")
     if stored == "float16" and options.dtype is None and options.train:

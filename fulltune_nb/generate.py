@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stop", action="append", help="text that ends the answer; may be given several times")
     add("--seed", type=int, help="seed of the drawing (default: another one each time)")
     add("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights in memory (default: as they are stored)")
+    add("--dequantize", action="store_true", help="turn the weights of a model that MLX quantized, or of one in MXFP4, into bfloat16")
     return parser
 
 
@@ -76,7 +77,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[str]:
     settings = {name: getattr(arguments, name) for name in names_of(Sampling)}
     Sampling(**settings)  # what is wrong with it is said before a model is loaded
     prompt = read_prompt(arguments.prompt)
-    lm = load_with_model_file(arguments.model, arguments.model_file, arguments.dtype)
+    lm = load_with_model_file(arguments.model, arguments.model_file, arguments.dtype, arguments.dequantize)
     if arguments.model is None:
         _note(f"model: {lm.source} (named by {arguments.model_file})")
     data_format = trained_format(lm, arguments.model_file)

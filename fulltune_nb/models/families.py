@@ -17,6 +17,7 @@ import mlx.nn as nn
 from fulltune_nb.cpu import fast_math as cpu_math
 from fulltune_nb.errors import ModelError, nearest
 from fulltune_nb.html import facts
+from fulltune_nb.models.dequantize import without_quantization
 from fulltune_nb.models.rope import RopeConfig, read_rope
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -201,11 +202,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     if not isinstance(family_name, str) or family_name not in FAMILIES:
         hint = nearest(family_name, FAMILIES, otherwise="")
         raise ModelError(f"{where}: model_type is {family_name!r}, but the supported families are {', '.join(FAMILIES)}. {hint}".rstrip())
-    if quantization := raw.get("quantization_config") or raw.get("quantization"):
-        raise ModelError(
-            f"{where}: the checkpoint is quantized ({quantization}). Full fine-tuning changes every weight, and quantized weights"
-            " cannot take small updates. Use the original, unquantized checkpoint."
-        )
+    raw = without_quantization(raw, where)
     family = FAMILIES[family_name]
     values = _with_defaults(family, raw)
     sizes = {

@@ -20,6 +20,7 @@ import mlx.core as mx
 from fulltune_nb.errors import ModelError, WeightsError, listed
 from fulltune_nb.files import Checksum, flush_to_disk, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
 from fulltune_nb.models.families import FAMILIES, ModelConfig, hf_names, read_config, to_hf
 from fulltune_nb.models.parameters import holder_of, parameters_of
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
@@ -69,12 +70,14 @@ def resolve_model_path(model: str) -> Path:
         ) from error
 
 
-def load_decoder(folder: Path, dtype: str | None = None) -> Decoder:
+def load_decoder(folder: Path, dtype: str | None = None, dequantize: bool = False) -> Decoder:
     """The model of a folder, weights evaluated in memory.
 
     Args:
         folder: holds `config.json` and `model.safetensors` or its shards.
-        dtype: `"float32"` or `"bfloat16"`; None keeps the checkpoint's, except float16, which becomes float32.
+        dtype: `"float32"` or `"bfloat16"`; None keeps the checkpoint's, except float16, which becomes float32. A quantized one becomes
+            bfloat16.
+        dequantize: turn quantized weights (MLX's, MXFP4) into ordinary ones, a tensor at a time.
 
     Raises:
         ModelError: no or unreadable `config.json`, an unsupported family, weights in a form that is not read.
@@ -82,27 +85,31 @@ def load_decoder(folder: Path, dtype: str | None = None) -> Decoder:
     """
     target = _target_dtype(dtype)
     check_links(folder)
-    config = read_config_file(folder / "config.json")
-    arrays = _read_folder(folder)
+    config = read_config_file(folder / "config.json", dequantize)
+    arrays = _unstacked(_read_folder(folder), config)
     for setting, count in (("num_hidden_layers", config.num_layers), ("num_local_experts", config.num_experts)):
         if count > len(arrays):  # before that many layers are made
             raise ModelError(f"{folder / 'config.json'}: {setting} is {count:,}, but the weights have only {len(arrays):,} tensors.")
     if _has_own_head(config, arrays):  # the weights win over config.json, as in transformers
         config = replace(config, tie_word_embeddings=False)
     model = Decoder(config)
+    if dequantize and is_quantized(arrays):
+        target = target or mx.bfloat16
+        shapes = {name: array.shape for name, array in hf_tensors(model).items()}
+        arrays = dequantized(arrays, shapes, target, str(folder))
     assign_tensors(model, arrays, str(folder), target)
     return model
 
 
-def read_config_file(path: Path) -> ModelConfig:
-    """A `config.json`.
+def read_config_file(path: Path, dequantize: bool = False) -> ModelConfig:
+    """A `config.json`; that of a quantized checkpoint as if it were not, where its weights will be dequantized.
 
     Raises:
         ModelError: as in `read_json` and `read_config`, or a setting of the wrong kind.
     """
     raw = read_json(path)
     try:
-        return read_config(raw, str(path))
+        return read_config(without_quantization(raw, str(path), dequantize), str(path))
     except ModelError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError, RecursionError) as error:
@@ -139,6 +146,17 @@ def _read_folder(folder: Path) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for path in weight_files(folder):
         arrays.update(read_tensors(path))
+    return arrays
+
+
+def _unstacked(arrays: dict[str, mx.array], config: ModelConfig) -> dict[str, mx.array]:
+    """Experts that mlx-lm stacked in one tensor (E, ...), under the name `switch_mlp`, each by itself as in Hugging Face's checkpoints."""
+    for name in [name for name, array in arrays.items() if ".switch_mlp." in name and array.shape[:1] == (config.num_experts,)]:
+        stack = arrays.pop(name)
+        before, after = name.split(".switch_mlp.", 1)
+        for number in range(config.num_experts):
+            own = to_hf(f"experts.{number}.{after}", config.family).removeprefix("model.")
+            arrays[f"{before}.{own}"] = stack[number]
     return arrays
 
 

@@ -318,20 +318,24 @@ def _each(items: Sequence[Any], convert: Callable[[Any], list[int]], name: str) 
     return converted
 
 
-def load_model(path: str | os.PathLike, model_file: str | os.PathLike | None = None, dtype: str | None = None) -> LanguageModel:
+def load_model(
+    path: str | os.PathLike, model_file: str | os.PathLike | None = None, dtype: str | None = None, dequantize: bool = False
+) -> LanguageModel:
     """Loads a model folder or a hub repository, with a model file laid on top where given.
 
     Args:
         path: a Hugging Face model folder, or a hub id such as `"mistralai/Mistral-7B-v0.1"`.
         model_file: `.safetensors` or `.npz` with Hugging Face tensor names; its weights replace the folder's.
         dtype: `"float32"` or `"bfloat16"`; None keeps the checkpoint's (float16 becomes float32).
+        dequantize: turn the weights of a folder that MLX quantized (2 to 8 bits), or of one in MXFP4, into bfloat16. What quantization took
+            away does not come back. The model is saved unquantized.
 
     Raises:
         ModelError: not found, not supported, or not readable; the message says what to do.
         WeightsError: tensors missing, unexpected or mis-shaped.
     """
     folder = resolve_model_path(os.fspath(path))
-    model = load_decoder(folder, dtype)
+    model = load_decoder(folder, dtype, dequantize)
     if model_file is not None:
         load_model_file(model, Path(model_file).expanduser())
     generation_path = folder / "generation_config.json"

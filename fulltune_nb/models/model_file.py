@@ -103,13 +103,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise WeightsError(f"{error} Remove it and name the model with --model.") from error
 
 
-def load_with_model_file(model: str | None, path: Path | None, dtype: str | None = None) -> LanguageModel:
+def load_with_model_file(model: str | None, path: Path | None, dtype: str | None = None, dequantize: bool = False) -> LanguageModel:
     """A model, with the weights of a model file where one is given.
 
     Args:
         model: folder or hub id; None takes the one that the model file names.
         path: the model file.
         dtype: `"float32"` or `"bfloat16"`; None takes the model file's, else the checkpoint's own.
+        dequantize: as in `load_model`.
 
     Raises:
         ConfigError: no model is named anywhere, or the one that the file names is gone.
@@ -127,7 +128,7 @@ def load_with_model_file(model: str | None, path: Path | None, dtype: str | None
     if dtype is None and metadata.get("dtype") in ("float32", "bfloat16"):
         dtype = metadata["dtype"]
     try:
-        return load_model(model, path, dtype)
+        return load_model(model, path, dtype, dequantize)
     except WeightsError as error:
         base = metadata.get("base_model")
         if named is None or base is None or os.path.realpath(base) == os.path.realpath(os.path.expanduser(named)):
