@@ -18,6 +18,8 @@ import numpy as np
 
 from fulltune_nb.data.dataset import Split
 from fulltune_nb.data.example import Example
+from fulltune_nb.data.mixture import rows_of_epoch
+from fulltune_nb.data.shapes import choose_buckets, choose_shapes, smallest
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
 
@@ -27,15 +29,10 @@ Row = int | tuple[int, ...]
 WINDOW_BATCHES = 64
 """Rows are sorted by length within windows of this many batches. Larger windows pad less and mix less; see `StepBatches`."""
 
-MAX_BUCKETS = 12
-"""Values of T at most, before pairs (T, N) are formed."""
-
 MAX_SHAPES = 16
 """Different (B, T, N) at most of all training batches of a split, over all epochs; and of all batches of an evaluation."""
 
-_CANDIDATES = 256
 _PARTIAL_SHAPES = 3  # of MAX_SHAPES, for batches of fewer rows
-_COUNTS_PER_LENGTH = 6  # values of N that are candidates, for each T
 
 # ---- a batch's arrays
 
@@ -124,6 +121,50 @@ def collate(split: Split, rows: Sequence[Row], shape: tuple[int, int] | None = N
 # ---- which rows stand in which batch
 
 
+class _Rows:
+    """What the batches' rows hold of one data set, pass after pass: each trainable example once a pass.
+
+    Attributes:
+        widths: (rows,) input positions of each row of a pass; the same in every pass.
+        most_targets: (rows,) the most targets that each can have.
+    """
+
+    def __init__(self, split: Split, examples: np.ndarray, packing: bool, max_seq_length: int):
+        self._examples, self._lengths = examples, split.lengths[examples]
+        self.widths, self.most_targets = self._lengths - 1, split.trained_lengths[examples]
+        self._packed: list[list[int]] | None = None
+        if packing:
+            self._pack(split, max_seq_length)
+
+    def _pack(self, split: Split, max_seq_length: int) -> None:
+        """Fixes which lengths share a row, by rank: place k is that of the k-th longest example."""
+        lengths = self._lengths
+        if lengths.max(initial=0) > max_seq_length:
+            example = split[int(self._examples[lengths.argmax()])]
+            raise ConfigError(
+                f"max_seq_length={max_seq_length}: {example.source} has {len(example.tokens):,} tokens and fits into no row."
+                " Load the data with this max_seq_length, which cuts it, or raise it."
+            )
+        by_place = np.sort(lengths)[::-1]
+        most = np.zeros(int(lengths.max(initial=0)) + 1, dtype=np.int64)  # targets that an example of each length has at most
+        np.maximum.at(most, lengths, self.most_targets)
+        self._packed = best_fit(by_place, max_seq_length)
+        self.widths = np.array([(by_place[places] - 1).sum() for places in self._packed], dtype=np.int64)
+        self.most_targets = np.array([most[by_place[places]].sum() for places in self._packed], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def of_pass(self, random: np.random.RandomState) -> list[Row]:
+        """The rows of a pass; with packing, which of the examples of a length stands where is drawn."""
+        rows: list[Row] = self._examples.tolist()
+        if self._packed is None:
+            return rows
+        drawn = random.permutation(len(rows))
+        drawn = drawn[np.argsort(-self._lengths[drawn], kind="stable")]  # those of one length stay in the order drawn
+        return [tuple(rows[drawn[place]] for place in places) for places in self._packed]
+
+
 class StepBatches:
     """The micro-batches of every optimizer step: every trainable example exactly once per epoch, as a function of (seed, epoch) only.
 
@@ -133,6 +174,11 @@ class StepBatches:
 
     With packing, a row holds the examples that `best_fit` puts there. The lengths that share a row are the same in every epoch, and so
     is the number of rows and of steps; which of the examples of a length stands where is drawn for each epoch.
+
+    Where several data sets with weights make up the split (`Split.parts`), an epoch has as many rows as they have together, shared out
+    by the weights. Each data set is gone through in passes of its own, shuffled anew for each: an epoch takes the rows that follow
+    those of the epoch before, so that no example comes again before all of its data set have come. With packing the weights count packed
+    rows, and examples of different data sets share none.
 
     Args:
         split: the training split.
@@ -154,36 +200,22 @@ class StepBatches:
         self.seed = whole_number("seed", seed, low=0)
         self.grad_accumulation_steps = whole_number("grad_accumulation_steps", grad_accumulation_steps, low=1)
         self.max_seq_length = whole_number("max_seq_length", max_seq_length, low=2)
-        self._split = split
+        self._split, self._packing = split, packing
         # As lists, because single elements of an array take ten times as long to read.
         self._width_of, self._targets_of = (split.lengths - 1).tolist(), split.trained_lengths.tolist()
-        # The same in every epoch: (rows,) input positions of each row, and the most targets that it can have.
-        self._widths = split.lengths[split.trainable] - 1
-        self._most_targets = split.trained_lengths[split.trainable]
-        self._packed: list[list[int]] | None = None
-        if packing:
-            self._pack(split.lengths[split.trainable])
+        self._parts = [_Rows(split, examples, packing, self.max_seq_length) for examples in split.trainable_parts()]
+        sizes = [len(part) for part in self._parts]
+        self._taken = rows_of_epoch([part.weight for part in split.parts], sizes) if split.parts else sizes
+        # Of every row that an epoch may have, as often as it may: input positions, and the most targets.
+        often = [1 if not split.parts else (taken + size - 2) // size + 1 for taken, size in zip(self._taken, sizes, strict=True)]
+        self._widths = np.concatenate([np.tile(part.widths, times) for part, times in zip(self._parts, often, strict=True)])
+        self._most_targets = np.concatenate([np.tile(part.most_targets, times) for part, times in zip(self._parts, often, strict=True)])
         self._epoch, self._steps = -1, []  # the epoch that `of_step` was in last
-
-    def _pack(self, lengths: np.ndarray) -> None:
-        """Which places share a row, in the order of decreasing length; an epoch says which example stands at which place."""
-        if len(lengths) and lengths.max() > self.max_seq_length:
-            longest = self._split.examples[int(self._split.trainable[lengths.argmax()])]
-            raise ConfigError(
-                f"max_seq_length={self.max_seq_length}: {longest.source} has {len(longest.tokens):,} tokens and fits into no row."
-                " Load the data with this max_seq_length, which cuts it, or raise it."
-            )
-        by_place = np.sort(lengths)[::-1]
-        most = np.zeros(int(lengths.max(initial=0)) + 1, dtype=np.int64)  # targets that an example of each length has at most
-        np.maximum.at(most, lengths, self._most_targets)
-        self._packed = best_fit(by_place, self.max_seq_length)
-        self._widths = np.array([(by_place[places] - 1).sum() for places in self._packed], dtype=np.int64)
-        self._most_targets = np.array([most[by_place[places]].sum() for places in self._packed], dtype=np.int64)
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows of all batches of an epoch; with packing, packed ones."""
-        return len(self._widths)
+        return sum(self._taken)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -191,20 +223,22 @@ class StepBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every example is trained on once."""
+        """Optimizer steps in which every example is trained on once; with weights, as many as if it were so."""
         return -(-self.batches_per_epoch // self.grad_accumulation_steps)
 
     @property
     def tokens_per_step(self) -> float:
         """Tokens of a step's rows in the mean, without padding."""
-        lengths = self._split.lengths[self._split.trainable]
-        return float(np.minimum(lengths, self.max_seq_length).sum() / self.steps_per_epoch)
+        lengths = np.minimum(self._split.lengths, self.max_seq_length)
+        tokens = [int(lengths[examples].sum()) for examples in self._split.trainable_parts()]
+        parts = zip(tokens, self._taken, self._parts, strict=True)
+        return sum(count * taken / len(part) for count, taken, part in parts) / self.steps_per_epoch
 
     @property
     def packing_note(self) -> str:
         """What packing makes of the rows, in a sentence."""
         return (
-            f"{len(self._split.trainable):,} rows are packed into {self.rows_per_epoch:,} of at most {self.max_seq_length:,} tokens;"
+            f"{len(self._split.trainable):,} rows are packed into {sum(map(len, self._parts)):,} of at most {self.max_seq_length:,} tokens;"
             f" batch_size={self.batch_size} counts these, and an epoch is {self.steps_per_epoch:,} steps"
         )
 
@@ -229,27 +263,45 @@ class StepBatches:
 
     def epoch(self, epoch: int) -> list[list[tuple[Row, ...]]]:
         """The steps of epoch `epoch` (from 0): each a list of micro-batches, each a tuple of what its rows hold."""
-        rows, batches = self._rows_and_batches(epoch)
+        rows, _, batches = self._rows_and_batches(epoch)
         named = [tuple(rows[i] for i in batch) for batch in batches]
         n = self.grad_accumulation_steps
         return [named[i : i + n] for i in range(0, len(named), n)]
 
-    def _rows_and_batches(self, epoch: int) -> tuple[list[Row], list[np.ndarray]]:
-        """The rows of an epoch, and its batches as indices into them."""
+    def _random(self, *position: int) -> np.random.RandomState:
         # RandomState because numpy promises that its streams stay the same in later versions; a run must resume exactly.
-        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, whole_number("epoch", epoch, low=0)))))
-        rows: list[Row] = self._split.trainable.tolist()
-        if self._packed is not None:
-            lengths = self._split.lengths[self._split.trainable]
-            drawn = random.permutation(len(lengths))
-            drawn = drawn[np.argsort(-lengths[drawn], kind="stable")]  # those of one length stay in the order drawn
-            rows = [tuple(rows[drawn[place]] for place in places) for places in self._packed]
-        return rows, _draw_batches(random, self._widths, self.batch_size)
+        return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, *position))))
+
+    def _rows_and_batches(self, epoch: int) -> tuple[list[Row], np.ndarray, list[np.ndarray]]:
+        """The rows of an epoch, their widths, and its batches as indices into them."""
+        random = self._random(whole_number("epoch", epoch, low=0))
+        if not self._split.parts:
+            rows, widths = self._parts[0].of_pass(random), self._widths
+        else:
+            drawn = [self._drawn(number, epoch) for number in range(len(self._parts))]
+            rows, widths = [row for rows, _ in drawn for row in rows], np.concatenate([widths for _, widths in drawn])
+        return rows, widths, _draw_batches(random, widths, self.batch_size)
+
+    def _drawn(self, number: int, epoch: int) -> tuple[list[Row], np.ndarray]:
+        """The rows that an epoch takes of a data set, and their widths: a piece of its passes, one behind the other."""
+        part, taken = self._parts[number], self._taken[number]
+        rows: list[Row] = []
+        widths: list[np.ndarray] = []
+        at, end = epoch * taken, (epoch + 1) * taken
+        while at < end:
+            number_of_pass, begin = divmod(at, len(part))
+            random = self._random(number_of_pass, number + 1)
+            all_rows, order = part.of_pass(random), random.permutation(len(part))
+            order = order[begin : begin + end - at]
+            rows += [all_rows[i] for i in order.tolist()]
+            widths.append(part.widths[order])
+            at += len(order)
+        return rows, np.concatenate(widths)
 
     def shape(self, rows: Sequence[Row]) -> tuple[int, int]:
         """(T, N) for a batch of an epoch; with B they are at most 16 different ones, over all epochs."""
         needs = [self._need(row) for row in rows]
-        return _smallest(self._shapes[len(rows)], len(rows), max(width for width, _ in needs), sum(count for _, count in needs))
+        return smallest(self._shapes[len(rows)], len(rows), max(width for width, _ in needs), sum(count for _, count in needs))
 
     def _need(self, row: Row) -> tuple[int, int]:
         """Input positions and targets of a row."""
@@ -259,13 +311,13 @@ class StepBatches:
     @cached_property
     def _shapes(self) -> dict[int, np.ndarray]:
         """B -> (k, 2), the (T, N) that batches of B rows may have, chosen by those of the first epoch."""
-        rows, batches = self._rows_and_batches(0)
+        rows, widths_of, batches = self._rows_and_batches(0)
         needed = np.array([self._need(row)[1] for row in rows])
         shapes: dict[int, np.ndarray] = {}
         for size in {len(batch) for batch in batches}:
             if size == self.batch_size:
                 full = [batch for batch in batches if len(batch) == size]
-                widths, counts = np.array([[self._widths[batch].max(), needed[batch].sum()] for batch in full]).T
+                widths, counts = np.array([[widths_of[batch].max(), needed[batch].sum()] for batch in full]).T
                 chosen = choose_shapes(widths, counts, size, MAX_SHAPES - _PARTIAL_SHAPES - 1)
                 # One that is enough for every batch there could be: other epochs bring other batches.
                 shapes[size] = np.vstack([chosen, [self._widths.max(), _largest_sum(self._most_targets, size)]])
@@ -334,12 +386,13 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def row_widths(lengths: np.ndarray, max_seq_length: int, packing: bool) -> np.ndarray:
-    """(rows,) input positions of every row that an epoch's batches have, from the tokens (examples,) of what they hold."""
-    lengths = np.minimum(lengths, max_seq_length)
+def row_widths(split: Split, max_seq_length: int, packing: bool) -> np.ndarray:
+    """(rows,) input positions of every row that the batches of a training split have."""
+    lengths = np.minimum(split.lengths, max_seq_length)
     if not packing:
-        return lengths - 1
-    return np.array([(lengths[row] - 1).sum() for row in best_fit(lengths, max_seq_length)])
+        return lengths[split.trainable] - 1
+    packed = [(lengths[examples], best_fit(lengths[examples], max_seq_length)) for examples in split.trainable_parts()]
+    return np.array([(own[row] - 1).sum() for own, rows in packed for row in rows])
 
 
 # ---- evaluation
@@ -377,95 +430,5 @@ def evaluation_shapes(split: Split, batches: Sequence[Sequence[int]]) -> list[tu
     for size in different.tolist():
         own = sizes == size
         shapes = choose_shapes(widths[own], counts[own], size, MAX_SHAPES - len(different) + 1 if size == different[-1] else 1)
-        found[own] = [_smallest(shapes, size, width, count) for width, count in zip(widths[own], counts[own], strict=True)]
+        found[own] = [smallest(shapes, size, width, count) for width, count in zip(widths[own], counts[own], strict=True)]
     return [(width, count) for width, count in found.tolist()]
-
-
-# ---- shapes
-
-
-def choose_shapes(widths: np.ndarray, counts: np.ndarray, rows: int, limit: int) -> np.ndarray:
-    """At most `limit` pairs (T, N) of which each batch finds one that is as large as it needs, with little padding.
-
-    The batches are sorted into a grid of at most 12 by 6 pairs; then the two pairs whose union adds the least padding become
-    one, until few enough are left. A position and a target count the same.
-
-    Args:
-        widths: (batches,) T that each needs.
-        counts: (batches,) N that each needs.
-        rows: B of all of them.
-
-    Returns:
-        (k, 2) int64.
-    """
-    edges = choose_buckets(widths)
-    rounded = edges[np.searchsorted(edges, widths)]
-    pairs: list[np.ndarray] = []
-    for width in np.unique(rounded):
-        needed = counts[rounded == width]
-        levels = choose_buckets(needed, _COUNTS_PER_LENGTH)
-        for level, number in zip(*np.unique(levels[np.searchsorted(levels, needed)], return_counts=True), strict=True):
-            pairs.append(np.array([width, level, number]))
-    found = np.array(pairs, dtype=np.int64)
-    while len(found) > limit:
-        width, count, number = found.T
-        union = rows * np.maximum(width[:, None], width) + np.maximum(count[:, None], count)
-        own = number * (rows * width + count)
-        added = (number[:, None] + number) * union - own[:, None] - own
-        np.fill_diagonal(added, np.iinfo(np.int64).max)
-        i, j = np.unravel_index(added.argmin(), added.shape)
-        found[i] = [max(width[i], width[j]), max(count[i], count[j]), number[i] + number[j]]
-        found = np.delete(found, j, axis=0)
-    return found[:, :2]
-
-
-def _smallest(shapes: np.ndarray, rows: int, width: int, count: int) -> tuple[int, int]:
-    """Of shapes (k, 2), the smallest (T, N) for a batch of `rows` rows that needs T of at least `width` and N of at least `count`."""
-    enough = (shapes[:, 0] >= width) & (shapes[:, 1] >= count)
-    size = np.where(enough, rows * shapes[:, 0] + shapes[:, 1], np.iinfo(np.int64).max)
-    best = shapes[size.argmin()]
-    return int(best[0]), int(best[1])
-
-
-def choose_buckets(lengths: np.ndarray, max_buckets: int = MAX_BUCKETS) -> np.ndarray:
-    """The values that T may take: those at most `max_buckets` lengths that, each row rounded up to the next, pad least.
-
-    Args:
-        lengths: (rows,) input lengths.
-
-    Returns:
-        Ascending int64; the last is the largest length. At least 1 each.
-    """
-    lengths = np.maximum(np.asarray(lengths, dtype=np.int64), 1)
-    edges, counts = np.unique(lengths, return_counts=True)
-    if len(edges) <= max_buckets:
-        return edges
-    if len(edges) > _CANDIDATES:  # so many different lengths that only some are tried as borders, spread evenly over the tokens
-        kept = np.interp(np.linspace(0, 1, _CANDIDATES + 1)[1:], np.cumsum(edges * counts) / lengths.sum(), np.arange(len(edges)))
-        kept = np.unique(edges[np.ceil(kept).astype(np.int64)])
-        counts = np.bincount(np.searchsorted(kept, lengths), minlength=len(kept))
-        edges = kept
-    # cost[j]: positions needed for all rows up to edge j, when j is a border; from[k][j]: the border before it.
-    below = np.concatenate([[0], np.cumsum(counts)])  # rows below edge i
-    cost = edges * below[1:]
-    steps = []
-    for _ in range(max_buckets - 1):
-        # (i, j): the border before j is i; needs i < j
-        through = cost[:, None] + edges[None, :] * (below[None, 1:] - below[1:, None])
-        through[np.tril_indices(len(edges))] = np.iinfo(np.int64).max
-        best = through.argmin(axis=0)
-        improved = through[best, np.arange(len(edges))] < cost
-        steps.append(np.where(improved, best, -1))
-        cost = np.where(improved, through[best, np.arange(len(edges))], cost)
-    return edges[_borders(steps, len(edges) - 1)]
-
-
-def _borders(steps: list[np.ndarray], last: int) -> list[int]:
-    """Walk the choices back from the last edge; -1 means that no further border helped at that count."""
-    j = last
-    borders = [j]
-    for before in reversed(steps):
-        if before[j] >= 0:
-            j = int(before[j])
-            borders.append(j)
-    return borders[::-1]

@@ -7,95 +7,23 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
-
-import numpy as np
 
 from fulltune_nb.chat_template import ensure_chat_template, writes_date
 from fulltune_nb.data.encode import encode_rows
-from fulltune_nb.data.example import Example, Lens
-from fulltune_nb.data.look import dataset_html, split_html
+from fulltune_nb.data.example import Lens
+from fulltune_nb.data.holdout import with_valid
+from fulltune_nb.data.look import dataset_html
+from fulltune_nb.data.mixture import is_mixture, joined, read_mixture
 from fulltune_nb.data.raw import SPLITS, RawSplit
-from fulltune_nb.data.read import read_source
+from fulltune_nb.data.read import read_source, stored
 from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings, with_date
-from fulltune_nb.data.table import ExampleTable
+from fulltune_nb.data.split import Split
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
 
 _REASONS_SHOWN = 3  # of the rows that are left out, in the notes
-
-
-class Split(Sequence[Example]):
-    """The examples of one split, in the order of the file; rows that occur twice occur twice.
-
-    Attributes:
-        name: "train", "valid" or "test".
-        format: "chat", "completions" or "text".
-        examples: all of them, the untrainable ones too.
-        lengths: (rows,) int64, tokens of each example.
-        trained_lengths: (rows,) int64, those of them that are trained on.
-        trainable: (rows with a trained token,) int64, their indices; only these get into batches.
-        untrainable: indices of the rows with no trained token.
-        truncated: rows cut at the end by `max_seq_length`.
-        tokens_cut: tokens lost that way.
-        split_rows: rows that became several examples, windows of their tokens (`long_rows="split"`).
-        windows: those examples.
-        dropped: rows left out because they have more tokens than `max_seq_length` (`long_rows="drop"`).
-        tokens_dropped: tokens lost that way.
-        tokens: tokens of all examples.
-        trained_tokens: tokens that are trained on.
-        blank_lines: blank lines of the file, which are no rows.
-        skipped: with `bad_rows="skip"` a line for each row that could not be used, `"train.jsonl:12: reason"`.
-    """
-
-    def __init__(self, name: str, format: str, examples: Sequence[Example], blank_lines: int = 0, skipped: Sequence[str] = ()):
-        self.name = name
-        self.format = format
-        self.examples = table = ExampleTable.of(examples)
-        self.blank_lines = blank_lines
-        self.skipped = list(skipped)
-        self.lengths = np.diff(table.begins)
-        up_to = np.concatenate([[0], np.cumsum(table.loss_mask, dtype=np.int64)])  # trained tokens before each token
-        self.trained_lengths = trained = np.diff(up_to[table.begins])
-        self.trainable = np.flatnonzero(trained)
-        self.untrainable = np.flatnonzero(trained == 0)
-        self.truncated = int(np.count_nonzero(table.cut))
-        self.tokens_cut = int(table.cut.sum())
-        self.split_rows = int(np.count_nonzero((table.before == 0) & (table.behind > 0)))
-        self.windows = int(np.count_nonzero(table.before + table.behind))
-        self.dropped, self.tokens_dropped = table.dropped, table.tokens_dropped
-        self.tokens = int(self.lengths.sum())
-        self.trained_tokens = int(trained.sum())
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        return self.examples[index]
-
-    @cached_property
-    def largest_id(self) -> int:
-        """The largest token id of any example; -1 where there are no tokens."""
-        return max((int(example.tokens.max()) for example in self.examples if len(example.tokens)), default=-1)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over lengths, tokens and masks: equal for splits that train alike."""
-        digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
-        tokens, loss_mask = memoryview(self.examples.tokens.astype("<i4").view(np.uint8)), memoryview(self.examples.loss_mask)
-        begins = self.examples.begins.tolist()
-        for begin, end in pairwise(begins):
-            digest.update(tokens[4 * begin : 4 * end])
-            digest.update(loss_mask[begin:end])
-        return digest.hexdigest()
-
-    def __repr__(self) -> str:
-        return f"Split({self.name}: {len(self):,} {self.format} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained)"
-
-    def _repr_html_(self) -> str:
-        return split_html(self)
 
 
 class DataSet:
@@ -105,14 +33,16 @@ class DataSet:
         train, valid, test: a `Split`, or None where there is none.
         settings: the `DataSettings` it was made with.
         source: absolute path of the folder, `hf:` and the name for a data set of the hub, an object of JSON where each split has its
-            own place, None for rows in memory; `load_data` takes it again.
+            own place or each data set a weight, None for rows in memory; `load_data` takes it again.
         notes: lines to announce once: what was cut, left out or put in place of something missing.
         tokenizer: the one it was made with.
         date_is_todays: whether `settings.template_date` was not given, but is the day on which this was loaded.
         load_again: loads the same rows again, with the `template_date` it is called with; None where rows can be read once only.
     """
 
-    def __init__(self, splits: Mapping[str, Split], settings: DataSettings, source: str | None, notes: Sequence[str], tokenizer):
+    def __init__(
+        self, splits: Mapping[str, Split], settings: DataSettings, source: str | dict[str, float] | None, notes: Sequence[str], tokenizer
+    ):  # fmt: skip
         self.train: Split | None = splits.get("train")
         self.valid: Split | None = splits.get("valid")
         self.test: Split | None = splits.get("test")
@@ -167,6 +97,7 @@ def load_data(
     bad_rows: str | None = None,
     long_rows: str | None = None,
     template_date: str | None = None,
+    valid_fraction: float | None = None,
     config: object | None = None,
 ) -> DataSet:
     """Read rows, find their format, and make tokens and loss masks of them.
@@ -174,7 +105,8 @@ def load_data(
     Args:
         source: a folder with `train.jsonl`, `valid.jsonl`, `test.jsonl` (any of them; `.csv` too, and `.parquet` with the
             extra `datasets`), a data set of the hub as `"hf:org/name"` (same extra; `"hf:folder"` for one in the hub's layout), or
-            the rows themselves as `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts.
+            the rows themselves as `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts. Several folders or data sets of
+            the hub with weights, `{"a": 0.7, "hf:org/b": 0.3}`: 70 % of the rows of each epoch are drawn from a; see `StepBatches`.
         tokenizer: `lm.tokenizer`, or any tokenizer of `transformers`. One without a chat template gets ChatML set on it when
             the rows need one; `.notes` says so.
         mask_prompt: True: train on assistant turns and completions only; "last": on the last of them only. Default False.
@@ -188,6 +120,8 @@ def load_data(
             which begins with the last token of the one before, so that each token is trained on exactly once; or "drop". All are counted.
         template_date: the date, such as "2026-11-29", that a chat template gets which writes today's into the rows. Default: today,
             or the day that the environment variable `FULLTUNE_TEMPLATE_DATE` names. A run keeps it when it is resumed.
+        valid_fraction: share of the train rows that becomes the valid split, where there is none: at least one row, chosen by the rows'
+            texts, so that they are the same whatever the order of the rows and the seed of a run. Rows of the same text stay together.
         config: an object with fields of these names, such as a `TrainConfig`, to take them from.
 
     Raises:
@@ -198,22 +132,24 @@ def load_data(
     """
     given = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "prompt_feature": prompt_feature}
     given |= {"completion_feature": completion_feature, "text_feature": text_feature, "chat_feature": chat_feature}
-    given |= {"bad_rows": bad_rows, "long_rows": long_rows}
-    given |= {"template_date": template_date}
+    given |= {"bad_rows": bad_rows, "long_rows": long_rows, "template_date": template_date, "valid_fraction": valid_fraction}
     settings = resolve_settings(given, config)
     _check_tokenizer(tokenizer)
     undated, settings = settings, with_date(settings, tokenizer)
-    where, raw_splits, notes = read_source(source)
-    splits, problems = {}, []
-    for raw in raw_splits:
-        split = splits[raw.name] = _build(raw, tokenizer, settings, notes)
+    where, raw_splits, notes, weights = _read(source)
+    built, problems = {}, []
+    for given, raw in raw_splits:
+        split = built[given, raw.name] = _build(raw, f"{given}/{raw.name}" if given else raw.name, tokenizer, settings, notes)
         problems += split.skipped if settings.bad_rows == "error" or not len(split) else []
     if problems:
         raise bad_rows_error(problems, where or "the rows given")
-    for split in splits.values():
+    for split in built.values():
         _check_trainable(split, settings)
-    if all(split.format == "text" for split in splits.values()):
+    if all(split.format == "text" for split in built.values()):
         settings = undated
+    splits = joined(built, weights, notes) if weights else {name: split for (_, name), split in built.items()}
+    if settings.valid_fraction:
+        splits = with_valid(splits, settings.valid_fraction, notes)
     data = DataSet(splits, settings, where, list(dict.fromkeys(notes)), tokenizer)
     data.date_is_todays = settings != undated
     if not (isinstance(source, Mapping) and any(isinstance(rows, Iterator) for rows in source.values())):  # those are read by now
@@ -228,8 +164,19 @@ def _check_tokenizer(tokenizer) -> None:
     raise ConfigError(f"tokenizer: expected a tokenizer of transformers (lm.tokenizer), got {type(tokenizer).__name__}.{hint}")
 
 
-def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -> Split:
-    """The split of all rows that can be used; `notes` grows by what is to be announced."""
+def _read(source: Any) -> tuple[str | None, list[tuple[str, RawSplit]], list[str], dict[str, float]]:
+    """`DataSet.source`, the splits of each data set with the name it is given by ("" for a single one), notes on what was not read, and
+    the weights of several data sets."""
+    if isinstance(source, str) and source.startswith("{"):
+        source = stored(source)
+    if is_mixture(source):
+        return read_mixture(source)
+    where, raw_splits, notes = read_source(source)
+    return where, [("", raw) for raw in raw_splits], notes, {}
+
+
+def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: list[str]) -> Split:
+    """The split of all rows that can be used; `notes` grows by what is to be announced, `name` standing before it."""
     format = detect_format((row for _, row in raw.rows), settings)
     if format is not None:
         notes += _before_encoding(raw, format, tokenizer, settings)
@@ -239,7 +186,7 @@ def _build(raw: RawSplit, tokenizer, settings: DataSettings, notes: list[str]) -
         good.append((source, row)) if problem is None else problems.append(f"{source}: {problem}")
     encoded = encode_rows(good, format or "text", tokenizer, settings)
     problems = sorted(problems + encoded.problems, key=_line_number)
-    split = Split(raw.name, format or "text", encoded.examples, raw.blank_lines, problems)
+    split = Split(name, format or "text", encoded.examples, raw.blank_lines, problems)
     notes += raw.notes + _left_out(split, encoded.unshown_tools, settings)
     return split
 
@@ -287,13 +234,14 @@ def _skipped(split: Split) -> str:
     """What `bad_rows="skip"` has left out, with the first reasons."""
     first = "; ".join(split.skipped[:_REASONS_SHOWN])
     more = f"; and {len(split.skipped) - _REASONS_SHOWN:,} more" if len(split.skipped) > _REASONS_SHOWN else ""
-    return f"{len(split.skipped):,} rows cannot be used and are left out ({first}{more}). All of them: data.{split.name}.skipped."
+    place = f"data.{split.name.rpartition('/')[2]}.skipped"
+    return f"{len(split.skipped):,} rows cannot be used and are left out ({first}{more}). All of them: {place}."
 
 
 def _line_number(problem: str) -> int:
     """The line of a problem `"file:line: reason"`; 0 where it is about the whole file."""
-    part = problem.split(":", 2)[1]
-    return int(part) if part.isdigit() else 0
+    line = problem.partition(": ")[0].rpartition(":")[2]
+    return int(line) if line.isdigit() else 0
 
 
 def _check_trainable(split: Split, settings: DataSettings) -> None:

@@ -39,7 +39,7 @@ def read_source(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
         MissingDependencyError: the package `datasets` is needed and not installed.
     """
     if isinstance(source, str) and source.startswith("{"):
-        source = _stored(source)
+        source = stored(source)
     if isinstance(source, Mapping):
         return read_splits(source)
     if isinstance(source, str) and (name := hub_id(source)) is not None:
@@ -53,11 +53,11 @@ def read_source(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
 
 def is_there(source: str) -> bool:
     """Whether a stored source may still be read: it is the hub's, or all of its folders and files are on this machine."""
-    places = [value if isinstance(value, str) else key for key, value in _stored(source).items()] if source.startswith("{") else [source]
+    places = [value if isinstance(value, str) else key for key, value in stored(source).items()] if source.startswith("{") else [source]
     return all(hub_id(place) is not None or Path(place).exists() for place in places)
 
 
-def _stored(source: str) -> dict[str, Any]:
+def stored(source: str) -> dict[str, Any]:
     try:
         return json.loads(source)
     except ValueError as error:

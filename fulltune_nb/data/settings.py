@@ -10,7 +10,21 @@ from typing import Any
 from fulltune_nb.chat_template import writes_date
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import facts
-from fulltune_nb.settings import SettingError, check_fields, choice, day, described, flag_or, names_of, optional, setting, show, text, whole
+from fulltune_nb.settings import (
+    SettingError,
+    check_fields,
+    choice,
+    day,
+    described,
+    flag_or,
+    names_of,
+    number,
+    optional,
+    setting,
+    show,
+    text,
+    whole,
+)
 
 FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
 
@@ -44,6 +58,11 @@ class DataSettings:
     template_date: str | None = setting(
         None, optional(day),
         "The date that chat templates which write today's get, such as 2026-11-29; by default the day on which the data is loaded.",
+    )  # fmt: skip
+    valid_fraction: float = setting(
+        0.0, number(low=0.0, below=1.0),
+        "Share of the train rows that becomes the valid split where there is none, chosen by the rows' texts; rows of the same text stay "
+        "together. 0: none.",
     )  # fmt: skip
 
     def __post_init__(self):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fulltune_nb import svg
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.data.read import PREFIX
+from fulltune_nb.data.read import PREFIX, stored
 from fulltune_nb.html import esc
 from fulltune_nb.system_info import package_versions
 from fulltune_nb.training.config import TrainConfig
@@ -127,6 +127,9 @@ class ModelCard:
 def _source_name(source: str | None) -> str:
     if source is None:
         return "rows in memory"
+    if source.startswith("{"):  # a place for each split, or a weight for each place
+        items = stored(source).items()
+        return ", ".join(f"{key}: {_source_name(v)}" if isinstance(v, str) else f"{_source_name(key)} ({v:g})" for key, v in items)
     return source if source.startswith(PREFIX) else Path(source).name
 
 

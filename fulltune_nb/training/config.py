@@ -209,6 +209,7 @@ class TrainConfig:
     bad_rows: str | None = _data_setting("bad_rows")
     long_rows: str | None = _data_setting("long_rows")
     template_date: str | None = _data_setting("template_date")
+    valid_fraction: float | None = _data_setting("valid_fraction")
 
     def __new__(cls, *args: Any, **settings: Any):
         check_names(settings, cls)  # before dataclass's own TypeError, which names no neighbours

@@ -206,7 +206,7 @@ class Workload:
             for split in data.splits.values():
                 check_ids(split, lm.config.vocab_size, lm.tokenizer)
             split = data.train
-            widths = np.maximum(row_widths(split.lengths[split.trainable], config.max_seq_length, config.packing), 1)
+            widths = np.maximum(row_widths(split, config.max_seq_length, config.packing), 1)
             tokens, rows = int(widths.max()), min(rows, len(widths))
             targets = min(rows * tokens, _most_targets(split, rows, config))
         parameters = {name: array.shape for name, array in parameters_of(lm.model).items()}

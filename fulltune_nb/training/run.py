@@ -393,7 +393,7 @@ class StoredRun:
         date = self._state["config"].get("template_date")
         return config.replace(template_date=date) if date is not None and data.date_is_todays else config
 
-    def data(self, data: DataSet | str | os.PathLike | None, lm: LanguageModel, config: TrainConfig) -> DataSet:
+    def data(self, data: DataSet | str | os.PathLike | Mapping[str, Any] | None, lm: LanguageModel, config: TrainConfig) -> DataSet:
         """The run's data: as given, or from the folder it was in.
 
         Raises:
@@ -407,7 +407,7 @@ class StoredRun:
                 f"The run's data was in {source}, where there is no folder now. Pass its new place or the data itself:"
                 " Trainer.resume(run_dir, data='new/place')."
             )
-        if data is None or isinstance(data, (str, os.PathLike)):
+        if data is None or isinstance(data, (str, os.PathLike, Mapping)):
             data = load_data(source if data is None else data, lm.tokenizer, config=config)
         if not isinstance(data, DataSet):
             raise DataError(f"data: expected what load_data returns, or a folder, got {type(data).__name__}.")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulltune_nb.data import StepBatches, collate, evaluation_batches, evaluation_shapes
-from fulltune_nb.data.batches import MAX_BUCKETS, MAX_SHAPES, choose_buckets, choose_shapes
+from fulltune_nb.data.batches import MAX_SHAPES
+from fulltune_nb.data.shapes import MAX_BUCKETS, choose_buckets, choose_shapes
 from nbs_tests.data.test_batching import make_split
 
 

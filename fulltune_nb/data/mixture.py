@@ -1,0 +1,112 @@
+"""Several data sets with weights as one: whose rows are which, and how many of each an epoch takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fulltune_nb.data.raw import SPLITS, RawSplit, split_named
+from fulltune_nb.data.read import read_source
+from fulltune_nb.data.split import Part, Split
+from fulltune_nb.data.table import ExampleTable
+from fulltune_nb.errors import DataError, listed
+from fulltune_nb.settings import show
+
+
+def is_mixture(source: Any) -> bool:
+    """Whether `source` gives data sets weights: a mapping of names, none of which is a split's, to numbers."""
+    if not isinstance(source, Mapping) or not source or not all(isinstance(value, (int, float)) for value in source.values()):
+        return False
+    return not any(split_named(str(name)) for name in source)
+
+
+def check_weights(source: Mapping[str, float]) -> None:
+    """
+    Raises:
+        DataError: one is no finite number above 0.
+    """
+    for name, weight in source.items():
+        if isinstance(weight, bool) or not math.isfinite(weight) or weight <= 0:
+            raise DataError(f"The weight of {str(name)!r} is {show(weight)}: expected a number above 0, such as 0.3.")
+
+
+def scaled(source: Mapping[str, float]) -> dict[str, float]:
+    """The weights by name, so that they make 1."""
+    total = math.fsum(source.values())
+    return {str(name): weight / total for name, weight in source.items()}
+
+
+def read_mixture(source: Mapping[str, float]) -> tuple[str, list[tuple[str, RawSplit]], list[str], dict[str, float]]:
+    """What is stored of the places and weights, the splits of each data set with its name, notes on what was not read, and the weights.
+
+    Raises:
+        DataError: a weight is no number above 0, a data set is given twice, or one cannot be read.
+    """
+    check_weights(source)
+    places: dict[str, float] = {}
+    splits, notes = [], []
+    for given, weight in source.items():
+        place, raw_splits, more = read_source(given)
+        if place in places:
+            raise DataError(f"{place} is given twice. Give it once, with the sum of the two weights.")
+        places[place] = weight
+        splits += [(str(given), under_name(raw, str(given))) for raw in raw_splits]
+        notes += [f"{given}: {note}" for note in more]
+    return json.dumps(places, ensure_ascii=False), splits, notes, scaled(source)
+
+
+def under_name(raw: RawSplit, given: str) -> RawSplit:
+    """The split with its data set's name before each of the sources: `"a/train.jsonl:3"`."""
+    before = given.rstrip("/") + "/"
+    rows = [(before + source, row) for source, row in raw.rows]
+    return replace(raw, label=before + raw.label, rows=rows, problems=[before + problem for problem in raw.problems])
+
+
+def joined(built: Mapping[tuple[str, str], Split], weights: Mapping[str, float], notes: list[str]) -> dict[str, Split]:
+    """The splits of several data sets, one behind the other; `notes` grows by what the weights come to."""
+    without = [given for given in weights if (given, "train") not in built]
+    if without and len(without) < len(weights):
+        raise DataError(f"{listed(without)} has no train split, so its weight means nothing. Leave it out, or give it one.")
+    together = {}
+    for name in SPLITS:
+        own = [(given, built[given, name]) for given in weights if (given, name) in built]
+        if not own:
+            continue
+        begins = np.cumsum([0, *(len(split) for _, split in own)]).tolist()
+        parts = [Part(given, weights[given], *ends) for (given, _), ends in zip(own, pairwise(begins), strict=True)]
+        splits = [split for _, split in own]
+        table, format = ExampleTable.joined([split.examples for split in splits]), " and ".join(sorted({split.format for split in splits}))
+        skipped, blank_lines = [line for split in splits for line in split.skipped], sum(split.blank_lines for split in splits)
+        together[name] = Split(name, format, table, blank_lines, skipped, parts if name == "train" else ())
+    if "train" in together:
+        notes.append(f"train: {weights_text(together['train'].parts, [len(rows) for rows in together['train'].trainable_parts()])}")
+    return together
+
+
+def weights_text(parts: Sequence[Part], sizes: Sequence[int]) -> str:
+    """What the weights come to, in a sentence; `sizes` are the rows that each part has to train on."""
+    taken = rows_of_epoch([part.weight for part in parts], sizes)
+    counts = zip(parts, taken, sizes, strict=True)
+    each = [f"{count:,} ({100 * part.weight:.3g} %) from the {size:,} of {part.name}" for part, count, size in counts]
+    return f"each epoch's {sum(taken):,} rows are drawn by weight: {', '.join(each)}."
+
+
+def rows_of_epoch(weights: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """How many rows an epoch takes of each data set: together as many as all have, shared out by weight, each at least 1.
+
+    Args:
+        weights: of each data set; they make 1.
+        sizes: rows of each, at least 1.
+    """
+    exact = [weight * sum(sizes) for weight in weights]
+    taken = [max(1, math.floor(share)) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda i: (taken[i] - exact[i], i))  # the largest remainders first
+    for i in by_rest[: max(0, sum(sizes) - sum(taken))]:
+        taken[i] += 1
+    return taken
