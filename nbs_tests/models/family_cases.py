@@ -5,9 +5,11 @@ To add a family, add it to `KNOWN`; a key of its class that no list below names 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nbs_tests.models.model_cases import LLAMA3
@@ -165,6 +167,33 @@ def plain_case(family: str) -> dict[str, Any]:
     keys = class_keys(family)
     chosen = {key: choices[-1] for key, choices in SIZES.items() if key in keys}
     return _case(family, keys, {**chosen, "max_position_embeddings": LONG, "scaling": "default"}, False, random.Random(family))
+
+
+PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_configs.json").read_text(encoding="utf-8"))
+"""`config.json` of well-known checkpoints by their name, without what they say of images."""
+
+
+def scaled_down(raw: dict[str, Any]) -> dict[str, Any]:
+    """A published `config.json` with every flag it has, and sizes that compute in no time; several text models stand in `text_config`."""
+    if "text_config" in raw:
+        return {**raw, "text_config": scaled_down(raw["text_config"])}
+    raw = json.loads(json.dumps(raw))
+    kv_heads = min(2, raw.get("num_key_value_heads") or 2)
+    heads = kv_heads * (raw["num_attention_heads"] // (raw.get("num_key_value_heads") or raw["num_attention_heads"]))
+    layers = min(raw["num_hidden_layers"], 8 if {"sliding_window_pattern", "layer_types", "no_rope_layers"} & raw.keys() else 3)
+    sizes = {
+        "vocab_size": 97, "hidden_size": heads * 16, "head_dim": 16, "intermediate_size": 40, "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 20, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    most = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 3, "experts_per_token": 3, "sliding_window": 9}
+    raw |= {key: value for key, value in sizes.items() if raw.get(key) is not None}
+    raw |= {key: min(raw[key], value) for key, value in most.items() if raw.get(key) is not None}
+    raw |= {key: raw[key][:layers] for key in ("layer_types", "no_rope_layers") if key in raw}
+    if (raw.get("rope_scaling") or {}).get("long_factor"):
+        pairs = int(16 * raw.get("partial_rotary_factor", 1.0)) // 2
+        raw["rope_scaling"] |= {key: raw["rope_scaling"][key][-pairs:] for key in ("short_factor", "long_factor")}
+    return raw
 
 
 def _spread(pick: random.Random, choices: tuple, count: int) -> list:

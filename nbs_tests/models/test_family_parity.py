@@ -1,12 +1,15 @@
 """Every family computes what transformers does, on random small configurations: `python -m nbs_tests.models.family_parity`, in short."""
 
+import mlx.core as mx
 import pytest
 
 from fulltune_nb.models.families import FAMILIES
+from fulltune_nb.models.folder import load_decoder
 from nbs_tests.models import family_cases
-from nbs_tests.models.family_cases import INERT, KNOWN, SIZES, VALUES, cases_of
-from nbs_tests.models.family_parity import run
-from nbs_tests.models.parity import need_torch
+from nbs_tests.models.family_cases import INERT, KNOWN, PUBLISHED, SIZES, VALUES, cases_of, scaled_down
+from nbs_tests.models.family_parity import IDS_SHAPE, LIMITS, position_error, run
+from nbs_tests.models.model_cases import random_ids
+from nbs_tests.models.parity import need_torch, write_folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -23,3 +26,18 @@ def test_every_key_of_the_configuration_class_is_tried(family):
     for key, choices in VALUES.items():
         if key in family_cases.class_keys(family) and key not in KNOWN[family].values:
             assert len({str(case.get(key)) for case in cases}) >= min(2, len(choices)), key
+
+
+PUBLISHED_HERE = [name for name, raw in PUBLISHED.items() if raw["model_type"] in FAMILIES]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_HERE)
+def test_published_configurations_scaled_down_compute_what_transformers_does(name, tmp_path):
+    need_torch()
+    from nbs_tests.models import torch_reference as reference
+
+    raw = scaled_down(PUBLISHED[name])
+    model = reference.build(raw, 0)
+    decoder = load_decoder(write_folder(tmp_path / "source", raw, reference.checkpoint(model)))
+    ids = random_ids(raw, IDS_SHAPE, 0)
+    assert position_error(decoder(mx.array(ids)), reference.logits(model, ids)) < LIMITS["logits"]
