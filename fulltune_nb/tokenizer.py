@@ -1,10 +1,20 @@
-"""Tokenizers: read from a model folder, written into one, and two facts about their tokens that several modules need."""
+"""Tokenizers: read from a model folder, written into one, and two facts about their tokens that several modules need.
+
+What transformers writes of a tokenizer is not always what it was read from: settings get lost, such as `legacy: true`, without which other
+tokens come of the same text. So the files are kept as they were read, and written again while the tokenizer is what they made.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +24,77 @@ from fulltune_nb.errors import ModelError
 if TYPE_CHECKING:
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-SENTENCEPIECE = "tokenizer.model"
-"""The vocabulary as SentencePiece keeps it: transformers reads it where there is no tokenizer.json, llama.cpp's converter needs it."""
-TEMPLATE = "chat_template.jinja"
-"""The chat template as a file of its own."""
+TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+SENTENCEPIECE, TEKKEN = "tokenizer.model", "tekken.json"
+"""The vocabulary as SentencePiece and mistral-common keep it; llama.cpp's converter reads these too."""
+VOCABULARIES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "vocab.txt", TEKKEN)
+_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", CONFIG, TEMPLATE)
 
-_LOCAL_KEYS = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file")
+_LOCAL_KEYS = ("is_local", "local_files_only", "mistral_format", "name_or_path", "tokenizer_file", "vocab_file")
+_PROBE = "def f(x, y=[1, 2]):\n    return {'a': x != y}  # naïve café 東京 русский\n\tif a->b == 0x1F && !c:   print(\"Hello, world!\")"
+
+
+# ---- reading
+
+
+@dataclass
+class TokenizerFiles:
+    """The files that a tokenizer was read from. A tokenizer of `load_tokenizer` has them as `source_files`."""
+
+    files: dict[str, bytes]
+    """By name."""
+    model_config: bytes | None
+    """`config.json`: transformers chooses the tokenizer's class by it."""
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerFiles:
+        """Those of a model folder."""
+        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        config = folder / "config.json"
+        return cls(files, config.read_bytes() if config.is_file() else None)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The `tokenizer_config.json`; empty where there is none."""
+        return json.loads(self.files.get(CONFIG, b"{}"))
+
+    @cached_property
+    def as_written(self) -> _Written:
+        """What transformers writes of the tokenizer that it makes of the files."""
+        with tempfile.TemporaryDirectory() as place, _without_warnings():  # they were given when it was loaded
+            for name, content in self.files.items():
+                (Path(place) / name).write_bytes(content)
+            if self.model_config is not None:
+                (Path(place) / "config.json").write_bytes(self.model_config)
+            written = _Written.of(_from_folder(Path(place)))
+            written.files.pop(TOKENIZER, None)  # some have 30 MB; its checksum is enough
+            return written
+
+
+@dataclass
+class _Written:
+    """What transformers writes of a tokenizer."""
+
+    files: dict[str, bytes]
+    checksums: dict[str, str]
+    """SHA-256 of each of the files, but for settings and templates."""
+    config: dict[str, Any]
+    """`tokenizer_config.json`, without the template."""
+    template: str | dict[str, str] | None
+    """One chat template, or several by name."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Written:
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_padding()  # what the last call asked for is no part of the tokenizer
+            backend.no_truncation()
+        with tempfile.TemporaryDirectory() as place:
+            tokenizer.save_pretrained(place)
+            files = {path.name: path.read_bytes() for path in Path(place).iterdir() if path.is_file()}
+        config = json.loads(files.pop(CONFIG, b"{}"))
+        config = {key: value for key, value in config.items() if key not in (*_LOCAL_KEYS, "chat_template")}
+        files.pop(TEMPLATE, None)
+        return cls(files, {name: sha256(content).hexdigest() for name, content in files.items()}, config, tokenizer.chat_template)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -32,14 +106,54 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).exists() for name in VOCABULARIES):  # transformers would make some an empty tokenizer
         raise ModelError(f"{folder}: there is no tokenizer. The folder needs one of {', '.join(VOCABULARIES)}.")
     try:
-        return _auto_tokenizer().from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = _from_folder(folder)
     except Exception as error:  # transformers raises many kinds here; all mean the same to the reader
-        only = (folder / SENTENCEPIECE).exists() and not (folder / "tokenizer.json").exists()
-        missing = [name for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")) if not _installed(module)]
-        if only and missing:
-            found = f"{folder}: its tokenizer is a {SENTENCEPIECE} and no tokenizer.json."
-            raise ModelError(f"{found} To read it: pip install {' '.join(missing)}") from error
+        for name, packages in _NEEDED.items():
+            missing = [package for package, module in packages.items() if not _installed(module)]
+            if (folder / name).exists() and not (folder / TOKENIZER).exists() and missing:
+                found = f"{folder}: its tokenizer is a {name} and no {TOKENIZER}."
+                raise ModelError(f"{found} To read it: pip install {' '.join(missing)}") from error
         raise ModelError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+    tokenizer.source_files = TokenizerFiles.read(folder)
+    if SENTENCEPIECE in tokenizer.source_files.files and TOKENIZER not in tokenizer.source_files.files:
+        _compare_with_sentencepiece(tokenizer, folder)
+    return tokenizer
+
+
+_NEEDED = {  # vocabulary -> package: module, which transformers reads it with
+    SENTENCEPIECE: {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
+    TEKKEN: {"mistral-common": "mistral_common"},
+}
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
+    """Where mistral-common is installed, transformers would make a tekken.json a tokenizer of its, which takes no chat template."""
+    tekken = (folder / TEKKEN).exists()
+    options = {"mistral_format": False} if tekken else {}
+    tokenizer = _auto_tokenizer().from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
+    for name, text in (("bos_token", "<s>"), ("eos_token", "</s>")):  # which transformers takes from no tekken.json
+        if tekken and getattr(tokenizer, name) is None and text in tokenizer.get_vocab():
+            setattr(tokenizer, name, text)
+    return tokenizer
+
+
+def _compare_with_sentencepiece(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Some classes of transformers 5 make other merges of a `tokenizer.model` than SentencePiece, with which the model was trained."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        theirs = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE)).encode(_PROBE)
+    except Exception:  # not installed, or a file that only transformers can read: there is nothing to compare with
+        return
+    ours = tokenizer.encode(_PROBE, add_special_tokens=False)
+    if ours != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        a, b = (tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (ours, theirs))
+        warnings.warn(
+            f"{folder}: transformers does not split texts as SentencePiece does with this {SENTENCEPIECE}: {a} instead of {b}, on which"
+            f" the model was trained. Get the model's {TOKENIZER}, which is read in its place; many repositories have both.",
+            stacklevel=3,
+        )
 
 
 def _installed(module: str) -> bool:
@@ -49,24 +163,75 @@ def _installed(module: str) -> bool:
         return False
 
 
+# ---- writing
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
     """Writes a tokenizer's files so that transformers 4 (and what is built on it) reads them as transformers 5 does.
 
-    `tokenizer.model`, which transformers 5 does not write, is copied from the folder the tokenizer came from, if it is there.
+    The files that it was read from are written as they were, byte for byte; where something has changed, only what has. A chat template
+    stands in `chat_template.jinja` and in `tokenizer_config.json`; several, as older readers know them, in the latter alone.
     """
-    tokenizer.save_pretrained(str(folder))
-    config_path = Path(folder) / "tokenizer_config.json"
-    if config_path.is_file():
-        config = _for_both_versions(json.loads(config_path.read_text(encoding="utf-8")))
-        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    source, target = Path(str(tokenizer.name_or_path or "")) / SENTENCEPIECE, Path(folder) / SENTENCEPIECE
-    if tokenizer.name_or_path and source.is_file() and not target.exists():
-        shutil.copyfile(source, target)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files_of(tokenizer).items():
+        (folder / name).write_bytes(content)
+
+
+def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    now, source = _Written.of(tokenizer), _source_of(tokenizer)
+    fresh = source and source.as_written
+    if fresh and _same_tokens(now, fresh):
+        # A vocabulary of another form is read in several ways; a tokenizer.json says which one it was.
+        files = {name: content for name, content in now.files.items() if name == TOKENIZER} | source.files
+        config = source.config or now.config
+    else:
+        files = now.files | {name: content for name, content in (source.files if source else {}).items() if name == SENTENCEPIECE}
+        config = _changed(source.config, fresh.config, now.config, tokenizer) if hasattr(tokenizer, "source_files") else now.config
+    return _with_template(files, _for_both_versions(config), now.template)
+
+
+def _source_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerFiles | None:
+    """The files that a tokenizer was read from: those it has with it, or those in the folder it names."""
+    if (found := getattr(tokenizer, "source_files", None)) is not None:
+        return found
+    folder = Path(str(tokenizer.name_or_path or ""))
+    if not tokenizer.name_or_path or not any((folder / name).is_file() for name in VOCABULARIES):
+        return None
+    return TokenizerFiles.read(folder)
+
+
+def _same_tokens(one: _Written, other: _Written) -> bool:
+    """Whether two tokenizers differ in nothing but their templates."""
+    return one.checksums == other.checksums and one.config == other.config
+
+
+def _changed(source: dict[str, Any], fresh: dict[str, Any], now: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The source's settings with what was changed since: the difference between what is written of the source's and of the tokenizer."""
+    changed = {key: value for key, value in now.items() if key not in fresh or fresh[key] != value}
+    config = {key: value for key, value in {**now, **source, **changed}.items() if key in now or key not in fresh}
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] = {str(token): entry.__getstate__() for token, entry in tokenizer.added_tokens_decoder.items()}
+    return config
+
+
+def _with_template(files: dict[str, bytes], config: dict[str, Any], template: str | dict[str, str] | None) -> dict[str, bytes]:
+    """The files with their settings, and the template where readers look for it. What says so already stays as it is."""
+    config.pop("chat_template", None)
+    file = files.pop(TEMPLATE, b"")
+    if isinstance(template, dict):
+        config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+    elif template is not None:
+        config["chat_template"] = template
+        files[TEMPLATE] = file if file.decode("utf-8", "replace") == template else template.encode("utf-8")
+    if CONFIG not in files or json.loads(files[CONFIG]) != config:
+        files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    return files
 
 
 def _for_both_versions(config: dict[str, Any]) -> dict[str, Any]:
     """A `tokenizer_config.json` of transformers 5 in words that 4 knows too, without paths of this machine."""
-    config = {key: value for key, value in config.items() if key not in _LOCAL_KEYS}
+    config = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
@@ -84,6 +249,19 @@ def _auto_tokenizer() -> type[AutoTokenizer]:
     finally:
         os.environ.pop(switch) if before is None else os.environ.update({switch: before})
     return AutoTokenizer
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Within it transformers logs errors only."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
