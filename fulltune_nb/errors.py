@@ -19,6 +19,8 @@ Each message says what was expected, what was found and where, and what to do.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -90,6 +92,25 @@ def nearest(name: object, valid: Iterable[str], otherwise: str | None = None, cu
     if close := closest(name, valid, cutoff=cutoff):
         return f"Did you mean {' or '.join(map(repr, close))}?"
     return f"Valid names: {', '.join(valid)}." if otherwise is None else otherwise
+
+
+def misspelt(name: object, valid: Iterable[str]) -> str:
+    """"Did you mean ...?" with those of `valid` from which one letter is wrong, missing, too many or out of place; else "".
+
+    For names whose versions are names too: another digit, or more behind a name, is another thing, as `qwen3` is no `qwen2`.
+    """
+    given = str(name).lower().replace("-", "_")
+
+    def differs_by_a_letter(known: str) -> bool:
+        start = len(os.path.commonprefix([given, known]))
+        end = len(os.path.commonprefix([given[start:][::-1], known[start:][::-1]]))
+        wrong, right = given[start : len(given) - end], known[start : len(known) - end]
+        appended = start == len(known) and wrong not in ("", known[-1:])
+        swapped = len(right) == 2 and wrong == right[::-1]
+        return not appended and not re.search("[0-9]", wrong + right) and (swapped or max(len(wrong), len(right)) <= 1)
+
+    close = [known for known in valid if differs_by_a_letter(known)]
+    return f"Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def listed(items: Sequence[object], most: int = 5, separator: str = ", ") -> str:

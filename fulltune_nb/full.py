@@ -196,6 +196,7 @@ def show_data(data: DataSet) -> None:
     print(f"Data: {data!r}")
     for note in data.notes:
         print(note)
+    data.notes_shown = True
 
 
 def show_other_mask(path: Path, mask_prompt: bool | str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fulltune_nb.chat_template import ensure_chat_template, writes_date
 from fulltune_nb.data.encode import encode_rows
-from fulltune_nb.data.example import Lens
+from fulltune_nb.data.example import Lens, SpecialTokenCheck, check_special_tokens, special_token_notes
 from fulltune_nb.data.holdout import with_valid
 from fulltune_nb.data.look import dataset_html
 from fulltune_nb.data.mixture import is_mixture, joined, read_mixture
@@ -34,8 +34,8 @@ class DataSet:
         settings: the `DataSettings` it was made with.
         source: absolute path of the folder, `hf:` and the name for a data set of the hub, an object of JSON where each split has its
             own place or each data set a weight, None for rows in memory; `load_data` takes it again.
-        notes: lines to announce once: what was cut, left out or put in place of something missing.
         tokenizer: the one it was made with.
+        notes_shown: whether somebody has shown `notes`, so that no other need.
         date_is_todays: whether `settings.template_date` was not given, but is the day on which this was loaded.
         load_again: loads the same rows again, with the `template_date` it is called with; None where rows can be read once only.
     """
@@ -48,7 +48,8 @@ class DataSet:
         self.test: Split | None = splits.get("test")
         self.settings = settings
         self.source = source
-        self.notes = list(notes)
+        self._notes = list(notes)
+        self.notes_shown = False
         self.tokenizer = tokenizer
         self.date_is_todays = False
         self.load_again: Callable[[str | None], DataSet] | None = None
@@ -58,6 +59,22 @@ class DataSet:
         """The splits that there are, by name."""
         named = {name: getattr(self, name) for name in SPLITS}
         return {name: split for name, split in named.items() if split is not None}
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines to announce once: what was cut, left out or put in place of something missing, and `special_token_notes`."""
+        return [*self._notes, *self.special_token_notes]
+
+    @cached_property
+    def special_tokens(self) -> dict[str, SpecialTokenCheck]:
+        """What `check_special_tokens` finds in each split; nothing for ids that no tokenizer of ours made."""
+        splits = {} if self.tokenizer is None else self.splits
+        return {name: check_special_tokens(split, self.tokenizer) for name, split in splits.items()}
+
+    @cached_property
+    def special_token_notes(self) -> list[str]:
+        """A line for each problem with special tokens in each split."""
+        return [note for name, check in self.special_tokens.items() for note in special_token_notes(self.splits[name], check)]
 
     @cached_property
     def fingerprint(self) -> str:

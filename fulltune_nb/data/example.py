@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fulltune_nb.chat_template import answer_end
 from fulltune_nb.html import PALETTE, counted, esc
 from fulltune_nb.tokenizer import BYTE_ALPHABET, special_ids
 
@@ -254,32 +256,36 @@ class SpecialTokenCheck:
 BOS_DOUBLED = "BOS stands twice in a row"
 BOS_MISSING = "does not begin with BOS, which the tokenizer puts before every text"
 EOS_DOUBLED = "EOS stands twice in a row"
-END_MISSING = "ends with neither EOS nor another special token"
-END_NOT_TRAINED = "is trained on, but its end token is not"
+END_MISSING = "is trained on, and has no end token"
+END_NOT_TRAINED = "is trained on, but no end token in it is"
+SPECIAL_IN_WORDS = "its own words contain special tokens"
 
 ADVICE = {
     BOS_DOUBLED: "Remove the one in the rows: the tokenizer or the chat template puts its own.",
     BOS_MISSING: "The chat template leaves it out. A model that always saw it may do worse; its own template may write it.",
     EOS_DOUBLED: "Remove the one in the rows: another is put behind them.",
     END_MISSING: "The model does not learn a token to stop at: answers end at max_tokens, or at a text that stands for the end.",
-    END_NOT_TRAINED: "The model does not learn to stop. Is the last turn the assistant's?",
+    END_NOT_TRAINED: "The model does not learn to stop: the chat template writes the end behind what counts as the assistant's turn.",
+    SPECIAL_IN_WORDS: "They are read as those tokens, not as letters. Where that is not meant, change them; a space within is enough.",
 }
 """What each problem means and what to do."""
 
 
 def check_special_tokens(examples: Sequence[Example], tokenizer) -> SpecialTokenCheck:
-    """Counts and checks BOS and EOS. Where one token is both, only its uses as an end are checked.
+    """Counts and checks BOS, EOS and other special tokens. Where one token is BOS and EOS, only its uses as an end are checked.
 
-    An end that `max_seq_length` has cut off, or that stands in another window of the row, is not missing here.
+    A row teaches to stop where a special token is trained among the last ones of a turn, or EOS or what the chat template ends answers
+    with anywhere; an end of several tokens, which no special token is, is looked for in the text. An end that `max_seq_length` has cut
+    off, or that stands in another window of the row, is not missing here.
 
     Args:
         examples: some examples, or a split, of whose rows a million take some seconds.
     """
     bos, eos = (-1 if token is None else token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     adds_bos = bos >= 0 and list(tokenizer("a")["input_ids"])[:1] == [bos]
-    ends = special_ids(tokenizer) - ({bos} if bos != eos else set())
+    specials, (template_ends, end_texts) = special_ids(tokenizer) - ({bos} if bos != eos else set()), answer_end(tokenizer)
     tokens, loss_mask, begins, (cut, before, behind) = flat(examples)
-    first, filled = begins[:-1], np.diff(begins) > 0
+    first, last, filled = begins[:-1], begins[1:] - 1, np.diff(begins) > 0
 
     def per_row(places: np.ndarray) -> np.ndarray:
         """How many of `places`, (tokens,) bool, each example has."""
@@ -290,18 +296,78 @@ def check_special_tokens(examples: Sequence[Example], tokenizer) -> SpecialToken
         pairs[first[filled]] = False  # its neighbour is the end of the example before
         return per_row(pairs) > 0
 
-    is_bos, is_eos, is_end = tokens == bos, tokens == eos, np.isin(tokens, list(ends))
-    from_end = np.repeat(begins[1:], np.diff(begins)) - np.arange(len(tokens))  # 1 for the last token of an example
-    is_end &= from_end <= _END_TOKENS
-    ended, whole = per_row(is_end) > 0, filled & (cut == 0) & (behind == 0)
+    def near(places: np.ndarray) -> np.ndarray:
+        """The places, and those shortly before them."""
+        return np.logical_or.reduce([np.concatenate([places[by:], np.zeros(by, bool)])[: len(places)] for by in range(_END_TOKENS)])
+
+    is_bos, is_eos = tokens == bos, tokens == eos
+    turn_ends = loss_mask & ~np.concatenate([loss_mask[1:], [False]])[: len(loss_mask)]  # the last trained token of each turn
+    turn_ends[last[filled]] |= loss_mask[last[filled]]
+    row_ends = np.zeros(len(tokens), dtype=bool)
+    row_ends[last[filled]] = True
+    is_end = np.isin(tokens, [eos, *template_ends]) | (np.isin(tokens, list(specials)) & near(turn_ends | row_ends))
+    trained = filled & (cut == 0) & (behind == 0) & (per_row(loss_mask) > 0)
+    not_learned = trained & (per_row(is_end & loss_mask) == 0) & bool(specials)
     begins_with_bos = np.zeros(len(first), dtype=bool)
     begins_with_bos[filled] = is_bos[first[filled]]
+    texts, rows = _column(examples, "text"), _column(examples, "row")
+    for row in np.flatnonzero(not_learned) if end_texts else ():
+        not_learned[row] = not any(end in texts[row] for end in end_texts)
     found = {
         BOS_DOUBLED: doubled(is_bos) & (bos != eos),
         BOS_MISSING: filled & (before == 0) & ~begins_with_bos & adds_bos,
         EOS_DOUBLED: doubled(is_eos),
-        END_MISSING: whole & ~ended & bool(ends),
-        END_NOT_TRAINED: whole & ended & (per_row(is_end & loss_mask) == 0) & (per_row(loss_mask) > 0),
+        END_MISSING: not_learned & (per_row(is_end) == 0),
+        END_NOT_TRAINED: not_learned & (per_row(is_end) > 0),
+        SPECIAL_IN_WORDS: _specials_in_words(rows, texts, tokenizer) & (before == 0),
     }
     problems = {name: np.flatnonzero(wrong) for name, wrong in found.items() if wrong.any()}
     return SpecialTokenCheck(per_row(is_bos), per_row(is_eos), problems)
+
+
+def _column(examples: Sequence[Example], name: str) -> Sequence[Any]:
+    """One field of all examples; a split has it as a list."""
+    table = getattr(examples, "examples", examples)
+    return getattr(table, f"{name}s", None) or [getattr(example, name) for example in examples]
+
+
+_AROUND = 12  # characters around a special token by which words of a row are found again in its text
+
+
+def _specials_in_words(rows: Sequence[Mapping[str, Any]], texts: Sequence[str], tokenizer) -> np.ndarray:
+    """(rows,) bool: whether special tokens stand in a row's own words. Those of BOS before a text and EOS behind it are others' subject."""
+    names = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    names = [name for name in names if name]
+    if not names or getattr(tokenizer, "split_special_tokens", False):
+        return np.zeros(len(rows), dtype=bool)
+    special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    bos, eos = (re.escape(token or "") for token in (tokenizer.bos_token, tokenizer.eos_token))
+    firsts, ends = {name[0] for name in names}, re.compile(f"^(?:{bos})*|(?:{eos})*$")
+
+    def stands_in(words: str, text: str) -> bool:
+        if not any(first in words for first in firsts):
+            return False
+        if words == text:
+            words = ends.sub("", words)
+        found = special.finditer(words)
+        return any(len(at[0]) < len(words.strip()) and words[max(at.start() - _AROUND, 0) : at.end() + _AROUND] in text for at in found)
+
+    return np.array([any(stands_in(words, text) for words in _words(row)) for row, text in zip(rows, texts, strict=True)], dtype=bool)
+
+
+def _words(value: Any, depth: int = 10) -> Iterator[str]:
+    """All texts in a row: a message's content is some levels down. Rows given in memory may refer to themselves."""
+    if isinstance(value, str):
+        yield value
+    elif depth and isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _words(part, depth - 1)
+
+
+def special_token_notes(split: Any, check: SpecialTokenCheck) -> list[str]:
+    """A line for each problem of a split: how many rows have it, the first of them, and what to do."""
+    total, sources = len(split), _column(split, "source")
+    return [
+        f"{split.name}: {len(rows):,} of {total:,} rows: {problem} (first: {sources[rows[0]]}). {ADVICE[problem]}"
+        for problem, rows in check.problems.items()
+    ]

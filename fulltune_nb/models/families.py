@@ -15,7 +15,7 @@ from typing import Any
 import mlx.nn as nn
 
 from fulltune_nb.cpu import fast_math as cpu_math
-from fulltune_nb.errors import ModelError, nearest
+from fulltune_nb.errors import ModelError, misspelt
 from fulltune_nb.html import facts
 from fulltune_nb.models.dequantize import without_quantization
 from fulltune_nb.models.rope import RopeConfig, read_rope
@@ -200,8 +200,11 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     """
     family_name = raw.get("model_type")
     if not isinstance(family_name, str) or family_name not in FAMILIES:
-        hint = nearest(family_name, FAMILIES, otherwise="")
-        raise ModelError(f"{where}: model_type is {family_name!r}, but the supported families are {', '.join(FAMILIES)}. {hint}".rstrip())
+        from transformers import CONFIG_MAPPING  # late: only an error needs it
+
+        hint = "" if str(family_name) in CONFIG_MAPPING else misspelt(family_name, FAMILIES)  # a family of its own is not misspelt
+        supported = f"The supported families are {', '.join(FAMILIES)}. {hint}".rstrip()
+        raise ModelError(f"{where}: model_type is {family_name!r}, which is not supported. {supported}")
     raw = without_quantization(raw, where)
     family = FAMILIES[family_name]
     values = _with_defaults(family, raw)

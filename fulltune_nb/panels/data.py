@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fulltune_nb.data.dataset import DataSet, Split
-from fulltune_nb.data.example import ADVICE, Example, Lens, SpecialTokenCheck, check_special_tokens
+from fulltune_nb.data.example import ADVICE, Example, Lens, SpecialTokenCheck
 from fulltune_nb.data.look import Duplicates, Hits, counts_table, find_duplicates, search, surroundings
 from fulltune_nb.errors import ConfigError, DataError, listed
 from fulltune_nb.html import NO_MATH, PALETTE, counted, esc, facts, table
@@ -270,10 +270,10 @@ class DataChecks:
         """Rows that become the same text."""
         return find_duplicates(self._data.splits)
 
-    @cached_property
+    @property
     def special_tokens(self) -> dict[str, SpecialTokenCheck]:
-        """BOS and EOS of each split."""
-        return {name: check_special_tokens(split.examples, self._data.tokenizer) for name, split in self._data.splits.items()}
+        """BOS, EOS and other special tokens of each split."""
+        return self._data.special_tokens
 
     def rows(self, split: str, which: str) -> np.ndarray:
         """Ascending indices of the rows that one of `FILTERS` leaves."""
@@ -299,7 +299,8 @@ class DataChecks:
     def to_html(self) -> str:
         """All findings, with what to do."""
         data = self._data
-        notes = "".join(f"<li>{esc(note)}</li>" for note in data.notes)
+        others = [note for note in data.notes if note not in data.special_token_notes]  # those are a table of their own
+        notes = "".join(f"<li>{esc(note)}</li>" for note in others)
         parts = [
             counts_table(list(data.splits.values())),
             f'<div class="{NO_MATH}"><b>Notes</b><ul style="margin:2px 0">{notes}</ul></div>' if notes else "",
@@ -318,8 +319,8 @@ class DataChecks:
                 rows.append((name, f"{len(found):,} of {len(check.bos):,}", f"⚠ {problem}", where, ADVICE[problem]))
         counts = "; ".join(f"{name} {c.bos.sum():,} BOS, {c.eos.sum():,} EOS" for name, c in self.special_tokens.items())
         if not rows:
-            return f"<b>Begin and end tokens</b><div>✓ nothing doubled, nothing missing ({esc(counts)})</div>"
-        return table(("split", "rows", "warning", "which", "what to do"), rows, "Begin and end tokens") + f"<div>{esc(counts)}</div>"
+            return f"<b>Special tokens</b><div>✓ nothing doubled, nothing missing ({esc(counts)})</div>"
+        return table(("split", "rows", "warning", "which", "what to do"), rows, "Special tokens") + f"<div>{esc(counts)}</div>"
 
     def _duplicates_html(self) -> str:
         rows, splits = [], self._data.splits

@@ -168,7 +168,8 @@ def _unseen_events(trainer: Any) -> list:
     for report in reversed(trainer.history):
         if report.kind_of_report == "step":
             break
-        if report.kind_of_report == "event" and report.kind not in ("pause", "early_stop"):  # those a run has shown
+        shown = ("pause", "early_stop") + ("data",) * trainer.data.notes_shown
+        if report.kind_of_report == "event" and report.kind not in shown:  # by the run before, or when the data was loaded
             found.insert(0, report)
     return found
 

@@ -4,12 +4,13 @@ where it does not fit."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from fulltune_nb import html
 from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler
@@ -99,9 +100,36 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
     compiles, note = _choose_compile(work, memory.backward, kernels is not None and operations >= COMPILING_PAYS_FROM)
     if note:
         notes.append(("compile", note))
+    notes += _without_effect(config, data, total_steps) + _beyond_positions(lm, data)
     short = config.memory == "lean" or (config.memory == "auto" and not work.count("whole").fits)
     gives_back = memory.backward == "layerwise" and short
     return Plan(batches, total_steps, work.stored, memory, compiles, config.grad_checkpoint, gives_back, kernels, tuple(notes))
+
+
+def _without_effect(config: TrainConfig, data: Any, total_steps: int) -> list[tuple[str, str]]:
+    """Settings that do nothing in this run: kind and message of an event each."""
+    notes, form = [], config.lr_schedule
+    if config.patience is not None and (data.valid is None or not config.val_batches):
+        why = "the data has no valid split" if data.valid is None else "val_batches=0 leaves evaluations out"
+        notes.append(("patience", f"patience={config.patience} has no effect: {why}, so nothing is evaluated during training"))
+    warmup = form.get("warmup", config.warmup) if isinstance(form, Mapping) else config.warmup
+    if 0 < total_steps <= warmup:
+        notes.append(("warmup", f"warmup={warmup:,} is as long as the run of {total_steps:,} steps or longer: it ends below the peak rate"))
+    return notes
+
+
+def _beyond_positions(lm: Any, data: Any) -> list[tuple[str, str]]:
+    """A note for each split with rows longer than what the model was made for: kind and message of an event."""
+    limit = lm.config.raw.get("max_position_embeddings")
+    if not isinstance(limit, int) or limit < 1:
+        return []
+    notes = []
+    for name, split in data.splits.items():
+        if longer := int(np.count_nonzero(split.lengths > limit)):
+            first = split[int(np.argmax(split.lengths > limit))].source
+            message = f"{name}: {longer:,} of {len(split):,} rows are longer than the {limit:,} positions that the model was made for"
+            notes.append(("positions", f"{message} (max_position_embeddings; first: {first}). max_seq_length={limit} cuts or splits them"))
+    return notes
 
 
 def step_batches(split: Split, config: TrainConfig) -> StepBatches:

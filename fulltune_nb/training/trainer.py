@@ -168,7 +168,7 @@ class Trainer:
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
         lm.card = ModelCard(lm.source, data, config, self.history)
         lm.add_ends(*trained_ends(data))
-        for kind, message in plan.notes:
+        for kind, message in (*(("data", note) for note in data.notes), *plan.notes):
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
         self._rate = LearningRate(make_schedule(config.lr_schedule, config.learning_rate, config.warmup, self.total_steps))

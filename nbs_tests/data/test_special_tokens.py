@@ -1,10 +1,21 @@
 """BOS and EOS: counted, and named where they are doubled, missing or not trained on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data.example import ADVICE, BOS_DOUBLED, BOS_MISSING, END_MISSING, END_NOT_TRAINED, EOS_DOUBLED, check_special_tokens
+from fulltune_nb.data.example import (
+    ADVICE,
+    BOS_DOUBLED,
+    BOS_MISSING,
+    END_MISSING,
+    END_NOT_TRAINED,
+    EOS_DOUBLED,
+    SPECIAL_IN_WORDS,
+    check_special_tokens,
+)
 from nbs_tests.data.chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3
 
 PAIR = {"prompt": "What is it?", "completion": "It is a fox."}
@@ -50,9 +61,46 @@ def test_an_end_that_is_ordinary_text_is_told(make_tokenizer):
     assert check(make_tokenizer(plain), [PAIR], max_seq_length=5).problems == {}  # cut: counted as such
 
 
+@pytest.mark.parametrize("mask", [True, False, "last"])
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, LLAMA3, GEMMA], ids=["chatml", "llama2", "llama3", "gemma"])
+def test_a_row_that_ends_with_the_users_turn_has_learned_to_stop_before(make_tokenizer, template, mask):
+    longer = {"role": "user", "content": "And now a question of more than three tokens, which nobody answers?"}
+    found = check(make_tokenizer(template), [{"messages": TALK}, {"messages": TALK[:3]}, {"messages": [*TALK, longer]}], mask_prompt=mask)
+    assert found.problems == {}
+
+
 def test_an_end_that_is_not_trained_on_is_told(make_tokenizer):
-    found = check(make_tokenizer(CHATML), [{"messages": TALK}, {"messages": TALK[:3]}], mask_prompt=True)
-    assert {name: list(rows) for name, rows in found.problems.items()} == {END_NOT_TRAINED: [1]}
+    tokenizer = make_tokenizer(CHATML)
+    (example,) = load_data({"train": [PAIR]}, tokenizer, mask_prompt=True).train
+    without_end = replace(example, loss_mask=example.loss_mask & (example.tokens != tokenizer.convert_tokens_to_ids("<|im_end|>")))
+    assert check_special_tokens([without_end], tokenizer).of(0) == [END_NOT_TRAINED]
+    assert check_special_tokens([replace(without_end, cut=3)], tokenizer).problems == {}
+    assert check_special_tokens([replace(without_end, window=(0, 5))], tokenizer).problems == {}
+
+
+def test_an_end_of_several_tokens_is_one(make_tokenizer):
+    answers = "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n### End\n' }}{% endfor %}"
+    assert check(make_tokenizer(answers), [PAIR], mask_prompt=False).problems == {}
+
+
+def test_special_tokens_in_a_rows_own_words_are_told(make_tokenizer):
+    asks = [{"role": "user", "content": "What does <|im_end|> mean?"}, {"role": "assistant", "content": "It ends."}]
+    rows = [{"messages": TALK}, {"messages": TALK, "stop": "<|im_end|>", "comment": "a comment on <|im_end|>"}]
+    rows += [{"messages": asks}]
+    tokenizer = make_tokenizer(CHATML)
+    assert {name: list(rows) for name, rows in check(tokenizer, rows).problems.items()} == {SPECIAL_IN_WORDS: [2]}
+    text = [{"text": "a fox</s>"}, {"text": "a </s> fox"}]
+    assert {name: list(rows) for name, rows in check(tokenizer, text).problems.items()} == {SPECIAL_IN_WORDS: [1]}
+    tokenizer.split_special_tokens = True  # then they are letters
+    assert check(tokenizer, text[1:]).problems == {}
+
+
+def test_what_is_found_stands_in_the_notes(make_tokenizer):
+    asks = {"prompt": "Is <|im_end|> one?", "completion": "Yes."}
+    data = load_data({"train": [PAIR] * 3, "valid": [PAIR, asks]}, make_tokenizer(CHATML, adds_bos=True))
+    train, valid, words = data.notes
+    assert train.startswith(f"train: 3 of 3 rows: {BOS_MISSING} (first: train:1)") and valid.startswith("valid: 2 of 2 rows")
+    assert words == f"valid: 1 of 2 rows: {SPECIAL_IN_WORDS} (first: valid:2). {ADVICE[SPECIAL_IN_WORDS]}"
 
 
 def test_one_token_for_begin_and_end_is_checked_as_an_end(make_tokenizer):
@@ -79,4 +127,4 @@ def test_no_rows_and_no_special_tokens_are_no_problem(make_tokenizer):
 
 
 def test_every_problem_has_advice():
-    assert set(ADVICE) == {BOS_DOUBLED, BOS_MISSING, EOS_DOUBLED, END_MISSING, END_NOT_TRAINED}
+    assert set(ADVICE) == {BOS_DOUBLED, BOS_MISSING, EOS_DOUBLED, END_MISSING, END_NOT_TRAINED, SPECIAL_IN_WORDS}
