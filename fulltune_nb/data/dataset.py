@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from fulltune_nb.chat_template import ensure_chat_template, writes_date
+from fulltune_nb.data.conform import conform
 from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.example import Lens, SpecialTokenCheck, check_special_tokens, special_token_notes
 from fulltune_nb.data.holdout import with_valid
@@ -194,6 +195,7 @@ def _read(source: Any) -> tuple[str | None, list[tuple[str, RawSplit]], list[str
 
 def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: list[str]) -> Split:
     """The split of all rows that can be used; `notes` grows by what is to be announced, `name` standing before it."""
+    conform(raw, name, tokenizer, settings)
     format = detect_format((row for _, row in raw.rows), settings)
     if format is not None:
         notes += _before_encoding(raw, format, tokenizer, settings)

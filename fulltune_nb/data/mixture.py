@@ -65,7 +65,8 @@ def under_name(raw: RawSplit, given: str) -> RawSplit:
     """The split with its data set's name before each of the sources: `"a/train.jsonl:3"`."""
     before = given.rstrip("/") + "/"
     rows = [(before + source, row) for source, row in raw.rows]
-    return replace(raw, label=before + raw.label, rows=rows, problems=[before + problem for problem in raw.problems])
+    problems, notes = [before + problem for problem in raw.problems], [f"{given}: {note}" for note in raw.notes]
+    return replace(raw, label=before + raw.label, rows=rows, problems=problems, notes=notes)
 
 
 def joined(built: Mapping[tuple[str, str], Split], weights: Mapping[str, float], notes: list[str]) -> dict[str, Split]:

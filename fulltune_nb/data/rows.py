@@ -4,7 +4,8 @@
     completions  {"prompt": ..., "completion": ...}
     text         {"text": ...}
 
-The key names can be changed by the `*_feature` settings. Other keys are ignored; a key whose value is null counts as absent.
+The key names can be changed by the `*_feature` settings; a key whose value is null counts as absent. A message's content is a string or
+a list of text parts. What comes in other forms is turned into these by `conform`.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     except (RecursionError, ValueError) as error:
         raise RowError(f"not readable as JSON: {str(error)[:200]}") from None
     if not isinstance(row, dict):
-        raise RowError(f"not an object but {_kind(row)}" + (f". {_PASS_ROWS}" if isinstance(row, list) else ""))
+        raise RowError(f"not an object but {kind(row)}" + (f". {_PASS_ROWS}" if isinstance(row, list) else ""))
     return row
 
 
@@ -157,12 +158,12 @@ def row_problem(row: Mapping[str, Any], format: str | None, settings: DataSettin
     if missing:
         return _missing_keys(row, format, missing, settings)
     if format == "chat":
-        problem = _messages_problem(row[settings.chat_feature], settings.chat_feature)
+        problem = messages_problem(row[settings.chat_feature], settings.chat_feature)
     else:
-        problem = next((f"{key!r} is {_kind(row[key])}, expected a string" for key in keys if not isinstance(row[key], str)), None)
+        problem = next((f"{key!r} is {kind(row[key])}, expected a string" for key in keys if not isinstance(row[key], str)), None)
     tools = row.get("tools")
     if problem is None and format != "text" and tools is not None and not isinstance(tools, (list, tuple)):
-        problem = f"'tools' is {_kind(tools)}, expected a list of tool descriptions"
+        problem = f"'tools' is {kind(tools)}, expected a list of tool descriptions"
     return problem
 
 
@@ -209,9 +210,10 @@ def _missing_keys(row: Mapping[str, Any], format: str, missing: list[str], setti
     return f"{text} ({format} format); the row has {_quoted(row) or 'no keys'}{hint}"
 
 
-def _messages_problem(messages: Any, key: str) -> str | None:
+def messages_problem(messages: Any, key: str) -> str | None:
+    """What is wrong with a list of messages, which stands under `key`; None if nothing."""
     if not isinstance(messages, (list, tuple)):
-        return f"{key!r} is {_kind(messages)}, expected a list of messages"
+        return f"{key!r} is {kind(messages)}, expected a list of messages"
     if not messages:
         return f"{key!r} is an empty list, expected at least one message"
     for i, message in enumerate(messages):
@@ -222,22 +224,24 @@ def _messages_problem(messages: Any, key: str) -> str | None:
 
 def _message_problem(message: Any) -> str | None:
     if not isinstance(message, Mapping):
-        return f" is {_kind(message)}, expected an object with 'role' and 'content'"
-    if "role" not in message and "from" in message and "value" in message:
-        return ": 'from' and 'value' are ShareGPT's names, expected 'role' (user for human, assistant for gpt) and 'content'"
+        return f" is {kind(message)}, expected an object with 'role' and 'content'"
     if "role" not in message:
         return ": missing key 'role'"
     if not isinstance(message["role"], str):
-        return f": 'role' is {_kind(message['role'])}, expected a string"
+        return f": 'role' is {kind(message['role'])}, expected a string"
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         return f": 'content' is {'null' if 'content' in message else 'missing'}, expected a string"
-    if content is not None and not isinstance(content, str):
-        return f": 'content' is {_kind(content)}, expected a string{' (join the text parts to one string)' * isinstance(content, list)}"
+    if content is not None and not isinstance(content, str) and not _is_text_parts(content):
+        return f": 'content' is {kind(content)}, expected a string or a list of text parts"
     return None
 
 
-def _kind(value: Any) -> str:
+def _is_text_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
+
+
+def kind(value: Any) -> str:
     """The JSON name of a value's type; for values that are not from JSON, Python's."""
     return _KINDS.get(type(value), f"of type {type(value).__name__}")
 

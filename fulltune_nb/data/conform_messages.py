@@ -1,0 +1,258 @@
+"""Messages and tools as people have them, turned into what the chat template takes.
+
+    {"from": "gpt", "value": ...}                               ShareGPT's names -> role and content
+    "[{...}]"                                                   JSON text: messages, tools, tool calls, functions -> parsed
+    {"function": {"name": ..., "arguments": "{...}"}}           arguments as JSON text -> an object, where the template takes one
+    {"content": [{"type": "text", "text": ...}, ...]}           parts -> a text, where the template takes texts
+    {"function_call": {...}}, {"role": "function"}              OpenAI's older form -> tool_calls, tool
+
+Text that is written twice in JSON would be trained with backslashes before its quotes, and parts as Python writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fulltune_nb.data.rows import RowError, kind
+from fulltune_nb.data.tally import Tally
+from fulltune_nb.data.template_forms import OBJECT, PARTS, TEXT, TemplateForms, text_part
+from fulltune_nb.files import KeyTwice, no_key_twice
+
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response"), "tool"),
+    "system": "system",
+}
+"""ShareGPT's `from` -> role."""
+LOOKS_LIKE_DATA = frozenset(
+    "system system_prompt history input context instruction output question answer response query prompt completion text messages"
+    " conversations conversation chat dialogue dialog turns tools functions function_call documents image images video videos audio audios"
+    " chosen rejected reasoning reasoning_content thinking rationale solution weight chat_template_kwargs".split()
+)
+"""Keys that hold data elsewhere: where nothing reads one, that is told. Of other keys (id, source, score) nothing is said."""
+
+_PLAIN = {"role", "content"}
+_TEXT_TYPES = ("text", "input_text", "output_text")
+
+
+def parsed(value: Any, where: str, expected: str) -> Any:
+    """The value of a JSON text; any other value is itself.
+
+    Raises:
+        RowError: it is a text and no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, object_pairs_hook=no_key_twice)
+    except json.JSONDecodeError as error:
+        near = value[max(0, error.pos - 10) : error.pos + 20]
+        reason = f"{error.msg} at character {error.pos + 1}, near {near!r}"
+    except (KeyTwice, ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+    raise RowError(f"{where!r} is a string, expected {expected}, or JSON text of it; as JSON: {reason}")
+
+
+class MessageConformer:
+    """Turns messages and tools; what it does is counted in the tally. What it does not know it leaves, for `row_problem` to tell."""
+
+    def __init__(self, tokenizer, tally: Tally):
+        self._tokenizer = tokenizer
+        self._forms = TemplateForms(tokenizer)
+        self._tally = tally
+        self._with_tools = False
+        self._text_stays: dict[Any, bool] = {}  # role -> whether its content may stay a string
+
+    def messages(self, value: Any, key: str, with_tools: bool) -> Any:
+        """A row's messages; the same object where nothing is to be done.
+
+        Args:
+            key: where they stand in the row.
+            with_tools: whether the row has tools: some templates write calls only then.
+
+        Raises:
+            RowError: JSON text or a role that cannot be read, or a part that is no text.
+        """
+        self._with_tools = with_tools
+        if isinstance(value, str):
+            value = parsed(value, key, "a list of messages")
+            self._tally.add(f"with {key!r} as JSON text: parsed")
+        if not isinstance(value, (list, tuple)):
+            return value
+        turned = [self._message(message, key, i) for i, message in enumerate(value)]
+        return value if all(new is old for new, old in zip(turned, value, strict=True)) else turned
+
+    def _message(self, message: Any, key: str, number: int) -> Any:
+        if not isinstance(message, Mapping):
+            return message
+        role, content = message.get("role"), message.get("content")
+        if message.keys() == _PLAIN and isinstance(content, str) and isinstance(role, str) and self._stays(role):
+            return message
+        where = f"{key}[{number}]"
+        new = dict(message)
+        if "role" not in new and "from" in new and "value" in new:
+            _rename(new, where)
+        if isinstance(new.get("function_call"), Mapping) and not new.get("tool_calls"):
+            new["tool_calls"] = [_wrapped(new.pop("function_call"))]
+            new["role"] = new.get("role", "assistant")
+            self._tally.add("with 'function_call' (OpenAI's older form): read as tool calls")
+        if new.get("role") == "function" and "name" in new:
+            new["role"] = "tool"
+        if new.get("tool_calls"):
+            new["tool_calls"] = self._calls(new["tool_calls"], f"{where}.tool_calls")
+        self._put_content(new, where)
+        self._name_unread(new)
+        return message if new == message else new
+
+    def _stays(self, role: str) -> bool:
+        if role not in self._text_stays:
+            self._text_stays[role] = self._forms.content(role, in_parts=False) == TEXT
+        return self._text_stays[role]
+
+    # ---- content
+
+    def _put_content(self, message: dict[str, Any], where: str) -> None:
+        """Content in the form that the template takes from this role."""
+        content, role = message.get("content"), message.get("role")
+        if not isinstance(role, str):
+            return
+        if content is None:
+            if message.get("tool_calls") and self._forms.call_needs_content(self._with_tools):
+                message["content"] = ""
+        elif isinstance(content, str) and not self._stays(role):
+            message["content"] = [text_part(content)]
+            self._tally.add("with content as text: given in parts, which the chat template takes")
+        elif isinstance(content, (list, tuple)):
+            texts = [_text_of(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+            form = self._forms.content(role, in_parts=True)
+            if form == PARTS:
+                message["content"] = [text_part(text) for text in texts]
+                self._tally.add("with content in parts: given so, as the chat template takes it")
+            else:
+                message["content"] = "".join(texts) if form == TEXT else [text_part("".join(texts))]
+                self._tally.add("with content in parts: their texts are joined")
+
+    def _name_unread(self, message: dict[str, Any]) -> None:
+        """Counts pictures, documents and the like that stand beside the content, and that the template never names."""
+        for key in message.keys() - _PLAIN:
+            value = message[key]
+            is_data = key in LOOKS_LIKE_DATA and isinstance(value, (list, dict)) and value
+            if is_data and key not in str(self._tokenizer.chat_template):
+                self._tally.unread(f"messages[].{key}")
+
+    # ---- tool calls and tools
+
+    def _calls(self, calls: Any, where: str) -> Any:
+        if isinstance(calls, str):
+            calls = parsed(calls, where, "a list of calls")
+            self._tally.add("with 'tool_calls' as JSON text: parsed")
+        return [self._call(call, f"{where}[{i}]") for i, call in enumerate(calls)] if isinstance(calls, (list, tuple)) else calls
+
+    def _call(self, call: Any, where: str) -> Any:
+        call = self._object(call, where, "a call")
+        if not isinstance(call, Mapping):
+            return call
+        if "function" in call:
+            function = self._object(call["function"], f"{where}.function", "an object with name and arguments")
+            return {**call, "function": self._with_arguments(function, f"{where}.function")}
+        return self._with_arguments(call, where)
+
+    def _with_arguments(self, function: Any, where: str) -> Any:
+        if not isinstance(function, Mapping) or "arguments" not in function:
+            return function
+        return {**function, "arguments": self._arguments(function["arguments"], f"{where}.arguments")}
+
+    def _arguments(self, arguments: Any, where: str) -> Any:
+        form = self._forms.arguments(self._with_tools)
+        if isinstance(arguments, str):
+            found = parsed(arguments, where, "an object") if arguments.strip() else {}
+            if form != OBJECT:
+                return arguments
+            if not isinstance(found, dict):
+                raise RowError(f"{where!r} is JSON text of {kind(found)}, expected of an object")
+            self._tally.add("with a call's arguments as JSON text: parsed")
+            return found
+        if isinstance(arguments, Mapping) and form == TEXT:
+            self._tally.add("with a call's arguments as an object: given as JSON text, which the chat template takes")
+            return _json_text(arguments, where)
+        return arguments
+
+    def tools(self, row: Mapping[str, Any], are_bare: bool = False) -> Any:
+        """A row's tools, parsed where they are JSON text; the same object where nothing is to be done.
+
+        Args:
+            are_bare: the row's form has functions for tools, which are wrapped as OpenAI does.
+
+        Raises:
+            RowError: JSON text that cannot be read.
+        """
+        tools = row.get("tools")
+        if tools is None and isinstance(row.get("functions"), list):
+            self._tally.add("with 'functions' (OpenAI's older form): read as tools")
+            tools = [_wrapped(function) for function in row["functions"]]
+        if isinstance(tools, str):
+            if not tools.strip():
+                return None
+            tools = parsed(tools, "tools", "a list of tool descriptions")
+            self._tally.add("with 'tools' as JSON text: parsed")
+        if not isinstance(tools, (list, tuple)):
+            return tools
+        turned = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+        if are_bare:
+            turned = [_wrapped(tool) for tool in turned]
+        return tools if all(new is old for new, old in zip(turned, tools, strict=True)) else turned
+
+    def _tool(self, tool: Any, where: str) -> Any:
+        """A tool, each of whose texts that should be an object is parsed."""
+        turned = self._object(tool, where, "a tool description")
+        for key, turn in (("function", self._tool), ("parameters", self._object)):
+            if isinstance(turned, Mapping) and isinstance(turned.get(key), (str, Mapping)):
+                inner = turn(turned[key], f"{where}.{key}")
+                turned = turned if inner is turned[key] else {**turned, key: inner}
+        return turned
+
+    def _object(self, value: Any, where: str, expected: str = "an object") -> Any:
+        if not isinstance(value, str):
+            return value
+        self._tally.add(f"with {where.rpartition('.')[2].partition('[')[0]!r} as JSON text: parsed")
+        return parsed(value, where, expected)
+
+
+def _rename(message: dict[str, Any], where: str) -> None:
+    """ShareGPT's `from` and `value` as role and content; what it calls `function_call` becomes the assistant's tool calls."""
+    name, value = message.pop("from"), message.pop("value")
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        raise RowError(f"{where}: 'from' is {name!r:.60}, expected {', '.join(ROLES)}")
+    message["role"] = role
+    if name.lower() != "function_call":
+        message["content"] = value
+        return
+    calls = parsed(value, f"{where}.value", "a call")
+    message["tool_calls"] = [_wrapped(call) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _wrapped(function: Any) -> Any:
+    """A tool or a call as OpenAI has it; the same object where it is one, or no object."""
+    is_bare = isinstance(function, Mapping) and "function" not in function
+    return {"type": "function", "function": function} if is_bare else function
+
+
+def _text_of(part: Any, where: str) -> str:
+    """The text of a part of a message's content."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") in _TEXT_TYPES and isinstance(part.get("text"), str):
+        return part["text"]
+    found = f"a part of the type {part['type']!r:.60}" if isinstance(part, Mapping) and "type" in part else kind(part)
+    raise RowError(f"{where} is {found}, expected a part with a text: only texts are trained on. Take it out, or leave the row out")
+
+
+def _json_text(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"{where!r} cannot be written as JSON: {str(error)[:200]}") from None
