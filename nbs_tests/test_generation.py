@@ -11,10 +11,10 @@ import pytest
 
 from fulltune_nb.errors import GenerationError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
 from fulltune_nb.models.generation import Sampler, Sampling, batches_by_length, candidate_scores, decode, prefill
 from fulltune_nb.models.kv_cache import make_cache
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.models.model_config import read_config
 
 SMALL = {
     "vocab_size": 500,

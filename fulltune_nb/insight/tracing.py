@@ -17,7 +17,8 @@ from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, facts
 from fulltune_nb.insight.predictions import as_examples, predictions, ranking, short, text_example, trained_tokens
 from fulltune_nb.insight.updates import block_of
-from fulltune_nb.models.decoder import Decoder, attention_shares
+from fulltune_nb.models.attention import attention_shares
+from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import backward_through
 from fulltune_nb.settings import whole_number
@@ -269,12 +270,11 @@ def _index(name: str, value: int, low: int, high: int) -> int:
 
 def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
     """The embedding, then the output of each block before any final norm: L + 1 arrays (1, T, D), evaluated."""
-    rotation, masks = model.context(len(tokens))
     x = model.embed(mx.array(tokens.astype(np.int32))[None], model.compute_dtype)
     mx.eval(x)
     yield x
-    for block, mask in zip(model.layers, masks, strict=True):
-        x = block(x, rotation, mask)
+    for block, context in zip(model.layers, model.context(len(tokens)), strict=True):
+        x = block(x, *context)
         mx.eval(x)
         yield x
 
@@ -282,11 +282,12 @@ def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
 def attention_of_block(model: Decoder, layer: int, x: mx.array) -> Iterator[np.ndarray]:
     """The attention maps of block `layer` (from 0) for its input x (1, T, D): those of one key/value head at a time, (H / K, T, T)."""
     block = model.layers[layer]
-    rotation, masks = model.context(x.shape[1])
-    queries, keys, _ = block.attention.heads(block.input_norm(x), rotation)
+    rotation, mask = model.context(x.shape[1])[layer]
+    queries, keys, _ = block.attention.heads(block.attention_input(x), rotation)
     groups = queries.shape[1] // keys.shape[1]
     for head in range(keys.shape[1]):
-        yield np.array(attention_shares(queries[:, head * groups : (head + 1) * groups], keys[:, head : head + 1], masks[layer])[0])
+        scoring = block.attention.scoring_of(slice(head * groups, (head + 1) * groups))
+        yield np.array(attention_shares(queries[:, head * groups : (head + 1) * groups], keys[:, head : head + 1], mask, scoring)[0])
 
 
 def pooled(maps: np.ndarray, size: int) -> np.ndarray:
@@ -319,20 +320,20 @@ def gradients(
         The mean loss in nats; the L2 norm of the gradient of every trainable tensor, by module path; and that of the residual
         stream (L + 1, T), by block and position.
     """
-    rotation, masks = model.context(len(tokens))
+    contexts = model.context(len(tokens))
     ids = mx.array(tokens.astype(np.int32))[None]
     places, targets = mx.array(np.flatnonzero(trained).astype(np.int32) - 1), ids[0, mx.array(np.flatnonzero(trained))]
     weights = mx.full(targets.shape, 1.0 / targets.size)
 
     def loss_of(x: mx.array) -> mx.array:
-        return cross_entropy(model.norm(x)[0][places], model.head_weights(), targets, weights)
+        return cross_entropy(model.norm(x)[0][places], model.head_weights(), targets, weights, model.config.logit_cap)
 
     ends = {name: model[name] for name in ("norm", "lm_head", "embed_tokens") if name in model}
     loss, (slope,), head = backward_through(ends, loss_of, [stream[-1]], mx.array(1.0))
     mx.eval(loss, slope, head)
     norms, slopes = {name: _norm(array) for name, array in head.items() if not name.startswith("embed_tokens")}, [slope]
     for layer in reversed(range(len(model.layers))):
-        block, mask = model.layers[layer], masks[layer]
+        block, (rotation, mask) = model.layers[layer], contexts[layer]
         through = partial(block, rotation=rotation, mask=mask)
         (slope,), own = backward_through({f"layers.{layer}": block}, through, [stream[layer]], slope)[1:]
         mx.eval(slope, own)

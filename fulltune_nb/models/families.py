@@ -1,29 +1,20 @@
-"""The supported families, as data, and the reading of `config.json` into a `ModelConfig`.
+"""The supported families, as data: a row names the mechanisms that the one decoder (`decoder.py`) builds from.
 
-A family is a row naming mechanisms that the one decoder (`decoder.py`) builds from. No code anywhere branches on a
-family's name: to add a family, add a row (and, where it needs one, a mechanism). Sizes come from `config.json` only;
-values that a `config.json` may leave out take the default of the family's own Hugging Face configuration class
-(`transformers/models/<family>/configuration_<family>.py`, 5.23).
+No code anywhere branches on a family's name: to add a family, add a row (and, where it needs one, a mechanism). `model_config.py`
+reads a `config.json` by its row. Sizes come from `config.json` only; values that it may leave out take the default of the family's own
+Hugging Face configuration class (`transformers/models/<family>/configuration_<family>.py`, 5.24).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.nn as nn
-
-from fulltune_nb.cpu import fast_math as cpu_math
-from fulltune_nb.errors import ModelError, misspelt
-from fulltune_nb.html import facts
-from fulltune_nb.models.dequantize import without_quantization
-from fulltune_nb.models.rope import RopeConfig, read_rope
-
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-ATTENTION_PROJECTIONS = (*ATTENTION_INPUTS, "o_proj")
-GATED_MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PLAIN_MLP_PROJECTIONS = ("up_proj", "down_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
+ATTENTION = (*QKV, "o_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+PLAIN = ("up_proj", "down_proj")
 
 # Our module names -> Hugging Face's, whole dotted segments; each family adds its own.
 COMMON_NAMES = {
@@ -32,84 +23,234 @@ COMMON_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
 }
 
+Switch = str | bool
+"""True, False, or the key of `config.json` that says which."""
 
-ACTIVATIONS = {
-    "silu": cpu_math.silu,
-    "swish": cpu_math.silu,
-    "gelu": nn.gelu,
-    "gelu_new": cpu_math.gelu_tanh,
-    "gelu_pytorch_tanh": cpu_math.gelu_tanh,
-    "relu": nn.relu,
-}
-"""`hidden_act` -> the function of one array."""
-GATED_ACTIVATIONS = {
-    "silu": cpu_math.swiglu, "swish": cpu_math.swiglu, "gelu_new": cpu_math.geglu, "gelu_pytorch_tanh": cpu_math.geglu,
-}
-"""`hidden_act` -> `act(gate) * up` in one function (Shazeer 2020), where there is one."""
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of the file that holds what all experts of a layer have: (experts, rows, columns), or (experts, rows).
+
+    In memory each expert has its own, so that it is computed, updated and let go by itself.
+    """
+
+    name: str
+    """In the layer's mlp, such as `"input_linear.weight"`."""
+    parts: tuple[str, ...]
+    """The expert's own tensors, whose rows follow one another in it, such as `("gate_proj.weight", "up_proj.weight")`."""
+    transposed: bool = False
+    """The file has each expert's matrix as (columns, rows)."""
+    alternating: bool = False
+    """The rows of the parts take turns: one of the first, one of the second, and so on."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the MLP's place; each key is one of `config.json`."""
+
+    count: str = "num_experts"
+    size: str = "moe_intermediate_size"
+    """`intermediate_size` of one expert."""
+    normalised: Switch = "norm_topk_prob"
+    """Whether the shares of the chosen experts sum up to one."""
+    shared_size: str | None = None
+    """`intermediate_size` of an expert that sees every token, with a gate of its own (a sigmoid)."""
+    in_some_layers: bool = False
+    """Whether `decoder_sparse_step` and `mlp_only_layers` say which layers have them."""
+    stacks: tuple[Stack, ...] = ()
 
 
 @dataclass(frozen=True)
 class Family:
     """One row: which mechanisms a family is made of."""
 
-    norm: str
-    """`"rms"`, `"rms_plus_one"` (scale is 1 + weight), `"layer"` (weight and bias) or `"layer_no_params"`."""
-    norm_eps: str | float
+    norm: str = "rms"
+    """`"rms"`, `"rms_plus_one"` (scale is 1 + weight), `"layer"` (weight and bias), `"layer_plus_one"` (1 + weight, and bias),
+    `"layer_no_bias"` or `"layer_no_params"`."""
+    norm_eps: str | float = "rms_norm_eps"
     """Key in `config.json`, or the number itself where the family fixes it."""
     block: str = "pre"
-    """`"pre"`: norm, attention, add, norm, mlp, add. `"parallel"`: one norm feeds attention and mlp, both are added."""
+    """`"pre"`: norm, attention, add, norm, mlp, add. `"post"`: attention, norm, add, mlp, norm, add. `"both"`: with norms before and
+    behind. `"parallel"`: one norm feeds attention and mlp, both are added."""
+    parallel: Switch = False
+    """Whether the block is `"parallel"`, where that is a setting."""
     mlp: str = "gated"
-    """`"gated"`, `"plain"` or `"moe"` (a router over gated experts)."""
-    biases: Mapping[tuple[str, ...], str | bool] = field(default_factory=dict)
-    """Projections -> True, or the key of `config.json` that says whether they have a bias."""
-    scale_embeddings: bool = False
-    """Multiply embeddings by sqrt(hidden_size)."""
+    """`"gated"` or `"plain"`."""
+    experts: Experts | None = None
+    fused: tuple[str, ...] = ()
+    """Projections that are one tensor: `"qkv_proj"`, `"gate_up_proj"`."""
+    biases: Mapping[tuple[str, ...], Switch] = field(default_factory=dict)
+    """Projections -> whether they have a bias."""
+    qk_norm: str = ""
+    """Norm of queries and keys: `"head"` (the same for each head), `"heads"` (each head's own, in one tensor), `"listed_heads"` (each
+    head's own, in a tensor each), `"width"` (over all heads together), `""` (none)."""
+    has_qk_norm: Switch = True
+    """Whether there is one, where that is a setting."""
+    qk_norm_bias: bool = True
+    """False: it has none, though the family's norm has."""
+    qk_norm_after_rope: bool = False
+    clip_qkv: bool = False
+    """Queries, keys and values are kept within `clip_qkv`, where it is set."""
+    scale_embeddings: Switch = False
+    """Multiply embeddings by sqrt(hidden_size), or by the number under this key."""
+    residual_scale: str = ""
+    """Key of the number that what attention and mlp add is multiplied by."""
+    attention_scale: str = ""
+    """Key of the number that products of queries and keys are multiplied by, instead of 1 / sqrt(head_dim)."""
+    query_size: str = ""
+    """Key of the number that stands for head_dim in it."""
+    logit_scale: str = ""
+    """Key of the number that logits are multiplied by; with a `/` before it, divided."""
+    score_cap: str = ""
+    """Key of c, where products of queries and keys become c tanh(products / c)."""
+    logit_cap: str = ""
+    """The same for logits."""
+    sinks: bool = False
+    """Each head has a further, learned score that takes its share of the attention and gives nothing."""
     windows: str = "none"
-    """Which layers have the sliding window: `"none"`, `"all"` or `"by_layer"` (Qwen2's rule)."""
+    """Which layers have the sliding window where no `layer_types` say so: a name in `model_config.WINDOWED`, or `"none"`."""
+    layer_types: bool = True
+    """Whether `layer_types` are looked at."""
+    rotated: str = "all"
+    """Which layers have positions: `"all"`; `"windowed"`; `"windowed_if_any"`, all where none has a window; `"listed"` in
+    `no_rope_layers` with a 1, by default all but each `no_rope_layer_interval`-th."""
+    interleaved: bool = False
+    """Rotated are neighbours, not the first half with the second."""
+    local_theta: str | float | None = None
+    """Layers with a window are rotated by this base, or the one under this key, and without scaling."""
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Values of `rope_type` that mean another one in this family."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Our segment -> the family's segment, over `COMMON_NAMES`."""
+    buffers: Mapping[str, float] = field(default_factory=dict)
+    """Constants that a checkpoint holds as tensors of each layer: name in the layer -> value."""
+    activation: str = "hidden_act"
+    """Its key."""
+    gate: str = ""
+    """An entry of `activations.CLAMPED_GATES` in place of the activation: how the gate and what it opens become one."""
     activation_aliases: Mapping[str, str] = field(default_factory=dict)
-    """Values of `hidden_act` that mean another function in this family."""
+    """Values of it that mean another function in this family."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Keys that must not be set -> what they would turn on."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What a key means when `config.json` leaves it out."""
 
 
+_POST_NORM_NAMES = {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"}
+_GEMMA_NAMES = {**_POST_NORM_NAMES, "post_attention_norm": "pre_feedforward_layernorm"}
+_GEMMA_DEFAULTS = {
+    "tie_word_embeddings": True, "head_dim": 256, "pad_token_id": 0, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_GEMMA = {"norm": "rms_plus_one", "biases": {ATTENTION: "attention_bias"}, "scale_embeddings": True}
+_GEMMA_2_AND_3 = {
+    **_GEMMA, "block": "both", "query_size": "query_pre_attn_scalar", "activation": "hidden_activation", "names": _GEMMA_NAMES,
+    "logit_cap": "final_logit_softcapping", "windows": "all_but_last_of_pattern",
+    "refused": {"use_bidirectional_attention": "attention to what follows"},
+}  # fmt: skip
+_GRANITE = {
+    "scale_embeddings": "embedding_multiplier", "residual_scale": "residual_multiplier", "attention_scale": "attention_multiplier",
+    "logit_scale": "/logits_scaling",
+}  # fmt: skip
+_COHERE = {
+    "norm": "layer_no_bias", "norm_eps": "layer_norm_eps", "block": "parallel", "biases": {ATTENTION: "attention_bias"},
+    "interleaved": True, "logit_scale": "logit_scale",
+}  # fmt: skip
+_COHERE_DEFAULTS = {"tie_word_embeddings": True, "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "pad_token_id": 0}
+_GLM = {"fused": ("gate_up_proj",), "biases": {QKV: "attention_bias"}, "interleaved": True}
+_GLM_DEFAULTS = {
+    "attention_bias": True, "partial_rotary_factor": 0.5, "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7,
+    "pad_token_id": 151329,
+}  # fmt: skip
+_QWEN_MOE_DEFAULTS = {
+    "use_sliding_window": False, "sliding_window": 4096, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None,
+}  # fmt: skip
+_YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        norm="rms",
-        norm_eps="rms_norm_eps",
-        biases={ATTENTION_PROJECTIONS: "attention_bias", GATED_MLP_PROJECTIONS: "mlp_bias"},
-    ),
+    "llama": Family(biases={ATTENTION: "attention_bias", GATED: "mlp_bias"}),
     "mistral": Family(
-        norm="rms",
-        norm_eps="rms_norm_eps",
         windows="all",
+        layer_types=False,
         defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     ),
     "mixtral": Family(
-        norm="rms",
-        norm_eps="rms_norm_eps",
-        mlp="moe",
+        experts=Experts(count="num_local_experts", size="intermediate_size", normalised=True),
         windows="all",
+        layer_types=False,
         names={"mlp": "block_sparse_moe", "router": "gate", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
         defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2, "num_local_experts": 8},
     ),
+    "ministral": Family(windows="all", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral3": Family(
+        windows="all",
+        layer_types=False,
+        defaults={
+            "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "pad_token_id": 11, "max_position_embeddings": 262144,
+            "sliding_window": None,
+            "rope_parameters": {
+                **_YARN, "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
     "qwen2": Family(
-        norm="rms",
-        norm_eps="rms_norm_eps",
-        biases={ATTENTION_INPUTS: True},
-        windows="by_layer",
+        biases={QKV: True},
+        windows="from_max_window_layers",
         defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32},
     ),
+    "qwen2_moe": Family(
+        experts=Experts(in_some_layers=True, shared_size="shared_expert_intermediate_size"),
+        biases={QKV: "qkv_bias"},
+        windows="every_other_below_max_window_layers",
+        names={"router": "gate"},
+        defaults={
+            **_QWEN_MOE_DEFAULTS, "qkv_bias": True, "max_window_layers": 28, "num_key_value_heads": 16, "num_experts": 60,
+            "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "qwen3": Family(
+        biases={ATTENTION: "attention_bias"},
+        qk_norm="head",
+        windows="from_max_window_layers",
+        defaults={
+            "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128,
+        },
+    ),
+    "qwen3_moe": Family(
+        experts=Experts(in_some_layers=True),
+        biases={ATTENTION: "attention_bias"},
+        qk_norm="head",
+        windows="all",
+        layer_types=False,
+        names={"router": "gate"},
+        defaults={
+            **_QWEN_MOE_DEFAULTS, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        },
+    ),
     "gemma": Family(
-        norm="rms_plus_one",
-        norm_eps="rms_norm_eps",
-        biases={ATTENTION_PROJECTIONS: "attention_bias"},
-        scale_embeddings=True,
+        **_GEMMA,
         activation_aliases={"gelu": "gelu_pytorch_tanh"},
         defaults={
             "tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16,
             "pad_token_id": 0,
+        },
+    ),
+    "gemma2": Family(
+        **_GEMMA_2_AND_3,
+        score_cap="attn_logit_softcapping",
+        defaults={
+            **_GEMMA_DEFAULTS, "hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3_text": Family(
+        **_GEMMA_2_AND_3,
+        qk_norm="head",
+        local_theta="rope_local_base_freq",
+        defaults={
+            **_GEMMA_DEFAULTS, "hidden_activation": "gelu_pytorch_tanh", "sliding_window_pattern": 6, "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4, "max_position_embeddings": 131072,
         },
     ),
     "phi": Family(
@@ -117,199 +258,227 @@ FAMILIES: dict[str, Family] = {
         norm_eps="layer_norm_eps",
         block="parallel",
         mlp="plain",
-        biases={(*ATTENTION_PROJECTIONS, *PLAIN_MLP_PROJECTIONS, "lm_head"): True},
+        biases={(*ATTENTION, *PLAIN, "lm_head"): True},
+        qk_norm="head",
+        has_qk_norm="qk_layernorm",
         names={
             "o_proj": "dense", "up_proj": "fc1", "down_proj": "fc2", "norm": "final_layernorm",
             "q_norm": "q_layernorm", "k_norm": "k_layernorm",
         },
         defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
     ),
+    "phi3": Family(
+        fused=("qkv_proj", "gate_up_proj"),
+        windows="all",
+        layer_types=False,
+        rope_aliases={"su": "longrope", "yarn": "longrope"},
+        defaults={
+            "sliding_window": None, "rms_norm_eps": 1e-5, "pad_token_id": 32000, "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
     "olmo": Family(
+        clip_qkv=True,
         norm="layer_no_params",
         norm_eps=1e-5,
-        biases={ATTENTION_PROJECTIONS: "attention_bias"},
+        biases={ATTENTION: "attention_bias"},
         defaults={"pad_token_id": 1},
     ),
+    "olmo2": Family(
+        block="post",
+        biases={ATTENTION: "attention_bias"},
+        qk_norm="width",
+        names=_POST_NORM_NAMES,
+        defaults={"pad_token_id": 1, "rms_norm_eps": 1e-5},
+    ),
+    "olmo3": Family(
+        block="post",
+        biases={ATTENTION: "attention_bias"},
+        qk_norm="width",
+        windows="all_but_last_of_pattern",
+        local_theta=5e5,
+        names=_POST_NORM_NAMES,
+        defaults={"pad_token_id": 1, "rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4, "rope_theta": 5e5},
+    ),
+    "olmoe": Family(
+        experts=Experts(size="intermediate_size"),
+        biases={ATTENTION: "attention_bias"},
+        clip_qkv=True,
+        qk_norm="width",
+        names={"router": "gate"},
+        defaults={
+            "pad_token_id": 1, "rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "smollm3": Family(
+        biases={ATTENTION: "attention_bias", GATED: "mlp_bias"},
+        windows="not_rotated",
+        rotated="listed",
+        defaults={
+            "tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 2e6, "pad_token_id": 128004, "use_sliding_window": False,
+            "no_rope_layer_interval": 4, "max_position_embeddings": 32768,
+        },
+    ),
+    "granite": Family(
+        **_GRANITE,
+        biases={ATTENTION: "attention_bias", GATED: "mlp_bias"},
+        defaults=dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
+    ),
+    "granitemoe": Family(
+        **_GRANITE,
+        experts=Experts(
+            count="num_local_experts",
+            size="intermediate_size",
+            normalised=True,
+            stacks=(
+                Stack("input_linear.weight", ("gate_proj.weight", "up_proj.weight")),
+                Stack("output_linear.weight", ("down_proj.weight",)),
+            ),
+        ),
+        biases={ATTENTION: "attention_bias"},
+        names={"mlp": "block_sparse_moe", "router": "router.layer"},
+        defaults={
+            **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
+            "num_local_experts": 8, "num_experts_per_tok": 2,
+        },
+    ),
+    "seed_oss": Family(
+        biases={QKV: "attention_bias", ("o_proj",): "attention_out_bias", GATED: "mlp_bias"},
+        defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8, "pad_token_id": 1, "max_position_embeddings": 524288},
+    ),
+    "cwm": Family(
+        windows="all_but_first_of_pattern",
+        defaults={
+            "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": 8192, "sliding_window_pattern": 4,
+            "rope_theta": 1e6, "max_position_embeddings": 131072,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "arcee": Family(
+        mlp="plain",
+        biases={ATTENTION: "attention_bias", PLAIN: "mlp_bias"},
+        defaults={"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    ),
+    "starcoder2": Family(
+        norm="layer",
+        norm_eps="norm_epsilon",
+        mlp="plain",
+        biases={(*ATTENTION, *PLAIN): "use_bias"},
+        windows="all",
+        layer_types=False,
+        names={"up_proj": "c_fc", "down_proj": "c_proj"},
+        defaults={
+            "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True, "sliding_window": None,
+            "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        },
+    ),
+    "stablelm": Family(
+        norm="layer",
+        norm_eps="layer_norm_eps",
+        parallel="use_parallel_residual",
+        biases={QKV: "use_qkv_bias"},
+        qk_norm="listed_heads",
+        has_qk_norm="qk_layernorm",
+        qk_norm_bias=False,
+        names={"q_norm": "q_layernorm", "k_norm": "k_layernorm"},
+        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "num_key_value_heads": 32, "max_position_embeddings": 4096},
+    ),
+    "helium": Family(
+        biases={QKV: "attention_bias", GATED: "mlp_bias"},
+        interleaved=True,
+        defaults={"head_dim": 128, "num_key_value_heads": 20, "rms_norm_eps": 1e-8, "rope_theta": 1e5, "pad_token_id": 3},
+    ),
+    "ernie4_5": Family(
+        biases={(*ATTENTION, *GATED): "use_bias"},
+        interleaved=True,
+        defaults={
+            "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "pad_token_id": 0,
+            "tie_word_embeddings": True, "max_position_embeddings": 131072,
+        },
+    ),
+    "hunyuan_v1_dense": Family(
+        biases={ATTENTION: "attention_bias"},
+        qk_norm="head",
+        qk_norm_after_rope=True,
+        names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+        defaults={"rms_norm_eps": 1e-5, "pad_token_id": 0},
+    ),
+    "nemotron": Family(
+        norm="layer_plus_one",
+        norm_eps="norm_eps",
+        mlp="plain",
+        biases={ATTENTION: "attention_bias", PLAIN: "mlp_bias"},
+        defaults={"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "max_position_embeddings": 4096},
+    ),
+    "cohere": Family(
+        **_COHERE,
+        qk_norm="heads",
+        has_qk_norm="use_qk_norm",
+        defaults={**_COHERE_DEFAULTS, "rope_theta": 5e5, "max_position_embeddings": 8192},
+    ),
+    "cohere2": Family(
+        **_COHERE,
+        windows="all_but_last_of_pattern",
+        rotated="windowed",
+        defaults={**_COHERE_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4, "max_position_embeddings": 8192},
+    ),
+    "glm": Family(**_GLM, defaults=_GLM_DEFAULTS),
+    "glm4": Family(
+        **_GLM,
+        block="both",
+        names={"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"},
+        defaults=_GLM_DEFAULTS,
+    ),
+    "exaone4": Family(
+        block="post",
+        qk_norm="head",
+        windows="all_but_last_of_pattern",
+        rotated="windowed_if_any",
+        names=_POST_NORM_NAMES,
+        defaults={"num_key_value_heads": 32, "rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "apertus": Family(
+        mlp="plain",
+        biases={ATTENTION: "attention_bias"},
+        qk_norm="head",
+        names={"input_norm": "attention_layernorm", "post_attention_norm": "feedforward_layernorm"},
+        buffers={"mlp.act_fn.beta": 0.5, "mlp.act_fn.eps": -1e-6},
+        defaults={
+            "hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": 1.2e7, "pad_token_id": 3, "max_position_embeddings": 65536,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "gpt_oss": Family(
+        experts=Experts(
+            count="num_local_experts",
+            size="intermediate_size",
+            normalised=True,
+            stacks=(
+                Stack("experts.gate_up_proj", ("gate_proj.weight", "up_proj.weight"), transposed=True, alternating=True),
+                Stack("experts.gate_up_proj_bias", ("gate_proj.bias", "up_proj.bias"), alternating=True),
+                Stack("experts.down_proj", ("down_proj.weight",), transposed=True),
+                Stack("experts.down_proj_bias", ("down_proj.bias",)),
+            ),
+        ),
+        biases={ATTENTION: "attention_bias", (*GATED, "router"): True},
+        sinks=True,
+        windows="all_but_last_of_pattern",
+        gate="clamped_swiglu",
+        defaults={
+            "attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1.5e5,
+            "sliding_window": 128, "sliding_window_pattern": 2, "num_local_experts": 128, "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702, "swiglu_limit": 7.0, "max_position_embeddings": 131072,
+            "rope_parameters": {**_YARN, "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+        },
+    ),
 }
-
-COMMON_DEFAULTS: dict[str, Any] = {
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 2048,
-    "pad_token_id": None,
-}
-_SAME_ACTIVATION = {  # other names that transformers has for the same functions
-    "gelu_fast": "gelu_new", "gelu_accurate": "gelu_new", "gelu_python_tanh": "gelu_new", "gelu_python": "gelu",
-}
-_NOT_NULL = ("tie_word_embeddings", "hidden_act", "rope_theta", "max_position_embeddings")
-_MOST_LAYERS = 100_000  # no model comes near; beyond it, a damaged file would fill the memory
-_EXPERT_KEYS = ("num_local_experts", "num_experts_per_tok")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What the decoder is built from. Sizes are counts of elements; `raw` is `config.json` as it was read."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    norm: str
-    norm_eps: float
-    block: str
-    mlp: str
-    activation: str
-    biases: frozenset[str]
-    embed_scale: float | None
-    tie_word_embeddings: bool
-    windows: tuple[int | None, ...]
-    """For each layer, how many last tokens (itself included) a token sees; None means all."""
-    rope: RopeConfig
-    qk_norm: bool = False
-    clip_qkv: float | None = None
-    padding_id: int | None = None
-    """The token whose row of the embedding the input does not train, as with torch's `Embedding(padding_idx=...)`."""
-    num_experts: int = 0
-    num_experts_per_token: int = 0
-    raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def sliding_window(self) -> int | None:
-        """The smallest window of any layer, in tokens; None where every layer sees everything."""
-        return min((window for window in self.windows if window is not None), default=None)
-
-    def _repr_html_(self) -> str:
-        rows = [(f.name, ", ".join(sorted(v)) if isinstance(v := getattr(self, f.name), frozenset) else v) for f in fields(self) if f.repr]
-        return facts("What the decoder is built from", rows)
-
-
-def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """Reads a Hugging Face `config.json`, in either dialect, into a `ModelConfig`.
-
-    Raises:
-        ModelError: the family is not supported, the checkpoint is quantized, or a size is missing or impossible.
-    """
-    family_name = raw.get("model_type")
-    if not isinstance(family_name, str) or family_name not in FAMILIES:
-        from transformers import CONFIG_MAPPING  # late: only an error needs it
-
-        hint = "" if str(family_name) in CONFIG_MAPPING else misspelt(family_name, FAMILIES)  # a family of its own is not misspelt
-        supported = f"The supported families are {', '.join(FAMILIES)}. {hint}".rstrip()
-        raise ModelError(f"{where}: model_type is {family_name!r}, which is not supported. {supported}")
-    raw = without_quantization(raw, where)
-    family = FAMILIES[family_name]
-    values = _with_defaults(family, raw)
-    sizes = {
-        name: _size(values, key, where)
-        for name, key in (
-            ("vocab_size", "vocab_size"), ("hidden_size", "hidden_size"), ("intermediate_size", "intermediate_size"),
-            ("num_layers", "num_hidden_layers"), ("num_heads", "num_attention_heads"),
-        )
-    }
-    num_kv_heads, head_dim = _head_sizes(values, sizes["hidden_size"], sizes["num_heads"], where)
-    experts, chosen = (_size(values, key, where) for key in _EXPERT_KEYS) if family.mlp == "moe" else (0, 0)
-    if chosen > experts:
-        raise ModelError(f"{where}: num_experts_per_tok ({chosen}) is larger than num_local_experts ({experts}).")
-    return ModelConfig(
-        family=family_name,
-        **sizes,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=values["max_position_embeddings"],
-        norm=family.norm,
-        norm_eps=float(values[family.norm_eps]) if isinstance(family.norm_eps, str) else family.norm_eps,
-        block=family.block,
-        mlp=family.mlp,
-        activation=_activation(family, values, where),
-        biases=_biases(family, values),
-        embed_scale=sizes["hidden_size"] ** 0.5 if family.scale_embeddings else None,
-        tie_word_embeddings=bool(values["tie_word_embeddings"]),
-        windows=_windows(family, values, sizes["num_layers"], where),
-        rope=read_rope(values, head_dim, where),
-        qk_norm=bool(values.get("qk_layernorm", False)),
-        clip_qkv=values.get("clip_qkv"),
-        padding_id=_padding_id(values, sizes["vocab_size"]),
-        num_experts=experts,
-        num_experts_per_token=chosen,
-        raw=dict(raw),
-    )
-
-
-def _size(values: Mapping[str, Any], key: str, where: str) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ModelError(f"{where}: {key} must be a positive whole number, found {value!r}.")
-    most = _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-    if value > most:
-        raise ModelError(f"{where}: {key} is {value:,}; at most {most:,} can be. Get the file again.")
-    return value
-
-
-def _activation(family: Family, values: Mapping[str, Any], where: str) -> str:
-    aliases = {**_SAME_ACTIVATION, **family.activation_aliases}
-    name = aliases.get(values["hidden_act"], values["hidden_act"])
-    if name not in ACTIVATIONS:
-        raise ModelError(f"{where}: hidden_act is {name!r}; supported are {', '.join(ACTIVATIONS)}.")
-    return name
-
-
-def _padding_id(values: Mapping[str, Any], vocab_size: int) -> int | None:
-    padding_id = values["pad_token_id"]
-    if not isinstance(padding_id, int) or not -vocab_size <= padding_id < vocab_size:
-        return None
-    return padding_id % vocab_size  # torch counts a negative one from the end
-
-
-def _with_defaults(family: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {**COMMON_DEFAULTS, **family.defaults}
-    values = {**defaults, **raw}
-    return {**values, **{key: defaults[key] for key in _NOT_NULL if values[key] is None}}
-
-
-def _head_sizes(values: Mapping[str, Any], hidden_size: int, num_heads: int, where: str) -> tuple[int, int]:
-    """How many key/value heads, and elements in each head."""
-    num_kv_heads = _size(values, "num_key_value_heads", where) if values.get("num_key_value_heads") else num_heads
-    if num_heads % num_kv_heads:
-        raise ModelError(f"{where}: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads}).")
-    if values.get("head_dim"):
-        return num_kv_heads, _size(values, "head_dim", where)
-    if hidden_size % num_heads:
-        raise ModelError(
-            f"{where}: hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({num_heads}) where head_dim is not given."
-        )
-    return num_kv_heads, hidden_size // num_heads
-
-
-def _biases(family: Family, values: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(
-        projection
-        for projections, switch in family.biases.items()
-        for projection in projections
-        if (values.get(switch) if isinstance(switch, str) else switch)
-    )
-
-
-def _windows(family: Family, values: Mapping[str, Any], num_layers: int, where: str) -> tuple[int | None, ...]:
-    """`layer_types` wins where it is written; before it existed, Qwen2 gave the window to layers from `max_window_layers` on."""
-    if family.windows == "none" or values.get("sliding_window") is None or not values.get("use_sliding_window", True):
-        return (None,) * num_layers
-    window = _size(values, "sliding_window", where)
-    if family.windows == "all":
-        return (window,) * num_layers
-    if layer_types := values.get("layer_types"):
-        if len(layer_types) != num_layers:
-            raise ModelError(f"{where}: layer_types has {len(layer_types)} entries, but num_hidden_layers is {num_layers}.")
-        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    return tuple(window if layer >= values["max_window_layers"] else None for layer in range(num_layers))
 
 
 # Tensor names: ours (the module tree of `decoder.py`) and Hugging Face's.

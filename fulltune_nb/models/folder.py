@@ -21,8 +21,11 @@ from fulltune_nb.errors import ModelError, WeightsError, listed
 from fulltune_nb.files import Checksum, flush_to_disk, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
-from fulltune_nb.models.families import FAMILIES, ModelConfig, hf_names, read_config, to_hf
+from fulltune_nb.models.families import FAMILIES, hf_names, to_hf
+from fulltune_nb.models.file_layout import from_file, is_stacked, to_file
+from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import holder_of, parameters_of
+from fulltune_nb.models.rope import scaling_of
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
 from fulltune_nb.tokenizer import save_tokenizer
 
@@ -87,7 +90,8 @@ def load_decoder(folder: Path, dtype: str | None = None, dequantize: bool = Fals
     check_links(folder)
     config = read_config_file(folder / "config.json", dequantize)
     arrays = _unstacked(_read_folder(folder), config)
-    for setting, count in (("num_hidden_layers", config.num_layers), ("num_local_experts", config.num_experts)):
+    experts = 0 if is_stacked(config) else config.num_experts
+    for setting, count in (("num_hidden_layers", config.num_layers), ("the number of experts", experts)):
         if count > len(arrays):  # before that many layers are made
             raise ModelError(f"{folder / 'config.json'}: {setting} is {count:,}, but the weights have only {len(arrays):,} tensors.")
     if _has_own_head(config, arrays):  # the weights win over config.json, as in transformers
@@ -95,7 +99,8 @@ def load_decoder(folder: Path, dtype: str | None = None, dequantize: bool = Fals
     model = Decoder(config)
     if dequantize and is_quantized(arrays):
         target = target or mx.bfloat16
-        shapes = {name: array.shape for name, array in hf_tensors(model).items()}
+        shapes = {to_hf(name, config.family): array.shape for name, array in parameters_of(model).items()}
+        shapes |= {name: array.shape for name, array in hf_tensors(model).items()}  # mlx-lm has experts apart, others stacked
         arrays = dequantized(arrays, shapes, target, str(folder))
     assign_tensors(model, arrays, str(folder), target)
     return model
@@ -238,7 +243,7 @@ def assign_tensors(
     """
     ours = parameters_of(model)
     names = hf_names(list(ours), model.config.family)
-    given = {name: array for name, array in arrays.items() if not name.endswith(_NOT_WEIGHTS)}
+    given = from_file({name: array for name, array in arrays.items() if not name.endswith(_NOT_WEIGHTS)}, model.config)
     if model.config.tie_word_embeddings and _HEAD in given:
         if _has_own_head(model.config, given):
             raise WeightsError(f"{where} has an lm_head.weight that differs from its embeddings, but the model's head is tied to them.")
@@ -286,8 +291,8 @@ def _target_dtype(dtype: str | None) -> mx.Dtype | None:
 
 
 def hf_tensors(model: Decoder) -> dict[str, mx.array]:
-    """The model's arrays under their Hugging Face names."""
-    return {to_hf(name, model.config.family): array for name, array in parameters_of(model).items()}
+    """The model's arrays as its family's checkpoints have them, by their Hugging Face names."""
+    return to_file({to_hf(name, model.config.family): array for name, array in parameters_of(model).items()}, model.config)
 
 
 def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> None:
@@ -373,7 +378,7 @@ def _remove_contents(folder: Path, and_itself: bool) -> None:
 def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
     config = {**model.config.raw, "tie_word_embeddings": model.config.tie_word_embeddings}
     for key, value in _left_out(model.config).items():
-        if config.get(key) is None:
+        if config.get(key) is None or key == "rope_theta":  # beside `rope_parameters` another one may stand, without effect
             config[key] = value
     written = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # the dialect of the source
     config.update(dict.fromkeys(written, str(dtype).removeprefix("mlx.core.")))
@@ -390,10 +395,12 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
         values["head_dim"] = config.head_dim
     if rope.fraction != 1.0 or "partial_rotary_factor" in family.defaults:
         values["partial_rotary_factor"] = rope.fraction
+    if isinstance(family.local_theta, str):
+        values[family.local_theta] = next((own.theta for own in config.ropes if own not in (None, rope)), family.defaults[family.local_theta])
+    if family.experts:
+        values[family.experts.count] = config.num_experts
     if rope.scaling != "default":
-        whole = {"original_max_position_embeddings": int}  # a count: readers check that it is whole
-        parameters = {key: whole.get(key, float)(value) for key, value in rope.parameters}
-        values["rope_scaling"] = {"rope_type": rope.scaling, **parameters}
+        values["rope_scaling"] = scaling_of(rope)
     return values
 
 

@@ -133,9 +133,12 @@ def candidate_scores(logits: mx.array, sampling: Sampling) -> tuple[mx.array | N
 
 
 def prefill(model: Decoder, ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
-    """Reads prompts (B, T) into the cache, some hundred tokens at a time, and returns the next token's logits (B, V)."""
+    """Reads prompts (B, T) into the cache, some hundred tokens at a time, and returns the next token's logits (B, V).
+
+    All at once where the rotation of the first token depends on how many there are.
+    """
     rows, length = ids.shape
-    size = max(1, min(_PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
+    size = length if model.config.rope.by_length else max(1, min(_PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
     for begin in range(0, length, size):
         hidden = model.hidden_states(ids[:, begin : begin + size], cache)
         mx.eval(hidden)
@@ -160,15 +163,22 @@ def decode(
     """
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     cache, sampler = make_cache(model.config.windows), Sampler(sampling, seeds)
-    logits = prefill(model, mx.array([list(prompt[:shortest]) for prompt in prompts]), cache)
+    ids = mx.array([list(prompt[:shortest]) for prompt in prompts])
+    logits = prefill(model, ids, cache)
     if not mx.isfinite(logits).all().item():
         raise GenerationError("The model's output holds NaN or inf: its weights are broken. Load them again, or go back to a checkpoint.")
     tokens = _next_tokens(sampler, logits, prompts, shortest)
-    end = longest + sampling.max_tokens
+    end, switches_at = longest + sampling.max_tokens, model.config.rope.switches_at
     for position in range(shortest, end):
         following = None
+        if switches_at is not None and position <= switches_at:
+            ids = mx.concatenate([ids, tokens[:, None]], axis=1)
         if position + 1 < end:  # set the next step going before this one is looked at, so that the device need not wait
-            logits = model(tokens[:, None], cache)[:, -1]  # (B, 1) -> (B, V)
+            if position == switches_at:  # from here on all tokens are rotated otherwise, those in the cache too
+                cache = make_cache(model.config.windows)
+                logits = prefill(model, ids, cache)
+            else:
+                logits = model(tokens[:, None], cache)[:, -1]  # (B, 1) -> (B, V)
             following = _next_tokens(sampler, logits, prompts, position + 1)
             mx.async_eval(following)
         values = tokens.tolist()

@@ -15,9 +15,9 @@ from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_
 from fulltune_nb.errors import GenerationError, TornStepError
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import ModelConfig, read_config
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
 from fulltune_nb.models.generation import Sampling, answer_many, stream_answer
+from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.tokenizer import load_tokenizer
 

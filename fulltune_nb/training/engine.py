@@ -68,7 +68,8 @@ class WholeGraph:
     def _whole(self, parameters: Arrays, inputs: Arrays, targets: Arrays) -> tuple[mx.array, Arrays]:
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
         def loss() -> mx.array:
-            return cross_entropy(self._hidden_states(inputs), self._model.head_weights(), targets["targets"], targets["weights"])
+            hidden, head = self._hidden_states(inputs), self._model.head_weights()
+            return cross_entropy(hidden, head, targets["targets"], targets["weights"], self._model.config.logit_cap)
 
         with swapped_in(self._model, parameters):
             found, _, gradients = backward_through({"": self._model}, loss, [], mx.array(1.0))
@@ -112,7 +113,8 @@ class WholeGraph:
         weight = "embed_tokens.weight" if self._model.config.tie_word_embeddings else "lm_head.weight"
         trained = {weight, "lm_head.bias"} & trainable_of(self._model).keys()
         total, found = 0.0, {}
-        for rows, loss, logit_gradients in losses_by_kernel(self._kernels, hidden, head, targets, weights, CHUNK_ELEMENTS):
+        cap = self._model.config.logit_cap
+        for rows, loss, logit_gradients in losses_by_kernel(self._kernels, hidden, head, targets, weights, CHUNK_ELEMENTS, cap):
             total += loss
             back = logit_gradients @ head["weight"]
             if weight in trained:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +22,8 @@ import numpy as np
 from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
-from fulltune_nb.models.decoder import Block, Decoder, Rotation, Routing
+from fulltune_nb.models.decoder import Block, Context, Decoder
+from fulltune_nb.models.experts import Routing
 from fulltune_nb.models.parameters import Arrays, backward_through, lowest_trained_block, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm
@@ -45,10 +45,6 @@ def vjp(
     add(sums, of_parameters)
     mx.eval(sums, found)
     return found
-
-
-Context = tuple[Rotation, mx.array | None]
-"""A block's rotation table and mask."""
 
 
 class BlockPasses:
@@ -92,8 +88,7 @@ class ExpertWork:
     """The block's input (B, T, D)."""
     cotangent: mx.array
     """Gradient with respect to the block's output (B, T, D); with respect to its input, when the block is done."""
-    rotation: Rotation
-    mask: mx.array | None
+    context: Context
 
 
 @dataclass
@@ -103,7 +98,7 @@ class _Routed:
     attended: mx.array
     """(B, T, D), input of the block's second half."""
     tokens: mx.array
-    """(M, D), the same after the norm."""
+    """(M, D), what the experts read."""
     routing: Routing
     to_tokens: mx.array | None
     """Gradient with respect to `tokens`, growing; None, as the next, where nobody needs it."""
@@ -112,7 +107,7 @@ class _Routed:
 
 
 def expert_gradients(block: Block, name: str, work: Sequence[ExpertWork], to_input: bool = True) -> Iterator[Arrays]:
-    """The block's gradients in pieces: the router's, each expert's, then the rest; updates `cotangent` of the work.
+    """The block's gradients in pieces: the router's (and a shared expert's), each expert's, then the rest; updates `cotangent` of the work.
 
     Args:
         block: its mlp is a `MixtureOfExperts`.
@@ -121,7 +116,7 @@ def expert_gradients(block: Block, name: str, work: Sequence[ExpertWork], to_inp
         to_input: whether gradients with respect to the block's input are needed; where not, `cotangent` is None at the end, and
             nothing is computed that no trained parameter of the block needs.
     """
-    below = to_input or _is_trained(block.input_norm, block.attention, block.post_attention_norm)
+    below = to_input or _is_trained(*_first_half(block, name).values(), *_before_mlp(block, name).values())
     router: Arrays = {}
     routed = [_route(block, name, one, router, below or _is_trained(*block.mlp.experts)) for one in work]
     if router:
@@ -148,22 +143,35 @@ def _is_trained(*modules: nn.Module) -> bool:
     return any(trainable_of(module) for module in modules)
 
 
+def _first_half(block: Block, name: str) -> dict[str, nn.Module]:
+    """The modules of a block's first half, by path."""
+    return {f"{name}.{part}": block[part] for part in ("input_norm", "attention", "attention_output_norm") if part in block}
+
+
+def _before_mlp(block: Block, name: str) -> dict[str, nn.Module]:
+    return {f"{name}.post_attention_norm": block.post_attention_norm} if "post_attention_norm" in block else {}
+
+
 def _route(block: Block, name: str, one: ExpertWork, sums: Arrays, to_experts: bool) -> _Routed:
     """The block's forward pass up to the experts' outputs, and the backward pass through their mixture."""
     moe = block.mlp
-    attended = one.x + block.attention(block.input_norm(one.x), one.rotation, one.mask)
-    tokens = block.post_attention_norm(attended).reshape(-1, one.x.shape[-1])  # (B, T, D) -> (M, D)
+    attended = block.attend(one.x, *one.context)
+    tokens = block.mlp_input(attended).reshape(-1, one.x.shape[-1])  # (B, T, D) -> (M, D)
     mx.eval(attended, tokens)
     routing, outputs = moe.route(tokens), []
     for expert, rows in zip(moe.experts, routing.rows, strict=True):
         if rows.size:
             outputs.append(expert(tokens[rows]))
             mx.eval(outputs)
-    cotangent = one.cotangent.reshape(tokens.shape)
-    # The router is the mixture's only parameter; the experts' are not used by `combine`.
-    modules = {f"{name}.mlp.router": moe.router}
-    inputs = [tokens, mx.concatenate(outputs)]
-    to_tokens, to_outputs = vjp(modules, lambda t, o: moe.combine(t, o, routing), inputs, cotangent, sums, to_experts)
+    # The experts' parameters are not used by `combine`, nor is anything of the block's first half by `add` but its output.
+    modules = {f"{name}.mlp.{part}": module for part, module in moe.besides_experts().items()}
+    if "mlp_output_norm" in block:
+        modules[f"{name}.mlp_output_norm"] = block.mlp_output_norm
+
+    def added(tokens: mx.array, outputs: mx.array) -> mx.array:
+        return block.add(mx.zeros_like(attended), moe.combine(tokens, outputs, routing).reshape(attended.shape))
+
+    to_tokens, to_outputs = vjp(modules, added, [tokens, mx.concatenate(outputs)], one.cotangent, sums, to_experts)
     return _Routed(attended, tokens, routing, to_tokens, to_outputs)
 
 
@@ -185,17 +193,12 @@ def _through_attention(block: Block, name: str, one: ExpertWork, done: _Routed |
     cotangent, one.cotangent = one.cotangent, None
     if done is None:
         return
-    norm = {f"{name}.post_attention_norm": block.post_attention_norm}
     to_tokens = done.to_tokens.reshape(one.x.shape)
-    (to_attended,) = vjp(norm, block.post_attention_norm, [done.attended], to_tokens, sums)
-    half = {f"{name}.input_norm": block.input_norm, f"{name}.attention": block.attention}
+    (to_attended,) = vjp(_before_mlp(block, name), block.mlp_input, [done.attended], to_tokens, sums)
+    half = _first_half(block, name)
     if not (to_input or _is_trained(*half.values())):
         return
-
-    def attend(x: mx.array) -> mx.array:
-        return x + block.attention(block.input_norm(x), one.rotation, one.mask)
-
-    (one.cotangent,) = vjp(half, attend, [one.x], cotangent + to_attended, sums, to_input)
+    (one.cotangent,) = vjp(half, lambda x: block.attend(x, *one.context), [one.x], cotangent + to_attended, sums, to_input)
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------------------
@@ -206,8 +209,8 @@ class _Stream:
 
     ids: np.ndarray
     """(M,)"""
-    context: tuple[Any, list[mx.array | None]]
-    """Rotation table and masks."""
+    contexts: list[Context]
+    """Each block's rotation table and mask."""
     inputs: list[mx.array]
     """Each block's input (B, T, D), and last the final norm's; taken away as the backward pass comes down."""
     positions: mx.array
@@ -215,10 +218,6 @@ class _Stream:
     head: HeadInput | None = None
     cotangent: mx.array | None = None
     """Gradient with respect to the output of the block that is next (B, T, D)."""
-
-    def block_context(self, index: int) -> Context:
-        """The rotation table and the block's mask."""
-        return self.context[0], self.context[1][index]
 
 
 class Layerwise:
@@ -341,15 +340,15 @@ class LayerwiseGradients:
 
     def _block_pieces(self, index: int, to_input: bool) -> Iterator[GradientPiece]:
         passes, name = self._passes[index], f"layers.{index}"
-        if self._model.config.num_experts:
-            work = [ExpertWork(stream.inputs.pop(), stream.cotangent, *stream.block_context(index)) for stream in self._streams]
+        if self._model.config.with_experts[index]:
+            work = [ExpertWork(stream.inputs.pop(), stream.cotangent, stream.contexts[index]) for stream in self._streams]
             yield from map(GradientPiece, expert_gradients(passes.block, name, work, to_input))
             for stream, done in zip(self._streams, work, strict=True):
                 stream.cotangent = done.cotangent
             return
         sums: Arrays = {}
         for stream in self._streams:
-            x, context = stream.inputs.pop(), stream.block_context(index)
+            x, context = stream.inputs.pop(), stream.contexts[index]
             stream.cotangent, gradients = passes.backward(x, stream.cotangent, context)
             if not to_input:
                 stream.cotangent = None  # it would keep what it is computed from
@@ -398,15 +397,15 @@ def _forward(model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_t
     dtype = model.compute_dtype
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
-    rotation, masks = model.context(ids.shape[1], segments=segments)
+    contexts = model.context(ids.shape[1], segments=segments)
     x, inputs = model.embed(ids, dtype), []
-    for block, mask in zip(passes, masks, strict=True):
+    for block, context in zip(passes, contexts, strict=True):
         mx.eval(x)
         inputs.append(x)
-        x = block.forward(x, (rotation, mask))
+        x = block.forward(x, context)
     inputs.append(x)
     positions = mx.array(batch.target_positions)
     hidden = model.norm(x).reshape(-1, x.shape[-1])[positions]  # (B, T, D) -> (N, D)
     mx.eval(x, hidden)
-    head = HeadInput(hidden, batch.targets, mx.array(batch.weights / step_tokens))
-    return _Stream(batch.inputs.reshape(-1), (rotation, masks), inputs, positions, head)
+    head = HeadInput(hidden, batch.targets, mx.array(batch.weights / step_tokens), model.config.logit_cap)
+    return _Stream(batch.inputs.reshape(-1), contexts, inputs, positions, head)

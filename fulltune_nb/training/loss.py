@@ -21,6 +21,7 @@ from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
 from fulltune_nb.data.token_ids import check_ids
 from fulltune_nb.errors import DataError
+from fulltune_nb.models.attention import soft_cap
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.training.history import EvalReport
 
@@ -30,7 +31,7 @@ CHUNK_ELEMENTS = 2**22
 Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
 
 
-def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> mx.array:
+def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None = None) -> mx.array:
     """Weighted sum of -log p(target), in float32; differentiable in `hidden` and `head`.
 
     Args:
@@ -38,12 +39,13 @@ def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.a
         head: the output projection's arrays.
         targets: (N,) token ids.
         weights: (N,) float32; 0 for padding. Pass 1 / trained tokens of the step for the step's mean.
+        cap: of the logits, as `ModelConfig.logit_cap`.
     """
     names = list(head)
 
     @mx.custom_function
     def loss_with_gradients(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        return _loss_with_gradients(hidden, dict(zip(names, arrays, strict=True)), targets, weights)
+        return _loss_with_gradients(hidden, dict(zip(names, arrays, strict=True)), targets, weights, cap)
 
     @loss_with_gradients.vjp
     def scaled(primals, cotangents, outputs):
@@ -52,17 +54,19 @@ def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.a
     return loss_with_gradients(hidden, *head.values())[0]
 
 
-def cross_entropy_only(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> mx.array:
+def cross_entropy_only(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None = None) -> mx.array:
     """The same sum without gradients, for evaluation: one chunk's logits at a time."""
     total = mx.array(0.0)
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
     for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
-        *_, losses = _token_losses(mx.depends([hidden[rows]], [total])[0], head, targets[rows])
+        *_, losses = _token_losses(chunk_logits(mx.depends([hidden[rows]], [total])[0], head, cap), targets[rows])
         total = total + (losses * weights[rows]).sum()
     return total
 
 
-def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
+def _loss_with_gradients(
+    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None
+) -> tuple[mx.array, ...]:
     """Loss, then the gradients of `hidden` and of each array of `head`, in their order."""
     loss = mx.array(0.0)
     hidden_gradients = []
@@ -71,13 +75,15 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
     for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
         part = mx.depends([hidden[rows]], [loss, *hidden_gradients[-1:], *head_gradients.values()])[0]
-        exponentials, total_of_row, losses = _token_losses(part, head, targets[rows])
+        logits = chunk_logits(part, head, cap)
+        exponentials, total_of_row, losses = _token_losses(logits, targets[rows])
         loss = loss + (losses * weights[rows]).sum()
         # d loss / d logits = weight (softmax - one_hot(target)) = share (exponentials - one_hot(target) total). The share is multiplied
         # into what has D columns, not V.
         share = (weights[rows, None] / total_of_row).astype(hidden.dtype)
         at_target = mx.take_along_axis(exponentials, targets[rows, None], axis=1) - total_of_row
-        unscaled = mx.put_along_axis(exponentials, targets[rows, None], at_target, axis=1).astype(hidden.dtype)
+        unscaled = mx.put_along_axis(exponentials, targets[rows, None], at_target, axis=1)
+        unscaled = (unscaled if cap is None else unscaled * cap_slope(logits, cap)).astype(hidden.dtype)
         hidden_gradients.append((unscaled @ head["weight"]) * share)
         more = {"weight": unscaled.T @ (part * share)}
         if "bias" in head:
@@ -86,16 +92,21 @@ def _loss_with_gradients(hidden: mx.array, head: Head, targets: mx.array, weight
     return loss, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
 
 
-def _token_losses(hidden: mx.array, head: Head, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Of a chunk, in float32: exp(logits - maximum) (n, V), its sum (n, 1), and -log p(target) (n,)."""
-    logits = chunk_logits(hidden, head)
+def _token_losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Of a chunk's logits (n, V), in float32: exp(logits - maximum) (n, V), its sum (n, 1), and -log p(target) (n,)."""
     exponentials, total, maximum = exp_and_sum(logits)
     at_target = mx.take_along_axis(logits, targets[:, None], axis=1)
     return exponentials, total, (maximum + mx.log(total) - at_target)[:, 0]
 
 
 def losses_by_kernel(
-    kernels: Kernels, hidden: mx.array, head: Head, targets: np.ndarray, weights: np.ndarray, elements: int | None = None
+    kernels: Kernels,
+    hidden: mx.array,
+    head: Head,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    elements: int | None = None,
+    cap: float | None = None,
 ) -> Iterator[tuple[slice, float, mx.array]]:
     """The loss outside of MLX's graph: chunk by chunk the positions, their share, and the gradient of their logits (n, V), evaluated.
 
@@ -103,19 +114,28 @@ def losses_by_kernel(
     `chunk_size`; `head` in the dtype of `hidden`.
     """
     for rows in chunks(hidden.shape[0], head["weight"].shape[0], elements):
-        logits = chunk_logits(hidden[rows], head)
-        mx.eval(logits)
+        logits = chunk_logits(hidden[rows], head, cap)
+        slope = None if cap is None else cap_slope(logits, cap)
+        mx.eval(logits, slope)
         loss = kernels.cross_entropy(logits, targets[rows], weights[rows])  # in place: by now the gradients
+        if slope is not None:
+            logits = logits * slope
+            mx.eval(logits)
         yield rows, loss, logits
-        del logits
+        del logits, slope
 
 
-def chunk_logits(hidden: mx.array, head: Head) -> mx.array:
+def chunk_logits(hidden: mx.array, head: Head, cap: float | None = None) -> mx.array:
     """(n, D) -> (n, V) float32."""
     logits = hidden @ head["weight"].T
     if "bias" in head:
         logits = logits + head["bias"]
-    return logits.astype(mx.float32)
+    return soft_cap(logits.astype(mx.float32), cap)
+
+
+def cap_slope(logits: mx.array, cap: float) -> mx.array:
+    """Derivative of a soft cap's output, the logits, by what it was made of; any shape."""
+    return 1.0 - mx.square(logits / cap)
 
 
 def chunk_size(width: int, elements: int | None = None) -> int:
@@ -148,7 +168,7 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
         batch = collate(split, rows, shape)
         hidden = model.hidden_states(mx.array(batch.inputs), dtype=model.compute_dtype)  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
-        loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights))
+        loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights), model.config.logit_cap)
         total += loss.item()
         tokens += batch.num_tokens
     return total / tokens, tokens

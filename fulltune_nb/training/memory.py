@@ -24,7 +24,7 @@ from fulltune_nb import html, svg
 from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import row_widths
 from fulltune_nb.data.token_ids import check_ids
-from fulltune_nb.models.families import ModelConfig
+from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.config import TrainConfig

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.cpu import Kernels, fast_exp
-from fulltune_nb.training.loss import Head, chunk_logits, chunks, losses_by_kernel
+from fulltune_nb.training.loss import Head, cap_slope, chunk_logits, chunks, losses_by_kernel
 
 RANGE_ELEMENTS = 2**24
 """Weights of a range of rows: 64 MiB in float32."""
@@ -35,6 +35,8 @@ class HeadInput:
     """(N,) token ids."""
     weights: mx.array
     """(N,) float32: 1 / trained tokens of the step; 0 for padding."""
+    cap: float | None = None
+    """Of the logits, as `ModelConfig.logit_cap`."""
     log_sums: mx.array | None = None
     """(N,) float32: log(sum(exp(logits)))."""
     exponentials: dict[Chunk, tuple[mx.array, mx.array]] = field(default_factory=dict)
@@ -104,7 +106,7 @@ def _only_pass(head: Head, one: HeadInput, kernels: Kernels) -> tuple[float, mx.
     """Fills in `kept`; returns the loss and the hidden states' gradient."""
     head = {name: array.astype(one.hidden.dtype) if name == "weight" else array for name, array in head.items()}
     total, gradient = 0.0, mx.zeros_like(one.hidden)
-    for part, loss, logit_gradients in losses_by_kernel(kernels, one.hidden, head, one.targets, np.asarray(one.weights)):
+    for part, loss, logit_gradients in losses_by_kernel(kernels, one.hidden, head, one.targets, np.asarray(one.weights), cap=one.cap):
         total += loss
         one.kept[0, part.start] = logit_gradients
         gradient[part] = logit_gradients @ head["weight"]
@@ -127,7 +129,7 @@ def _first_pass(head: Head, one: HeadInput, keep: bool) -> float:
             exponentials = fast_exp(logits - new[:, None])
             total[part] = total[part] * mx.exp(largest[part] - new) + exponentials.sum(axis=1)
             largest[part] = new
-            if keep:
+            if keep and one.cap is None:  # else the second pass needs the logits themselves
                 one.exponentials[rows.start, part.start] = exponentials, new
             position, target = _targets(one, rows, part)
             if position.size:
@@ -147,17 +149,20 @@ def _logit_gradients(head: Head, weight: mx.array, one: HeadInput, rows: slice, 
         exponentials, subtracted = kept
         gradients = exponentials * (weights * mx.exp(subtracted - log_sums))[:, None]
     else:
-        gradients = fast_exp(_logits(head, weight, one, rows, part) - log_sums[:, None]) * weights[:, None]
+        logits = _logits(head, weight, one, rows, part)
+        gradients = fast_exp(logits - log_sums[:, None]) * weights[:, None]
     position, target = _targets(one, rows, part)
     if position.size:
         gradients = gradients.at[position, target].subtract(weights[position])
+    if one.cap is not None:
+        gradients = gradients * cap_slope(logits, one.cap)
     return gradients.astype(one.hidden.dtype)
 
 
 def _logits(head: Head, weight: mx.array, one: HeadInput, rows: slice, part: slice) -> mx.array:
     """(n, v) float32. `weight`: the range's rows in the dtype of the hidden states."""
     bias = {"bias": head["bias"][rows]} if "bias" in head else {}
-    return chunk_logits(one.hidden[part], {"weight": weight, **bias})
+    return chunk_logits(one.hidden[part], {"weight": weight, **bias}, one.cap)
 
 
 def _targets(one: HeadInput, rows: slice, part: slice) -> tuple[mx.array, mx.array]:

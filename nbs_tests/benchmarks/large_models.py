@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten, tree_map
 from transformers import AutoTokenizer
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
+from fulltune_nb.models.model_config import read_config
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {

@@ -29,7 +29,7 @@ from mlx.utils import tree_flatten
 from fulltune_nb import tiny
 from fulltune_nb.data import DataSet, DataSettings, Example, Split
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
+from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training.memory import MARGIN
 
 TOO_LITTLE, MEASURED_ERROR = 0.10, 0.10

@@ -16,9 +16,11 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config, to_hf
+from fulltune_nb.models.families import to_hf
+from fulltune_nb.models.file_layout import to_file
 from fulltune_nb.models.folder import hf_tensors
-from fulltune_nb.models.kv_cache import make_cache
+from fulltune_nb.models.generation import Sampling, decode
+from fulltune_nb.models.model_config import read_config
 from nbs_tests.models.model_cases import SMALL
 
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
@@ -76,7 +78,8 @@ def gradients(decoder: Decoder, ids: np.ndarray, checkpoint: bool) -> dict[str, 
         return nn.losses.cross_entropy(logits, ids[:, 1:], reduction="mean")
 
     _, found = nn.value_and_grad(decoder, loss)(mx.array(ids))
-    return {to_hf(name, decoder.config.family): np.array(array) for name, array in tree_flatten(found)}
+    named = {to_hf(name, decoder.config.family): array for name, array in tree_flatten(found)}
+    return {name: np.array(array) for name, array in to_file(named, decoder.config).items()}
 
 
 def assert_gradients_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -92,9 +95,5 @@ def assert_gradients_close(found: dict[str, np.ndarray], expected: dict[str, np.
 
 def greedy(decoder: Decoder, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
     """Token by token with the cache: (1, T) -> (new_tokens,)."""
-    cache = make_cache(decoder.config.windows)
-    answer, new = [], mx.array(prompt)
-    for _ in range(new_tokens):
-        new = mx.argmax(decoder(new, cache)[:, -1:], axis=-1)
-        answer.append(new.item())
-    return np.array(answer)
+    sampling = Sampling(temperature=0.0, max_tokens=new_tokens)
+    return np.array([token for (token,) in decode(decoder, prompt.tolist(), sampling, [0])])

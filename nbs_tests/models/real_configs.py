@@ -112,7 +112,7 @@ EXPECTED = {
         GEMMA_2B, 2_506_172_416,
         {"activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "embed_scale": 2048**0.5, "num_kv_heads": 1, "head_dim": 256},
     ),
-    "phi-2": (PHI_2, 2_779_683_840, {"activation": "gelu_new", "norm": "layer", "block": "parallel", "qk_norm": False}),
+    "phi-2": (PHI_2, 2_779_683_840, {"activation": "gelu_new", "norm": "layer", "block": "parallel", "qk_norm": ""}),
     "phi-1.5": (PHI_1_5, 1_418_270_720, {"num_kv_heads": 32}),
     "olmo-1b": (OLMO_1B, 1_176_764_416, {"clip_qkv": None, "norm": "layer_no_params", "norm_eps": 1e-5, "padding_id": 1}),
     "olmo-7b": (OLMO_7B, 6_888_095_744, {"clip_qkv": 8.0, "tie_word_embeddings": False}),

@@ -12,8 +12,8 @@ import fulltune_nb as ft
 from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized
-from fulltune_nb.models.families import read_config
 from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
+from fulltune_nb.models.model_config import read_config
 from nbs_tests.models.model_cases import SMALL
 from nbs_tests.models.parity import need, need_torch
 

@@ -8,7 +8,8 @@ from transformers import CONFIG_MAPPING
 
 from fulltune_nb.errors import ModelError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import FAMILIES, read_config
+from fulltune_nb.models.families import FAMILIES
+from fulltune_nb.models.model_config import read_config
 from nbs_tests.models import model_cases
 from nbs_tests.models.model_cases import SMALL
 from nbs_tests.models.real_configs import EXPECTED, ROTATIONS

@@ -8,8 +8,8 @@ import pytest
 
 from fulltune_nb.models import kv_cache
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
 from fulltune_nb.models.kv_cache import KVCache, make_cache
+from fulltune_nb.models.model_config import read_config
 from nbs_tests.models.model_cases import CASES, SMALL, random_ids
 
 

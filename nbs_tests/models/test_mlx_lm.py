@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import FAMILIES, read_config
+from fulltune_nb.models.families import FAMILIES
 from fulltune_nb.models.folder import save_folder
+from fulltune_nb.models.model_config import read_config
 from nbs_tests.models.family_parity import mlx_lm_error
 from nbs_tests.models.model_cases import LLAMA3, SMALL, random_ids
 from nbs_tests.models.parity import need, need_torch, relative_error

@@ -7,7 +7,8 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import hf_names, read_config, to_hf
+from fulltune_nb.models.families import hf_names, to_hf
+from fulltune_nb.models.model_config import read_config
 from nbs_tests.models.model_cases import CASES, FIXTURES
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fulltune_nb.errors import ModelError
-from fulltune_nb.models.rope import RopeConfig, inverse_frequencies, read_rope, rotate, rotation_table
+from fulltune_nb.models.rope import RopeConfig, inverse_frequencies, read_ropes, rotate, rotation_table
 from nbs_tests.models.family_cases import cases_of
 from nbs_tests.models.model_cases import FAMILIES, LLAMA3
 from nbs_tests.models.parity import need_torch
@@ -20,7 +20,7 @@ LLAMA3_KEYS = tuple((key, float(value)) for key, value in LLAMA3.items())
 
 
 def read(**values) -> RopeConfig:
-    return read_rope({**DEFAULTS, **values}, 8, "config.json")
+    return read_ropes({**DEFAULTS, **values}, 8, "config.json")[0]
 
 
 def table(config: RopeConfig, length: int, offset: int = 0):
@@ -71,8 +71,10 @@ def test_llama3_takes_the_models_own_length_where_the_original_one_is_left_out()
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported; supported are default, linear, llama3"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "'su' is not supported; supported are default, linear, dynamic, llama3, yarn"),
+        ({"rope_scaling": {"type": "dynamic"}}, "'dynamic' needs factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [2, 2]}}, "mrope_section, which is not understood"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor.* list of 4 numbers, found 1"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"partial_rotary_factor": 0.4}, "0.4 of head_dim 8 gives 3 rotated dimensions; an even number is needed"),
@@ -113,7 +115,7 @@ def test_frequencies_are_those_of_transformers():
 
     from transformers import AutoConfig
 
-    from fulltune_nb.models.families import read_config
+    from fulltune_nb.models.model_config import read_config
 
     small = [raw for family in FAMILIES for raw in cases_of(family, 4)]
     for raw in [*(raw for raw, _, _ in EXPECTED.values()), *small]:

@@ -16,8 +16,8 @@ from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.files import atomic_path
 from fulltune_nb.models import folder as saving
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
 from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, save_folder
+from fulltune_nb.models.model_config import read_config
 from fulltune_nb.tensor_files import write_tensors
 from nbs_tests.models.model_cases import CASES, LLAMA3, SMALL, random_ids
 from nbs_tests.models.parity import RAW, need_torch, relative_error, tensors_of

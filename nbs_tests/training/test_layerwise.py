@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 import fulltune_nb as ft
 from fulltune_nb.errors import TornStepError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
+from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training import layerwise, vocabulary
 from fulltune_nb.training import loss as loss_module
 from fulltune_nb.training.engine import WholeGraph

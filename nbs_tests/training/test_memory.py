@@ -10,7 +10,7 @@ import fulltune_nb as ft
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import read_config
+from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of, trainable_of
 from fulltune_nb.training import memory
 from fulltune_nb.training.config import TrainConfig

@@ -1,0 +1,86 @@
+"""Tensors of a checkpoint that are laid out otherwise than the model's parameters: stacks of experts, and stored constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from fulltune_nb.errors import WeightsError
+from fulltune_nb.models.families import COMMON_NAMES, FAMILIES, Stack
+from fulltune_nb.models.model_config import ModelConfig
+
+
+def is_stacked(config: ModelConfig) -> bool:
+    """Whether all experts of a layer stand in one tensor of the file."""
+    family = FAMILIES[config.family]
+    return family.experts is not None and bool(family.experts.stacks)
+
+
+def from_file(tensors: Mapping[str, mx.array], config: ModelConfig) -> dict[str, mx.array]:
+    """Tensors of a checkpoint as each expert's own, without its constants. What does not fit stays as it is.
+
+    Raises:
+        WeightsError: a constant has another value than the one that is computed with.
+    """
+    found = dict(tensors)
+    for layer in range(config.num_layers):
+        for path, constant in FAMILIES[config.family].buffers.items():
+            given = found.pop(f"model.layers.{layer}.{path}", None)
+            if given is not None and (given.size != 1 or given.astype(mx.float32).item() != _stored(constant, given.dtype)):
+                raise WeightsError(f"model.layers.{layer}.{path} is {given.tolist()}; computed is with {constant} only.")
+        for stack, prefix, names in _stacks(config, layer):
+            whole = found.get(prefix)
+            if whole is None or whole.shape[0] != config.num_experts or whole.ndim != (2 if stack.parts[0].endswith("bias") else 3):
+                continue
+            del found[prefix]
+            for expert, own in enumerate(names):
+                found.update(zip(own, _parts(whole[expert], stack), strict=True))
+    return found
+
+
+def to_file(tensors: Mapping[str, mx.array], config: ModelConfig) -> dict[str, mx.array]:
+    """The reverse of `from_file`."""
+    found = dict(tensors)
+    dtype = next(iter(tensors.values())).dtype
+    for layer in range(config.num_layers):
+        for path, constant in FAMILIES[config.family].buffers.items():
+            name = f"model.layers.{layer}.{path}"
+            if any(other.startswith(name.rpartition(".")[0] + ".") for other in tensors):  # beside parameters of its module only
+                found[name] = mx.array(constant, dtype=dtype)
+        for stack, prefix, names in _stacks(config, layer):
+            if all(name in found for own in names for name in own):
+                found[prefix] = mx.stack([_joined([found.pop(name) for name in own], stack) for own in names])
+    return found
+
+
+def _stored(constant: float, dtype: mx.Dtype) -> float:
+    return mx.array(constant, dtype=dtype).astype(mx.float32).item()
+
+
+def _stacks(config: ModelConfig, layer: int) -> list[tuple[Stack, str, list[list[str]]]]:
+    """Each stack of a layer, its name in the file, and for each expert the Hugging Face names of its parts."""
+    if not is_stacked(config) or not config.with_experts[layer]:
+        return []
+    family = FAMILIES[config.family]
+    mlp = f"model.layers.{layer}.{({**COMMON_NAMES, **family.names}).get('mlp', 'mlp')}"
+    return [
+        (stack, f"{mlp}.{stack.name}", [[f"{mlp}.experts.{e}.{part}" for part in stack.parts] for e in range(config.num_experts)])
+        for stack in family.experts.stacks
+    ]
+
+
+def _parts(whole: mx.array, stack: Stack) -> list[mx.array]:
+    """One expert's part of a stack as its own tensors, each by itself in memory."""
+    rows = whole.T if stack.transposed else whole
+    count = len(stack.parts)
+    parts = [rows[i::count] for i in range(count)] if stack.alternating else mx.split(rows, count, axis=0)
+    return [mx.contiguous(part) for part in parts]
+
+
+def _joined(parts: list[mx.array], stack: Stack) -> mx.array:
+    if stack.alternating:
+        rows = mx.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+    else:
+        rows = mx.concatenate(parts, axis=0)
+    return rows.T if stack.transposed else rows
