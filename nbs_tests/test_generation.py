@@ -15,6 +15,7 @@ from fulltune_nb.models.generation import Sampler, Sampling, batches_by_length, 
 from fulltune_nb.models.kv_cache import make_cache
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.model_config import read_config
+from fulltune_nb.models.rope import RopeConfig
 
 SMALL = {
     "vocab_size": 500,
@@ -51,7 +52,7 @@ class Scripted:
     """Stands for a model: says the given tokens, one after the other, whatever it reads."""
 
     def __init__(self, tokens, vocab_size=500):
-        self.config = SimpleNamespace(windows=(None,), vocab_size=vocab_size)
+        self.config = SimpleNamespace(windows=(None,), rope=RopeConfig(1e4, 2), vocab_size=vocab_size)
         self._tokens = list(tokens)
 
     def hidden_states(self, ids, cache):

@@ -93,7 +93,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self._config = config
-        self._ropes = {rope: Rope(rope) for rope in config.ropes if rope is not None}
+        self._ropes = {rope: Rope(rope, config.qk_norm_after_rope) for rope in config.ropes if rope is not None}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config, layer) for layer in range(config.num_layers)]
         # The head is linear, so a scale of the logits is one of what it reads.

@@ -152,6 +152,7 @@ _GRANITE = {
     "scale_embeddings": "embedding_multiplier", "residual_scale": "residual_multiplier", "attention_scale": "attention_multiplier",
     "logit_scale": "/logits_scaling",
 }  # fmt: skip
+_GRANITE_DEFAULTS = dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0)
 _COHERE = {
     "norm": "layer_no_bias", "norm_eps": "layer_norm_eps", "block": "parallel", "biases": {ATTENTION: "attention_bias"},
     "interleaved": True, "logit_scale": "logit_scale",
@@ -169,11 +170,7 @@ _YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(biases={ATTENTION: "attention_bias", GATED: "mlp_bias"}),
-    "mistral": Family(
-        windows="all",
-        layer_types=False,
-        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
-    ),
+    "mistral": Family(windows="all", layer_types=False, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
     "mixtral": Family(
         experts=Experts(count="num_local_experts", size="intermediate_size", normalised=True),
         windows="all",
@@ -320,11 +317,7 @@ FAMILIES: dict[str, Family] = {
             "no_rope_layer_interval": 4, "max_position_embeddings": 32768,
         },
     ),
-    "granite": Family(
-        **_GRANITE,
-        biases={ATTENTION: "attention_bias", GATED: "mlp_bias"},
-        defaults=dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
-    ),
+    "granite": Family(**_GRANITE, biases={ATTENTION: "attention_bias", GATED: "mlp_bias"}, defaults=_GRANITE_DEFAULTS),
     "granitemoe": Family(
         **_GRANITE,
         experts=Experts(
@@ -332,22 +325,19 @@ FAMILIES: dict[str, Family] = {
             size="intermediate_size",
             normalised=True,
             stacks=(
-                Stack("input_linear.weight", ("gate_proj.weight", "up_proj.weight")),
-                Stack("output_linear.weight", ("down_proj.weight",)),
+                Stack("input_linear.weight", ("gate_proj.weight", "up_proj.weight")), Stack("output_linear.weight", ("down_proj.weight",)),
             ),
         ),
         biases={ATTENTION: "attention_bias"},
         names={"mlp": "block_sparse_moe", "router": "router.layer"},
-        defaults={
-            **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0),
-            "num_local_experts": 8, "num_experts_per_tok": 2,
-        },
+        defaults={**_GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "seed_oss": Family(
         biases={QKV: "attention_bias", ("o_proj",): "attention_out_bias", GATED: "mlp_bias"},
         defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8, "pad_token_id": 1, "max_position_embeddings": 524288},
     ),
     "cwm": Family(
+        biases={GATED: "mlp_bias"},
         windows="all_but_first_of_pattern",
         defaults={
             "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": 8192, "sliding_window_pattern": 4,

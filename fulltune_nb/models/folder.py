@@ -396,7 +396,8 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
     if rope.fraction != 1.0 or "partial_rotary_factor" in family.defaults:
         values["partial_rotary_factor"] = rope.fraction
     if isinstance(family.local_theta, str):
-        values[family.local_theta] = next((own.theta for own in config.ropes if own not in (None, rope)), family.defaults[family.local_theta])
+        local = (own.theta for own in config.ropes if own not in (None, rope))
+        values[family.local_theta] = next(local, family.defaults[family.local_theta])
     if family.experts:
         values[family.experts.count] = config.num_experts
     if rope.scaling != "default":

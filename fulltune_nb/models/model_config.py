@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fulltune_nb.errors import ModelError, nearest
+from fulltune_nb.errors import ModelError, misspelt
 from fulltune_nb.html import facts
 from fulltune_nb.models.activations import ACTIVATIONS, CLAMPED_GATES, SAME_ACTIVATION, XIELU
 from fulltune_nb.models.dequantize import without_quantization
@@ -207,10 +207,13 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        needs = sorted({what for key, what in _ELSEWHERE.items() if raw.get(key)})
-        needed = f" It needs {', '.join(needs)}, which the decoder has not." if needs else ""
-        hint = nearest(name, FAMILIES, otherwise="")
-        raise ModelError(f"{where}: model_type is {name!r}, but the supported families are {', '.join(FAMILIES)}.{needed} {hint}".rstrip())
+        from transformers import CONFIG_MAPPING  # late: only an error needs it
+
+        hint = "" if str(name) in CONFIG_MAPPING else misspelt(name, FAMILIES)  # a family of its own is not misspelt
+        needs = ", ".join(sorted({what for key, what in _ELSEWHERE.items() if raw.get(key)}))
+        needed = f" It needs {needs}, which the decoder has not." if needs else ""
+        supported = f"The supported families are {', '.join(FAMILIES)}. {hint}".rstrip()
+        raise ModelError(f"{where}: model_type is {name!r}, which is not supported.{needed} {supported}")
     return FAMILIES[name]
 
 

@@ -55,6 +55,7 @@ _NEEDED = {
 }
 _OPTIONAL = {
     "dynamic": ("max_position_embeddings",),
+    "ntk_alpha": ("factor",),
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("attention_factor", "factor", "max_position_embeddings"),
 }
@@ -234,23 +235,27 @@ def attention_factor(config: RopeConfig) -> float:
 
 
 class Rope:
-    """A rotation with what does not depend on the text computed beforehand."""
+    """A rotation with what does not depend on the text computed beforehand.
 
-    def __init__(self, config: RopeConfig):
+    Args:
+        config: of it.
+        by_place: scores depend on where queries and keys stand, not on their distance alone: norms follow the rotation.
+    """
+
+    def __init__(self, config: RopeConfig, by_place: bool = False):
         self.config = config
+        self._by_place = by_place or config.by_length or config.query_growth is not None
         self._frequencies, self._factor = mx.array(inverse_frequencies(config)), attention_factor(config)
         self._long = mx.array(inverse_frequencies(config, is_long=True)) if config.scaling == "longrope" else None
 
     def table(self, offset: int, length: int, segments: mx.array | None = None) -> Rotation:
-        """For positions `offset ... offset + length - 1`; with segments (B, T), what depends on place or length goes by each one's own."""
+        """For positions `offset ... offset + length - 1`, or with segments (B, T), where it matters, for each one's own: (B, 1, T, R/2)."""
         config = self.config
-        frequencies, places = self._frequencies, mx.arange(offset, offset + length)
-        if segments is not None and (config.by_length or config.query_growth):
-            places, lengths = places_within(segments)
-            frequencies = self._of_length(lengths[:, None, :, None]) if config.by_length else frequencies  # (B, 1, T, R/2)
-        elif config.by_length:
-            frequencies = self._of_length(mx.array(offset + length))
-        table = rotation_table(frequencies, offset, length)
+        places, lengths = mx.arange(offset, offset + length), mx.array([offset + length])
+        if segments is not None and self._by_place:
+            places, lengths = (part[:, None] for part in places_within(segments))  # (B, 1, T)
+        frequencies = self._of_length(lengths[..., None]) if config.by_length else self._frequencies
+        table = rotation_table(frequencies, places)
         if self._factor != 1.0:
             table = tuple(part * self._factor for part in table)
         return table if config.query_growth is None else (*table, _growth(places, *config.query_growth))
@@ -267,12 +272,12 @@ class Rope:
         return 1.0 / base ** (mx.arange(0, config.rotary_dim, 2, dtype=mx.float32) / config.rotary_dim)
 
 
-def rotation_table(frequencies: mx.array, offset: int, length: int) -> tuple[mx.array, mx.array]:
-    """Cosines and sines for positions `offset ... offset + length - 1`: two arrays (T, R/2), float32.
+def rotation_table(frequencies: mx.array, places: mx.array) -> tuple[mx.array, mx.array]:
+    """Cosines and sines at positions (..., T), whose frequencies are (..., R/2): two arrays (..., T, R/2), float32.
 
     Computed once a forward pass and shared by all layers.
     """
-    angles = mx.arange(offset, offset + length, dtype=mx.float32)[:, None] * frequencies
+    angles = places[..., None].astype(mx.float32) * frequencies
     return mx.cos(angles), mx.sin(angles)
 
 
@@ -282,10 +287,9 @@ def places_within(segments: mx.array) -> tuple[mx.array, mx.array]:
     return mx.tril(same, -1).sum(axis=-1), same.sum(axis=-1)
 
 
-def _growth(positions: mx.array, beta: float, original: float) -> mx.array:
-    """What queries are multiplied by at positions beyond the original length (Llama 4): (T,) or (B, T) -> (T, 1) or (B, 1, T, 1)."""
-    growth = 1 + beta * mx.log(1 + mx.floor(positions / original))
-    return growth[:, None] if growth.ndim == 1 else growth[:, None, :, None]
+def _growth(places: mx.array, beta: float, original: float) -> mx.array:
+    """What queries are multiplied by at positions (..., T) beyond the original length (Llama 4): (..., T, 1)."""
+    return (1 + beta * mx.log(1 + mx.floor(places / original)))[..., None]
 
 
 @partial(mx.compile, shapeless=False)

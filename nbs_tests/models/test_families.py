@@ -10,7 +10,7 @@ from fulltune_nb.errors import ModelError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import FAMILIES
 from fulltune_nb.models.model_config import read_config
-from nbs_tests.models import model_cases
+from nbs_tests.models.family_cases import KNOWN
 from nbs_tests.models.model_cases import SMALL
 from nbs_tests.models.real_configs import EXPECTED, ROTATIONS
 
@@ -40,7 +40,7 @@ def test_models_of_well_known_checkpoints_have_the_published_number_of_parameter
 
 
 def test_the_tests_know_all_families():
-    assert set(FAMILIES) == set(model_cases.FAMILIES)
+    assert set(FAMILIES) == set(KNOWN)
 
 
 # ---- what a config.json may leave out --------------------------------------------------------------------------------------
@@ -122,6 +122,12 @@ def test_configs_that_compute_the_same_are_equal():
         (small("lama"), "model_type is 'lama'.*Did you mean 'llama'"),
         (small("mistrall"), "Did you mean 'mistral'"),
         (small("Mistarl"), "Did you mean 'mistral'"),
+        (small("deepseek_v3", kv_lora_rank=4), "It needs multi-head latent attention .MLA., which the decoder has not"),
+        (small("qwen3_next", linear_num_value_heads=4), "It needs linear attention"),
+        (small("lfm2", conv_L_cache=3), "It needs convolutions"),
+        (small("gemma2", use_bidirectional_attention=True), "use_bidirectional_attention is True: attention to what follows"),
+        (small("qwen3", use_sliding_window=True, layer_types=["full_attention", "linear_attention"]), "layer_types has 'linear_attention'"),
+        (small("smollm3", no_rope_layers=[1]), "no_rope_layers has 1 entries, but num_hidden_layers is 2"),
         (small("gpt2"), "supported families are llama, mistral"),
         (without(small("llama"), "model_type"), "model_type is None"),
         ({**small("llama"), "model_type": ["llama"]}, "model_type is"),
