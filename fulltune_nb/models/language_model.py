@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_template, prompt_ids
-from fulltune_nb.errors import GenerationError, TornStepError
+from fulltune_nb.errors import ConfigError, GenerationError, TornStepError
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
 from fulltune_nb.models.generation import Sampling, answer_many, stream_answer
 from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import parameters_of
+from fulltune_nb.models.token_rows import set_token_rows
+from fulltune_nb.settings import whole_number
 from fulltune_nb.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -104,6 +106,40 @@ class LanguageModel:
         ends = {name: list(dict.fromkeys(values)) for name, values in ends.items() if values}
         if ends:
             self.generation_config = {**(self.generation_config or {}), **ends}
+
+    def add_tokens(self, tokens: Sequence[str], pad_to_multiple_of: int | None = None, seed: int = 0) -> dict[str, int]:
+        """Makes texts such as `"<|im_start|>"` special tokens, and gives the model a row for each token of the tokenizer that has none.
+
+        Rows beyond the tokenizer's tokens, as padded vocabularies have them, are used first; then embedding and head grow. A new row is
+        the mean of those of the known tokens plus a little noise. `save` writes model and tokenizer with them. Load the data and make the
+        trainer afterwards: a trainer that there is already goes no further, since its optimizer's state no longer fits.
+
+        Args:
+            tokens: those that the tokenizer knows already stay as they are; a warning names them.
+            pad_to_multiple_of: the number of rows becomes a multiple of this.
+            seed: of the noise.
+
+        Returns:
+            Token -> id, of all that were given.
+
+        Raises:
+            ConfigError: no list of texts, or a number that is none.
+        """
+        self._check_whole()
+        if isinstance(tokens, str) or not all(isinstance(token, str) and token for token in tokens):
+            raise ConfigError(f'add_tokens: expected a list of texts such as ["<|im_start|>"], none of them empty, got {tokens!r:.80}.')
+        multiple = 1 if pad_to_multiple_of is None else whole_number("pad_to_multiple_of", pad_to_multiple_of, low=1)
+        seed = whole_number("seed", seed, low=0)
+        before, rows = self.tokenizer.get_vocab(), self.config.vocab_size
+        if there := [token for token in dict.fromkeys(tokens) if before.get(token, rows) < rows]:
+            warnings.warn(f"The tokenizer knows {', '.join(map(repr, there))} already: nothing of it was changed.", stacklevel=2)
+        added = [token for token in dict.fromkeys(tokens) if token not in before]
+        self.tokenizer.add_tokens(added, special_tokens=True)
+        now = self.tokenizer.get_vocab()
+        wanted = -(-max(rows, max(now.values()) + 1) // multiple) * multiple
+        if added or wanted > rows:
+            set_token_rows(self.model, wanted, [now[token] for token in added], min(rows, max(before.values()) + 1), seed)
+        return {token: now[token] for token in tokens}
 
     def generate(
         self,

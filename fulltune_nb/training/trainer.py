@@ -177,7 +177,7 @@ class Trainer:
             mx.eval(lm.model.parameters())
         select_trainable(lm.model, config.train_only, config.freeze)
         cap_cache(plan.gives_back)
-        self.optimizers = Optimizers(lm.model, config)
+        self.optimizers, self._vocab_size = Optimizers(lm.model, config), lm.config.vocab_size
         self.engine = plan.make_engine(lm.model)
         if stored is not None:
             self._go_on_with(stored)
@@ -301,6 +301,11 @@ class Trainer:
             raise TornStepError(self.lm.torn) from error
 
     def _check_whole(self) -> None:
+        if self.lm.config.vocab_size != self._vocab_size:
+            raise TrainingError(
+                f"The model has {self.lm.config.vocab_size:,} token rows; it had {self._vocab_size:,} when this trainer was made, and the"
+                " optimizer's state is for those. Load the data and make the trainer anew behind lm.add_tokens."
+            )
         if reason := self._torn():
             raise TornStepError(self.lm.torn or reason)
 
