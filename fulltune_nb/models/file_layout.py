@@ -1,7 +1,8 @@
-"""Tensors of a checkpoint that are laid out otherwise than the model's parameters: stacks of experts, and stored constants."""
+"""Tensors of a checkpoint that are laid out otherwise than the model's parameters: a multimodal model's, stacks of experts, constants."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -10,11 +11,35 @@ from fulltune_nb.errors import WeightsError
 from fulltune_nb.models.families import COMMON_NAMES, FAMILIES, Stack
 from fulltune_nb.models.model_config import ModelConfig
 
+_TEXT_PARTS = ("language_model.", "model.language_model.", "model.text_model.", "text_model.")
+"""Prefixes of a text part's tensors."""
+
 
 def is_stacked(config: ModelConfig) -> bool:
     """Whether all experts of a layer stand in one tensor of the file."""
     family = FAMILIES[config.family]
     return family.experts is not None and bool(family.experts.stacks)
+
+
+def text_tensors(tensors: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, int]]:
+    """The text part's tensors of a multimodal checkpoint, under the names of a text model, and how many of each other part there are.
+
+    Returns:
+        The tensors, all where no name is that of a text part; and part -> number of its tensors.
+    """
+    if not any(name.startswith(_TEXT_PARTS) for name in tensors):
+        return dict(tensors), {}
+    found, others = {}, Counter()
+    for name, array in tensors.items():
+        part = next((part for part in _TEXT_PARTS if name.startswith(part)), None)
+        if part is not None:
+            own = name.removeprefix(part)
+            found[own if own.startswith(("model.", "lm_head.")) else f"model.{own}"] = array
+        elif name.startswith("lm_head."):
+            found[name] = array
+        else:
+            others[name.removeprefix("model.").split(".")[0]] += 1
+    return found, dict(others)
 
 
 def from_file(tensors: Mapping[str, mx.array], config: ModelConfig) -> dict[str, mx.array]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +23,7 @@ from fulltune_nb.files import Checksum, flush_to_disk, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
 from fulltune_nb.models.families import FAMILIES, hf_names, to_hf
-from fulltune_nb.models.file_layout import from_file, is_stacked, to_file
+from fulltune_nb.models.file_layout import from_file, is_stacked, text_tensors, to_file
 from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import holder_of, parameters_of
 from fulltune_nb.models.rope import scaling_of
@@ -89,13 +90,15 @@ def load_decoder(folder: Path, dtype: str | None = None, dequantize: bool = Fals
     target = _target_dtype(dtype)
     check_links(folder)
     config = read_config_file(folder / "config.json", dequantize)
-    arrays = _unstacked(_read_folder(folder), config)
+    arrays = _unstacked(_read_folder(folder, config), config)
     experts = 0 if is_stacked(config) else config.num_experts
     for setting, count in (("num_hidden_layers", config.num_layers), ("the number of experts", experts)):
         if count > len(arrays):  # before that many layers are made
             raise ModelError(f"{folder / 'config.json'}: {setting} is {count:,}, but the weights have only {len(arrays):,} tensors.")
     if _has_own_head(config, arrays):  # the weights win over config.json, as in transformers
         config = replace(config, tie_word_embeddings=False)
+    elif config.part_of and _HEAD not in arrays:  # multimodal models have settings that contradict each other
+        config = replace(config, tie_word_embeddings=True)
     model = Decoder(config)
     if dequantize and is_quantized(arrays):
         target = target or mx.bfloat16
@@ -144,13 +147,23 @@ def load_folder_weights(model: Decoder, folder: Path) -> None:
         WeightsError: tensors missing, unexpected or mis-shaped; the model is as before.
     """
     check_links(folder)
-    assign_tensors(model, _read_folder(folder), str(folder))
+    assign_tensors(model, _read_folder(folder, model.config), str(folder))
 
 
-def _read_folder(folder: Path) -> dict[str, mx.array]:
+def _read_folder(folder: Path, config: ModelConfig) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for path in weight_files(folder):
         arrays.update(read_tensors(path))
+    if config.part_of is None:
+        return arrays
+    arrays, others = text_tensors(arrays)
+    if others:
+        parts = ", ".join(f"{part} ({count:,} tensors)" for part, count in others.items())
+        warnings.warn(
+            f"{folder} holds a multimodal model, {config.part_of}. Its text part is loaded, as {config.family}, and is saved as that."
+            f" Left aside: {parts}.",
+            stacklevel=4,
+        )
     return arrays
 
 
@@ -400,6 +413,8 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
         values[family.local_theta] = next(local, family.defaults[family.local_theta])
     if family.experts:
         values[family.experts.count] = config.num_experts
+    if "rope_parameters" in family.defaults:
+        values["rope_parameters"] = {"rope_theta": rope.theta, **scaling_of(rope)}
     if rope.scaling != "default":
         values["rope_scaling"] = scaling_of(rope)
     return values

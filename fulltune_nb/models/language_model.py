@@ -326,6 +326,7 @@ class LanguageModel:
             f"{config.family}, {self.num_parameters:,} parameters",
             [
                 ("source", self.source or "random weights"),
+                *([("part of", f"{config.part_of}; what is not text is left aside")] if config.part_of else []),
                 ("weights", f"{human_bytes(size)} in {self.dtype}"),
                 ("layers × hidden", f"{config.num_layers} × {config.hidden_size}"),
                 ("heads (key/value)", f"{config.num_heads} ({config.num_kv_heads}) of {config.head_dim}"),

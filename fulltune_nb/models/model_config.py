@@ -24,6 +24,14 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "pad_token_id": None,
 }
+_SIZES = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+}  # fmt: skip
+_SHARED = (
+    "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "quantization", "quantization_config",
+)
+"""Settings of a multimodal model that are its text part's too, where that has none of its own."""
 _NOT_NULL = ("tie_word_embeddings", "hidden_act", "rope_theta", "max_position_embeddings")
 _MOST_LAYERS = 100_000  # no model comes near; beyond it, a damaged file would fill the memory
 
@@ -106,6 +114,8 @@ class ModelConfig:
     """`intermediate_size` of each."""
     shared_expert_size: int = 0
     normalised_shares: bool = True
+    part_of: str | None = field(default=None, compare=False)
+    """`model_type` of the multimodal model that this is the text part of."""
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     keys_read: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     """Keys of `config.json` that were looked at."""
@@ -149,24 +159,19 @@ class _Values(dict):
 
 
 def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """Reads a Hugging Face `config.json`, in either dialect, into a `ModelConfig`.
+    """Reads a Hugging Face `config.json`, in either dialect, into a `ModelConfig`; of a multimodal model that of its text part.
 
     Raises:
         ModelError: the family is not supported, the checkpoint is quantized, a size is missing or impossible, or a setting turns on what
             the family's row has not.
     """
+    part_of, raw = text_part(raw)
     family = _family(raw, where)
     raw = without_quantization(raw, where)
     values = _Values(family, raw)
     if on := next((key for key in family.refused if values.get(key)), None):
         raise ModelError(f"{where}: {on} is {values[on]!r}: {family.refused[on]}, which is not supported.")
-    sizes = {
-        name: _size(values, key, where)
-        for name, key in (
-            ("vocab_size", "vocab_size"), ("hidden_size", "hidden_size"), ("intermediate_size", "intermediate_size"),
-            ("num_layers", "num_hidden_layers"), ("num_heads", "num_attention_heads"),
-        )
-    }
+    sizes = {name: _size(values, key, where) for name, key in _SIZES.items()}
     layers = sizes["num_layers"]
     num_kv_heads, head_dim = _head_sizes(values, sizes["hidden_size"], sizes["num_heads"], where)
     windows = _windows(family, values, layers, where)
@@ -199,9 +204,25 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         clip_qkv=values.get("clip_qkv") if family.clip_qkv else None,
         padding_id=_padding_id(values, sizes["vocab_size"]),
         **_experts(family.experts, values, layers, where),
+        part_of=part_of,
         raw=dict(raw),
         keys_read=frozenset(values.read),
     )
+
+
+def text_part(raw: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
+    """Of a multimodal `config.json` its `model_type`, and its text part as a `config.json` of its own; None and itself of any other."""
+    text, whole = raw.get("text_config"), raw.get("model_type")
+    if whole in FAMILIES or not isinstance(text, Mapping) or text.get("model_type") not in FAMILIES:
+        return None, raw
+    from transformers import CONFIG_MAPPING  # late: few models need it
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    own = CONFIG_MAPPING[text["model_type"]]
+    sizes = {key: getattr(own(), key) for key in _SIZES.values() if text.get(key) is None}  # it may leave out even these
+    shared = {key: raw[key] for key in _SHARED if raw.get(key) is not None}
+    tying = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}  # there the whole model's setting counts
+    return str(whole), {**shared, **text, **sizes, **tying, "architectures": [CLASSES[text["model_type"]]]}
 
 
 def _family(raw: Mapping[str, Any], where: str) -> Family:
