@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 REMOVED_AT_ONCE = 2**26
@@ -269,5 +270,5 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in found:
             raise KeyTwice(f"the key {key[:60]!r} is given twice in one object")
-        found[key] = value
+        found[intern(key)] = value  # rows have the same keys: each is held once
     return found
