@@ -78,42 +78,38 @@ def collate(split: Split, rows: Sequence[Row], shape: tuple[int, int] | None = N
         DataError: none of the examples has a token to train on.
     """
     packed = any(isinstance(row, tuple) for row in rows)
-    groups = [tuple(int(index) for index in row) if isinstance(row, tuple) else (int(row),) for row in rows]
-    indices = tuple(index for group in groups for index in group)
-    table = split.examples
-    sources = tuple(table.sources[index] for index in indices)
-    used = [sum(max(int(split.lengths[index]) - 1, 0) for index in group) for group in groups]
-    width = shape[0] if shape else max(used, default=0)
+    groups = [row if isinstance(row, tuple) else (row,) for row in rows]
+    table, indices = split.examples, np.array([index for group in groups for index in group], dtype=np.int64)
+    sources = tuple(table.sources[index] for index in indices.tolist())
+    used = np.maximum(split.lengths[indices] - 1, 0)  # (examples,) input positions of each: its last token is a target only
+    row_of = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    in_row = np.bincount(row_of, used, len(groups)).astype(np.int64)
+    width = shape[0] if shape else int(in_row.max(initial=0))
+    # (positions,) of all examples: where the token stands in the split, and where in the batch.
+    begins = np.cumsum(used) - used  # of each example, were the rows of the batch one behind the other without padding
+    along = np.arange(used.sum()) - np.repeat(begins, used)
+    here = np.repeat(table.begins[indices], used) + along
+    place = np.repeat(row_of * width + begins - (np.cumsum(in_row) - in_row)[row_of], used) + along
     inputs = np.zeros((len(groups), width), dtype=np.int32)  # any id will do for padding: no real position sees it
+    inputs.flat[place] = table.tokens[here]
     segments = np.full_like(inputs, -1) if packed else None
-    positions, targets = [], []
-    for b, group in enumerate(groups):
-        begin = 0
-        for number, index in enumerate(group):
-            at = slice(table.begins[index], table.begins[index + 1])
-            tokens, loss_mask = table.tokens[at], table.loss_mask[at]
-            end = begin + max(len(tokens) - 1, 0)
-            inputs[b, begin:end] = tokens[:-1]
-            if packed:
-                segments[b, begin:end] = number
-            trained = np.flatnonzero(loss_mask[1:])
-            positions.append(b * width + begin + trained)
-            targets.append(tokens[1:][trained])
-            begin = end
-    count = sum(len(t) for t in targets)
+    if packed:
+        segments.flat[place] = np.repeat([number for group in groups for number in range(len(group))], used)
+    trained = table.loss_mask[here + 1]
+    count = int(np.count_nonzero(trained))
     if not count:
         raise DataError(f"A batch without a token to train on: rows {', '.join(sources[:8]) or '(none)'}. Batch only split.trainable rows.")
     fill = np.zeros((shape[1] if shape else count) - count, dtype=np.int32)
     return Batch(
         inputs=inputs,
-        target_positions=np.concatenate([*positions, fill]).astype(np.int32),
-        targets=np.concatenate([*targets, fill]).astype(np.int32),
+        target_positions=np.concatenate([place[trained], fill]).astype(np.int32),
+        targets=np.concatenate([table.tokens[here[trained] + 1], fill]),
         weights=np.concatenate([np.ones(count, dtype=np.float32), fill.astype(np.float32)]),
         num_tokens=count,
-        rows=indices,
+        rows=tuple(indices.tolist()),
         sources=sources,
         padded_tokens=inputs.size,
-        real_tokens=sum(used),
+        real_tokens=int(used.sum()),
         segments=segments,
     )
 
