@@ -170,7 +170,7 @@ def check_paths(settings: Settings) -> None:
 def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
     """Model and data, with a line for each thing worth knowing."""
     from fulltune_nb.data.dataset import load_data
-    from fulltune_nb.models.model_file import load_with_model_file
+    from fulltune_nb.models.model_file import load_with_model_file, read_metadata
 
     options, path = settings.options, settings.model_file
     exists = path.is_file()
@@ -184,7 +184,10 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
     stored = lm.config.raw.get("dtype") or lm.config.raw.get("torch_dtype")
     if stored == "float16" and options.dtype is None and options.train:
         print("The checkpoint is float16, in which updates underflow: it is trained in float32. --dtype bfloat16 takes half the memory.")
-    data = load_data(options.data, lm.tokenizer, config=settings.config)
+    config = settings.config
+    if exists and config.template_date is None:  # a test on another day is of the same rows
+        config = config.replace(template_date=read_metadata(path).get("template_date"))
+    data = load_data(options.data, lm.tokenizer, config=config)
     show_data(data)
     if exists:
         show_other_mask(path, data.settings.mask_prompt)
@@ -274,7 +277,7 @@ def save_weights(trainer: Trainer, path: Path) -> None:
     """The weights as they are now into the model file."""
     from fulltune_nb.models.model_file import save_model_file
 
-    save_model_file(path, trainer.lm, trainer.data.train.format, trainer.config.mask_prompt)
+    save_model_file(path, trainer.lm, trainer.data.train.format, trainer.config.mask_prompt, trainer.config.template_date)
 
 
 def train(settings: Settings) -> Trainer:

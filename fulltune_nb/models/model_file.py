@@ -6,6 +6,7 @@ A `.safetensors` file carries these texts itself; beside `model.npz` stands `mod
     dtype         of the weights, such as "float32"
     data_format   of the rows trained on: "chat", "completions" or "text"
     mask_prompt   "true" where the loss was on the answers only, "last" where on the last one of each row, else "false"
+    template_date the date in the rows trained on, where the chat template writes one
     fulltune_nb   the version that wrote it
 """
 
@@ -33,7 +34,9 @@ def metadata_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = None, mask_prompt: bool | str | None = None) -> None:
+def save_model_file(
+    path: Path, lm: LanguageModel, data_format: str | None = None, mask_prompt: bool | str | None = None, template_date: str | None = None
+) -> None:
     """Writes all weights under their Hugging Face names, and where they come from.
 
     Args:
@@ -41,6 +44,7 @@ def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = Non
         lm: the model.
         data_format: of the rows trained on.
         mask_prompt: whether the loss was on the answers only, or on the "last" of each row.
+        template_date: the date that the chat template wrote into the rows.
 
     Raises:
         WeightsError: another ending, a weights file of the source model, or the file cannot be written.
@@ -54,6 +58,8 @@ def save_model_file(path: Path, lm: LanguageModel, data_format: str | None = Non
         metadata["data_format"] = data_format
     if mask_prompt is not None:
         metadata["mask_prompt"] = str(mask_prompt).lower()
+    if template_date is not None:
+        metadata["template_date"] = template_date
     write_tensors(path, hf_tensors(lm.model), metadata)
     write_metadata(path, metadata)
 

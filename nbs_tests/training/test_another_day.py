@@ -9,6 +9,7 @@ import fulltune_nb as ft
 from fulltune_nb.chat_template import ChatRenderer
 from fulltune_nb.data.settings import DATE_VARIABLE
 from fulltune_nb.errors import CheckpointError, ConfigError
+from fulltune_nb.full import main
 from nbs_tests.conftest import CHATML
 from nbs_tests.training.conftest import TINY_LLAMA, make_rows
 
@@ -87,3 +88,16 @@ def test_another_date_that_was_asked_for_or_cannot_be_changed_is_refused_by_name
 def test_data_without_a_date_in_it_has_none(dated, tokenizer):
     assert ft.load_data({"train": [{"text": "What?"}]}, dated).settings.template_date is None
     assert ft.load_data({"train": make_rows(2)}, tokenizer).settings.template_date is None
+
+
+def test_a_command_tests_a_model_file_on_the_rows_of_its_day(dated, on, tmp_path, capsys):
+    ft.LanguageModel.from_config(TINY_LLAMA, dated, seed=1).save(tmp_path / "model")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(6)))
+    flags = ["--model", tmp_path / "model", "--data", tmp_path, "--model-file", tmp_path / "m.npz", "--no-export", "--iters", 1, "--test"]
+    printed = []
+    for day, more in (("2026-11-29", ["--train"]), ("2026-11-30", []), ("2026-11-30", ["--template-date", "2026-11-30"])):
+        on(day)
+        assert main([str(flag) for flag in [*flags, *more]]) == 0
+        printed.append([line for line in capsys.readouterr().out.splitlines() if "Test loss" in line or "template_date" in line])
+    assert printed[0] == printed[1] != printed[2]
