@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune_nb.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SENTENCEPIECE, TEKKEN = "tokenizer.model", "tekken.json"
@@ -130,7 +130,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     """Where mistral-common is installed, transformers would make a tekken.json a tokenizer of its, which takes no chat template."""
     tekken = (folder / TEKKEN).exists()
     options = {"mistral_format": False} if tekken else {}
-    tokenizer = _auto_tokenizer().from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
+    tokenizer = from_transformers("AutoTokenizer").from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
     for name, text in (("bos_token", "<s>"), ("eos_token", "</s>")):  # which transformers takes from no tekken.json
         if tekken and getattr(tokenizer, name) is None and text in tokenizer.get_vocab():
             setattr(tokenizer, name, text)
@@ -239,16 +239,17 @@ def _for_both_versions(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _auto_tokenizer() -> type[AutoTokenizer]:
-    """`transformers.AutoTokenizer`, imported without its advice to install PyTorch, which nothing here needs."""
+def from_transformers(name: str) -> Any:
+    """What `transformers` has under a name, imported without its advice to install PyTorch, which nothing here needs."""
     switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
     try:
-        from transformers import AutoTokenizer
+        import transformers
+
+        return getattr(transformers, name)
     finally:
         os.environ.pop(switch) if before is None else os.environ.update({switch: before})
-    return AutoTokenizer
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from fulltune_nb.models.file_layout import from_file, is_stacked, text_tensors, 
 from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import holder_of, parameters_of
 from fulltune_nb.models.rope import scaling_of
+from fulltune_nb.models.unread_keys import check_unread
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
 from fulltune_nb.tokenizer import save_tokenizer
 
@@ -90,6 +91,7 @@ def load_decoder(folder: Path, dtype: str | None = None, dequantize: bool = Fals
     target = _target_dtype(dtype)
     check_links(folder)
     config = read_config_file(folder / "config.json", dequantize)
+    check_unread(config, str(folder / "config.json"))
     arrays = _unstacked(_read_folder(folder, config), config)
     experts = 0 if is_stacked(config) else config.num_experts
     for setting, count in (("num_hidden_layers", config.num_layers), ("the number of experts", experts)):

@@ -20,6 +20,7 @@ from fulltune_nb.models.generation import Sampling, answer_many, stream_answer
 from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.models.token_rows import set_token_rows
+from fulltune_nb.models.unread_keys import check_unread
 from fulltune_nb.settings import whole_number
 from fulltune_nb.tokenizer import load_tokenizer
 
@@ -63,7 +64,9 @@ class LanguageModel:
             seed: of the weights.
         """
         mx.random.seed(seed)
-        model = Decoder(read_config(config))
+        read = read_config(config)
+        check_unread(read, "config")
+        model = Decoder(read)
         mx.eval(model.parameters())
         return cls(model, tokenizer)
 
