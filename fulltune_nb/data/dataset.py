@@ -123,7 +123,8 @@ def load_data(
     Args:
         source: a folder with `train.jsonl`, `valid.jsonl`, `test.jsonl` (any of them; `.csv` too, and `.parquet` with the
             extra `datasets`), a data set of the hub as `"hf:org/name"` (same extra; `"hf:folder"` for one in the hub's layout), or
-            the rows themselves as `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts. Several folders or data sets of
+            the rows themselves as `{"train": rows, "valid": rows, "test": rows}`, each a list of dicts, a table, or in their place
+            where they are (`"hf:org/name:train[:90%]"`, a file, a folder). Several folders or data sets of
             the hub with weights, `{"a": 0.7, "hf:org/b": 0.3}`: 70 % of the rows of each epoch are drawn from a; see `StepBatches`.
         tokenizer: `lm.tokenizer`, or any tokenizer of `transformers`. One without a chat template gets ChatML set on it when
             the rows need one; `.notes` says so.
