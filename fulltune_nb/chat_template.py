@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
@@ -35,6 +35,7 @@ SECONDS = 10.0
 MEMORY = 2**30
 """Bytes, on top of what the process has."""
 
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TICK = 0.03  # seconds of computing between two looks at a template that runs
 _KEPT_CHARACTERS = 2**26  # after so many the memory is bounded anew: texts that are kept must not count as a template's
 
@@ -78,22 +79,52 @@ class ChatRenderer:
             TemplateRefused: the template raised an error.
             LimitReached: it took too much time or memory.
         """
+
+        def apply() -> str:
+            options = {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+            if self._date is not None:
+                options["chat_template"] = self._template(tools)
+            # The conversation stands in a list because transformers refuses an empty one that does not.
+            return self._tokenizer.apply_chat_template([messages], **options)[0]
+
+        return self._run(apply)
+
+    def render_answers(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]] | None:
+        """The text, and the character places [start, end) that the template marks by `{% generation %}`; None if it marks none.
+
+        Raises:
+            TemplateRefused, LimitReached: as in `render`.
+        """
+        template = self._run(lambda: self._template(tools))
+        if not _GENERATION.search(template):
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        options = {"tools": tools, "chat_template": template, "return_assistant_tokens_mask": True, **self._tokenizer.special_tokens_map}
+        texts, places = self._run(lambda: render_jinja_template(conversations=[conversation], **options))
+        return texts[0], places[0]
+
+    def _template(self, tools: Sequence[Any] | None) -> str:
+        """The template for rows with or without tools, with the date that it is to write."""
+        template = self._tokenizer.get_chat_template(tools=tools)
+        return template if self._date is None else _dated(template, self._date)
+
+    def _run(self, render: Callable[[], Any]) -> Any:
         if not self._in_limits:
             with self.limits():
-                return self.render(messages, tools, add_generation_prompt)
+                return self._run(render)
         limited = self._limits_before is not None
         if limited and self._kept > _KEPT_CHARACTERS:
             self._limit_memory()
         try:
             if limited:
                 _watch.begin()
-            # The conversation stands in a list because transformers refuses an empty one that does not.
-            options = {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": False}
-            if self._date is not None:
-                options["chat_template"] = _dated(self._tokenizer.get_chat_template(tools=tools), self._date)
-            text = self._tokenizer.apply_chat_template([messages], **options)[0]
-            self._kept += len(text)
-            return text
+            result = render()
+            self._kept += len(result) if isinstance(result, str) else len(result[0][0])
+            return result
         # Failures are raised at the end, anew: an error from within would hold on to what the template has made.
         except MemoryError:
             failure = LimitReached(_too_large())

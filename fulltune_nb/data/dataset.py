@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from fulltune_nb.chat_template import ensure_chat_template, writes_date
+from fulltune_nb.data.chats import HELP
 from fulltune_nb.data.conform import conform
 from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.example import Lens, SpecialTokenCheck, check_special_tokens, special_token_notes
@@ -207,7 +208,7 @@ def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: l
     encoded = encode_rows(good, format or "text", tokenizer, settings)
     problems = sorted(problems + encoded.problems, key=_line_number)
     split = Split(name, format or "text", encoded.examples, raw.blank_lines, problems)
-    notes += raw.notes + _left_out(split, encoded.unshown_tools, settings)
+    notes += raw.notes + _left_out(split, encoded.left_out, settings)
     return split
 
 
@@ -233,7 +234,7 @@ def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettin
     return notes
 
 
-def _left_out(split: Split, unshown_tools: int, settings: DataSettings) -> list[str]:
+def _left_out(split: Split, by_template: Mapping[str, Sequence[str]], settings: DataSettings) -> list[str]:
     """What is to be announced of a split: what was cut, not shown or is not trained on."""
     limit, cut, dropped, untrainable = f"max_seq_length={settings.max_seq_length:,}", split.truncated, split.dropped, len(split.untrainable)
     of_rows = f"of {len(split) + dropped - split.windows + split.split_rows:,} rows"
@@ -243,7 +244,10 @@ def _left_out(split: Split, unshown_tools: int, settings: DataSettings) -> list[
         dropped and f"{dropped:,} {of_rows} left out, because they have more than {limit} tokens ({split.tokens_dropped:,} tokens lost).",
         split.windows and f"{split.split_rows:,} {of_rows} split into {split.windows:,} windows of at most {limit} tokens.",
         untrainable and f"{untrainable:,} {of_examples} have no token to train on and stay out of the batches.",
-        unshown_tools and f"the chat template leaves out the tools of {unshown_tools:,} {of_rows}.",
+        *(
+            f"the chat template leaves out {what} of {len(sources):,} {of_rows}, first {sources[0]}. {HELP.get(what, '')}".rstrip()
+            for what, sources in by_template.items()
+        ),
         split.blank_lines and f"{split.blank_lines:,} blank lines, which are no rows.",
         split.skipped and _skipped(split),
     ]

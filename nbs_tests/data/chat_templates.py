@@ -66,3 +66,62 @@ IGNORES_ASSISTANT = (
     "{{ '<|im_start|>user\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+_CHATML_TURN = "{{ '<|im_start|>' + message.role + '\n' + %s + '<|im_end|>\n' }}"
+_CHATML_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+# Thinking is kept in the last turn only, and an empty one is written where it has none, as in Qwen3.
+EMPTY_THINKING_LAST = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% set content = message.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thinking = message.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in message.content else '' %}"
+    "{{ '<|im_start|>assistant\n' }}{% if loop.last %}{{ '<think>\n' + thinking + '\n</think>\n\n' }}{% endif %}"
+    "{{ content + '<|im_end|>\n' }}"
+    "{% else %}" + _CHATML_TURN % "message.content" + "{% endif %}{% endfor %}" + _CHATML_PROMPT
+)
+
+# The generation prompt opens a thinking that finished turns do not have, as in DeepSeek-R1 and QwQ.
+THINKING_IN_PROMPT = (
+    "{% for message in messages %}" + _CHATML_TURN % "message.content" + "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+# A space between a turn and the next [INST], which goes into one token with the bracket, as in Mistral v0.1.
+SPACE_BEFORE_INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
+    "{% else %}{{ message.content + eos_token + ' ' }}{% endif %}{% endfor %}"
+)
+
+# The last turn ends otherwise than the others where no generation prompt follows, as in gpt-oss.
+OTHER_LAST_END = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{{ '</s>' if loop.last and message.role == 'assistant' and not add_generation_prompt else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Says itself what is trained: the answer and its end, not the line break behind.
+GENERATION = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}" + _CHATML_TURN % "message.content" + "{% endif %}{% endfor %}" + _CHATML_PROMPT
+)
+
+# Writes users and assistants and nothing else.
+TWO_ROLES = (
+    "{% for message in messages %}{% if message.role in ('user', 'assistant') %}"
+    + _CHATML_TURN % "message.content"
+    + "{% endif %}{% endfor %}"
+) + _CHATML_PROMPT
+
+# Writes the name of a call and not its arguments, and no content beside calls.
+CALLS_BY_NAME = (
+    "{% for message in messages %}"
+    + _CHATML_TURN % "(message.tool_calls[0].function.name if message.tool_calls else message.content)"
+    + "{% endfor %}"
+) + _CHATML_PROMPT
+
+# Begins with a system turn of its own where there is none, and cannot render an empty conversation.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}" + _CHATML_TURN % "message.content" + "{% endfor %}" + _CHATML_PROMPT
+)

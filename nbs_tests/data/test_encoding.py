@@ -124,8 +124,8 @@ def test_completions_take_tools_too(make_tokenizer):
 
 def test_tools_left_out_by_the_template_are_counted(make_tokenizer):
     rows = [{"messages": [Q1, A1], "tools": [TOOL]}, {"messages": [Q1, A1]}]
-    assert encode(rows, "chat", make_tokenizer(templates.LLAMA3)).unshown_tools == 1
-    assert encode(rows, "chat", make_tokenizer(templates.TOOLS)).unshown_tools == 0
+    assert encode(rows, "chat", make_tokenizer(templates.LLAMA3)).left_out == {"the tools": ["train:1"]}
+    assert encode(rows, "chat", make_tokenizer(templates.TOOLS)).left_out == {}
 
 
 def test_tool_calls_left_out_by_the_template_are_an_error_of_the_row(make_tokenizer):
@@ -154,15 +154,6 @@ def test_what_the_template_raises_is_reported_by_row(make_tokenizer, template, m
 BROKEN = {
     "earlier thinking dropped": (templates.DROPS_EARLIER_THINKING, [Q1, THINKING, Q2, A2]),
     "conversation closed by </s>": (templates.CLOSES_CONVERSATION, [Q1, A1, Q2, A2]),
-    "token joined over the border": (templates.PROMPT_ENDS_WITH_SPACE, [Q1, {"role": "assistant", "content": "the answer"}]),
-    "prompt before a first assistant turn refused": ("{% if messages[0]['role'] == 'system' %}{% endif %}" + templates.CHATML, [A1, Q2]),
-    "assistant left out": (templates.IGNORES_ASSISTANT, [Q1, A1]),
-    "assistant left out, same header for all": (
-        "{% for m in messages if m.role == 'user' %}{{ '### ' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### ' }}{% endif %}",
-        [Q1, A1, Q2],
-    ),
-    "assistant left out, no generation prompt": ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", [Q1, A1]),
 }
 
 

@@ -1,0 +1,300 @@
+"""Where the turns of a conversation stand in its text, in characters.
+
+A turn begins behind the conversation before it with the generation prompt, and ends behind the conversation that includes it, both
+rendered by themselves. Where these are prefixes of the whole text, their lengths are the places. In general they are not (a
+template drops thinking from earlier turns, or puts `<think>` into the generation prompt only), and for each of n turns they would
+take n renderings. So the words of the messages are marked (see `words`), and what the template writes between two messages' words
+is taken from a rendering that ends there, once for all turns in the same situation, and looked for at its place. A template that
+brings `{% generation %}` says itself what is trained. What is not found is reported, never guessed at.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fulltune_nb.chat_template import ChatRenderer, TemplateRefused
+from fulltune_nb.data.rows import RowError
+from fulltune_nb.data.words import Marked, Word, can_be_marked, is_written, with_marks
+
+Span = tuple[int, int]
+"""[start, end)"""
+
+WAYS_OUT = "Use mask_prompt=False, another chat template, or split or change the row"
+
+
+class Conversation:
+    """A row's messages, the text that the template makes of them, and their words.
+
+    Attributes:
+        text: the text.
+        words: see `words.words_of`.
+
+    Raises:
+        RowError: the template refuses the messages.
+    """
+
+    def __init__(self, renderer: ChatRenderer, messages: Sequence[Mapping[str, Any]], tools: Any, words: Sequence[Word]):
+        self._renderer, self.messages, self._tools, self.words = renderer, messages, tools, words
+        self.text = self.render("the chat template refuses this row")
+        self._marked: Turns | None = None
+
+    def render(self, failure: str, count: int | None = None, prompt: bool = False) -> str:
+        """The text of the first `count` messages, with the generation prompt or without."""
+        try:
+            return self._renderer.render(self.messages[:count], self._tools, prompt)
+        except TemplateRefused as error:
+            raise RowError(f"{failure}: {error}") from error
+
+    def marked(self) -> Turns | None:
+        """The turns as the marked words show them; None where the template writes another text with marks."""
+        if self._marked is None and can_be_marked(self.text, self.words):
+            messages, tools = with_marks(self.messages, self._tools)
+            turns = Turns(self._renderer, messages, tools, self.words)
+            if turns.is_of(self.text):
+                self._marked = turns
+        return self._marked
+
+    def generated(self, turns: Sequence[int]) -> list[Span] | None:
+        """Character places that the template itself says are the assistant's (`{% generation %}`) in these turns; None if it says nothing.
+
+        Raises:
+            RowError: they cannot be told for these turns alone.
+        """
+        found = self._generated(len(self.messages))
+        if found is None or found[0] != self.text:
+            return None
+        spans, answers = found[1], [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if list(turns) == answers:
+            return spans
+        if len(spans) == len(answers):
+            return [span for i, span in zip(answers, spans, strict=True) if i in turns]
+        counts = [None if part is None else len(part[1]) for part in (self._generated(i) for turn in turns for i in (turn, turn + 1))]
+        if None in counts:
+            raise RowError(f"mask_prompt: the chat template cannot render the parts of this row by themselves. {WAYS_OUT}")
+        return [span for start, end in zip(counts[::2], counts[1::2], strict=True) for span in spans[start:end]]
+
+    def _generated(self, count: int) -> tuple[str, list[Span]] | None:
+        try:
+            return self._renderer.render_answers(self.messages[:count], self._tools)
+        except TemplateRefused:
+            return None
+
+    def spans(self, turns: Sequence[int]) -> list[Span]:
+        """Character places of messages: an assistant's without its header, another's with it.
+
+        Raises:
+            RowError: they cannot be told.
+        """
+        # The prefixes of the conversation first where they take one rendering, which is so for most rows, else last.
+        ways = [self._by_marks, self._by_prefixes]
+        ways = ways[::-1] if list(turns) == [len(self.messages) - 1] else ways
+        errors = {}
+        for way in ways:
+            try:
+                return way(turns)
+            except RowError as error:
+                errors[way] = error
+        raise errors[self._by_prefixes if self.marked() is None else self._by_marks] from None
+
+    def _by_marks(self, turns: Sequence[int]) -> list[Span]:
+        if (marked := self.marked()) is None:
+            raise RowError("mask_prompt: the chat template writes another text where the words carry marks")
+        return [marked.span(i) for i in turns]
+
+    def _by_prefixes(self, turns: Sequence[int]) -> list[Span]:
+        plain = Turns(self._renderer, self.messages, self._tools, (), self.text)
+        spans = [plain.span(i) for i in turns]
+        for i, span in zip(turns, spans, strict=True):
+            if any(not is_written(word.text, self.text, *span) for word in self.words if word.message == i):
+                raise RowError(f"mask_prompt: the chat template does not write the words of message {i + 1} into its turn. {WAYS_OUT}")
+        return spans
+
+
+class Turns:
+    """Finds turns in a text by its marks; without words there are none, and it is done by prefixes of the conversation alone."""
+
+    def __init__(self, renderer: ChatRenderer, messages: Sequence[Mapping], tools: Any, words: Sequence[Word], text: str | None = None):
+        self._renderer, self._messages, self._tools, self._words = renderer, messages, tools, words
+        whole = self._render(len(messages), False) if text is None else Marked(text, [])
+        self.text, self._marks = ("", []) if whole is None else (whole.text, whole.marks)
+        self._positions = [position for position, _ in self._marks]
+        self._word_at = {position: words[word].text for position, word in self._marks}
+        self._first: dict[int, int] = {}  # word -> where it stands first
+        self._own: dict[int, list[int]] = {}  # message -> where its words end
+        for position, word in self._marks:
+            if word not in self._first:
+                self._first[word] = position
+                self._own.setdefault(words[word].message, []).append(position)
+        self._before: dict[tuple, list[str | None]] = {}  # what a template writes before a turn, with and without generation prompt
+        self._after: dict[tuple, str] = {}  # what it writes between a turn and the words behind it
+        self._prompts: list[str | None] = []
+
+    def is_of(self, text: str) -> bool:
+        """Whether the marks leave the text as it is."""
+        return self.text == text
+
+    def is_missing(self, word: int) -> bool:
+        """Whether the template does not write this word, or not whole."""
+        if (end := self._first.get(word)) is None:
+            return True
+        before = bisect_left(self._positions, end)
+        start = self._positions[before - 1] if before else 0
+        return self._start_of_word(end) is None and not is_written(self._words[word].text, self.text, start, end)
+
+    def span(self, i: int) -> Span:
+        """Where message `i` stands.
+
+        Raises:
+            RowError: it cannot be told.
+        """
+        own = self._own.get(i, [])
+        at, holder = self._words_before(i, min(own, default=None))
+        start = self._start(i, at, holder, self._start_of_word(min(own, default=None)))
+        end = self._end(i, start, max(own, default=at))
+        if not start <= end or any(not start < position <= end for position in own):
+            raise RowError(f"mask_prompt: the words of {self._name(i)} do not stand together. {WAYS_OUT}")
+        within = self._marks[bisect_left(self._positions, start + 1) : bisect_left(self._positions, end + 1)]
+        if any(self._words[word].message != i and position == self._first[word] for position, word in within):
+            raise RowError(f"mask_prompt: words of another message stand within {self._name(i)}. {WAYS_OUT}")
+        return start, end
+
+    # -- the start
+
+    def _start(self, i: int, at: int, holder: int, words_start: int | None) -> int:
+        """Behind what the template writes from `at`, where the words before message `i` end (those of `holder`), up to the turn."""
+        is_answer = self._messages[i]["role"] == "assistant"
+        situation = (holder < 0, is_answer, *(self._kind(j) for j in range(max(holder, 0), i)))
+        for is_known in (True, False) if situation in self._before else (False,):
+            if not is_known:
+                self._before[situation] = [self._rest(i, is_answer)]
+            rests = self._before[situation]
+            if rests[0] is not None and self.text.startswith(rests[0], at):
+                return at + len(rests[0])
+            if rests[0] is None or not is_answer or not self._marks:
+                continue
+            if len(rests) == 1:
+                rests.append(self._rest(i, False))
+            if rests[1] is not None and self.text.startswith(rests[1], at):
+                # The turn goes on otherwise than the generation prompt, which may end with `<think>`: what both share is the prompt.
+                shared = at + len(os.path.commonprefix([rests[0], self.text[at : at + len(rests[0])]]))
+                return max(at + len(rests[1]), shared if words_start is None else min(shared, words_start))
+        if i == 0 and not is_answer:
+            return 0
+        if is_answer and rests[0] is None and words_start is not None:  # the template renders no such beginning, often an empty one
+            prompt = self._generation_prompt()
+            found = -1 if prompt is None else self.text.rfind(prompt, at, words_start) if prompt else words_start
+            if found >= 0:
+                return found + len(prompt)
+        raise self._not_found(i, "start", rests[0], at)
+
+    def _words_before(self, i: int, first: int | None) -> tuple[int, int]:
+        """Where the last word ends that is written before the first of message `i`, and its message; (0, -1) if there is none."""
+        if first is None:
+            first = 1 + max((max(self._own[j]) for j in range(i) if j in self._own), default=-1)
+        for number in range(bisect_left(self._positions, first) - 1, -1, -1):
+            position, word = self._marks[number]
+            if self._words[word].message != i:
+                return position, self._words[word].message
+        return 0, -1
+
+    def _start_of_word(self, end: int | None) -> int | None:
+        """Where the word starts that ends there; None where the template has changed it."""
+        if end is None:
+            return None
+        word = self._word_at[end]
+        return end - len(word) if self.text.startswith(word, end - len(word)) else None
+
+    # -- the end
+
+    def _end(self, i: int, start: int, last: int) -> int:
+        """Behind what the template writes after message `i`, whose last word (or the last before it) ends at `last`."""
+        if i == len(self._messages) - 1:
+            return len(self.text)
+        words_start, holder = self._words_after(i, max(start, last))
+        situation = tuple(self._kind(j) for j in range(i + 1, holder + 1))
+        known = self._after.get(situation) if holder >= 0 else None
+        if known is not None and words_start - len(known) >= max(start, last) and self.text.startswith(known, words_start - len(known)):
+            return words_start - len(known)
+        # The template may end a conversation otherwise than a turn within it, but not where a generation prompt follows.
+        rests = self._rest(i + 1, False, i), self._rest_before_prompt(i)
+        for rest in rests:
+            if rest is not None and self.text.startswith(rest, last):
+                if holder >= 0:
+                    self._after[situation] = self.text[last + len(rest) : words_start]
+                return last + len(rest)
+        raise self._not_found(i, "end", rests[0], last)
+
+    def _words_after(self, i: int, last: int) -> tuple[int, int]:
+        """Where the next word of a later message starts, and its message; (0, -1) where that cannot be told."""
+        for number in range(bisect_left(self._positions, last + 1), len(self._marks)):
+            position, word = self._marks[number]
+            if self._words[word].message > i:
+                start = self._start_of_word(position)
+                return (0, -1) if start is None else (start, self._words[word].message)
+        return 0, -1
+
+    def _rest_before_prompt(self, i: int) -> str | None:
+        """What the template writes behind the last words of message `i` where a generation prompt follows, without that prompt."""
+        if not (prompt := self._generation_prompt()):
+            return None
+        rest = self._rest(i + 1, True, i)
+        return rest[: -len(prompt)] if rest is not None and rest.endswith(prompt) else None
+
+    # -- renderings
+
+    def _generation_prompt(self) -> str | None:
+        """The generation prompt behind a user's message; None where it cannot be told."""
+        if not self._prompts:
+            prompted, bare = (self._text_of([{"role": "user", "content": "?"}], None, prompt) for prompt in (True, False))
+            is_told = prompted is not None and bare is not None and prompted.startswith(bare)
+            self._prompts.append(prompted[len(bare) :] if is_told else None)
+        return self._prompts[0]
+
+    def _rest(self, count: int, prompt: bool, message: int | None = None) -> str | None:
+        """What the template writes behind the last words of the first messages, or behind the words of one of them."""
+        rendered = self._render(count, prompt)
+        if rendered is None:
+            return None
+        first: dict[int, int] = {}
+        for position, word in rendered.marks:
+            if message is None or self._words[word].message == message:
+                first.setdefault(word, position)
+        if message is None or not first:
+            return rendered.rest
+        return rendered.text[max(first.values()) :]
+
+    def _render(self, count: int, prompt: bool) -> Marked | None:
+        text = self._text_of(self._messages[:count], self._tools, prompt)
+        return None if text is None else Marked.of(text) if self._words else Marked(text, [])
+
+    def _text_of(self, messages: Sequence[Mapping], tools: Any, prompt: bool) -> str | None:
+        try:
+            return self._renderer.render(messages, tools, prompt)
+        except TemplateRefused:
+            return None
+
+    def _kind(self, i: int) -> tuple:
+        """What of a message can make a template write something else around it."""
+        message = self._messages[i]
+        return message["role"], bool(message.get("content")), bool(message.get("tool_calls"))
+
+    def _name(self, i: int) -> str:
+        role = self._messages[i]["role"]
+        number = sum(message["role"] == role for message in self._messages[: i + 1])
+        return f"{role} turn {number}"
+
+    def _not_found(self, i: int, place: str, expected: str | None, at: int) -> RowError:
+        if expected is None:
+            return RowError(
+                f"mask_prompt: the chat template cannot render the part of this row {'before' if place == 'start' else 'up to'} "
+                f"{self._name(i)} by itself. {WAYS_OUT}"
+            )
+        shared = len(os.path.commonprefix([self.text[at : at + len(expected)], expected]))
+        return RowError(
+            f"mask_prompt: the {place} of {self._name(i)} cannot be found: the chat template renders the conversation up to there as "
+            f"{expected[shared : shared + 30]!r} by itself and as {self.text[at + shared : at + shared + 30]!r} within the whole row "
+            f"(character {at + shared}). {WAYS_OUT}"
+        )

@@ -1,0 +1,178 @@
+"""Which tokens are trained on, for templates in the shapes that real ones have, and for random ones."""
+
+import pytest
+from transformers import BatchEncoding
+
+from fulltune_nb.chat_template import ChatRenderer
+from fulltune_nb.data import load_data
+from fulltune_nb.data.settings import DataSettings
+from nbs_tests.data import chat_templates as templates
+from nbs_tests.data.test_encoding import A1, A2, Q1, Q2, SYSTEM, encode, encode_one, problem, trained_runs
+
+LAST = DataSettings(mask_prompt="last")
+THINKING = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nFine."}
+TALK = [Q1, A1, Q2, A2]
+CHATML_ENDS = ["Fine.<|im_end|>\n", "Still fine.<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    "template, messages, expected",
+    [
+        (templates.EMPTY_THINKING_LAST, TALK, ["Fine.<|im_end|>\n", "<think>\n\n</think>\n\nStill fine.<|im_end|>\n"]),
+        (templates.EMPTY_THINKING_LAST, [Q1, THINKING], ["<think>\nHm.\n</think>\n\nFine.<|im_end|>\n"]),
+        (templates.THINKING_IN_PROMPT, TALK, CHATML_ENDS),
+        (templates.THINKING_IN_PROMPT, [Q1, {"role": "assistant", "content": "<table>"}], ["<table><|im_end|>\n"]),
+        (templates.THINKING_IN_PROMPT, [Q1, THINKING], ["Hm.\n</think>\n\nFine.<|im_end|>\n"]),
+        (templates.SPACE_BEFORE_INST, TALK, ["Fine.</s>", "Still fine.</s> "]),
+        (templates.OTHER_LAST_END, TALK, ["Fine.<|im_end|>", "Still fine.</s>"]),
+        (templates.DEFAULT_SYSTEM, [A1, Q2, A2], CHATML_ENDS),
+        (templates.DEFAULT_SYSTEM, [A1], CHATML_ENDS[:1]),
+        (templates.PROMPT_ENDS_WITH_SPACE, [Q1, {"role": "assistant", "content": "the answer"}], [" the answer</s>\n"]),
+        (templates.CHATML, [Q1, {"role": "assistant", "content": "\nFine. "}, Q2, A2], ["\nFine. <|im_end|>\n", CHATML_ENDS[1]]),
+        (templates.CHATML, [Q1, {"role": "assistant", "content": ""}, Q2, A2], ["<|im_end|>\n", CHATML_ENDS[1]]),
+    ],
+)
+def test_turns_are_found_where_they_are_no_prefixes_of_the_text(make_tokenizer, template, messages, expected):
+    tokenizer = make_tokenizer(template)
+    example = encode_one({"messages": messages}, "chat", tokenizer)
+    assert trained_runs(example, tokenizer) == expected
+    assert example.tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def test_last_trains_the_last_assistant_turn_and_the_refusal_of_all_turns_says_so(make_tokenizer):
+    tokenizer = make_tokenizer(templates.EMPTY_THINKING_LAST)
+    messages = [Q1, THINKING, Q2, {"role": "assistant", "content": "<think>\nStill.\n</think>\n\nStill fine."}]
+    text = problem({"messages": messages}, "chat", tokenizer)
+    assert "reasoning of assistant turn 1 ('Hm.')" in text and 'mask_prompt="last"' in text
+    encoded = encode([{"messages": messages}], "chat", tokenizer, LAST)
+    assert trained_runs(encoded.examples[0], tokenizer) == ["<think>\nStill.\n</think>\n\nStill fine.<|im_end|>\n"]
+    assert encoded.left_out == {"the reasoning of earlier turns": ["train:1"]}
+    assert encode([{"messages": messages}], "chat", tokenizer, DataSettings()).left_out == encoded.left_out
+
+
+def test_refusal_of_a_turn_that_cannot_be_found_says_that_the_last_one_can(make_tokenizer):
+    tokenizer = make_tokenizer(templates.CLOSES_CONVERSATION)
+    assert 'mask_prompt="last"' in problem({"messages": TALK}, "chat", tokenizer)
+    assert trained_runs(encode_one({"messages": TALK}, "chat", tokenizer, LAST), tokenizer) == ["Still fine.<|im_end|>\n</s>"]
+
+
+@pytest.mark.parametrize("messages", [[Q1, A1], TALK, [SYSTEM, Q1, A1, A2], [A1, Q1], [Q1, {"role": "assistant", "content": ""}]])
+def test_generation_markers_train_what_transformers_masks(make_tokenizer, messages):
+    tokenizer = make_tokenizer(templates.GENERATION)
+    example = encode_one({"messages": messages}, "chat", tokenizer)
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    assert example.loss_mask.tolist() == list(map(bool, tokenizer.apply_chat_template(messages, **options)["assistant_masks"]))
+
+
+def test_generation_markers_of_the_last_turn_and_of_turns_that_are_not_to_be_trained(make_tokenizer):
+    tokenizer = make_tokenizer(templates.GENERATION)
+    assert trained_runs(encode_one({"messages": TALK}, "chat", tokenizer, LAST), tokenizer) == ["Still fine.<|im_end|>"]
+    bad = [Q1, {**A1, "train": False}, Q2, A2]
+    assert trained_runs(encode_one({"messages": bad}, "chat", tokenizer), tokenizer) == ["Still fine.<|im_end|>"]
+
+
+@pytest.mark.parametrize("no", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_messages_with_weight_0_or_train_false_are_not_trained(tokenizer, no):
+    messages = [Q1, {**A1, **no}, Q2, {**A2, "weight": 1, "train": True}]
+    assert trained_runs(encode_one({"messages": messages}, "chat", tokenizer), tokenizer) == CHATML_ENDS[1:]
+    runs = trained_runs(encode_one({"messages": messages}, "chat", tokenizer, DataSettings()), tokenizer)
+    assert "".join(runs).count("ine.") == 1 and len(runs) == 2 and runs[0].endswith("assistant\n")
+    assert not encode_one({"messages": messages[:2]}, "chat", tokenizer, LAST).loss_mask.any()
+    untrained_question = [{**Q1, **no}, A1]
+    runs = trained_runs(encode_one({"messages": untrained_question}, "chat", tokenizer, DataSettings()), tokenizer)
+    assert "".join(runs) == "<|im_start|>assistant\nFine.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("wrong", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}])
+def test_weight_or_train_of_another_value_is_an_error_of_the_row(tokenizer, wrong):
+    assert "messages[1]" in problem({"messages": [Q1, {**A1, **wrong}]}, "chat", tokenizer)
+
+
+class NoPlaces:
+    """A tokenizer that does not tell which characters its tokens are, as those in Python."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts, **options):
+        return BatchEncoding(dict(self._tokenizer(texts, **options)))
+
+
+def test_a_tokenizer_that_tells_no_places_gives_the_same_masks_and_refuses_joined_characters(make_tokenizer):
+    tokenizer = make_tokenizer(templates.EMPTY_THINKING_LAST)
+    fast, slow = (encode_one({"messages": TALK}, "chat", each) for each in (tokenizer, NoPlaces(tokenizer)))
+    assert slow.loss_mask.tolist() == fast.loss_mask.tolist()
+    joined = {"messages": [Q1, {"role": "assistant", "content": "the answer"}]}
+    assert "no token border" in problem(joined, "chat", NoPlaces(make_tokenizer(templates.PROMPT_ENDS_WITH_SPACE)))
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells the weather.", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "template, messages, said",
+    [
+        (templates.CHATML, [Q1, {**A1, "reasoning_content": "all is well"}], "reasoning of assistant turn 1 ('all is well')"),
+        (templates.CHATML, [Q1, {**A1, "thinking": "Fine."}], "reasoning of assistant turn 1"),  # its word stands in the text by chance
+        (templates.CALLS_BY_NAME, [Q1, {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}], "assistant turn 1 ('I look.')"),
+        (templates.CALLS_BY_NAME, [Q1, {"role": "assistant", "tool_calls": [CALL]}], "the tool calls of assistant turn 1 ('Oslo')"),
+        (templates.IGNORES_ASSISTANT, [Q1, A1], "words of assistant turn 1"),
+        (templates.CHATML.replace("message['content']", "message['content'][:6]"), [Q1, A1], "words of user turn 1"),
+    ],
+)
+@pytest.mark.parametrize("mask_prompt", [False, True, "last"])
+def test_lost_words_of_the_user_or_of_a_trained_turn_are_an_error_of_the_row(make_tokenizer, template, messages, said, mask_prompt):
+    assert said in problem({"messages": messages}, "chat", make_tokenizer(template), DataSettings(mask_prompt=mask_prompt))
+
+
+def test_other_words_that_are_lost_are_told_with_their_number_and_first_row(make_tokenizer):
+    tool = {"role": "tool", "content": "rain, 7 degrees"}
+    rows = [[Q1, A1], [SYSTEM, Q1, A1], [Q1, tool, A1], [SYSTEM, Q1, {**A1, "note": "nobody reads this"}]]
+    rows = {"train": [{"messages": row} for row in rows]}
+    for mask_prompt in (False, True):
+        notes = load_data(rows, make_tokenizer(templates.TWO_ROLES), mask_prompt=mask_prompt).notes
+        assert any("leaves out the words of system messages of 2 of 4 rows, first train:2. Put them into" in note for note in notes)
+        assert any("leaves out the words of tool messages of 1 of 4 rows, first train:3" in note for note in notes)
+        assert any("the key 'note' of assistant messages of 1 of 4 rows" in note for note in notes)
+        assert load_data({"train": rows["train"][:1]}, make_tokenizer(templates.TWO_ROLES), mask_prompt=mask_prompt).notes == []
+
+
+def test_tools_of_which_a_part_is_written_are_told(make_tokenizer):
+    names = "{% for tool in tools or [] %}{{ tool.function.name + '\n' }}{% endfor %}" + templates.CHATML
+    row = {"messages": [Q1, A1], "tools": [TOOL]}
+    assert encode([row], "chat", make_tokenizer(names)).left_out == {"words of the tools": ["train:1"]}
+
+
+def test_words_that_json_or_the_template_writes_in_another_way_are_not_lost(make_tokenizer):
+    call = {"type": "function", "function": {"name": "say", "arguments": {"text": 'a "quoted" é\nline', "n": 5}}}
+    messages = [Q1, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "done"}, {**A1, "content": " Fine. \n"}]
+    template = templates.TOOLS.replace("message.content }}", "message.content | trim }}")
+    assert encode([{"messages": messages}], "chat", make_tokenizer(template)).left_out == {}
+    ascii_only = template.replace("tojson", "tojson(ensure_ascii=True)")
+    assert encode([{"messages": messages}], "chat", make_tokenizer(ascii_only)).left_out == {}
+    spaced = {"role": "assistant", "content": "<think>Hm, so.</think>Fine."}
+    assert encode([{"messages": [Q1, spaced]}], "chat", make_tokenizer(templates.EMPTY_THINKING_LAST)).left_out == {}
+
+
+def test_private_characters_in_the_rows_are_words_like_others(tokenizer):
+    messages = [Q1, {"role": "assistant", "content": "\U000f0000 Fine."}, Q2, A2]
+    assert trained_runs(encode_one({"messages": messages}, "chat", tokenizer), tokenizer)[1] == CHATML_ENDS[1]
+
+
+@pytest.mark.parametrize("template", [templates.CHATML, templates.EMPTY_THINKING_LAST, templates.THINKING_IN_PROMPT, templates.GENERATION])
+def test_the_number_of_renderings_does_not_grow_with_the_number_of_turns(make_tokenizer, template, monkeypatch):
+    run, calls = ChatRenderer._run, []
+    monkeypatch.setattr(ChatRenderer, "_run", lambda self, render: calls.append(1) or run(self, render))
+
+    def renderings(turns):
+        calls.clear()
+        messages = [{"role": ("user", "assistant")[i % 2], "content": f"Words {i} here."} for i in range(2 * turns)]
+        tokenizer = make_tokenizer(template)
+        assert len(trained_runs(encode_one({"messages": messages}, "chat", tokenizer), tokenizer)) == turns
+        return len(calls)
+
+    assert renderings(4) == renderings(40) <= 16
