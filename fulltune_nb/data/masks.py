@@ -184,11 +184,19 @@ class Turns:
         if i == 0 and not is_answer:
             return 0
         if is_answer and rests[0] is None and words_start is not None:  # the template renders no such beginning, often an empty one
-            prompt = self._generation_prompt()
-            found = -1 if prompt is None else self.text.rfind(prompt, at, words_start) if prompt else words_start
-            if found >= 0:
-                return found + len(prompt)
+            if (start := self._behind_prompt(at, words_start)) is not None:
+                return start
         raise self._not_found(i, "start", rests[0], at)
+
+    def _behind_prompt(self, at: int, words_start: int) -> int | None:
+        """Behind the generation prompt that stands between two places, or behind its first part where that stands right before the words."""
+        if not (prompt := self._generation_prompt()):
+            return None if prompt is None else words_start
+        for size in range(len(prompt), 0, -1):
+            found = self.text.rfind(prompt[:size], at, words_start)
+            if found >= 0 and (size == len(prompt) or not self.text[found + size : words_start].strip()):
+                return found + size
+        return None
 
     def _words_before(self, i: int, first: int | None) -> tuple[int, int]:
         """Where the last word ends that is written before the first of message `i`, and its message; (0, -1) if there is none."""
@@ -238,10 +246,10 @@ class Turns:
 
     def _rest_before_prompt(self, i: int) -> str | None:
         """What the template writes behind the last words of message `i` where a generation prompt follows, without that prompt."""
-        if not (prompt := self._generation_prompt()):
+        if (prompt := self._generation_prompt()) is None:
             return None
         rest = self._rest(i + 1, True, i)
-        return rest[: -len(prompt)] if rest is not None and rest.endswith(prompt) else None
+        return rest[: len(rest) - len(prompt)] if rest is not None and rest.endswith(prompt) else None
 
     # -- renderings
 

@@ -1,6 +1,8 @@
 """Which tokens are trained on, for templates in the shapes that real ones have, and for random ones."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from fulltune_nb.chat_template import ChatRenderer
@@ -176,3 +178,70 @@ def test_the_number_of_renderings_does_not_grow_with_the_number_of_turns(make_to
         return len(calls)
 
     assert renderings(4) == renderings(40) <= 16
+
+
+# ---- random conversations and random small templates
+
+HEADS = {"user": "User: ", "assistant": "Bot: ", "system": "Note: ", "tool": "Result: "}
+
+
+@st.composite
+def small_templates(draw):
+    """A template, and which kinds of words it writes: a predicate of (message, its index, the index of the last user's message)."""
+    tails = {role: draw(st.sampled_from(["\n", "</s>", "<|im_end|>\n", "</s> ", " ;\n"])) for role in HEADS}
+    heads = {role: draw(st.sampled_from([head, f"<|im_start|>{role}\n", head.upper() + "\n"])) for role, head in HEADS.items()}
+    written_roles = {"user", "assistant", *draw(st.sets(st.sampled_from(["system", "tool"])))}
+    reasoning = draw(st.sampled_from(["never", "always", "last"]))
+    prompt = heads["assistant"] + draw(st.sampled_from(["", "<think>"])) if draw(st.booleans()) else ""
+    begin = draw(st.sampled_from(["", "{{ bos_token }}", "{% if messages[0].role != 'system' %}Note: help.\n{% endif %}"]))
+    trim, last_end = draw(st.sampled_from(["", " | trim"])), draw(st.sampled_from(["", "</s>"]))
+    condition = {"never": "false", "always": "true", "last": "loop.index0 > asked.at"}[reasoning]
+    parts = [begin, "{% set asked = namespace(at=-1) %}"]
+    parts.append("{% for m in messages %}{% if m.role == 'user' %}{% set asked.at = loop.index0 %}{% endif %}{% endfor %}")
+    parts.append("{% for m in messages %}")
+    for role in HEADS:
+        thinking = f"{{% if m.thinking and {condition} %}}<think>{{{{ m.thinking }}}}</think>{{% endif %}}" if role == "assistant" else ""
+        body = f"{heads[role]}{thinking}{{{{ m.content{trim} }}}}{tails[role]}" if role in written_roles else ""
+        parts.append(f"{{% if m.role == '{role}' %}}{body}{{% endif %}}")
+    parts.append(f"{{% if loop.last and m.role == 'assistant' and not add_generation_prompt %}}{last_end}{{% endif %}}{{% endfor %}}")
+    parts.append(f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}")
+    keeps = {"never": lambda i, asked: False, "always": lambda i, asked: True, "last": lambda i, asked: i > asked}[reasoning]
+    return "".join(f"{{{{ {part!r} }}}}" if not part.startswith("{") else part for part in parts), written_roles, keeps
+
+
+@st.composite
+def conversations(draw):
+    """Messages whose words are all different, with spaces around them."""
+    messages = []
+    for i in range(draw(st.integers(1, 7))):
+        message = {"role": draw(st.sampled_from(["user", "assistant", "assistant", "system", "tool"]))}
+        message["content"] = f"{draw(st.sampled_from(['', ' ', chr(10)]))}said{i}q{draw(st.sampled_from(['', ' ', chr(10)]))}"
+        if message["role"] == "assistant" and draw(st.booleans()):
+            message["thinking"] = f"thought{i}q"
+        if message["role"] == "assistant" and draw(st.integers(0, 3)) == 0:
+            message["train"] = False
+        messages.append(message)
+    return messages
+
+
+@given(small_templates(), conversations(), st.sampled_from([True, "last", False]))
+@settings(max_examples=60, deadline=None)
+def test_marked_words_of_trained_turns_are_trained_no_others_and_lost_ones_are_told(make_tokenizer, template, messages, mask_prompt):
+    template, written_roles, keeps_reasoning = template
+    tokenizer = make_tokenizer(template)
+    asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = {i for i in (answers[-1:] if mask_prompt == "last" else answers) if messages[i].get("train") is not False}
+    lost_reasoning = {i for i in answers if "thinking" in messages[i] and not keeps_reasoning(i, asked)}
+    is_refused = any(i in wanted and (mask_prompt or i > asked) for i in lost_reasoning)
+    encoded = encode([{"messages": messages}], "chat", tokenizer, DataSettings(mask_prompt=mask_prompt))
+    assert bool(encoded.problems) == is_refused, encoded.problems
+    if is_refused:
+        return
+    is_lost = bool(lost_reasoning) or any(message["role"] not in written_roles for message in messages)
+    assert bool(encoded.left_out) == is_lost
+    trained = "\n".join(trained_runs(encoded.examples[0], tokenizer))
+    for i, message in enumerate(messages):
+        is_trained = i in wanted if mask_prompt else message.get("train") is not False
+        assert (f"said{i}q" in trained) == (is_trained and message["role"] in written_roles)
+        assert (f"thought{i}q" in trained) == (is_trained and "thinking" in message and i not in lost_reasoning)
