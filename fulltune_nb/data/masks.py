@@ -189,7 +189,7 @@ class Turns:
         raise self._not_found(i, "start", rests[0], at)
 
     def _behind_prompt(self, at: int, words_start: int) -> int | None:
-        """Behind the generation prompt that stands between two places, or behind its first part where that stands right before the words."""
+        """Behind the generation prompt that stands between two places, or behind its first part right before the words."""
         if not (prompt := self._generation_prompt()):
             return None if prompt is None else words_start
         for size in range(len(prompt), 0, -1):
