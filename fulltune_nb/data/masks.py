@@ -183,17 +183,15 @@ class Turns:
                 return max(at + len(rests[1]), shared if words_start is None else min(shared, words_start))
         if i == 0 and not is_answer:
             return 0
-        if is_answer and rests[0] is None and words_start is not None:  # the template renders no such beginning, often an empty one
-            if (start := self._behind_prompt(at, words_start)) is not None:
-                return start
+        if is_answer and words_start is not None and (start := self._behind_prompt(at, words_start)) is not None:
+            return start  # the template refuses such a beginning, often an empty one, or renders it otherwise
         raise self._not_found(i, "start", rests[0], at)
 
     def _behind_prompt(self, at: int, words_start: int) -> int | None:
         """Behind the generation prompt that stands between two places, or behind its first part right before the words."""
-        if not (prompt := self._generation_prompt()):
-            return None if prompt is None else words_start
+        prompt = self._generation_prompt() or ""
         for size in range(len(prompt), 0, -1):
-            found = self.text.rfind(prompt[:size], at, words_start)
+            found = self.text.rfind(prompt[:size], at, words_start) if prompt[:size].strip() else -1
             if found >= 0 and (size == len(prompt) or not self.text[found + size : words_start].strip()):
                 return found + size
         return None
