@@ -61,6 +61,8 @@ class Batch:
     """Input positions that hold an example's token."""
     segments: np.ndarray | None = None
     """(B, T) int32 where rows are packed: the number of the example within its row, from 0, and -1 where padded."""
+    row_lengths: np.ndarray | None = None
+    """(B,) int32, input positions of each row that hold an example's token; None: all T."""
 
     def __repr__(self) -> str:
         return f"Batch(inputs {self.inputs.shape}, {self.num_tokens} trained tokens, {self.padded_tokens - self.real_tokens} padding)"
@@ -111,6 +113,7 @@ def collate(split: Split, rows: Sequence[Row], shape: tuple[int, int] | None = N
         padded_tokens=inputs.size,
         real_tokens=int(used.sum()),
         segments=segments,
+        row_lengths=np.array(used, dtype=np.int32),
     )
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fulltune_nb.models.attention import Attention, causal_mask, soft_cap, within_segments
-from fulltune_nb.models.experts import MixtureOfExperts
+from fulltune_nb.models.experts import MixtureOfExperts, RouterBalance
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.layers import MLP, Linear, Norm
 from fulltune_nb.models.model_config import ModelConfig
@@ -48,12 +48,20 @@ class Block(nn.Module):
             self[name] = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.mlp = MixtureOfExperts(config) if config.with_experts[layer] else MLP(config)
 
-    def __call__(self, x: mx.array, rotation: Rotation | None, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        rotation: Rotation | None,
+        mask: mx.array | None,
+        cache: KVCache | None = None,
+        balance: RouterBalance | None = None,
+    ) -> mx.array:
         if self._parallel:  # attention and mlp read the same input
             normed = self.input_norm(x)
             return x + self.attention(normed, rotation, mask, cache) + self.mlp(normed)
         attended = self.attend(x, rotation, mask, cache)
-        return self.add(attended, self.mlp(self.mlp_input(attended)))
+        balanced = {"balance": balance} if balance is not None and "experts" in self.mlp else {}
+        return self.add(attended, self.mlp(self.mlp_input(attended), **balanced))
 
     def attend(self, x: mx.array, rotation: Rotation | None, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
         """The first half of a block that is not parallel: the input (B, T, D), and what attention adds to it."""
@@ -131,6 +139,7 @@ class Decoder(nn.Module):
         checkpoint: bool = False,
         segments: mx.array | None = None,
         dtype: mx.Dtype | None = None,
+        balance: RouterBalance | None = None,
     ) -> mx.array:
         """The last block's output after the final norm: (B, T) -> (B, T, D).
 
@@ -141,10 +150,14 @@ class Decoder(nn.Module):
             segments: (B, T) int32, for rows that hold several examples: tokens look only at those with their own number. Not
                 with a cache.
             dtype: of the activations; None: that of the weights.
+            balance: takes part in the experts' routing; not with a cache.
         """
         x = self.embed(ids, dtype)
         for i, (block, context) in enumerate(zip(self.layers, self.context(ids.shape[1], cache, segments), strict=True)):
-            x = _checkpointed(block, x, *context) if checkpoint else block(x, *context, cache[i] if cache else None)
+            if checkpoint:
+                x = _checkpointed(block, x, *context, balance)
+            else:
+                x = block(x, *context, cache[i] if cache else None, balance)
         return self.norm(x)
 
     def context(self, length: int, cache: Sequence[KVCache] | None = None, segments: mx.array | None = None) -> list[Context]:
@@ -202,7 +215,9 @@ def _rows_in_float32_vjp(primals, cotangent, _output):
     return mx.zeros(weight.shape, dtype=mx.float32).at[ids].add(cotangent), mx.zeros_like(ids)
 
 
-def _checkpointed(block: Block, x: mx.array, rotation: Rotation | None, mask: mx.array | None) -> mx.array:
+def _checkpointed(
+    block: Block, x: mx.array, rotation: Rotation | None, mask: mx.array | None, balance: RouterBalance | None
+) -> mx.array:
     """The block's output, its insides computed again in the backward pass, once the gradient of that output is there.
 
     `mx.checkpoint` only waits for the block's output: as MLX is given the whole graph at once, it then computes blocks again before
@@ -214,7 +229,7 @@ def _checkpointed(block: Block, x: mx.array, rotation: Rotation | None, mask: mx
 
     def forward(x: mx.array, *values: mx.array) -> mx.array:
         with swapped_in(block, dict(zip(own, values, strict=True))):
-            return block(x, rotation, mask)
+            return block(x, rotation, mask, balance=balance)
 
     if "experts" in block.mlp:  # they read the routing while they are computed, and would have all gradients so far computed there
         return mx.checkpoint(forward)(x, *own.values())

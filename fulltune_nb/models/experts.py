@@ -27,6 +27,47 @@ class Routing:
     """(M * chosen,): where the output for each token's choice stands, when the experts' outputs follow one another."""
 
 
+class RouterBalance:
+    """The balance loss of one micro-batch (Fedus et al. 2022; transformers' `load_balancing_loss_func`), as far as gradients need it.
+
+    Of E experts, f_e is the share of tokens that go to expert e, and P_e the mean of its softmax share, both over all layers; the loss is
+    E sum_e f_e P_e. Where a token goes has no gradient, so the loss is linear in the shares: its gradient is known when the forward pass
+    has been through all layers, and is added where the backward pass comes by the scores.
+
+    Args:
+        coefficient: what the loss is multiplied by.
+        real: (M,) bool, which tokens are no padding.
+    """
+
+    def __init__(self, coefficient: float, real: np.ndarray):
+        self._coefficient, self._real = coefficient, real
+        self._counts: dict[int, np.ndarray] = {}  # id of a layer's mixture -> (E,) real tokens that each expert got
+
+    def note(self, moe: MixtureOfExperts, chosen: np.ndarray) -> None:
+        """Counts a layer's choices (M, chosen); again the same where the layer is computed again."""
+        self._counts[id(moe)] = np.bincount(chosen[self._real].reshape(-1), minlength=len(moe.experts))
+
+    def through(self, scores: mx.array) -> mx.array:
+        """A layer's scores (M, E), which get the balance loss's gradient besides their own."""
+
+        @mx.custom_function
+        def same(scores: mx.array) -> mx.array:
+            return scores * 1.0
+
+        @same.vjp
+        def with_balance(scores: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
+            shares, slope = mx.softmax(scores, axis=-1), self._slope() * mx.array(self._real)[:, None]
+            return cotangent + shares * (slope - (shares * slope).sum(axis=-1, keepdims=True))
+
+        return same(scores)
+
+    def _slope(self) -> mx.array:
+        """Of the loss by a share of a real token: (E,)."""
+        counts = sum(self._counts.values())
+        rows = len(self._counts) * max(int(self._real.sum()), 1)
+        return mx.array((self._coefficient * len(counts) / rows**2) * counts, dtype=mx.float32)
+
+
 class MixtureOfExperts(nn.Module):
     """Each token goes to its best few experts (Jiang et al. 2024); only these are computed. A shared one sees every token."""
 
@@ -39,28 +80,31 @@ class MixtureOfExperts(nn.Module):
             self.shared_expert = MLP(config, config.shared_expert_size)
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, balance: RouterBalance | None = None) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
-        routing = self.route(tokens)
+        routing = self.route(tokens, balance)
         outputs = [expert(tokens[rows]) for expert, rows in zip(self.experts, routing.rows, strict=True) if rows.size]
-        return self.combine(tokens, mx.concatenate(outputs), routing).reshape(x.shape)
+        return self.combine(tokens, mx.concatenate(outputs), routing, balance).reshape(x.shape)
 
-    def route(self, tokens: mx.array) -> Routing:
+    def route(self, tokens: mx.array, balance: RouterBalance | None = None) -> Routing:
         """Which experts each token goes to. (M, D).
 
         How many tokens an expert gets depends on the data, so the choices are read here: one synchronisation a layer.
         """
         scores = mx.stop_gradient(self._scores(tokens))
         chosen = np.array(mx.argpartition(-scores, kth=self._num_chosen - 1, axis=-1)[:, : self._num_chosen])
+        if balance is not None:
+            balance.note(self, chosen)
         order = np.argsort(chosen, axis=None, kind="stable")
         borders = np.searchsorted(chosen.reshape(-1)[order], np.arange(len(self.experts) + 1))
         rows = tuple(mx.array(order[begin:end] // self._num_chosen) for begin, end in zip(borders, borders[1:], strict=False))
         return Routing(mx.array(chosen), rows, mx.array(np.argsort(order, kind="stable")))
 
-    def combine(self, tokens: mx.array, outputs: mx.array, routing: Routing) -> mx.array:
+    def combine(self, tokens: mx.array, outputs: mx.array, routing: Routing, balance: RouterBalance | None = None) -> mx.array:
         """Each token's mixture of its experts' outputs, which come one expert after the other, and of the shared expert's:
         (M * chosen, D) -> (M, D)."""
         scores = self._scores(tokens)
+        scores = scores if balance is None else balance.through(scores)
         if self._normalised:  # softmax over all experts, then normalised over the chosen, is the softmax over the chosen
             shares = mx.softmax(mx.take_along_axis(scores, routing.chosen, axis=-1), axis=-1)
         else:

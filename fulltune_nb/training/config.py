@@ -174,6 +174,11 @@ class TrainConfig:
         False, checks.flag,
         "Keep only each block's input in the forward pass and compute the rest again: less memory, about a third more time.",
     )  # fmt: skip
+    router_aux_loss_coef: float = setting(
+        0.0, checks.number(low=0.0),
+        "Weight of the router's balance loss in the gradients of a model with experts, such as the 0.001 of its `config.json`; 0: none. "
+        "The losses that are reported are without it.",
+    )  # fmt: skip
     lr_factors: dict[str, float] = setting(
         {}, checks.factors,
         "Name pattern -> factor on the learning rate; the first pattern that matches a tensor's Hugging Face name counts.",

@@ -17,9 +17,10 @@ import numpy as np
 from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.experts import RouterBalance
 from fulltune_nb.models.parameters import Arrays, backward_through, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm
-from fulltune_nb.training.layerwise import Layerwise
+from fulltune_nb.training.layerwise import Layerwise, balance_of
 from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
 
 CHUNK_ELEMENTS = 2**23
@@ -34,10 +35,13 @@ class WholeGraph:
         checkpoint: keep only the blocks' inputs for the backward pass, and compute the rest again.
         compiled: once for each shape of batch; not with experts.
         kernels: for the norm, and but for experts the loss; None: MLX computes them.
+        balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
     """
 
-    def __init__(self, model: Decoder, checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None):
-        self._model, self._checkpoint, self._kernels = model, checkpoint, kernels
+    def __init__(
+        self, model: Decoder, checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0
+    ):
+        self._model, self._checkpoint, self._kernels, self._balance = model, checkpoint, kernels, balance
         # A graph with experts cannot wait for its loss: their routing is read while it is made.
         self._in_halves = kernels is not None and not model.config.num_experts
         graph = self._halves if self._in_halves else self._whole
@@ -63,23 +67,25 @@ class WholeGraph:
     def _by_graph(self, batch: Batch, weights: np.ndarray) -> tuple[mx.array, Arrays]:
         """A micro-batch's share of the mean loss, and its gradients; lazy."""
         targets = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
-        return self._graph(parameters_of(self._model), inputs_of(batch), targets)
+        balance = balance_of(self._model, batch, self._balance * weights.sum())
+        return self._graph(parameters_of(self._model), inputs_of(batch), targets, *([] if balance is None else [balance]))
 
-    def _whole(self, parameters: Arrays, inputs: Arrays, targets: Arrays) -> tuple[mx.array, Arrays]:
+    def _whole(
+        self, parameters: Arrays, inputs: Arrays, targets: Arrays, balance: RouterBalance | None = None
+    ) -> tuple[mx.array, Arrays]:
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
         def loss() -> mx.array:
-            hidden, head = self._hidden_states(inputs), self._model.head_weights()
+            hidden, head = self._hidden_states(inputs, balance), self._model.head_weights()
             return cross_entropy(hidden, head, targets["targets"], targets["weights"], self._model.config.logit_cap)
 
         with swapped_in(self._model, parameters):
             found, _, gradients = backward_through({"": self._model}, loss, [], mx.array(1.0))
         return found, gradients
 
-    def _hidden_states(self, inputs: Arrays) -> mx.array:
+    def _hidden_states(self, inputs: Arrays, balance: RouterBalance | None = None) -> mx.array:
         """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
-        dtype = self._model.compute_dtype
-        segments = inputs.get("segments")
-        hidden = self._model.hidden_states(inputs["ids"], checkpoint=self._checkpoint, segments=segments, dtype=dtype)  # (B, T, D)
+        settings = {"checkpoint": self._checkpoint, "dtype": self._model.compute_dtype, "balance": balance}
+        hidden = self._model.hidden_states(inputs["ids"], segments=inputs.get("segments"), **settings)  # (B, T, D)
         return hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
 
     # -- with kernels, which are no part of a graph, the loss stands between its two halves ----------------------------------------
@@ -150,10 +156,17 @@ class WholeGradients:
 
 
 def make_engine(
-    model: Decoder, backward: str, checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None
+    model: Decoder,
+    backward: str,
+    checkpoint: bool = False,
+    compiled: bool = False,
+    kernels: Kernels | None = None,
+    balance: float = 0.0,
 ) -> Engine:
     """The engine of a run: "whole" or "layerwise", of which only the first has use for `checkpoint`; else as `WholeGraph`."""
-    return Layerwise(model, compiled, kernels) if backward == "layerwise" else WholeGraph(model, checkpoint, compiled, kernels)
+    if backward == "layerwise":
+        return Layerwise(model, compiled, kernels, balance)
+    return WholeGraph(model, checkpoint, compiled, kernels, balance)
 
 
 def inputs_of(batch: Batch) -> Arrays:

@@ -23,7 +23,7 @@ from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
-from fulltune_nb.models.experts import Routing
+from fulltune_nb.models.experts import RouterBalance, Routing
 from fulltune_nb.models.parameters import Arrays, backward_through, lowest_trained_block, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm
@@ -60,8 +60,10 @@ class BlockPasses:
         self._forward = mx.compile(self._output) if compiled else self._output
         self._backward = mx.compile(self._gradients) if compiled else self._gradients
 
-    def forward(self, x: mx.array, context: Context) -> mx.array:
-        """The block's output (B, T, D); lazy."""
+    def forward(self, x: mx.array, context: Context, balance: RouterBalance | None = None) -> mx.array:
+        """The block's output (B, T, D); lazy. `balance` notes where tokens go, if the block has experts."""
+        if balance is not None and "experts" in self.block.mlp:
+            return self.block(x, *context, balance=balance)
         return self._forward(parameters_of(self.block), x, context)
 
     def backward(self, x: mx.array, cotangent: mx.array, context: Context) -> tuple[mx.array, Arrays]:
@@ -89,6 +91,7 @@ class ExpertWork:
     cotangent: mx.array
     """Gradient with respect to the block's output (B, T, D); with respect to its input, when the block is done."""
     context: Context
+    balance: RouterBalance | None = None
 
 
 @dataclass
@@ -169,7 +172,7 @@ def _route(block: Block, name: str, one: ExpertWork, sums: Arrays, to_experts: b
         modules[f"{name}.mlp_output_norm"] = block.mlp_output_norm
 
     def added(tokens: mx.array, outputs: mx.array) -> mx.array:
-        return block.add(mx.zeros_like(attended), moe.combine(tokens, outputs, routing).reshape(attended.shape))
+        return block.add(mx.zeros_like(attended), moe.combine(tokens, outputs, routing, one.balance).reshape(attended.shape))
 
     to_tokens, to_outputs = vjp(modules, added, [tokens, mx.concatenate(outputs)], one.cotangent, sums, to_experts)
     return _Routed(attended, tokens, routing, to_tokens, to_outputs)
@@ -216,6 +219,7 @@ class _Stream:
     positions: mx.array
     """(N,) trained ones among the M."""
     head: HeadInput | None = None
+    balance: RouterBalance | None = None
     cotangent: mx.array | None = None
     """Gradient with respect to the output of the block that is next (B, T, D)."""
 
@@ -227,10 +231,11 @@ class Layerwise:
         model: its trainable parameters get gradients.
         compiled: each block's passes, once for each shape of batch; not with experts.
         kernels: for norm and loss; None: MLX computes them.
+        balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
     """
 
-    def __init__(self, model: Decoder, compiled: bool = False, kernels: Kernels | None = None):
-        self._model, self._kernels = model, kernels
+    def __init__(self, model: Decoder, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0):
+        self._model, self._kernels, self._balance = model, kernels, balance
         self._passes = [BlockPasses(block, compiled) for block in model.layers]
 
     def __repr__(self) -> str:
@@ -238,7 +243,7 @@ class Layerwise:
 
     def gradients(self, number: int, batches: Sequence[Batch]) -> LayerwiseGradients:
         """The step's loss, and its gradients as they are asked for; see `gradients.Engine`."""
-        return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches)
+        return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches, self._balance)
 
 
 class LayerwiseGradients:
@@ -251,9 +256,15 @@ class LayerwiseGradients:
     """
 
     def __init__(
-        self, model: Decoder, passes: Sequence[BlockPasses], kernels: Kernels | None, number: int, batches: Sequence[Batch]
+        self,
+        model: Decoder,
+        passes: Sequence[BlockPasses],
+        kernels: Kernels | None,
+        number: int,
+        batches: Sequence[Batch],
+        balance: float = 0.0,
     ):
-        self._model, self._passes, self._kernels = model, passes, kernels
+        self._model, self._passes, self._kernels, self._balance = model, passes, kernels, balance
         self._number, self._batches = number, batches
         self._trained = set(trainable_of(model))  # names only: who holds an array keeps its memory
         self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
@@ -296,7 +307,7 @@ class LayerwiseGradients:
     def _forward(self) -> None:
         """All micro-batches up to the loss, and back to the last block's output."""
         tokens = sum(batch.num_tokens for batch in self._batches)
-        self._streams = [_forward(self._model, self._passes, batch, tokens) for batch in self._batches]
+        self._streams = [_forward(self._model, self._passes, batch, tokens, self._balance) for batch in self._batches]
         inputs = [stream.head for stream in self._streams]
         self.loss, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
         self._norm_gradients = self._through_final_norm(gradients)
@@ -341,7 +352,9 @@ class LayerwiseGradients:
     def _block_pieces(self, index: int, to_input: bool) -> Iterator[GradientPiece]:
         passes, name = self._passes[index], f"layers.{index}"
         if self._model.config.with_experts[index]:
-            work = [ExpertWork(stream.inputs.pop(), stream.cotangent, stream.contexts[index]) for stream in self._streams]
+            work = [
+                ExpertWork(stream.inputs.pop(), stream.cotangent, stream.contexts[index], stream.balance) for stream in self._streams
+            ]
             yield from map(GradientPiece, expert_gradients(passes.block, name, work, to_input))
             for stream, done in zip(self._streams, work, strict=True):
                 stream.cotangent = done.cotangent
@@ -393,19 +406,29 @@ class LayerwiseGradients:
         return total
 
 
-def _forward(model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int) -> _Stream:
+def balance_of(model: Decoder, batch: Batch, coefficient: float) -> RouterBalance | None:
+    """The balance loss of a micro-batch; None without one, or without experts."""
+    if not coefficient or not model.config.num_experts:
+        return None
+    rows, length = batch.inputs.shape
+    used = np.full(rows, length) if batch.row_lengths is None else batch.row_lengths
+    return RouterBalance(float(coefficient), (np.arange(length) < used[:, None]).reshape(-1))
+
+
+def _forward(model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int, balance_coefficient: float) -> _Stream:
     dtype = model.compute_dtype
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
     contexts = model.context(ids.shape[1], segments=segments)
+    balance = balance_of(model, batch, balance_coefficient * batch.num_tokens / step_tokens)
     x, inputs = model.embed(ids, dtype), []
     for block, context in zip(passes, contexts, strict=True):
         mx.eval(x)
         inputs.append(x)
-        x = block.forward(x, context)
+        x = block.forward(x, context, balance)
     inputs.append(x)
     positions = mx.array(batch.target_positions)
     hidden = model.norm(x).reshape(-1, x.shape[-1])[positions]  # (B, T, D) -> (N, D)
     mx.eval(x, hidden)
     head = HeadInput(hidden, batch.targets, mx.array(batch.weights / step_tokens), model.config.logit_cap)
-    return _Stream(batch.inputs.reshape(-1), contexts, inputs, positions, head)
+    return _Stream(batch.inputs.reshape(-1), contexts, inputs, positions, head, balance)

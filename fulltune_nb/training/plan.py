@@ -52,6 +52,8 @@ class Plan:
     """Of our own, on a Linux CPU."""
     notes: tuple[tuple[str, str], ...]
     """What the user should hear of: kind and message of an event each."""
+    balance: float = 0.0
+    """Weight of the router's balance loss."""
 
     @property
     def backward(self) -> str:
@@ -60,7 +62,7 @@ class Plan:
 
     def make_engine(self, model: Decoder) -> Engine:
         """What computes the gradients; the model's trainable parameters are those of the run by now."""
-        return make_engine(model, self.backward, self.checkpoint, self.compiles, self.kernels)
+        return make_engine(model, self.backward, self.checkpoint, self.compiles, self.kernels, self.balance)
 
 
 def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None) -> Plan:
@@ -103,7 +105,10 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
     notes += _without_effect(config, data, total_steps) + _beyond_positions(lm, data)
     short = config.memory == "lean" or (config.memory == "auto" and not work.count("whole").fits)
     gives_back = memory.backward == "layerwise" and short
-    return Plan(batches, total_steps, work.stored, memory, compiles, config.grad_checkpoint, gives_back, kernels, tuple(notes))
+    balance = config.router_aux_loss_coef
+    if balance and not lm.config.num_experts:
+        notes.append(("router_aux_loss_coef", f"router_aux_loss_coef={balance:g} has no effect: the model has no experts"))
+    return Plan(batches, total_steps, work.stored, memory, compiles, config.grad_checkpoint, gives_back, kernels, tuple(notes), balance)
 
 
 def _without_effect(config: TrainConfig, data: Any, total_steps: int) -> list[tuple[str, str]]:
