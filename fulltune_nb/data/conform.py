@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fulltune_nb.chat_template import LimitReached
 from fulltune_nb.data.conform_messages import LOOKS_LIKE_DATA, MessageConformer, parsed
-from fulltune_nb.data.raw import RawSplit
+from fulltune_nb.data.raw import RawSplit, is_padded, without_nulls
 from fulltune_nb.data.rows import RowError, keys_of, kind, messages_problem
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.data.tally import Tally
@@ -81,6 +81,9 @@ class _RowConformer:
         if turn is None and not unread:
             return row
         self.tally.source = source
+        if "tools" in keys and is_padded(row["tools"]):
+            row = {key: without_nulls(value) for key, value in row.items()}
+            self.tally.add("with null for properties of tools, as tables write them: all nulls inside the row are left out")
         for key in unread:
             if not _is_empty(row[key]):
                 self.tally.unread(key)
@@ -119,6 +122,9 @@ class _RowConformer:
         prompt, completion = keys_of("completions", self._settings)
         tools = self._messages.tools(row)
         if not isinstance(row[prompt], list) or not isinstance(row[completion], list):
+            if not self._messages.takes_text() and isinstance(row[prompt], str) and isinstance(row[completion], str):
+                pair = [{"role": "user", "content": row[prompt]}, {"role": "assistant", "content": row[completion]}]
+                return self._as_chat(row, self._messages.messages(pair, prompt, bool(tools)), tools, (prompt, completion))
             return row if tools is row.get("tools") else {**row, "tools": tools}
         before, behind = (self._checked_messages(row[key], key, tools) for key in (prompt, completion))
         if self._settings.mask_prompt:  # else all of a row is trained on

@@ -107,6 +107,10 @@ class MessageConformer:
         self._name_unread(new)
         return message if new == message else new
 
+    def takes_text(self) -> bool:
+        """Whether the template takes content as text from a user and an assistant."""
+        return self._stays("user") and self._stays("assistant")
+
     def _stays(self, role: str) -> bool:
         if role not in self._text_stays:
             self._text_stays[role] = self._forms.content(role, in_parts=False) == TEXT

@@ -82,6 +82,14 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def is_padded(tools: Any) -> bool:
+    """Whether tools come from a table, though not read from one: a property that is null means nothing in a schema."""
+    if isinstance(tools, Mapping):
+        properties = tools.get("properties")
+        return (isinstance(properties, Mapping) and None in properties.values()) or any(is_padded(inner) for inner in tools.values())
+    return isinstance(tools, (list, tuple)) and any(is_padded(inner) for inner in tools)
+
+
 def _listed(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 

@@ -241,6 +241,13 @@ def _is_text_parts(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
 
 
+def content_text(content: Any) -> str | None:
+    """A message's content as one text, be it a string or text parts; None where it is neither."""
+    if _is_text_parts(content):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
 def kind(value: Any) -> str:
     """The JSON name of a value's type; for values that are not from JSON, Python's."""
     return _KINDS.get(type(value), f"of type {type(value).__name__}")

@@ -20,6 +20,9 @@ _PARAMETERS = {"type": "object", "properties": {_KEY: {"type": "string", "descri
 _TOOLS = [{"type": "function", "function": {"name": _NAME, "description": "Looks something up.", "parameters": _PARAMETERS}}]
 _IN_A_PART = re.compile(r"""["']text["']\s*:\s*["']$""")  # what stands before a word where the part itself was written out
 
+MOST_KNOWN = 64
+"""Answers that are looked for: rows may have as many roles as there are rows, and an answer takes milliseconds."""
+
 TEXT, PART, PARTS = "text", "one part", "parts"
 OBJECT, EITHER = "object", "either"
 
@@ -43,10 +46,11 @@ class TemplateForms:
 
         The form that it has comes first, if the template writes its words and nothing of the form; where it takes none, `TEXT`.
         """
-        if self._renderer is None:
+        key = ("content", role, in_parts)
+        if self._renderer is None or (len(self._known) >= MOST_KNOWN and key not in self._known):
             return TEXT
         order = (PARTS, TEXT, PART) if in_parts else (TEXT, PART)
-        return self._once(("content", role, in_parts), lambda: next((form for form in order if self._takes(role, form)), TEXT))
+        return self._once(key, lambda: next((form for form in order if self._takes(role, form)), TEXT))
 
     def arguments(self, with_tools: bool) -> str | None:
         """The form to give a call's arguments in: `OBJECT`, `TEXT` (of JSON), `EITHER` where both become the same; None: as it is.

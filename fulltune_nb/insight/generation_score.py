@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import regex
 
 from fulltune_nb.data.example import Example
+from fulltune_nb.data.rows import content_text
 from fulltune_nb.errors import ConfigError, DataError, listed
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, table
@@ -215,7 +216,7 @@ class _Question:
     @property
     def prompt(self) -> str:
         """For the table: the last turn before the answer."""
-        return str(self.messages[-1].get("content") or "")
+        return content_text(self.messages[-1].get("content")) or ""
 
 
 def _listed(rows: Any) -> list[Any]:
@@ -239,9 +240,10 @@ def _question(row: Any, number: int, features: Mapping[str, str]) -> _Question:
             f"{listed([repr(key) for key in values], 8) or 'nothing'}. Plain text has no answer to compare with."
         )
     last = messages[-1]
-    if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+    answer = content_text(last.get("content"))
+    if last.get("role") != "assistant" or answer is None:
         raise DataError(f"{source}: the last message must be the assistant's, with a text; it is {last.get('role')!r}'s.")
-    return _Question(source, list(messages[:-1]), last["content"], values)
+    return _Question(source, list(messages[:-1]), answer, values)
 
 
 # -- judging ----------------------------------------------------------------------------------------------------------

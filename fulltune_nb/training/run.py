@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from typing import Any
 
 from fulltune_nb.chat_template import CHATML
 from fulltune_nb.data.dataset import DataSet, load_data
+from fulltune_nb.data.raw import split_named
 from fulltune_nb.data.read import is_there
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, listed
@@ -418,6 +420,10 @@ class StoredRun:
             data = data.load_again(date)
         if date not in (None, data.settings.template_date):
             days = f", in rows with the date {data.settings.template_date} where the run has {date}: load_data(..., template_date={date!r})"
+        fewer = _as_read_before(data, self._state["data"]["fingerprint"])
+        if fewer is not data:
+            data = fewer
+            self.notes.append(f"the run began with {', '.join(data.splits)} alone, and goes on so: files of other names were not read then")
         self.notes += check_same_data(data, self._state["data"], self._force, days)
         return data
 
@@ -450,6 +456,22 @@ def check_long_enough(total_steps: int, step: int) -> None:
         raise CheckpointError(
             f"the state is that of step {step:,}, but the run has {total_steps:,} steps in all. Give more iters or epochs."
         )
+
+
+def _as_read_before(data: DataSet, fingerprint: str) -> DataSet:
+    """The data of that fingerprint, where it is this one without splits whose files have other names than the split.
+
+    Earlier versions did not read these (`validation.jsonl` for `valid.jsonl`).
+    """
+    stems = {name: split[0].source.partition(".")[0] for name, split in data.splits.items() if len(split)}
+    others = [name for name, stem in stems.items() if stem != name and split_named(stem) == name]
+    if not others or data.fingerprint == fingerprint:
+        return data
+    fewer = copy.copy(data)
+    fewer.__dict__.pop("fingerprint", None)
+    for name in others:
+        setattr(fewer, name, None)
+    return fewer if fewer.fingerprint == fingerprint else data
 
 
 def check_same_data(data: DataSet, stored: Mapping[str, Any], force: bool, why: str = "") -> list[str]:

@@ -84,6 +84,17 @@ def test_a_text_is_given_in_a_part_to_a_template_that_takes_only_parts(make_toke
     assert "Hello!" in data.train[0].text and "I am fine." in data.train[0].text and "given in parts" in data.notes[0]
 
 
+def test_a_pair_of_texts_is_given_in_parts_too(make_tokenizer):
+    data = load({"prompt": "Hello!", "completion": "I am fine."}, make_tokenizer(PARTS), mask_prompt=True)
+    assert "Hello!" in data.train[0].text and trained(data) == "I am fine.<|im_end|>\n"
+
+
+def test_many_roles_take_no_long_time(make_tokenizer):
+    rows = [{"messages": [{"role": f"r{i}", "content": parts("Hello!")}, A1]} for i in range(2000)]
+    data = ft.load_data({"train": rows}, make_tokenizer(BOTH))
+    assert len(data.train) == 2000 and "r1999\nHello!" in data.train[1999].text
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "http://a/b.png"}}
 NO_TEXTS = [(IMAGE, "a part of the type 'image_url'"), ({"type": "text", "text": None}, "of the type 'text'"), (3, "is a number")]
 
@@ -293,6 +304,14 @@ def test_rows_of_a_table_train_as_the_same_rows_in_json_lines(tmp_path, make_tok
     for source in sources:
         data = ft.load_data(source, tokenizer)
         assert data.fingerprint == wanted and "2 rows of a table had nulls inside tools or tool calls" in data.notes[0]
+
+
+def test_rows_that_were_taken_out_of_a_table_are_known_by_their_tools(make_tokenizer):
+    tokenizer, whole = make_tokenizer(AS_JSON), tool_row("weather", {"city": "Bonn"})
+    padded = tool_row("weather", {"city": "Bonn", "left": None})
+    padded["tools"][0]["function"]["parameters"]["properties"]["left"] = None
+    data = load(padded, tokenizer)
+    assert data.train[0].text == text_of(whole, tokenizer) and "with null for properties of tools" in data.notes[0]
 
 
 def test_a_null_that_json_lines_write_stays(tmp_path, make_tokenizer):

@@ -51,6 +51,12 @@ def test_conversations_are_asked_up_to_the_last_answer_with_their_tools():
     assert [answer.score for answer in report.answers] == [1, 0] and [answer.answer for answer in report.wrong] == ["x"]
 
 
+def test_an_answer_in_parts_is_its_texts():
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    report = ft.evaluate_generation(Parrot(), [{"messages": [{"role": "user", "content": "ab"}, answer]}])
+    assert report.answers[0].expected == "ab" and report.answers[0].score == 1
+
+
 def test_a_real_model_answers_as_chat_does(make_trainer):
     trainer = make_trainer()
     report = ft.evaluate_generation(trainer.lm, trainer.data.test, max_tokens=4)

@@ -64,3 +64,18 @@ def test_the_memory_that_is_predicted_is_that_of_the_widest_row_of_any_data_set(
     trainer = ft.Trainer(lm, data, config)
     widest = max(batch.inputs.shape[1] for step in range(2 * trainer.steps_per_epoch) for batch in trainer.batches.of_step(step))
     assert row_widths(data.train, 24, True).max() == widest
+
+
+def test_a_run_begun_when_validation_files_were_not_read_goes_on_without(make_lm, tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in make_rows(6))
+    (tmp_path / "train.jsonl").write_text(lines)
+    lm = make_lm()
+    trainer = ft.Trainer(lm, ft.load_data(tmp_path, lm.tokenizer), ft.TrainConfig(iters=4, batch_size=2), run_dir=tmp_path / "run")
+    trainer.run(2)
+    trainer.save()
+    (tmp_path / "validation.jsonl").write_text(lines)  # as if it had been there, unread
+    resumed = ft.Trainer.resume(tmp_path / "run")
+    assert resumed.data.valid is None and resumed.data.fingerprint == trainer.data.fingerprint
+    (tmp_path / "validation.jsonl").rename(tmp_path / "valid.jsonl")
+    with pytest.raises(CheckpointError, match="the data differs"):
+        ft.Trainer.resume(tmp_path / "run")
