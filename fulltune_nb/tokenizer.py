@@ -234,6 +234,7 @@ def _for_both_versions(config: dict[str, Any]) -> dict[str, Any]:
     config = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 would give generate token_type_ids too
     if isinstance(config.get("extra_special_tokens"), list) and "additional_special_tokens" not in config:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     return config

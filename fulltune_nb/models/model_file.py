@@ -7,6 +7,8 @@ A `.safetensors` file carries these texts itself; beside `model.npz` stands `mod
     data_format   of the rows trained on: "chat", "completions" or "text"
     mask_prompt   "true" where the loss was on the answers only, "last" where on the last one of each row, else "false"
     template_date the date in the rows trained on, where the chat template writes one
+    eos_token_id  JSON list of the token ids that end an answer, those that were trained among them
+    stop_strings  JSON list of the texts that do; left out where there are none
     fulltune_nb   the version that wrote it
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,9 @@ def save_model_file(
         metadata["mask_prompt"] = str(mask_prompt).lower()
     if template_date is not None:
         metadata["template_date"] = template_date
+    for name, ends in (("eos_token_id", lm.stop_ids), ("stop_strings", lm.stop_strings)):
+        if ends:
+            metadata[name] = json.dumps(ends)
     write_tensors(path, hf_tensors(lm.model), metadata)
     write_metadata(path, metadata)
 
@@ -134,13 +140,27 @@ def load_with_model_file(model: str | None, path: Path | None, dtype: str | None
     if dtype is None and metadata.get("dtype") in ("float32", "bfloat16"):
         dtype = metadata["dtype"]
     try:
-        return load_model(model, path, dtype, dequantize)
+        lm = load_model(model, path, dtype, dequantize)
+        lm.add_ends(*_ends(metadata))
+        return lm
     except WeightsError as error:
         base = metadata.get("base_model")
         if named is None or base is None or os.path.realpath(base) == os.path.realpath(os.path.expanduser(named)):
             raise
         text = f"{error}\n{path} was trained from {base}, and --model is {named}. Name another --model-file, or the model it belongs to."
         raise WeightsError(text) from error
+
+
+def _ends(metadata: Mapping[str, str]) -> tuple[list[int], list[str]]:
+    """Stop ids and stop strings that a model file names; what is no list of such is none."""
+    found = []
+    for name, kind in (("eos_token_id", int), ("stop_strings", str)):
+        try:
+            values = json.loads(metadata.get(name, "[]"))
+        except (ValueError, RecursionError):
+            values = []
+        found.append([value for value in values if type(value) is kind and value != ""] if isinstance(values, list) else [])
+    return found[0], found[1]
 
 
 def export_folder(lm: LanguageModel, wanted: Path, note: dict[str, Any]) -> Path:
