@@ -11,6 +11,7 @@ import numpy as np
 from fulltune_nb.chat_template import answer_end, end_tokens
 from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.example import Example
+from fulltune_nb.data.rows import row_format
 from fulltune_nb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def trained_ends(data: DataSet) -> Ends:
         return (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)), ()
     probed_ids, probed_strings = answer_end(tokenizer)
     known, ids, strings, within = end_tokens(tokenizer), {}, {}, set()
+    if "text" in data.train.format and tokenizer.eos_token_id is not None:  # some of the data sets are text
+        ids[tokenizer.eos_token_id] = None
     for turn in _assistant_turns(data):
         behind = _words(turn, known, tokenizer)
         end = [token for token in turn[behind:] if token in known]
@@ -66,24 +69,27 @@ def _assistant_turns(data: DataSet) -> list[list[int]]:
             whole = replace(settings, mask_prompt=mask, max_seq_length=_WHOLE)
         except ConfigError:
             continue
-        examples = encode_rows(rows, data.train.format, data.tokenizer, whole).examples
-        if turns := [turn for example in examples for turn in _trained(example)]:
+        encoded = [encode_rows(of_format, format, data.tokenizer, whole) for format, of_format in rows.items()]
+        if turns := [turn for part in encoded for example in part.examples for turn in _trained(example)]:
             return turns
     return []
 
 
-def _rows_of_each_kind(data: DataSet) -> list[tuple[str, Mapping[str, Any]]]:
-    """(source, row) pairs in which every kind of assistant turn occurs: what its message has, what follows it, whether there are tools."""
-    examples, key, kinds, rows = data.train.examples, data.settings.chat_feature, set(), []
+def _rows_of_each_kind(data: DataSet) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    """(source, row) pairs, of chat and of completions, in which every kind of assistant turn occurs: what its message has, what follows
+    it, whether there are tools."""
+    examples, kinds, rows = data.train.examples, set(), {"chat": [], "completions": []}
     for example in examples[:: 1 + len(examples) // _ROWS_LOOKED_AT]:
-        before = len(kinds)
-        messages = example.row.get(key) if data.train.format == "chat" else ()
+        before, format = len(kinds), row_format(example.row, data.settings)
+        if format not in rows:
+            continue
+        messages = example.row[data.settings.chat_feature] if format == "chat" else ()
         roles = [*(message.get("role") for message in messages), None]
         for message, following in zip(messages, roles[1:], strict=True):
             if message.get("role") == "assistant":
                 kinds.add((frozenset(name for name, value in message.items() if value), following, bool(example.row.get("tools"))))
-        if len(kinds) > before or not rows:
-            rows.append((example.source, example.row))
+        if len(kinds) > before or not rows[format]:
+            rows[format].append((example.source, example.row))
         if len(kinds) >= _KINDS or data.train.format == "completions":
             break
     return rows

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fulltune_nb.settings import show
 
 def is_mixture(source: Any) -> bool:
     """Whether `source` gives data sets weights: a mapping of names, none of which is a split's, to numbers."""
-    if not isinstance(source, Mapping) or not source or not all(isinstance(value, (int, float)) for value in source.values()):
+    if not isinstance(source, Mapping) or not source or not all(isinstance(value, Real) for value in source.values()):
         return False
     return not any(split_named(str(name)) for name in source)
 
@@ -55,7 +56,7 @@ def read_mixture(source: Mapping[str, float]) -> tuple[str, list[tuple[str, RawS
         place, raw_splits, more = read_source(given)
         if place in places:
             raise DataError(f"{place} is given twice. Give it once, with the sum of the two weights.")
-        places[place] = weight
+        places[place] = float(weight)
         splits += [(str(given), under_name(raw, str(given))) for raw in raw_splits]
         notes += [f"{given}: {note}" for note in more]
     return json.dumps(places, ensure_ascii=False), splits, notes, scaled(source)

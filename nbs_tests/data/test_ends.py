@@ -148,3 +148,17 @@ def test_a_run_begun_with_the_fallback_of_then_goes_on_with_it(make_tokenizer, t
     trainer.run()
     assert trainer.lm.tokenizer.chat_template == PLAIN_CHATML and trainer.data.fingerprint == straight.data.fingerprint
     assert [r.loss for r in trainer.history.steps] == [r.loss for r in straight.history.steps]
+
+
+def test_of_data_sets_in_several_formats_all_ends_are_found(make_tokenizer, tmp_path):
+    for name, row in (("a", {"messages": TALK}), ("b", {"prompt": "Hi", "completion": "Hello"}), ("c", {"text": "Hello"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(row) + "\n")
+    tokenizer = make_tokenizer(CHATML)
+    ends = {}
+    for names in ("ab", "abc"):
+        data = ft.load_data({str(tmp_path / name): 1.0 for name in names}, tokenizer)
+        ids, strings = trained_ends(data)
+        ends[names] = tokenizer.convert_ids_to_tokens(ids)
+        assert strings == ()
+    assert ends == {"ab": ["<|im_end|>"], "abc": ["</s>", "<|im_end|>"]}
