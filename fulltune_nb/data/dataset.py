@@ -116,6 +116,7 @@ def load_data(
     bad_rows: str | None = None,
     long_rows: str | None = None,
     template_date: str | None = None,
+    mask_until: str | None = None,
     valid_fraction: float | None = None,
     config: object | None = None,
 ) -> DataSet:
@@ -140,6 +141,8 @@ def load_data(
             which begins with the last token of the one before, so that each token is trained on exactly once; or "drop". All are counted.
         template_date: the date, such as "2026-11-29", that a chat template gets which writes today's into the rows. Default: today,
             or the day that the environment variable `FULLTUNE_TEMPLATE_DATE` names. A run keeps it when it is resumed.
+        mask_until: a marker such as "A:" in rows of the text format: trained on is what follows its last occurrence. A token that reaches
+            across the marker's end is; a row without the marker is a bad one.
         valid_fraction: share of the train rows that becomes the valid split, where there is none: at least one row, chosen by the rows'
             texts, so that they are the same whatever the order of the rows and the seed of a run. Rows of the same text stay together.
         config: an object with fields of these names, such as a `TrainConfig`, to take them from.
@@ -152,7 +155,8 @@ def load_data(
     """
     given = {"mask_prompt": mask_prompt, "max_seq_length": max_seq_length, "prompt_feature": prompt_feature}
     given |= {"completion_feature": completion_feature, "text_feature": text_feature, "chat_feature": chat_feature}
-    given |= {"bad_rows": bad_rows, "long_rows": long_rows, "template_date": template_date, "valid_fraction": valid_fraction}
+    given |= {"bad_rows": bad_rows, "long_rows": long_rows, "mask_until": mask_until, "valid_fraction": valid_fraction}
+    given |= {"template_date": template_date}
     settings = resolve_settings(given, config)
     _check_tokenizer(tokenizer)
     undated, settings = settings, with_date(settings, tokenizer)
@@ -215,6 +219,11 @@ def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: l
 def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettings) -> list[str]:
     """Notes on what the format needs of settings and tokenizer, which gets a chat template where it has none."""
     notes = []
+    if format != "text" and settings.mask_until is not None:
+        raise ConfigError(
+            f"mask_until={settings.mask_until!r} means nothing for {raw.label}: its rows have the {format} format, and it is for texts. "
+            "Use mask_prompt=True."
+        )
     if format != "text":
         notes += [note for note in [ensure_chat_template(tokenizer)] if note]
         if settings.template_date and writes_date(tokenizer):
@@ -222,7 +231,7 @@ def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettin
     elif settings.mask_prompt:
         raise ConfigError(
             f"mask_prompt={settings.mask_prompt} means nothing for {raw.label}: its rows have the text format, in which there is no prompt "
-            "to mask. Use mask_prompt=False, or rows of the chat or completions format."
+            'to mask. Use mask_prompt=False, rows of the chat or completions format, or mask_until="A:" to train on what follows a marker.'
         )
     elif tokenizer.eos_token_id is None:
         notes.append("The tokenizer has no end-of-text token: none is put behind the texts.")

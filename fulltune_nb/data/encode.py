@@ -52,7 +52,7 @@ def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, toke
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         if format == "text":
-            rendered = _checked([(source, row, Rendered(row[settings.text_feature])) for source, row in chunk], problems)
+            rendered = _checked(_texts(chunk, settings, problems), problems)
         else:
             with renderer.limits():
                 rendered = _checked(_render_chunk(chunk, chats, problems), problems)
@@ -78,6 +78,21 @@ def _render_chunk(rows: Sequence[tuple[str, Mapping]], chats: ChatRows, problems
             problem = f"{source}: the chat template cannot be used for this row: {error}"
             raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None
     return rendered
+
+
+def _texts(rows: Sequence[tuple[str, Mapping]], settings: DataSettings, problems: list[str]) -> list[_Item]:
+    """Plain texts as they are; with `mask_until`, what follows the last marker is trained on, and a text without it is a problem."""
+    feature, marker = settings.text_feature, settings.mask_until
+    if marker is None:
+        return [(source, row, Rendered(row[feature])) for source, row in rows]
+    found = []
+    for source, row in rows:
+        text = row[feature]
+        if (place := text.rfind(marker)) < 0:
+            problems.append(f"{source}: mask_until: the text has no {marker!r}, behind which it would be trained on")
+        else:
+            found.append((source, row, Rendered(text, [(place + len(marker), len(text))])))
+    return found
 
 
 def _checked(items: list[_Item], problems: list[str]) -> list[_Item]:
@@ -106,6 +121,8 @@ def _tokenize_chunk(
         try:
             if item.spans is None:
                 spans = [(0, len(tokens))]
+            elif format == "text":
+                spans = [(_tokens_before(item.spans[0][0], encoding, number, item.text, tokenizer), len(tokens))]
             elif encoding.encodings is not None:
                 spans = _token_spans(encoding.encodings[number].offsets, item)
             else:
@@ -129,6 +146,19 @@ def _token_spans(offsets: Sequence[tuple[int, int]], item: Rendered) -> list[Spa
     if item.is_marked_by_template:
         return [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in item.spans]
     return [(bisect_right(ends, start), bisect_right(ends, end)) for start, end in item.spans]
+
+
+def _tokens_before(place: int, encoding, number: int, text: str, tokenizer) -> int:
+    """How many tokens of a plain text, with the special ones before it, end at a character or before it."""
+    if encoding.encodings is not None:  # special tokens have the place (0, 0), also behind the text
+        offsets = encoding.encodings[number].offsets
+        return next((i + 1 for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < offsets[i][1] <= place), 0)
+    tokens, before = encoding["input_ids"][number], _tokenize(tokenizer, [text[:place]], add_special_tokens=True)["input_ids"][0]
+    if before != tokens[: len(before)] and before[-1:] == [tokenizer.eos_token_id]:  # put behind every text
+        before = before[:-1]
+    if before != tokens[: len(before)]:
+        raise RowError("mask_until: the marker's end is no token border: the tokenizer joins the characters on both sides of it")
+    return len(before)
 
 
 def _token_spans_by_prefixes(tokens: list[int], item: Rendered, tokenizer) -> list[Span]:

@@ -59,6 +59,9 @@ class DataSettings:
         None, optional(day),
         "The date that chat templates which write today's get, such as 2026-11-29; by default the day on which the data is loaded.",
     )  # fmt: skip
+    mask_until: str | None = setting(
+        None, optional(text), "A marker, such as A:, in rows of the text format; what follows its last occurrence is trained on.",
+    )  # fmt: skip
     valid_fraction: float = setting(
         0.0, number(low=0.0, below=1.0),
         "Share of the train rows that becomes the valid split where there is none, chosen by the rows' texts; rows of the same text stay "

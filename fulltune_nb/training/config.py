@@ -213,8 +213,9 @@ class TrainConfig:
     chat_feature: str | None = _data_setting("chat_feature")
     bad_rows: str | None = _data_setting("bad_rows")
     long_rows: str | None = _data_setting("long_rows")
-    template_date: str | None = _data_setting("template_date")
+    mask_until: str | None = _data_setting("mask_until")
     valid_fraction: float | None = _data_setting("valid_fraction")
+    template_date: str | None = _data_setting("template_date")
 
     def __new__(cls, *args: Any, **settings: Any):
         check_names(settings, cls)  # before dataclass's own TypeError, which names no neighbours
