@@ -42,6 +42,8 @@ def conform(raw: RawSplit, name: str, tokenizer, settings: DataSettings) -> None
             turned = conformer.row(source, row)
         except RowError as error:
             raw.problems.append(f"{source}: {error}")
+        except RecursionError:
+            raw.problems.append(f"{source}: objects and lists stand within each other too deeply to be looked at")
         except LimitReached as error:
             problem = f"{source}: the chat template cannot be used: {error}"
             raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None

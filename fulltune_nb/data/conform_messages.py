@@ -80,6 +80,9 @@ class MessageConformer:
         if isinstance(value, str):
             value = parsed(value, key, "a list of messages")
             self._tally.add(f"with {key!r} as JSON text: parsed")
+        if isinstance(value, Mapping) and value.keys() in ({"role", "content"}, {"from", "value"}):
+            value = _by_message(value)
+            self._tally.add(f"with {key!r} as an object of lists: read as a list of messages")
         if not isinstance(value, (list, tuple)):
             return value
         turned = [self._message(message, key, i) for i, message in enumerate(value)]
@@ -223,6 +226,14 @@ class MessageConformer:
             return value
         self._tally.add(f"with {where.rpartition('.')[2].partition('[')[0]!r} as JSON text: parsed")
         return parsed(value, where, expected)
+
+
+def _by_message(columns: Mapping[str, Any]) -> Any:
+    """The messages of an object of lists of one length, as older tables of `datasets` have them; any other object is itself."""
+    names, lists = list(columns), list(columns.values())
+    if not all(isinstance(values, (list, tuple)) and len(values) == len(lists[0]) for values in lists):
+        return columns
+    return [dict(zip(names, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
 def _rename(message: dict[str, Any], where: str) -> None:

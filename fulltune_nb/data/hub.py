@@ -3,7 +3,7 @@
     hf:org/name                     all splits
     hf:org/name:config              all splits of one of its configs
     hf:org/name:train[:90%]         a slice of a split, in the words of `datasets`; hf:org/name:config:train[:90%] too
-    hf:folder                       a folder on this machine in place of a name
+    hf:folder, hf:file.jsonl        a folder or a file on this machine in place of a name
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from fulltune_nb.data.raw import SPLITS, RawSplit, read_table, split_named
 from fulltune_nb.errors import DataError, MissingDependencyError, listed
 
 PREFIX = "hf:"
+FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""A file's ending -> what `datasets` calls its kind."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -100,7 +102,10 @@ def _load(name: str, path: str, config: str | None, split: str | None) -> Any:
     datasets = _library(f"The hub's data set {name!r} (there is no such folder here)")
     try:
         with _quietly(datasets):
-            return datasets.load_dataset(path, config, **({"split": split} if split else {}))
+            options = {"split": split} if split else {}
+            if Path(path).suffix in FILES and Path(path).is_file():
+                return datasets.load_dataset(FILES[Path(path).suffix], config, data_files=path, **options)
+            return datasets.load_dataset(path, config, **options)
     except Exception as error:  # datasets, the hub's client and the network raise many kinds here; all mean the same to the reader
         a_split = f" and is {split!r} one of its splits" if split else ""
         raise DataError(

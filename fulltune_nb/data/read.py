@@ -108,7 +108,7 @@ def _place(value: str | os.PathLike) -> str:
     if name is None:
         return str(_absolute(value))
     path, colon, part = name.partition(":")
-    is_here = Path(path).expanduser().is_dir()
+    is_here = Path(path).expanduser().exists()
     return f"{PREFIX}{_absolute(path) if path and is_here else path}{colon}{part}"
 
 

@@ -161,6 +161,16 @@ def test_json_text_is_parsed_so_that_nothing_is_escaped_twice(row, make_tokenize
     assert data.train[0].text == expected([Q1, calls({"a": 1})], tokenizer, [TOOL]) and "as JSON text: parsed" in data.notes[0]
 
 
+def test_what_is_nested_too_deeply_is_a_problem(tmp_path, tokenizer):
+    for depth in (300, 900, 5000):
+        tools = '{"a": ' * depth + "1" + "}" * depth
+        (tmp_path / "train.jsonl").write_text(f'{{"messages": {json.dumps([Q1, A1])}, "tools": [{tools}]}}\n')
+        try:
+            ft.load_data(tmp_path, tokenizer)
+        except ft.DataError as error:
+            assert error.problems[0].startswith("train.jsonl:1: ")
+
+
 NO_JSON = [({"messages": "Hi"}, "'messages' is a string"), ({"messages": [Q1, A1], "tools": "[{"}, "'tools' is a string")]
 
 
@@ -199,6 +209,8 @@ FORMS = [
     ({"conversations": [{"from": "system", "value": "Be brief."}, *SHAREGPT], "system": ""}, [SYSTEM, Q1, A1], "ShareGPT"),
     ({"conversations": json.dumps(SHAREGPT)}, [Q1, A1], "ShareGPT"),
     ({"conversations": [Q1, A1], "id": 3}, [Q1, A1], "under 'conversations'"),
+    ({"conversations": {"from": ["human", "gpt"], "value": ["Hello!", "I am fine."]}}, [Q1, A1], "object of lists"),
+    ({"messages": {"role": ["user", "assistant"], "content": ["Hello!", "I am fine."]}}, [Q1, A1], "object of lists"),
     ({"instruction": "Hello!", "output": "I am fine."}, [Q1, A1], "Alpaca"),
     ({"instruction": "Hello!", "input": "", "output": "I am fine."}, [Q1, A1], "Alpaca"),
     ({"instruction": "Which", "input": "city?", "output": "Tokyo."}, [{**Q2, "content": "Which\ncity?"}, A2], "Alpaca"),
@@ -236,8 +248,8 @@ def test_sharegpts_names_are_read_under_any_key(tokenizer):
 
 def test_of_a_prompt_in_messages_no_answer_is_trained_on(tokenizer):
     row = {"prompt": [Q1, A1, Q2], "completion": [A2]}
-    messages = load(row, tokenizer, mask_prompt=True).train[0].row["messages"]
-    assert [message.get("train") for message in messages] == [None, False, None, None]
+    data = load(row, tokenizer, mask_prompt=True)
+    assert data.train[0].text == expected([Q1, A1, Q2, A2], tokenizer) and trained(data) == "Tokyo.<|im_end|>\n"
     assert load(row, tokenizer).train[0].row["messages"] == [Q1, A1, Q2, A2]
 
 

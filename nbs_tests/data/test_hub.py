@@ -77,6 +77,8 @@ def test_a_folder_can_be_sliced_into_splits(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ft.load_data({"train": "hf:rows:train[:80%]", "validation": "hf:rows:train[80%:]"}, tokenizer)
     assert [e.row["text"] for e in data.valid] == ["row 8", "row 9"] and len(data.train) == 8
+    file = ft.load_data({"train": "hf:rows/train.jsonl:train[:80%]"}, tokenizer)
+    assert file.train.fingerprint == data.train.fingerprint
     monkeypatch.chdir(tmp_path / "cache")
     assert ft.load_data(data.source, tokenizer).fingerprint == data.fingerprint
 
