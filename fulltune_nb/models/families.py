@@ -375,7 +375,10 @@ FAMILIES: dict[str, Family] = {
         has_qk_norm="qk_layernorm",
         qk_norm_bias=False,
         names={"q_norm": "q_layernorm", "k_norm": "k_layernorm"},
-        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "num_key_value_heads": 32, "max_position_embeddings": 4096},
+        defaults={
+            "use_parallel_residual": False, "use_qkv_bias": False, "qk_layernorm": False, "layer_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.25, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+        },
     ),
     "helium": Family(
         biases={QKV: "attention_bias", GATED: "mlp_bias"},
@@ -387,7 +390,7 @@ FAMILIES: dict[str, Family] = {
         interleaved=True,
         defaults={
             "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "pad_token_id": 0,
-            "tie_word_embeddings": True, "max_position_embeddings": 131072,
+            "tie_word_embeddings": True, "max_position_embeddings": 131072, "use_bias": False,
         },
     ),
     "hunyuan_v1_dense": Family(
@@ -435,10 +438,13 @@ FAMILIES: dict[str, Family] = {
         mlp="plain",
         biases={ATTENTION: "attention_bias"},
         qk_norm="head",
+        has_qk_norm="qk_norm",
+        refused={"post_norm": "norms behind attention and mlp", "mlp_bias": "biases of the mlp"},
         names={"input_norm": "attention_layernorm", "post_attention_norm": "feedforward_layernorm"},
         buffers={"mlp.act_fn.beta": 0.5, "mlp.act_fn.eps": -1e-6},
         defaults={
             "hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": 1.2e7, "pad_token_id": 3, "max_position_embeddings": 65536,
+            "qk_norm": True, "post_norm": False,
             "rope_parameters": {
                 "rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
                 "original_max_position_embeddings": 8192,

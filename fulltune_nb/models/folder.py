@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, MutableMapping
@@ -24,7 +25,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
 from fulltune_nb.models.families import FAMILIES, hf_names, to_hf
 from fulltune_nb.models.file_layout import from_file, is_stacked, text_tensors, to_file
-from fulltune_nb.models.model_config import ModelConfig, read_config
+from fulltune_nb.models.model_config import COMMON_DEFAULTS, ModelConfig, read_config
 from fulltune_nb.models.parameters import holder_of, parameters_of
 from fulltune_nb.models.rope import scaling_of
 from fulltune_nb.models.unread_keys import check_unread
@@ -391,7 +392,10 @@ def _remove_contents(folder: Path, and_itself: bool) -> None:
 
 
 def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:
-    config = {**model.config.raw, "tie_word_embeddings": model.config.tie_word_embeddings}
+    family = FAMILIES[model.config.family]
+    defaults = {key: value for key, value in {**COMMON_DEFAULTS, **family.defaults}.items() if key in model.config.keys_read}
+    written = {key: value for key, value in defaults.items() if value is not None and not re.match("rope_|partial_|sliding_window_p", key)}
+    config = {**written, **model.config.raw, "tie_word_embeddings": model.config.tie_word_embeddings}
     for key, value in _left_out(model.config).items():
         if config.get(key) is None or key == "rope_theta":  # beside `rope_parameters` another one may stand, without effect
             config[key] = value
@@ -406,7 +410,7 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
     values = {"num_key_value_heads": config.num_kv_heads, "rope_theta": rope.theta}
     if isinstance(family.norm_eps, str):
         values[family.norm_eps] = config.norm_eps
-    if config.head_dim * config.num_heads != config.hidden_size or "head_dim" in family.defaults:
+    if config.head_dim * config.num_heads != config.hidden_size or "head_dim" in family.defaults or family.experts:
         values["head_dim"] = config.head_dim
     if rope.fraction != 1.0 or "partial_rotary_factor" in family.defaults:
         values["partial_rotary_factor"] = rope.fraction
@@ -415,6 +419,7 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
         values[family.local_theta] = next(local, family.defaults[family.local_theta])
     if family.experts:
         values[family.experts.count] = config.num_experts
+        values |= {"mlp_only_layers": []} if family.experts.in_some_layers else {}
     if "rope_parameters" in family.defaults:
         values["rope_parameters"] = {"rope_theta": rope.theta, **scaling_of(rope)}
     if rope.scaling != "default":

@@ -166,7 +166,9 @@ def plain_case(family: str) -> dict[str, Any]:
     """A small configuration that says nothing but sizes."""
     keys = class_keys(family)
     chosen = {key: choices[-1] for key, choices in SIZES.items() if key in keys}
-    return _case(family, keys, {**chosen, "max_position_embeddings": LONG, "scaling": "default"}, False, random.Random(family))
+    chosen |= {key: KNOWN[family].values[key][0] for key in ("head_dim",) if key in KNOWN[family].values}
+    chosen |= {"max_position_embeddings": LONG, "scaling": KNOWN[family].scalings[0]}
+    return _case(family, keys, chosen, False, random.Random(family))
 
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_configs.json").read_text(encoding="utf-8"))

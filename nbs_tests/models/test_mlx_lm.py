@@ -2,7 +2,8 @@
 
 What mlx-lm itself gets wrong (transformers computes what we do) or does not know is left out: `olmo` (its module ends the process),
 sliding windows past the window, clipped or normalised queries and keys, rope scaling for Mixtral, biases of a tied head, and Gemma's
-activation (the exact GELU instead of the tanh one that the checkpoints were trained with; hence the wider tolerance there).
+and StarCoder 2's activation (the exact GELU instead of the tanh one that the checkpoints were trained with; hence the wider tolerance
+there), the short factors of longrope, GLM's partial rotation, and EXAONE 4's pattern of windows as a number.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CASES = {
 }  # fmt: skip
 
 
-IS_WRONG = {"olmo", "gemma"}
+IS_WRONG = {"olmo", "gemma", "starcoder2", "glm", "exaone4"}
 """Families that mlx-lm does not compute as transformers does even where a configuration gives nothing but sizes."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -47,6 +48,14 @@ def logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
     """(B, T, V), float32."""
     with torch.no_grad():
         return model(torch.from_numpy(ids).long()).logits.float().numpy()
+
+
+def exact_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """The same computed in float64."""
+    exact = copy.deepcopy(model)
+    exact.set_experts_implementation("eager")  # the other one knows no float64
+    with torch.no_grad():
+        return exact.double()(torch.from_numpy(ids).long()).logits.numpy()
 
 
 def gradients(model: torch.nn.Module, ids: np.ndarray) -> dict[str, np.ndarray]:
