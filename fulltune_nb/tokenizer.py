@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ VOCABULARIES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "vocab.txt", TEKKEN)
 _FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", CONFIG, TEMPLATE)
 
 _LOCAL_KEYS = ("is_local", "local_files_only", "mistral_format", "name_or_path", "tokenizer_file", "vocab_file")
+_GENERAL = (None, "TokenizersBackend", "PreTrainedTokenizerFast")  # classes that do what tokenizer.json says
 _PROBE = "def f(x, y=[1, 2]):\n    return {'a': x != y}  # naïve café 東京 русский\n\tif a->b == 0x1F && !c:   print(\"Hello, world!\")"
 
 
@@ -45,6 +46,9 @@ class TokenizerFiles:
     """By name."""
     model_config: bytes | None
     """`config.json`: transformers chooses the tokenizer's class by it."""
+    read_otherwise: bool = field(default=False, init=False)
+    """Whether transformers splits texts by a class of its own for the family, where the settings name none and `tokenizer.json` says
+    otherwise; known after `as_written`."""
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
@@ -61,12 +65,18 @@ class TokenizerFiles:
     @cached_property
     def as_written(self) -> _Written:
         """What transformers writes of the tokenizer that it makes of the files."""
+        from tokenizers import Tokenizer
+
         with tempfile.TemporaryDirectory() as place, _without_warnings():  # they were given when it was loaded
             for name, content in self.files.items():
                 (Path(place) / name).write_bytes(content)
             if self.model_config is not None:
                 (Path(place) / "config.json").write_bytes(self.model_config)
-            written = _Written.of(_from_folder(Path(place)))
+            fresh = _from_folder(Path(place))
+            if TOKENIZER in self.files and self.config.get("tokenizer_class") in _GENERAL:
+                said = Tokenizer.from_str(self.files[TOKENIZER].decode("utf-8")).encode(_PROBE, add_special_tokens=False)
+                self.read_otherwise = said.ids != list(fresh.encode(_PROBE, add_special_tokens=False))
+            written = _Written.of(fresh)
             written.files.pop(TOKENIZER, None)  # some have 30 MB; its checksum is enough
             return written
 
@@ -182,8 +192,9 @@ def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     now, source = _Written.of(tokenizer), _source_of(tokenizer)
     fresh = source and source.as_written
     if fresh and _same_tokens(now, fresh):
-        # A vocabulary of another form is read in several ways; a tokenizer.json says which one it was.
+        # Where readers differ over a vocabulary, the tokenizer.json that is written says how it was read here.
         files = {name: content for name, content in now.files.items() if name == TOKENIZER} | source.files
+        files |= {TOKENIZER: now.files[TOKENIZER]} if source.read_otherwise else {}
         config = source.config or now.config
     else:
         files = now.files | {name: content for name, content in (source.files if source else {}).items() if name == SENTENCEPIECE}

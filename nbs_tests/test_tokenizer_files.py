@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fulltune_nb as ft
@@ -28,7 +29,7 @@ def source(tmp_path):
 @pytest.fixture
 def legacy(tmp_path):
     """A small tokenizer in the shape of Llama 2's: SentencePiece-like, with `legacy: true`, which puts a space behind special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, decoders, models, normalizers
 
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyzIH?!."]
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, "▁a", "▁th", "th"])}
@@ -65,6 +66,17 @@ def test_a_run_resumes_right_after_a_checkpoint_with_a_tokenizer_whose_settings_
     data = ft.load_data(tmp_path, lm.tokenizer, max_seq_length=64)
     ft.Trainer(lm, data, ft.TrainConfig(iters=1, learning_rate=1e-3, max_seq_length=64), run_dir=tmp_path / "run").run()
     assert ft.Trainer.resume(tmp_path / "run").data.fingerprint == data.fingerprint
+
+
+def test_other_readers_split_texts_as_they_were_trained_where_transformers_has_a_way_of_its_own(make_tokenizer, tmp_path):
+    """Its class for Qwen2 splits digits off words, whatever tokenizer.json says."""
+    tokenizer, text = make_tokenizer(), "population > 1000 and 1 2 3"
+    ft.LanguageModel.from_config({**TINY_LLAMA, "model_type": "qwen2"}, tokenizer).save(tmp_path / "base")
+    lm = ft.load_model(tmp_path / "base")
+    assert lm.tokenizer.encode(text) != tokenizer.encode(text)
+    lm.save(tmp_path / "out")
+    assert Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode(text).ids == lm.tokenizer.encode(text)
+    assert load_tokenizer(tmp_path / "out").encode(text) == lm.tokenizer.encode(text)
 
 
 def test_only_the_template_changes_where_only_that_was_changed(legacy, tmp_path):
