@@ -11,6 +11,7 @@ brings `{% generation %}` says itself what is trained. What is not found is repo
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from fulltune_nb.data.words import Marked, Word, can_be_marked, is_written, with
 
 Span = tuple[int, int]
 """[start, end)"""
+
+_UNFINISHED_TAG = re.compile(r"<[^<>]*$")
 
 WAYS_OUT = "Use mask_prompt=False, another chat template, or split or change the row"
 
@@ -183,8 +186,11 @@ class Turns:
                 return max(at + len(rests[1]), shared if words_start is None else min(shared, words_start))
         if i == 0 and not is_answer:
             return 0
-        if is_answer and words_start is not None and (start := self._behind_prompt(at, words_start)) is not None:
-            return start  # the template refuses such a beginning, often an empty one, or renders it otherwise
+        if is_answer and words_start is not None:  # the template refuses such a beginning, often an empty one, or renders it otherwise
+            if (start := self._behind_prompt(at, words_start)) is not None:
+                return start
+            if rests[0] is None and self._generation_prompt() == "":
+                return words_start
         raise self._not_found(i, "start", rests[0], at)
 
     def _behind_prompt(self, at: int, words_start: int) -> int | None:
@@ -224,14 +230,15 @@ class Turns:
         known = self._after.get(situation) if holder >= 0 else None
         if known is not None and words_start - len(known) >= max(start, last) and self.text.startswith(known, words_start - len(known)):
             return words_start - len(known)
-        # The template may end a conversation otherwise than a turn within it, but not where a generation prompt follows.
-        rests = self._rest(i + 1, False, i), self._rest_before_prompt(i)
-        for rest in rests:
-            if rest is not None and self.text.startswith(rest, last):
-                if holder >= 0:
-                    self._after[situation] = self.text[last + len(rest) : words_start]
-                return last + len(rest)
-        raise self._not_found(i, "end", rests[0], last)
+        rest = self._rest(i + 1, False, i)
+        if rest is None or not self.text.startswith(rest, last):  # the template ends a conversation otherwise than a turn within it
+            inner = self._rest_within(i, rest, last)
+            if inner is None or not self.text.startswith(inner, last):
+                raise self._not_found(i, "end", rest, last)
+            rest = inner
+        if holder >= 0:
+            self._after[situation] = self.text[last + len(rest) : words_start]
+        return last + len(rest)
 
     def _words_after(self, i: int, last: int) -> tuple[int, int]:
         """Where the next word of a later message starts, and its message; (0, -1) where that cannot be told."""
@@ -242,12 +249,21 @@ class Turns:
                 return (0, -1) if start is None else (start, self._words[word].message)
         return 0, -1
 
-    def _rest_before_prompt(self, i: int) -> str | None:
-        """What the template writes behind the last words of message `i` where a generation prompt follows, without that prompt."""
-        if (prompt := self._generation_prompt()) is None:
+    def _rest_within(self, i: int, at_end: str | None, last: int) -> str | None:
+        """What the template writes behind the last words of message `i` where the conversation goes on.
+
+        Args:
+            at_end: what it writes there where the conversation ends.
+            last: where these words end.
+        """
+        rest, prompt = self._rest(i + 1, True, i), self._generation_prompt()
+        if rest is None or (prompt is not None and rest.endswith(prompt)):
+            return None if rest is None else rest[: len(rest) - len(prompt)]
+        if at_end is None or not self._marks:
             return None
-        rest = self._rest(i + 1, True, i)
-        return rest[: len(rest) - len(prompt)] if rest is not None and rest.endswith(prompt) else None
+        # Behind the turn come the next header, a generation prompt or an end of all. The three may begin alike, with a tag's `<|`.
+        shared = os.path.commonprefix([rest, at_end, self.text[last : last + len(rest)]])
+        return _UNFINISHED_TAG.sub("", shared) if shared.strip() else None
 
     # -- renderings
 

@@ -125,3 +125,11 @@ DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}" + _CHATML_TURN % "message.content" + "{% endfor %}" + _CHATML_PROMPT
 )
+
+# Writes what the assistant says beside its calls behind the tool's result, as in Gemma 4.
+ANSWERS_BEHIND_RESULT = (
+    "{% for message in messages %}{% if message.role == 'tool' %}"
+    "{{ message.content + messages[loop.index0 - 1].content + '<|im_end|>\n' }}"
+    "{% elif message.tool_calls %}{{ '<|im_start|>assistant\n' + (message.tool_calls | tojson) }}"
+    "{% else %}" + _CHATML_TURN % "message.content" + "{% endif %}{% endfor %}" + _CHATML_PROMPT
+)

@@ -153,7 +153,7 @@ def test_what_the_template_raises_is_reported_by_row(make_tokenizer, template, m
 
 BROKEN = {
     "earlier thinking dropped": (templates.DROPS_EARLIER_THINKING, [Q1, THINKING, Q2, A2]),
-    "conversation closed by </s>": (templates.CLOSES_CONVERSATION, [Q1, A1, Q2, A2]),
+    "an answer behind the tool's result": (templates.ANSWERS_BEHIND_RESULT, [Q1, {**CALL, "content": "Let me see."}, RESULT, A1]),
 }
 
 

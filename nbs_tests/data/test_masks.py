@@ -27,6 +27,7 @@ CHATML_ENDS = ["Fine.<|im_end|>\n", "Still fine.<|im_end|>\n"]
         (templates.THINKING_IN_PROMPT, [Q1, THINKING], ["Hm.\n</think>\n\nFine.<|im_end|>\n"]),
         (templates.SPACE_BEFORE_INST, TALK, ["Fine.</s>", "Still fine.</s> "]),
         (templates.OTHER_LAST_END, TALK, ["Fine.<|im_end|>", "Still fine.</s>"]),
+        (templates.CLOSES_CONVERSATION, TALK, [CHATML_ENDS[0], "Still fine.<|im_end|>\n</s>"]),
         (templates.DEFAULT_SYSTEM, [A1, Q2, A2], CHATML_ENDS),
         (templates.DEFAULT_SYSTEM, [A1], CHATML_ENDS[:1]),
         (templates.PROMPT_ENDS_WITH_SPACE, [Q1, {"role": "assistant", "content": "the answer"}], [" the answer</s>\n"]),
@@ -53,9 +54,10 @@ def test_last_trains_the_last_assistant_turn_and_the_refusal_of_all_turns_says_s
 
 
 def test_refusal_of_a_turn_that_cannot_be_found_says_that_the_last_one_can(make_tokenizer):
-    tokenizer = make_tokenizer(templates.CLOSES_CONVERSATION)
-    assert 'mask_prompt="last"' in problem({"messages": TALK}, "chat", tokenizer)
-    assert trained_runs(encode_one({"messages": TALK}, "chat", tokenizer, LAST), tokenizer) == ["Still fine.<|im_end|>\n</s>"]
+    tokenizer = make_tokenizer(templates.ANSWERS_BEHIND_RESULT)
+    messages = [Q1, {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}, A2]
+    assert 'mask_prompt="last"' in problem({"messages": messages}, "chat", tokenizer)
+    assert trained_runs(encode_one({"messages": messages}, "chat", tokenizer, LAST), tokenizer) == CHATML_ENDS[1:]
 
 
 @pytest.mark.parametrize("messages", [[Q1, A1], TALK, [SYSTEM, Q1, A1, A2], [A1, Q1], [Q1, {"role": "assistant", "content": ""}]])
