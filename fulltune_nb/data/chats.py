@@ -95,7 +95,8 @@ class ChatRows:
         asked = max((i for i, message in enumerate(talk.messages) if message["role"] == "user"), default=-1)
         # A string can stand in the text by chance, so the first of its kind is marked; then it is enough to look for the others.
         places = {(_role(talk, word), word.kind, word.message > asked) for word in talk.words}
-        marked = None if len(wanted) == 1 and places <= self._written else talk.marked()
+        is_marked_anyway = self._settings.mask_prompt and len(wanted) > 1
+        marked = talk.marked() if is_marked_anyway or not places <= self._written else None
         if marked is None:
             missing = [word for word in talk.words if not is_written(word.text, talk.text)]
         else:
