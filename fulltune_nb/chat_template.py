@@ -332,19 +332,26 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tup
     A model trained through the template has learned to end there, whatever its generation config calls the end. The first special
     token is the stop id. Text before it, such as the `<|im_end|>` of ChatML where the tokenizer does not know it, is a stop string.
     """
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-    try:
-        rendered = ChatRenderer(tokenizer).render(messages)
-    except (TemplateRefused, LimitReached):  # a template that takes no such conversation tells nothing about its ends
-        return (), ()
-    _, mark, end = rendered.rpartition(_MARK)
-    end = end.strip()
-    if not mark or not end:
+    end = _after_an_answer(tokenizer)
+    if not end:
         return (), ()
     known = end_tokens(tokenizer)
     first = next((token for token in tokenizer.encode(end, add_special_tokens=False) if token in known), None)
     text = (end if first is None else end.partition(tokenizer.convert_ids_to_tokens(first))[0]).strip()
     return () if first is None else (first,), (text.splitlines()[0],) if text else ()
+
+
+def _after_an_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the template writes after an answer at the end; "" where it takes no such conversation, as text or in parts."""
+    for content in (str, lambda text: [{"type": "text", "text": text}]):
+        messages = [{"role": "user", "content": content("?")}, {"role": "assistant", "content": content(_MARK)}]
+        try:
+            _, mark, end = ChatRenderer(tokenizer).render(messages).rpartition(_MARK)
+        except (TemplateRefused, LimitReached):
+            continue
+        if mark:
+            return end.strip()
+    return ""
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -80,7 +80,9 @@ def test_an_end_that_is_not_trained_on_is_told(make_tokenizer):
 
 def test_an_end_of_several_tokens_is_one(make_tokenizer):
     answers = "{% for m in messages %}{{ '### ' + m['role'] + '\n' + m['content'] + '\n### End\n' }}{% endfor %}"
-    assert check(make_tokenizer(answers), [PAIR], mask_prompt=False).problems == {}
+    parts = answers.replace("m['content']", "m['content'][0]['text']")
+    for template in (answers, parts):  # one of which takes content in parts only
+        assert check(make_tokenizer(template), [PAIR]).problems == {}
 
 
 def test_special_tokens_in_a_rows_own_words_are_told(make_tokenizer):
