@@ -16,7 +16,7 @@ from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.example import Lens, SpecialTokenCheck, check_special_tokens, special_token_notes
 from fulltune_nb.data.holdout import with_valid
 from fulltune_nb.data.look import dataset_html
-from fulltune_nb.data.mixture import is_mixture, joined, read_mixture
+from fulltune_nb.data.mixture import is_mixture, joined, read_mixture, weights_note
 from fulltune_nb.data.raw import SPLITS, RawSplit
 from fulltune_nb.data.read import read_source, stored
 from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
@@ -171,9 +171,11 @@ def load_data(
         _check_trainable(split, settings)
     if all(split.format == "text" for split in built.values()):
         settings = undated
-    splits = joined(built, weights, notes) if weights else {name: split for (_, name), split in built.items()}
+    splits = joined(built, weights) if weights else {name: split for (_, name), split in built.items()}
     if settings.valid_fraction:
         splits = with_valid(splits, settings.valid_fraction, notes)
+    if weights and "train" in splits:
+        notes.append(weights_note(splits["train"]))
     data = DataSet(splits, settings, where, list(dict.fromkeys(notes)), tokenizer)
     data.date_is_todays = settings != undated
     if not (isinstance(source, Mapping) and any(isinstance(rows, Iterator) for rows in source.values())):  # those are read by now
@@ -204,7 +206,7 @@ def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: l
     conform(raw, name, tokenizer, settings)
     format = detect_format((row for _, row in raw.rows), settings)
     if format is not None:
-        notes += _before_encoding(raw, format, tokenizer, settings)
+        notes += _before_encoding(raw, name != raw.name, format, tokenizer, settings)
     good, problems = [], list(raw.problems)
     for source, row in raw.rows:
         problem = row_problem(row, format, settings)
@@ -216,23 +218,18 @@ def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: l
     return split
 
 
-def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettings) -> list[str]:
+def _before_encoding(raw: RawSplit, is_one_of_several: bool, format: str, tokenizer, settings: DataSettings) -> list[str]:
     """Notes on what the format needs of settings and tokenizer, which gets a chat template where it has none."""
     notes = []
-    if format != "text" and settings.mask_until is not None:
-        raise ConfigError(
-            f"mask_until={settings.mask_until!r} means nothing for {raw.label}: its rows have the {format} format, and it is for texts. "
-            "Use mask_prompt=True."
-        )
+    setting, hint = _meaningless(format, settings)
+    if setting and not is_one_of_several:
+        raise ConfigError(f"{setting} means nothing for {raw.label}: its rows have the {format} format. {hint}")
+    if setting:
+        notes.append(f"{raw.label}: {setting} means nothing for its rows, which have the {format} format: all of them is trained on.")
     if format != "text":
         notes += [note for note in [ensure_chat_template(tokenizer)] if note]
         if settings.template_date and writes_date(tokenizer):
             notes.append(f"The chat template can write a date into the rows: it is {settings.template_date} (template_date).")
-    elif settings.mask_prompt:
-        raise ConfigError(
-            f"mask_prompt={settings.mask_prompt} means nothing for {raw.label}: its rows have the text format, in which there is no prompt "
-            'to mask. Use mask_prompt=False, rows of the chat or completions format, or mask_until="A:" to train on what follows a marker.'
-        )
     elif tokenizer.eos_token_id is None:
         notes.append("The tokenizer has no end-of-text token: none is put behind the texts.")
     defaults = DataSettings()
@@ -241,6 +238,16 @@ def _before_encoding(raw: RawSplit, format: str, tokenizer, settings: DataSettin
         if key != getattr(defaults, name) and not any(key in row for _, row in raw.rows):
             notes.append(f"{raw.label}: no row has the key {key!r} that {name} names.")
     return notes
+
+
+def _meaningless(format: str, settings: DataSettings) -> tuple[str, str]:
+    """The mask that rows of a format cannot have, as it is set, and what to do; empty where there is none."""
+    if format == "text" and settings.mask_prompt:
+        hint = 'There is no prompt to mask. Use mask_prompt=False, rows of the chat or completions format, or mask_until="A:"'
+        return f"mask_prompt={settings.mask_prompt}", f"{hint}, which trains on what follows a marker."
+    if format != "text" and settings.mask_until is not None:
+        return f"mask_until={settings.mask_until!r}", "It is for texts; use mask_prompt=True, which trains on the answers."
+    return "", ""
 
 
 def _left_out(split: Split, by_template: Mapping[str, Sequence[str]], settings: DataSettings) -> list[str]:

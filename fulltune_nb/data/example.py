@@ -113,16 +113,23 @@ class Lens:
         return head_html(example, counts) + warnings + _tokens_html(example, self.tokenizer)
 
 
+def _window_text(example: Example) -> str:
+    """Which tokens of its row an example has, where it is a window of it; else empty."""
+    before, behind = example.window
+    first, end = before + 1, before + len(example.tokens)
+    return f", tokens {first:,} to {end:,} of {end + behind:,} in the row" if before or behind else ""
+
+
 def head_html(example: Example, more: str = "") -> str:
     """Where an example comes from, and its numbers of tokens."""
-    cut = f", {example.cut:,} cut off at the end" if example.cut else ""
+    cut = f", {example.cut:,} cut off at the end" if example.cut else _window_text(example)
     counts = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on{more}{cut}"
     return f"<div><b>{esc(example.source)}</b> &nbsp; {counts}</div>"
 
 
 def _as_text(example: Example, tokenizer) -> str:
     size = f"{example.source}: {len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on"
-    cut = f", {example.cut:,} cut off" if example.cut else ""
+    cut = f", {example.cut:,} cut off" if example.cut else _window_text(example)
     texts = [(decode(tokenizer, ids), trained) for ids, trained in _runs(example)]
     return f"{size}{cut}\n" + "".join(f"[[{text}]]" if trained else text for text, trained in texts)
 

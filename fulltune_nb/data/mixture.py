@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fulltune_nb.data.hub import PREFIX
 from fulltune_nb.data.raw import SPLITS, RawSplit, split_named
 from fulltune_nb.data.read import read_source
 from fulltune_nb.data.split import Part, Split
@@ -37,41 +39,52 @@ def check_weights(source: Mapping[str, float]) -> None:
             raise DataError(f"The weight of {str(name)!r} is {show(weight)}: expected a number above 0, such as 0.3.")
 
 
-def scaled(source: Mapping[str, float]) -> dict[str, float]:
-    """The weights by name, so that they make 1."""
-    total = math.fsum(source.values())
-    return {str(name): weight / total for name, weight in source.items()}
-
-
 def read_mixture(source: Mapping[str, float]) -> tuple[str, list[tuple[str, RawSplit]], list[str], dict[str, float]]:
-    """What is stored of the places and weights, the splits of each data set with its name, notes on what was not read, and the weights.
+    """What is stored of the places and weights, the splits of each data set with its name, notes on what was not read, and the weights
+    by name, which make 1.
 
     Raises:
         DataError: a weight is no number above 0, a data set is given twice, or one cannot be read.
     """
     check_weights(source)
-    places: dict[str, float] = {}
-    splits, notes = [], []
-    for given, weight in source.items():
-        place, raw_splits, more = read_source(given)
-        if place in places:
-            raise DataError(f"{place} is given twice. Give it once, with the sum of the two weights.")
-        places[place] = float(weight)
-        splits += [(str(given), under_name(raw, str(given))) for raw in raw_splits]
-        notes += [f"{given}: {note}" for note in more]
-    return json.dumps(places, ensure_ascii=False), splits, notes, scaled(source)
+    read = [read_source(given) for given in source]
+    places = {place: float(weight) for (place, _, _), weight in zip(read, source.values(), strict=True)}
+    if len(places) < len(read):
+        twice = next(place for i, (place, _, _) in enumerate(read) if place in [other for other, _, _ in read[:i]])
+        raise DataError(f"{twice} is given twice. Give it once, with the sum of the two weights.")
+    names, total = short_names(list(places)), math.fsum(places.values())
+    splits = [(name, under_name(raw, name)) for name, (_, raw_splits, _) in zip(names, read, strict=True) for raw in raw_splits]
+    notes = [f"{name}: {note}" for name, (_, _, more) in zip(names, read, strict=True) for note in more]
+    weights = {name: weight / total for name, weight in zip(names, places.values(), strict=True)}
+    return json.dumps(places, ensure_ascii=False), splits, notes, weights
 
 
-def under_name(raw: RawSplit, given: str) -> RawSplit:
+def short_names(places: Sequence[str]) -> list[str]:
+    """A name for each of some different places: of a folder's path the end, as long as it must be for no two to be the same.
+
+    They are made of the places that a run stores, so that a resumed run calls its rows as before.
+    """
+    parts = [[place] if place.startswith(PREFIX) else Path(place).parts for place in places]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(places)
+
+
+def under_name(raw: RawSplit, name: str) -> RawSplit:
     """The split with its data set's name before each of the sources: `"a/train.jsonl:3"`."""
-    before = given.rstrip("/") + "/"
-    rows = [(before + source, row) for source, row in raw.rows]
-    problems, notes = [before + problem for problem in raw.problems], [f"{given}: {note}" for note in raw.notes]
-    return replace(raw, label=before + raw.label, rows=rows, problems=problems, notes=notes)
+    rows = [(f"{name}/{source}", row) for source, row in raw.rows]
+    problems, notes = [f"{name}/{problem}" for problem in raw.problems], [f"{name}: {note}" for note in raw.notes]
+    return replace(raw, label=f"{name}/{raw.label}", rows=rows, problems=problems, notes=notes)
 
 
-def joined(built: Mapping[tuple[str, str], Split], weights: Mapping[str, float], notes: list[str]) -> dict[str, Split]:
-    """The splits of several data sets, one behind the other; `notes` grows by what the weights come to."""
+def joined(built: Mapping[tuple[str, str], Split], weights: Mapping[str, float]) -> dict[str, Split]:
+    """The splits of several data sets, one behind the other.
+
+    Raises:
+        DataError: a data set has no train split, and others have.
+    """
     without = [given for given in weights if (given, "train") not in built]
     if without and len(without) < len(weights):
         raise DataError(f"{listed(without)} has no train split, so its weight means nothing. Leave it out, or give it one.")
@@ -86,17 +99,16 @@ def joined(built: Mapping[tuple[str, str], Split], weights: Mapping[str, float],
         table, format = ExampleTable.joined([split.examples for split in splits]), " and ".join(sorted({split.format for split in splits}))
         skipped, blank_lines = [line for split in splits for line in split.skipped], sum(split.blank_lines for split in splits)
         together[name] = Split(name, format, table, blank_lines, skipped, parts if name == "train" else ())
-    if "train" in together:
-        notes.append(f"train: {weights_text(together['train'].parts, [len(rows) for rows in together['train'].trainable_parts()])}")
     return together
 
 
-def weights_text(parts: Sequence[Part], sizes: Sequence[int]) -> str:
-    """What the weights come to, in a sentence; `sizes` are the rows that each part has to train on."""
-    taken = rows_of_epoch([part.weight for part in parts], sizes)
-    counts = zip(parts, taken, sizes, strict=True)
+def weights_note(train: Split) -> str:
+    """What the weights come to, in a sentence."""
+    sizes = [len(rows) for rows in train.trainable_parts()]
+    taken = rows_of_epoch([part.weight for part in train.parts], sizes)
+    counts = zip(train.parts, taken, sizes, strict=True)
     each = [f"{count:,} ({100 * part.weight:.3g} %) from the {size:,} of {part.name}" for part, count, size in counts]
-    return f"each epoch's {sum(taken):,} rows are drawn by weight: {', '.join(each)}."
+    return f"train: each epoch's {sum(taken):,} rows are drawn by weight: {', '.join(each)}."
 
 
 def rows_of_epoch(weights: Sequence[float], sizes: Sequence[int]) -> list[int]:

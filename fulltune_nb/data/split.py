@@ -20,7 +20,7 @@ class Part:
     """The examples of one data set in a split that several make up."""
 
     name: str
-    """As it was given to `load_data`."""
+    """What stands before the sources of its rows: the end of its folder's path, or its name on the hub."""
     weight: float
     """Its share of an epoch's rows; those of all parts make 1."""
     begin: int

@@ -93,3 +93,11 @@ def test_a_table_gives_the_same_object_while_it_is_held_and_takes_and_joins(toke
     assert [e.source for e in both] == ["train:3", "train:1", "train:1", "train:2", "train:3"]
     for one, other in zip(both, [table[2], table[0], *table], strict=True):
         assert one.tokens.tolist() == other.tokens.tolist() and one.loss_mask.tolist() == other.loss_mask.tolist()
+
+
+def test_a_window_says_which_tokens_of_its_row_it_has(tokenizer):
+    data = load_data({"train": TEXTS}, tokenizer, max_seq_length=16, long_rows="split")
+    total = len(load_data({"train": TEXTS}, tokenizer).train[1].tokens)
+    second = next(i for i, e in enumerate(data.train) if e.window[0] == 15)
+    assert f"tokens 16 to 31 of {total} in the row" in str(data.show(second + 1))
+    assert f"tokens 16 to 31 of {total} in the row" in data.train[second]._repr_html_()

@@ -137,3 +137,27 @@ def test_what_is_wrong_with_the_data_sets_is_told_by_name(tmp_path, tokenizer, m
 def test_a_mapping_of_split_names_is_rows_and_not_weights(tokenizer):
     with pytest.raises(DataError, match="train: expected"):
         load_data({"train": 0.7}, tokenizer)
+
+
+def test_data_sets_are_called_by_the_end_of_their_paths_from_wherever_they_are_loaded(tmp_path, tokenizer, monkeypatch):
+    for name in ("x/old", "x/new", "y/new"):
+        write(tmp_path / name, train=texts(name, 2))
+    monkeypatch.chdir(tmp_path / "x")
+    one = load_data({"old": 1, "new/": 1}, tokenizer)
+    other = load_data(one.source, tokenizer)
+    assert [e.source for e in one.train] == [f"{name}/train.jsonl:{i}" for name in ("old", "new") for i in (1, 2)]
+    assert [e.source for e in other.train] == [e.source for e in one.train] and other.notes == one.notes
+    three = load_data({"old": 1, "new": 1, tmp_path / "y" / "new": 1}, tokenizer)
+    assert [part.name for part in three.train.parts] == ["x/old", "x/new", "y/new"]
+
+
+def test_a_mask_that_means_nothing_for_one_data_set_is_told_and_holds_for_the_others(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", train=[{"text": "Q: B A: C"}] * 2)
+    write(tmp_path / "b", train=[CHAT] * 2)
+    masked = load_data({"a": 1, "b": 1}, tokenizer, mask_prompt=True)
+    assert masked.train.trained_lengths[0] == masked.train.lengths[0] - 1 and masked.train.trained_lengths[2] < masked.train.lengths[2] - 1
+    assert any(note.startswith("a/train.jsonl: mask_prompt=True means nothing") for note in masked.notes)
+    until = load_data({"a": 1, "b": 1}, tokenizer, mask_until="A:")
+    assert until.train.trained_lengths[0] < until.train.lengths[0] - 1 and until.train.trained_lengths[2] == until.train.lengths[2] - 1
+    assert any(note.startswith("b/train.jsonl: mask_until='A:' means nothing") for note in until.notes)
