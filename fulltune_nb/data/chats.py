@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fulltune_nb.chat_template import ChatRenderer
-from fulltune_nb.data.masks import Conversation, Span
+from fulltune_nb.data.masks import WAYS_OUT, Conversation, Span
 from fulltune_nb.data.rows import RowError
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.data.words import TOOLS, Word, is_written, words_of
@@ -61,15 +61,19 @@ class ChatRows:
         Raises:
             RowError: the template refuses the row, words that are to be trained are lost, or their places cannot be told.
         """
-        messages, tools = messages_of(row, self._format, self._settings), row.get("tools")
+        try:
+            return self._rendered(messages_of(row, self._format, self._settings), row.get("tools"))
+        except RecursionError:
+            raise RowError("messages or tools are nested too deeply: no template needs so many levels") from None
+
+    def _rendered(self, messages: list[Mapping[str, Any]], tools: Any) -> Rendered:
         untrained = [i for i, message in enumerate(messages) if not _is_trained(message, i)]
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [i for i in (answers[-1:] if self._settings.mask_prompt == "last" else answers) if i not in untrained]
         talk = Conversation(self._renderer, messages, tools, words_of(messages, tools))
         left_out = self._left_out(talk, wanted)
         if not self._settings.mask_prompt:
-            spans = _all_but(talk.spans(untrained), len(talk.text)) if untrained else None
-            return Rendered(talk.text, spans, left_out=left_out)
+            return Rendered(talk.text, self._all_but(talk, untrained), left_out=left_out)
         if (spans := talk.generated(wanted)) is not None:
             return Rendered(talk.text, spans, True, left_out)
         return Rendered(talk.text, self._spans(talk, wanted, answers[-1:]), left_out=left_out)
@@ -85,6 +89,14 @@ class ChatRows:
             except RowError:
                 raise error from None
             raise RowError(f'{error}. mask_prompt="last", which trains the last assistant turn only, is possible') from None
+
+    def _all_but(self, talk: Conversation, untrained: list[int]) -> list[Span] | None:
+        """The whole text without some of the messages; None where there are none of them."""
+        try:
+            return _all_but(talk.spans(untrained), len(talk.text)) if untrained else None
+        except RowError as error:
+            reason = str(error).removeprefix("mask_prompt: ").removesuffix(f". {WAYS_OUT}")
+            raise RowError(f"a message with weight 0 or train false cannot be told from the others: {reason}") from None
 
     def _left_out(self, talk: Conversation, wanted: Sequence[int]) -> list[str]:
         """What the template does not write of the conversation and may leave out.

@@ -42,7 +42,7 @@ class Conversation:
     def __init__(self, renderer: ChatRenderer, messages: Sequence[Mapping[str, Any]], tools: Any, words: Sequence[Word]):
         self._renderer, self.messages, self._tools, self.words = renderer, messages, tools, words
         self.text = self.render("the chat template refuses this row")
-        self._marked: Turns | None = None
+        self._marked: list[Turns | None] = []  # when it was asked for
 
     def render(self, failure: str, count: int | None = None, prompt: bool = False) -> str:
         """The text of the first `count` messages, with the generation prompt or without."""
@@ -53,12 +53,10 @@ class Conversation:
 
     def marked(self) -> Turns | None:
         """The turns as the marked words show them; None where the template writes another text with marks."""
-        if self._marked is None and can_be_marked(self.text, self.words):
-            messages, tools = with_marks(self.messages, self._tools)
-            turns = Turns(self._renderer, messages, tools, self.words)
-            if turns.is_of(self.text):
-                self._marked = turns
-        return self._marked
+        if not self._marked and can_be_marked(self.text, self.words):
+            turns = Turns(self._renderer, *with_marks(self.messages, self._tools), self.words)
+            self._marked.append(turns if turns.is_of(self.text) else None)
+        return self._marked[0] if self._marked else None
 
     def generated(self, turns: Sequence[int]) -> list[Span] | None:
         """Character places that the template itself says are the assistant's (`{% generation %}`) in these turns; None if it says nothing.

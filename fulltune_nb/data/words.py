@@ -22,7 +22,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _SILENT_KEYS = {"role", "content", "tool_calls", "name", "id", "type", "tool_call_id", "weight", "train", *_REASONING_KEYS}
 _END_OF_THINKING = re.compile(r"(</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷)")
 _BEGIN_OF_THINKING = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|◁think▷)")
-_SEVERAL_WORDS = re.compile(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}")
+_SEVERAL_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,}\s+[^\W\d_]{2}")
 
 
 class Word(NamedTuple):

@@ -1,5 +1,7 @@
 """Which tokens are trained on, for templates in the shapes that real ones have, and for random ones."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -180,6 +182,26 @@ def test_the_number_of_renderings_does_not_grow_with_the_number_of_turns(make_to
         return len(calls)
 
     assert renderings(4) == renderings(40) <= 16
+
+
+def test_hostile_rows_are_errors_of_the_row_or_quick(make_tokenizer):
+    deep = "x"
+    for _ in range(100_000):
+        deep = {"a": deep}
+    call = {"function": {"name": "f", "arguments": deep}}
+    assert "nested too deeply" in problem({"messages": [Q1, {**A1, "tool_calls": [call]}]}, "chat", make_tokenizer(templates.TOOLS))
+    tokenizer = make_tokenizer(templates.CHATML)
+    start = time.process_time()
+    encode([{"messages": [Q1, {**A1, "note": "a" * 300_000, "reasoning": "<" * 100_000}]}], "chat", tokenizer)
+    encode([{"messages": [Q1, {**A1, "content": "<think>" * 20_000 + "<a" * 50_000}, Q2, A2]}], "chat", tokenizer)
+    assert time.process_time() - start < 20  # quadratic, it would be minutes
+
+
+def test_a_message_without_training_that_cannot_be_found_is_an_error_that_says_so(make_tokenizer):
+    tokenizer = make_tokenizer(templates.ANSWERS_BEHIND_RESULT)
+    messages = [Q1, {"role": "assistant", "content": "I look.", "tool_calls": [CALL], "weight": 0}, {"role": "tool", "content": "rain"}, A2]
+    text = problem({"messages": messages}, "chat", tokenizer, DataSettings())
+    assert "weight 0" in text and "mask_prompt" not in text
 
 
 # ---- random conversations and random small templates
