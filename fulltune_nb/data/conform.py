@@ -97,14 +97,14 @@ class _RowConformer:
         if formats:
             turn = {"chat": self._chat, "completions": self._pair, "text": None}[formats[0]]
             read = (*keys_of(formats[0], settings), *(tools if turn else ()))
+        elif "chosen" in keys and "rejected" in keys:
+            turn, read = _refuse_preferences, keys
         elif under := next((key for key in CONVERSATIONS if key in keys), None):
             turn, read = lambda row: self._conversation(row, under), (under, "system", *tools)
         elif "instruction" in keys and "output" in keys:
             turn, read = self._alpaca, (*ALPACA, "history", *tools)
-        elif "chosen" in keys and "rejected" in keys:
-            turn, read = _refuse_preferences, keys
         else:
-            return _Plan(None, ())  # no known format, which `row_problem` tells
+            return _Plan(_refuse_null, ())  # of the others it is told that they have no known format
         names = LOOKS_LIKE_DATA | ({"label"} if formats[:1] == ["completions"] else set())  # of TRL's KTO: whether the answer is a good one
         return _Plan(turn, tuple(key for key in keys if key in names and key not in read))
 
@@ -193,6 +193,14 @@ def _refuse_preferences(row: Row) -> Row:
         "preference data ('chosen' and 'rejected'), from which nothing here learns. To train on the better answers, make rows of them:"
         ' {"prompt": row["prompt"], "completion": row["chosen"]}, or {"messages": row["chosen"]} where that is the whole conversation'
     )
+
+
+def _refuse_null(row: Row) -> Row:
+    """The row, where no form is to be seen in its keys."""
+    for form in (("instruction", "output"), *((key,) for key in CONVERSATIONS)):
+        if all(key in row for key in form):
+            raise RowError(f"{', '.join(repr(key) for key in form if row[key] is None)} is null, which counts as absent")
+    return row
 
 
 def _is_empty(value: Any) -> bool:

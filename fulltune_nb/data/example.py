@@ -29,7 +29,7 @@ class Example:
     cut: int
     """Tokens cut off at the end by `max_seq_length`."""
     row: Mapping[str, Any]
-    """The row as it was read."""
+    """The row as it was read; where it had another form than its split's format, what was made of it."""
     tokenizer: Any = field(default=None, repr=False)
     """For showing the tokens."""
     window: tuple[int, int] = field(default=(0, 0), repr=False)

@@ -262,6 +262,9 @@ WRONG = [
     ({"prompt": [Q1], "completion": [{"role": "assistant"}]}, "completion[0]: 'content' is missing"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preference data ('chosen' and 'rejected')"),
     ({"chosen": [Q1, A1], "rejected": [Q1, A2]}, "preference data"),
+    ({"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": SHAREGPT[1]}, "preference data"),
+    ({"instruction": "Hello!", "output": None}, "'output' is null"),
+    ({"conversations": None}, "'conversations' is null"),
 ]
 
 
