@@ -14,6 +14,7 @@ from fulltune_nb.data.words import TOOLS, Word, is_written, words_of
 
 NO_TOOLS = "the tools"
 EARLIER_REASONING = "the reasoning of earlier turns"
+UNMARKED = "of training (by its {% generation %}) words of assistant turns"
 
 HELP = {
     NO_TOOLS: "Use a template that writes them, or write them into the messages.",
@@ -75,6 +76,9 @@ class ChatRows:
         if not self._settings.mask_prompt:
             return Rendered(talk.text, self._all_but(talk, untrained), left_out=left_out)
         if (spans := talk.generated(wanted)) is not None:
+            marked = talk.marked()
+            if marked is not None and any(word.message in wanted and marked.is_beside(n, spans) for n, word in enumerate(talk.words)):
+                left_out.append(UNMARKED)
             return Rendered(talk.text, spans, True, left_out)
         return Rendered(talk.text, self._spans(talk, wanted, answers[-1:]), left_out=left_out)
 

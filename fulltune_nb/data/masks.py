@@ -145,6 +145,14 @@ class Turns:
         start = self._positions[before - 1] if before else 0
         return self._start_of_word(end) is None and not is_written(self._words[word].text, self.text, start, end)
 
+    def is_beside(self, word: int, spans: Sequence[Span]) -> bool:
+        """Whether a word is written and ends within none of the spans."""
+        end = self._first.get(word)
+        if end is None:
+            return False
+        before = bisect_left(spans, (end,))  # spans that start before it
+        return not before or spans[before - 1][1] < end
+
     def span(self, i: int) -> Span:
         """Where message `i` stands.
 
