@@ -24,6 +24,7 @@ from fulltune_nb import html, svg
 from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import row_widths
 from fulltune_nb.data.token_ids import check_ids
+from fulltune_nb.models.decoder import BLOCK_NORMS
 from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names
 from fulltune_nb.training import vocabulary
@@ -288,16 +289,20 @@ class Workload:
 
     @cached_property
     def _width(self) -> int:
-        """(M, I), or of all experts that a token goes to."""
-        return self.rows * self.tokens * self.model.intermediate_size * max(self.model.num_experts_per_token, 1)
+        """(M, I), or of all experts that a token goes to, where that is more."""
+        model = self.model
+        of_experts = model.expert_size * model.num_experts_per_token + model.shared_expert_size
+        dense = 0 if all(model.with_experts) else model.intermediate_size
+        return self.rows * self.tokens * max(of_experts, dense)
 
     def _kept(self, width: int) -> int:
         """For the backward pass: shares of attention; queries, keys, values and their mixture; gate, up, their activation and product, of
         this width; what norms need; rows dealt out to experts, and their outputs."""
         model = self.model
         heads = self.rows * self.tokens * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-        norms = (1 if model.block == "parallel" else 2) * (2 if model.norm == "layer_no_params" else 3)
-        return self._scores + heads + (norms + 2 * model.num_experts_per_token) * self._hidden + (3 if model.mlp == "plain" else 4) * width
+        norms = len(BLOCK_NORMS[model.block]) * (2 if model.norm == "layer_no_params" else 3)
+        scores = self._scores * (1 + 2 * (model.score_cap is not None) + 2 * model.sinks)  # tanh's, and what is beside the sinks
+        return scores + heads + (norms + 2 * model.num_experts_per_token) * self._hidden + (3 if model.mlp == "plain" else 4) * width
 
     def _ahead(self, *kinds: int) -> int:
         """What MLX holds beyond need while arrays of these sizes are computed."""
@@ -344,7 +349,7 @@ class Workload:
         inputs = (model.num_layers + 1) * hidden + targets
         piece = self._largest_group(self.trained, experts_apart=True)
         copies = self._half_on_cpu * self._largest_group(self.parameters, experts_apart=True)
-        width = self._width // max(model.num_experts, 1)  # one expert at a time
+        width = max(self._width // max(model.num_experts, 1), self.rows * self.tokens * model.shared_expert_size)  # one expert at a time
         again, sums = self._ahead(max(self._scores, width), self._hidden) + copies, (several > 1) * piece
 
         range_rows = vocabulary.ranges(model.vocab_size, model.hidden_size)[0].stop

@@ -75,6 +75,16 @@ FIXED: dict[str, Configuration] = {
     "mixtral, whole": dict(model=model("mixtral", 4096, 256, 512, 4, 4, 2, **UNTIED, **EXPERTS), length=129, batch_size=4),
     "mixtral, whole, checkpoint": dict(
         model=model("mixtral", 4096, 256, 512, 4, 4, 2, **UNTIED, **EXPERTS), length=257, batch_size=2, grad_checkpoint=True),
+    "gemma2, whole": dict(model=model("gemma2", 4096, 256, 896, 6, 4, 2, head_dim=64), length=257, batch_size=2),
+    "gemma2, layerwise": dict(model=model("gemma2", 4096, 256, 896, 6, 4, 2, head_dim=64), length=257, batch_size=2, **LEAN),
+    "phi3, whole": dict(model=model("phi3", 4096, 256, 704, 6, 4, 2), length=257, batch_size=2),
+    "qwen2_moe, whole": dict(
+        model=model("qwen2_moe", 4096, 256, 512, 4, 4, 2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256,
+                    shared_expert_intermediate_size=512), length=129, batch_size=4),
+    "qwen2_moe, layerwise": dict(
+        model=model("qwen2_moe", 4096, 256, 512, 4, 4, 2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256,
+                    shared_expert_intermediate_size=512), length=129, batch_size=4, **LEAN),
+    "gpt_oss, layerwise": dict(model=model("gpt_oss", 4096, 256, 512, 4, 4, 2, **UNTIED, **EXPERTS), length=129, batch_size=4, **LEAN),
     "mixtral, layerwise, bfloat16": dict(
         model=model("mixtral", 8192, 384, 896, 6, 6, 2, **UNTIED, **EXPERTS),
         length=257, batch_size=2, optimizer="adafactor", **LEAN, **HALF),
