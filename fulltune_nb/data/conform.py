@@ -45,7 +45,7 @@ def conform(raw: RawSplit, name: str, tokenizer, settings: DataSettings) -> None
         except RecursionError:
             raw.problems.append(f"{source}: objects and lists stand within each other too deeply to be looked at")
         except LimitReached as error:
-            problem = f"{source}: the chat template cannot be used: {error}"
+            problem = f"{source}: the chat template cannot be used for this row: {error}"
             raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None
         else:
             rows.append(pair if turned is row else (source, turned))
