@@ -150,7 +150,7 @@ def _unpacked(tensor: _Packed, shape: tuple[int, ...], dtype: mx.Dtype, what: st
         found[begin : begin + step] = piece.astype(dtype)
         mx.eval(found)
     found = found.reshape(shape)
-    return mx.contiguous(found.swapaxes(-1, -2)) if tensor.swapped else found
+    return found.swapaxes(-1, -2) if tensor.swapped else found
 
 
 def _kind(tensor: _Packed, shape: tuple[int, ...], what: str) -> tuple[int, int, str]:

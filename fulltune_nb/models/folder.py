@@ -170,14 +170,18 @@ def _read_folder(folder: Path, config: ModelConfig) -> dict[str, mx.array]:
     return arrays
 
 
+_STACKED = re.compile(r"(.+)\.(?:switch_mlp|experts)\.((?:gate|up|down)_proj\..+)")
+
+
 def _unstacked(arrays: dict[str, mx.array], config: ModelConfig) -> dict[str, mx.array]:
-    """Experts that mlx-lm stacked in one tensor (E, ...), under the name `switch_mlp`, each by itself as in Hugging Face's checkpoints."""
-    for name in [name for name, array in arrays.items() if ".switch_mlp." in name and array.shape[:1] == (config.num_experts,)]:
-        stack = arrays.pop(name)
-        before, after = name.split(".switch_mlp.", 1)
-        for number in range(config.num_experts):
-            own = to_hf(f"experts.{number}.{after}", config.family).removeprefix("model.")
-            arrays[f"{before}.{own}"] = stack[number]
+    """Experts that mlx-lm stacked, (E, ...) for each of their tensors, one by one as in Hugging Face's checkpoints."""
+    for name in list(arrays):
+        found = _STACKED.fullmatch(name)
+        if found and arrays[name].shape[:1] == (config.num_experts,):
+            stack = arrays.pop(name)
+            for number in range(config.num_experts):
+                own = to_hf(f"experts.{number}.{found[2]}", config.family).removeprefix("model.")
+                arrays[f"{found[1]}.{own}"] = stack[number]
     return arrays
 
 

@@ -52,7 +52,8 @@ def check_unread(config: ModelConfig, where: str) -> None:
     if drop:
         warnings.warn(f"{where}: {_shown(drop)}: training here drops nothing out, as with 0.", stacklevel=4)
     known = _declared(config.family) | drop.keys()
-    unknown = {key: value for key, value in raw.items() if key not in known and _COMPUTES.search(key) and not _says_nothing(value)}
+    own = {key: value for key, value in raw.items() if key not in known and not key.startswith("_")}  # transformers notes its own so
+    unknown = {key: value for key, value in own.items() if _COMPUTES.search(key) and not _says_nothing(value)}
     if unknown:
         warnings.warn(
             f"{where}: {_shown(unknown)}: neither the decoder here nor transformers reads this of a {config.family} model. If the weights"

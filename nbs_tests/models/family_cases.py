@@ -16,6 +16,8 @@ from nbs_tests.models.model_cases import LLAMA3
 
 LEFT_OUT = object()
 """Among the values of a key: the key is not in `config.json`."""
+OWN, SHARED = "of its own", "hidden_size by heads"
+"""`head_dim`: any; or the heads share the hidden size."""
 SHORT = 16
 """Positions before rope is scaled; rows of the comparisons are longer."""
 LONG = 128
@@ -30,13 +32,14 @@ class Known:
     """Published models of this `model_type`."""
     values: Mapping[str, tuple] = field(default_factory=dict)
     """Values of keys, where they are other ones than in `VALUES`."""
-    scalings: tuple[str, ...] = ("default", "linear", "llama3")
+    scalings: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
     """Of rope, that its configuration class takes."""
 
 
 PARTIAL = {"partial_rotary_factor": (LEFT_OUT, 0.25, 0.5)}
 WITHOUT_WINDOW = {"sliding_window": (None, 2, 5)}
 PATTERN = {"sliding_window_pattern": (LEFT_OUT, 2, 3)}  # in published files, though not in the class
+NO_HEAD_DIM = {"head_dim": (SHARED,)}  # transformers does not look at it everywhere, or asks for this one
 SAME_ACTIVATION = {"hidden_act": (LEFT_OUT,)}
 
 KNOWN: dict[str, Known] = {
@@ -45,7 +48,7 @@ KNOWN: dict[str, Known] = {
     "mixtral": Known("Mixtral 8x7B and 8x22B", WITHOUT_WINDOW),
     "qwen2": Known("Qwen 1.5, 2 and 2.5, QwQ, DeepSeek-R1-Distill-Qwen"),
     "gemma": Known("Gemma 1, CodeGemma", SAME_ACTIVATION),
-    "phi": Known("Phi-1, 1.5 and 2", PARTIAL),
+    "phi": Known("Phi-1, 1.5 and 2", {**PARTIAL, **NO_HEAD_DIM}),
     "olmo": Known("OLMo 1"),
     "qwen3": Known("Qwen 3 dense: 0.6B to 32B"),
     "qwen3_moe": Known("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder"),
@@ -54,21 +57,21 @@ KNOWN: dict[str, Known] = {
     "gemma3_text": Known("Gemma 3: 270M, 1B, and the text part of 4B, 12B and 27B", PATTERN),
     "phi3": Known(
         "Phi-3 and 3.5 mini, medium; Phi-4, Phi-4-mini",
-        {"partial_rotary_factor": (LEFT_OUT, 0.5, 0.75), **WITHOUT_WINDOW}, scalings=("default", "longrope"),
+        {"partial_rotary_factor": (LEFT_OUT, 0.5, 0.75), **WITHOUT_WINDOW, **NO_HEAD_DIM}, scalings=("default", "longrope"),
     ),
     "olmo2": Known("OLMo 2: 1B to 32B"),
     "olmo3": Known("OLMo 3: 7B, 32B"),
-    "olmoe": Known("OLMoE-1B-7B"),
+    "olmoe": Known("OLMoE-1B-7B", NO_HEAD_DIM),
     "smollm3": Known("SmolLM3-3B"),
     "granite": Known("Granite 3.0 to 3.3 dense: 2B, 8B"),
     "granitemoe": Known("Granite 3.0 and 3.1: 1B-A400M, 3B-A800M"),
     "starcoder2": Known("StarCoder2: 3B, 7B, 15B", WITHOUT_WINDOW),
-    "stablelm": Known("StableLM 2 1.6B and 12B, StableLM 3B", PARTIAL),
+    "stablelm": Known("StableLM 2 1.6B and 12B, StableLM 3B", {**PARTIAL, **NO_HEAD_DIM}),
     "ministral": Known("Ministral 8B (2410)", {"sliding_window": (LEFT_OUT, 2, 5)}),
     "ministral3": Known("Ministral 3: text part of 3B, 8B, 14B", {**WITHOUT_WINDOW}, scalings=("llama_4_yarn",)),
     "seed_oss": Known("Seed-OSS-36B"),
     "cwm": Known("Code World Model 32B"),
-    "helium": Known("Helium-1 2B", {"head_dim": ("as in hidden_size",)}),
+    "helium": Known("Helium-1 2B", NO_HEAD_DIM),
     "ernie4_5": Known("ERNIE 4.5 0.3B"),
     "hunyuan_v1_dense": Known("Hunyuan 0.5B, 1.8B, 4B, 7B", scalings=("default", "linear", "ntk_alpha")),
     "arcee": Known("AFM-4.5B"),
@@ -157,7 +160,9 @@ def cases_of(family: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """`count` contents of a `config.json`, in the dialect of transformers 4 and 5 in turn; each of a key's values in as few as can be."""
     pick = random.Random(f"{family} {seed}")
     known, keys = KNOWN[family], class_keys(family)
-    values = {**{key: choices for key, choices in {**SIZES, **VALUES}.items() if key in keys}, **known.values, "scaling": known.scalings}
+    head_dim = (OWN, OWN, SHARED) if "head_dim" in keys else (SHARED, SHARED, OWN)
+    values = {key: choices for key, choices in {**SIZES, **VALUES}.items() if key in keys}
+    values = {**values, "head_dim": head_dim, **known.values, "scaling": known.scalings}
     columns = {key: _spread(pick, choices, count) for key, choices in values.items()}
     return [_case(family, keys, {key: column[i] for key, column in columns.items()}, i % 2 == 0, pick) for i in range(count)]
 
@@ -165,9 +170,8 @@ def cases_of(family: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
 def plain_case(family: str) -> dict[str, Any]:
     """A small configuration that says nothing but sizes."""
     keys = class_keys(family)
-    chosen = {key: choices[-1] for key, choices in SIZES.items() if key in keys}
-    chosen |= {key: KNOWN[family].values[key][0] for key in ("head_dim",) if key in KNOWN[family].values}
-    chosen |= {"max_position_embeddings": LONG, "scaling": KNOWN[family].scalings[0]}
+    sizes = {key: choices[-1] for key, choices in SIZES.items() if key in keys}
+    chosen = {**sizes, "num_hidden_layers": 7, "head_dim": SHARED, "max_position_embeddings": LONG, "scaling": KNOWN[family].scalings[0]}
     return _case(family, keys, chosen, False, random.Random(family))
 
 
@@ -213,7 +217,7 @@ def _case(family: str, keys: Mapping[str, Any], chosen: dict[str, Any], old_dial
     heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     sizes = (16, 24) if partial else (6, 8, 12)  # so that each share of them is even
     raw["hidden_size"] = heads * pick.choice(sizes)
-    if "head_dim" in keys and head_dim is LEFT_OUT:
+    if head_dim == OWN:
         raw["head_dim"] = pick.choice(sizes)
     elif "head_dim" in keys:
         raw["head_dim"] = raw["hidden_size"] // heads

@@ -12,7 +12,7 @@ import fulltune_nb  # noqa: F401  first of all: it gives MLX its BLAS
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import FAMILIES, Family
+from fulltune_nb.models.families import FAMILIES
 from fulltune_nb.models.folder import load_decoder, save_folder
 from fulltune_nb.training.engine import WholeGraph
 from fulltune_nb.training.layerwise import Layerwise
@@ -36,15 +36,16 @@ PACKED = (11, 16)
 PROMPT_LENGTH = 5
 CLEAR = 1e-3
 """No token of a greedy answer may be chosen by less than this share of the logits' spread: rounding could choose the other."""
-LIMITS = {"logits": 1e-5, "gradients": 1e-3, "greedy": 0.0, "engines": 1e-5, "packing": 1e-5, "saved": 1e-5}
+LIMITS = {"logits": 1e-4, "gradients": 1e-3, "greedy": 0.0, "engines": 1e-4, "packing": 1e-4, "saved": 1e-5}
 """What a case's errors may be; `greedy` is the share of tokens that differ."""
-MOST = 1e-4
-"""What that of the logits may be where float32 itself does not allow the limit; see `logits_limit`."""
-TABLE = Path("docs/models.md")
+CANCELS = 1e-4
+"""Share of the largest gradient that that of a single number is taken to be at least."""
+EXACT = 1e-5
+"""What errors of logits may be where float32 allows it; see `logits_limit`."""
 
 
-def compare(raw: dict[str, Any], seed: int, folder: Path, new_tokens: int = 64) -> tuple[dict[str, float], dict[str, float]]:
-    """The errors of one case by what was compared, and what they may be."""
+def compare(raw: dict[str, Any], seed: int, folder: Path, new_tokens: int = 64) -> dict[str, float]:
+    """The errors of one case, by what was compared."""
     from nbs_tests.models import torch_reference as reference
 
     model = reference.build(raw, seed)
@@ -52,27 +53,27 @@ def compare(raw: dict[str, Any], seed: int, folder: Path, new_tokens: int = 64) 
     decoder = load_decoder(folder / "source")
     ids = random_ids(raw, IDS_SHAPE, seed)
     expected = reference.logits(model, ids)
-    errors, limits = {"logits": position_error(decoder(mx.array(ids)), expected)}, dict(LIMITS)
-    if errors["logits"] > LIMITS["logits"]:
-        limits["logits"] = logits_limit(model, ids, expected)
-    prompt, answer = clear_answer(reference, model, raw, new_tokens)
+    errors = {"logits": position_error(decoder(mx.array(ids)), expected)}
+    prompt, answer = clear_answer(reference, raw, seed, new_tokens)
     errors["greedy"] = float(np.mean(greedy(decoder, prompt, new_tokens) != answer))
     errors["engines"] = tensors_error(*engines(decoder, raw["vocab_size"]))
     errors["packing"] = packing_error(decoder, ids)
     save_folder(folder / "saved", decoder, None)
     errors["saved"] = position_error(reference.logits(reference.load(folder / "saved"), ids), expected)
+    if (most := max(errors["logits"], errors["packing"])) > EXACT and most > logits_limit(model, ids, expected):
+        raise AssertionError(f"logits differ by {errors['logits']:.1e}, packed {errors['packing']:.1e}: more than float32 takes away")
     expected_gradients = reference.gradients(model, ids)
     for checkpoint in (False, True):
         found = gradients(decoder, ids, checkpoint)
         errors["gradients"] = max(errors.get("gradients", 0.0), tensors_error(found, expected_gradients))
-    return errors, limits
+    return errors
 
 
 def logits_limit(model: Any, ids: np.ndarray, expected: np.ndarray) -> float:
-    """What the error of logits may be: the limit, or twice what float32 takes away from transformers itself, where that is more."""
+    """What the error of logits may be: `EXACT`, or where more, twice that of transformers itself when a rounding moves its weights."""
     from nbs_tests.models import torch_reference as reference
 
-    return min(max(LIMITS["logits"], 2 * position_error(expected, reference.exact_logits(model, ids))), MOST)
+    return min(max(EXACT, 2 * position_error(reference.rounded_logits(model, ids), expected)), LIMITS["logits"])
 
 
 def position_error(found: np.ndarray | mx.array, expected: np.ndarray) -> float:
@@ -88,15 +89,19 @@ def tensors_error(found: dict[str, np.ndarray], expected: dict[str, np.ndarray])
     for name in found.keys() & expected.keys():
         if np.linalg.norm(expected[name]) <= NO_GRADIENT * largest:  # rounding noise, such as of a router that has no choice
             worst = max(worst, 0.0 if np.linalg.norm(found[name]) <= NO_GRADIENT * largest else np.inf)
+        elif expected[name].size == 1:  # all positions add up to one number, where much cancels
+            error = float(np.abs(found[name] - expected[name]).item())
+            worst = max(worst, error / max(float(np.abs(expected[name]).item()), CANCELS * largest))
         else:
             worst = max(worst, relative_error(found[name], expected[name]))
     return worst
 
 
-def clear_answer(reference: Any, model: Any, raw: dict[str, Any], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def clear_answer(reference: Any, raw: dict[str, Any], seed: int, new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """A prompt (1, T) and transformers' greedy answer (new_tokens,), of which no token is a close call."""
-    for seed in range(20):
-        prompt = random_ids(raw, (1, PROMPT_LENGTH), seed)
+    for number in range(20):
+        model = reference.build(raw, seed)  # each time: `dynamic` rope of transformers remembers the longest text
+        prompt = random_ids(raw, (1, PROMPT_LENGTH), number)
         answer, gap = reference.greedy_with_gap(model, prompt, new_tokens)
         if gap > CLEAR:
             return prompt, answer
@@ -147,16 +152,18 @@ def mlx_lm_error(family: str) -> float | None:
     model = reference.build(raw, 0)
     ids = random_ids(raw, (2, 9), 0)  # no longer than a window, which mlx-lm has in its caches alone
     with tempfile.TemporaryDirectory() as folder:
-        source, saved = Path(folder, "source"), Path(folder, "saved")
-        save_folder(saved, load_decoder(write_folder(source, raw, reference.checkpoint(model))), None)
+        model.save_pretrained(Path(folder, "source"))  # config.json in transformers' own words
+        save_folder(Path(folder, "saved"), load_decoder(Path(folder, "source")), None)
         try:
-            theirs, _ = load_model(saved)
-        except (ValueError, SystemExit):  # its module of olmo ends the process
+            theirs, _ = load_model(Path(folder, "saved"))
+            found = np.array(theirs(mx.array(ids)))
+        except (Exception, SystemExit) as error:  # its module of olmo ends the process
+            print(f"mlx-lm cannot load {family}: {type(error).__name__}: {str(error)[:100]}")
             return None
-        return position_error(np.array(theirs(mx.array(ids))), reference.logits(model, ids))
+        return position_error(found, reference.logits(model, ids))
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------------------
+# ---- many cases ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -175,42 +182,19 @@ def run(family: str, count: int, seed: int = 0, new_tokens: int = 64) -> Result:
     for i, raw in enumerate(cases_of(family, count, seed)):
         try:
             with tempfile.TemporaryDirectory() as folder:
-                errors, limits = compare(raw, i, Path(folder), new_tokens)
+                errors = compare(raw, i, Path(folder), new_tokens)
         except Exception as error:  # one case that cannot be computed is no reason to leave the others out
             problems.append(f"{family} case {i}: {type(error).__name__}: {error}\n  {raw}")
             continue
-        wrong = {name: error for name, error in errors.items() if not error <= limits.get(name, np.inf)}
+        wrong = {name: error for name, error in errors.items() if not error <= LIMITS.get(name, np.inf)}
         if wrong:
             problems.append(f"{family} case {i}: {wrong}\n  {raw}")
         largest |= {name: max(largest.get(name, 0.0), error) for name, error in errors.items()}
     return Result(count, largest, tuple(problems))
 
 
-def mechanisms(family: Family) -> str:
-    """What a row says, where it differs from a row that says nothing."""
-    said = []
-    for part in fields(family):
-        value = getattr(family, part.name)
-        default = part.default if part.default is not MISSING else part.default_factory() if part.default_factory is not MISSING else None
-        if part.name in ("defaults", "names", "norm_eps") or value == default:
-            continue
-        name = part.name.replace("_", " ")
-        said.append(name if value is True else f"{name}: {_words(value)}")
-    return "; ".join(said)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{_words(key)} ({_words(switch)})" if isinstance(switch, str) else _words(key) for key, switch in value.items())
-    return " ".join(map(_words, value)) if isinstance(value, (tuple, list, frozenset)) else str(value).replace("_proj", "")
-
-
 def main(families: list[str], count: int = 8) -> int:
     """Compares, prints, and says how many cases failed."""
-    from transformers.utils import logging as of_transformers
-
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
     failed = 0
     for family in families:
         result = run(family, count)

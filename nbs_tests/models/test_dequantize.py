@@ -14,6 +14,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized
 from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
 from fulltune_nb.models.model_config import read_config
+from nbs_tests.models.family_cases import plain_case
 from nbs_tests.models.model_cases import SMALL
 from nbs_tests.models.parity import need, need_torch
 
@@ -86,6 +87,18 @@ def test_a_dequantized_model_is_saved_as_one_that_never_was_quantized(tmp_path):
     assert not {"quantization", "quantization_config"} & written.keys() and written["torch_dtype"] == "bfloat16"
 
 
+def test_the_text_part_of_a_quantized_multimodal_folder_is_loaded(tmp_path):
+    folder, expected = quantized_folder(tmp_path / "text", in_groups("gemma3_text"))
+    arrays = {f"language_model.{name}": array for name, array in mx.load(str(folder / "model.safetensors")).items()}
+    arrays |= dict(zip((f"vision_tower.{part}" for part in ("weight", "scales", "biases")), mx.quantize(mx.ones((4, 64))), strict=True))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    text = json.loads((folder / "config.json").read_text())
+    settings = text.pop("quantization")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text, "quantization": settings}))
+    with pytest.warns(UserWarning, match=r"Left aside: vision_tower \(3 tensors\)"):
+        assert_loaded(load_decoder(folder, dequantize=True), expected)
+
+
 def test_the_commands_take_a_quantized_model(tmp_path, tokenizer, capsys, monkeypatch):
     from fulltune_nb.full import main as full
     from fulltune_nb.generate import main as generate
@@ -129,38 +142,71 @@ def test_not_more_than_one_tensor_is_in_memory_twice(tmp_path):
 # ---- against mlx-lm and transformers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def in_groups(family: str, **changes) -> dict:
+    """A small configuration, as transformers writes it, whose matrices have rows of 64 numbers."""
+    from transformers import CONFIG_MAPPING
+
+    raw = plain_case(family)
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    return CONFIG_MAPPING[family](**{**raw, **{key: size for key, size in sizes.items() if key in raw}, **changes}).to_dict()
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "olmoe", "granitemoe", "phi3", "gemma3_text", "stablelm"])
 def test_folders_that_mlx_lm_converts_are_loaded_as_it_computes_them(family, tmp_path):
     need("mlx_lm", "pip install mlx-lm==0.32.2")
     from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_config, save_model
 
-    raw = {**RAW, "model_type": family, "num_local_experts": 4, "num_experts_per_tok": 2}
     mx.random.seed(0)
-    save_folder(tmp_path / "plain", Decoder(read_config(raw)), None)
+    save_folder(tmp_path / "plain", Decoder(read_config(in_groups(family))), None)
     model, config = load_model(tmp_path / "plain")
-    model, config = quantize_model(
-        model, config, 32, 4, quant_predicate=lambda path, _: {"bits": 8, "group_size": 64} if "v_proj" in path else True
-    )
+    mixed = {"bits": 8, "group_size": 64}
+    model, config = quantize_model(model, config, 32, 4, quant_predicate=lambda path, _: mixed if "o_proj" in path else True)
     (tmp_path / "q").mkdir()
     save_model(tmp_path / "q", model)
     save_config(config, tmp_path / "q" / "config.json")
     decoder = load_decoder(tmp_path / "q", "float32", dequantize=True)
     ids = mx.array([[5, 3, 9, 9, 1, 44, 12]])
-    np.testing.assert_allclose(np.array(decoder(ids)), np.array(dequantize_model(model)(ids)), atol=1e-5)
+    np.testing.assert_allclose(np.array(decoder(ids)), np.array(dequantize_model(model)(ids)), atol=2e-5)
 
 
-def test_mxfp4_blocks_become_what_transformers_makes_of_them():
+def test_mxfp4_folders_as_published_and_as_mlx_lm_writes_them_compute_what_transformers_does(tmp_path):
     need_torch()
-    import torch
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+    need("mlx_lm", "pip install mlx-lm==0.32.2")
+    from mlx_lm.utils import load_model, save_config, save_model
 
+    from nbs_tests.models import torch_reference as reference
+
+    raw = in_groups("gpt_oss", num_hidden_layers=2)
+    model = reference.build(raw, 0)
     random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (2, 64, 3, 16), dtype=np.uint8)  # (E, out, groups, bytes)
-    scales = random.integers(110, 140, (2, 64, 3), dtype=np.uint8)
-    expected = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales)).float().numpy()  # (E, in, out)
-    arrays = {"experts.down_proj_blocks": mx.array(blocks), "experts.down_proj_scales": mx.array(scales)}
-    found = dequantized(arrays, {"experts.down_proj": expected.shape}, mx.bfloat16, "the test")["experts.down_proj"]
-    np.testing.assert_array_equal(np.array(found.astype(mx.float32)), expected)
+    tensors = {}
+    for name, array in reference.checkpoint(model).items():
+        tensors[name] = mx.array(array).astype(mx.bfloat16)
+        if name.endswith(("gate_up_proj", "down_proj")):  # (E, in, out)
+            experts, columns, rows = array.shape
+            del tensors[name]
+            tensors[f"{name}_blocks"] = mx.array(random.integers(0, 256, (experts, rows, columns // 32, 16), dtype=np.uint8))
+            tensors[f"{name}_scales"] = mx.array(random.integers(122, 126, (experts, rows, columns // 32), dtype=np.uint8))
+    published, of_mlx = tmp_path / "published", tmp_path / "mlx"
+    published.mkdir()
+    (published / "config.json").write_text(json.dumps({**raw, "quantization_config": {"quant_method": "mxfp4"}}))
+    mx.save_safetensors(str(published / "model.safetensors"), tensors)
+    theirs, config = load_model(published)
+    of_mlx.mkdir()
+    save_model(of_mlx, theirs)
+    save_config(config, of_mlx / "config.json")
+    ours, again = (hf_tensors(load_decoder(folder, dequantize=True)) for folder in (published, of_mlx))
+    assert ours.keys() == again.keys() and all(mx.array_equal(array, again[name]).item() for name, array in ours.items())
+
+    save_folder(tmp_path / "saved", load_decoder(published, "float32", dequantize=True), None)
+    ids = np.array([[5, 3, 9, 9, 1, 44, 12]])
+    found = load_decoder(tmp_path / "saved")(mx.array(ids))
+    expected = reference.logits(reference.load(tmp_path / "saved"), ids)
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=1e-4)
+    blocks = (np.array(tensors[f"model.layers.1.mlp.experts.down_proj_{part}"]) for part in ("blocks", "scales"))
+    unpacked = reference.dequantized(*blocks)
+    np.testing.assert_array_equal(np.array(ours["model.layers.1.mlp.experts.down_proj"].astype(mx.float32)), unpacked)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------------------------

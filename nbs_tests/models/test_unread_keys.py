@@ -21,7 +21,8 @@ NAMED = {
 }  # fmt: skip
 SAY_NOTHING = {
     "is_causal": True, "attention_dropout": 0.0, "classifier_dropout": 0.1, "attn_logit_softcapping": None, "residual_multiplier": 1.0,
-    "use_qk_norm": False, "made_up": {"a": 1}, "_name_or_path": "a/b", "initializer_range": 0.02, "sliding_window": None,
+    "use_qk_norm": False, "made_up": {"a": 1}, "_name_or_path": "a/b", "initializer_range": 0.02,
+    "_sliding_window_pattern": 6, "sliding_window": None,
 }  # fmt: skip
 
 

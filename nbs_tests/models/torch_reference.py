@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+transformers.utils.logging.set_verbosity_error()  # it warns of what the configurations do on purpose
+transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are so small that threads cost more than they bring
 
 
 def build(raw: dict[str, Any], seed: int) -> torch.nn.Module:
     """A transformers model of a config.json's content, with random weights large enough that every mechanism shows."""
+    torch.manual_seed(seed)  # some vectors, such as sinks, are drawn
     config = AutoConfig.for_model(**json.loads(json.dumps(raw)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -50,12 +54,13 @@ def logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids).long()).logits.float().numpy()
 
 
-def exact_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
-    """The same computed in float64."""
-    exact = copy.deepcopy(model)
-    exact.set_experts_implementation("eager")  # the other one knows no float64
+def rounded_logits(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """The same when each weight is moved by as much as float32 rounds."""
+    moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        return exact.double()(torch.from_numpy(ids).long()).logits.numpy()
+        for parameter in moved.parameters():
+            parameter.mul_(1 + torch.randn(parameter.shape, generator=generator) * 2**-24)
+    return logits(moved, ids)
 
 
 def gradients(model: torch.nn.Module, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -79,9 +84,11 @@ def greedy_with_gap(model: torch.nn.Module, prompt: np.ndarray, new_tokens: int)
     tensor = torch.from_numpy(prompt).long()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    # With a cache, only Phi-3 rotates what is cached anew where the text becomes long.
+    cache = "longrope" not in str(model.config.rope_parameters)
     with torch.no_grad():
         made = model.generate(
-            tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=new_tokens, use_cache=True,
+            tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=new_tokens, use_cache=cache,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     best = torch.cat(made.logits).float().sort(dim=-1).values  # (new_tokens, V)
@@ -94,3 +101,10 @@ def smallest_gap(model: torch.nn.Module, prompt: np.ndarray, answer: np.ndarray)
     ids = np.concatenate([prompt[0], answer])[None]
     best = np.sort(logits(model, ids)[0, prompt.shape[1] - 1 : -1], axis=-1)
     return float((best[:, -1] - best[:, -2]).min())
+
+
+def dequantized(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What MXFP4 stands for: (E, out, groups, 16) and (E, out, groups) bytes -> (E, in, out) float32."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales)).float().numpy()
