@@ -1,6 +1,6 @@
 """The tables of docs/models.md: `python -m nbs_tests.models.models_page` compares every family with transformers and writes both.
 
-With names of families it compares these alone and leaves the other rows as they are.
+With names of families it compares these alone and leaves the other rows as they are; with `macs` it compares none.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_published_configurations_scaled_down_compute_what_transformers_does(nam
 
 
 def test_the_page_of_models_says_what_the_rows_say():
-    """Where it does not: `python -m nbs_tests.models.models_page [family ...]`."""
+    """Where it does not: `python -m nbs_tests.models.models_page`, with `macs` or the names of the families."""
     text = models_page.PAGE.read_text(encoding="utf-8")
     found = {cells[0]: cells[1:3] for row in models_page.rows_of(text, "families") if (cells := models_page.cells(row))}
     assert found == {f"`{name}`": [KNOWN[name].checkpoints, models_page.mechanisms(family)] for name, family in FAMILIES.items()}
