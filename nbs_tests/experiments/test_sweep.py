@@ -16,6 +16,7 @@ import nbformat
 import pytest
 
 import fulltune_nb as ft
+from fulltune_nb.data.settings import DATE_VARIABLE
 from fulltune_nb.experiments import parameters as points
 from fulltune_nb.experiments.runs import Run, Sweep
 
@@ -136,6 +137,17 @@ def test_runs_one_after_the_other_use_the_temporary_folder_as_it_is(tmp_path, mo
     sweep = ft.sweep(notebook_of(tmp_path / "n.ipynb", code), {"x": [1]}, tmp_path / "out")
     assert len(sweep.done) == 1 and [p.read_text() for p in (tmp_path / "out").glob("*/*/folder")] == [str(tmp_path / "tmp")]
     assert not list((tmp_path / "tmp").glob("fulltune_nb-sweep-*"))
+
+
+def test_all_runs_have_the_day_on_which_the_sweep_began(tmp_path, monkeypatch):
+    days, start = [], subprocess.Popen
+    process = [sys.executable, "-c", "pass"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: days.append(options["env"][DATE_VARIABLE]) or start(process))
+    notebook = notebook_of(tmp_path / "n.ipynb", "pass")
+    for day, grid in (("2026-11-29", [1, 2]), ("2026-11-30", [3])):
+        monkeypatch.setenv(DATE_VARIABLE, day)
+        ft.sweep(notebook, {"x": grid}, tmp_path / "out")
+    assert days == ["2026-11-29"] * 3
 
 
 @pytest.mark.ci
