@@ -283,7 +283,7 @@ def check_special_tokens(examples: Sequence[Example], tokenizer) -> SpecialToken
 
     A row teaches to stop where a special token is trained among the last ones of a turn, or EOS or what the chat template ends answers
     with anywhere; an end of several tokens, which no special token is, is looked for in the text. An end that `max_seq_length` has cut
-    off, or that stands in another window of the row, is not missing here.
+    off, or that may stand in another window of the row, is not missing here.
 
     Args:
         examples: some examples, or a split, of whose rows a million take some seconds.
@@ -313,7 +313,7 @@ def check_special_tokens(examples: Sequence[Example], tokenizer) -> SpecialToken
     row_ends = np.zeros(len(tokens), dtype=bool)
     row_ends[last[filled]] = True
     is_end = np.isin(tokens, [eos, *template_ends]) | (np.isin(tokens, list(specials)) & near(turn_ends | row_ends))
-    trained = filled & (cut == 0) & (behind == 0) & (per_row(loss_mask) > 0)
+    trained = filled & (cut == 0) & (before == 0) & (behind == 0) & (per_row(loss_mask) > 0)
     not_learned = trained & (per_row(is_end & loss_mask) == 0) & bool(specials)
     begins_with_bos = np.zeros(len(first), dtype=bool)
     begins_with_bos[filled] = is_bos[first[filled]]

@@ -413,13 +413,12 @@ class StoredRun:
             data = load_data(source if data is None else data, lm.tokenizer, config=config)
         if not isinstance(data, DataSet):
             raise DataError(f"data: expected what load_data returns, or a folder, got {type(data).__name__}.")
-        date, days = config.template_date, ""
+        date = config.template_date
         other_day = date is not None and data.date_is_todays and data.settings.template_date != date
         other_template = self._other_template and data.fingerprint != self._state["data"]["fingerprint"]  # loaded with that of today
         if (other_day or other_template) and data.load_again is not None:
             data = data.load_again(date)
-        if date not in (None, data.settings.template_date):
-            days = f", in rows with the date {data.settings.template_date} where the run has {date}: load_data(..., template_date={date!r})"
+        days = _other_days(data, date)
         fewer = _as_read_before(data, self._state["data"]["fingerprint"])
         if fewer is not data:
             data = fewer
@@ -445,6 +444,15 @@ class StoredRun:
             except OSError:
                 place = path.name
             self.notes.append(f"passed over a damaged checkpoint, now called {place}: {why}")
+
+
+def _other_days(data: DataSet, date: str | None) -> str:
+    """What the date in the rows has to do with it, where they are not those of a run with `date`."""
+    if date not in (None, data.settings.template_date):
+        return f", in rows with the date {data.settings.template_date} where the run has {date}: load_data(..., template_date={date!r})"
+    if date is None and data.date_is_todays:  # a run of an earlier version, which kept none
+        return ", in rows with the date of today: load_data(..., template_date=...) gives them that of the run's first day"
+    return ""
 
 
 def check_long_enough(total_steps: int, step: int) -> None:
