@@ -82,7 +82,7 @@ def test_floors_are_those_of_the_documentation(name):
 
 def test_everything_the_package_imports_is_declared():
     declared = {Requirement(line).name.lower().replace("-", "_") for line in PROJECT["dependencies"]}
-    optional = {"pandas", "datasets", "tensorboard", "trackio", "wandb"}  # asked for with a message that names it
+    optional = {"pandas", "datasets", "tensorboard", "trackio", "wandb", "sentencepiece"}  # asked for with a message that names it
     aliases = {"yaml": "pyyaml", "PIL": "pillow"}
     aliases |= {"IPython": "ipykernel", "traitlets": "ipykernel", "nbformat": "nbconvert", "tokenizers": "transformers"}
     aliases |= {"nbclient": "papermill"}

@@ -38,7 +38,7 @@ def check_ids(examples: Sequence[Example], vocab_size: int, tokenizer: Any = Non
     texts = {token: tokenizer.convert_ids_to_tokens(token) if tokenizer is not None and token >= 0 else None for token in ids}
     names = listed([f"{text!r} (id {token})" if text else f"id {token}" for token, text in texts.items()], _SHOWN)
     known = listed([repr(text) for text in texts.values() if text], _SHOWN)
-    remedy = f" Give the model rows for them: lm.add_tokens([{known}])." if known else ""
+    remedy = f" Give the model rows for them: lm.add_tokens([{known}])." if known and len(texts) <= _SHOWN else ""
     raise DataError(
         f"{listed(list(outside), 3)}: the model has no row for {names}; its {vocab_size:,} rows are for the ids from 0 to"
         f" {vocab_size - 1:,}.{remedy} Or load the data with the tokenizer that belongs to the model."

@@ -213,7 +213,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
 def text_part(raw: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
     """Of a multimodal `config.json` its `model_type`, and its text part as a `config.json` of its own; None and itself of any other."""
     text, whole = raw.get("text_config"), raw.get("model_type")
-    if whole in FAMILIES or not isinstance(text, Mapping) or text.get("model_type") not in FAMILIES:
+    if _is_supported(whole) or not isinstance(text, Mapping) or not _is_supported(text.get("model_type")):
         return None, raw
     from transformers import CONFIG_MAPPING  # late: few models need it
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
@@ -225,9 +225,13 @@ def text_part(raw: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
     return str(whole), {**shared, **text, **sizes, **tying, "architectures": [CLASSES[text["model_type"]]]}
 
 
+def _is_supported(model_type: Any) -> bool:
+    return isinstance(model_type, str) and model_type in FAMILIES
+
+
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     name = raw.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not _is_supported(name):
         from transformers import CONFIG_MAPPING  # late: only an error needs it
 
         hint = "" if str(name) in CONFIG_MAPPING else misspelt(name, FAMILIES)  # a family of its own is not misspelt

@@ -83,7 +83,7 @@ def test_a_base_with_other_tokens_and_ids_beyond_the_vocabulary_are_refused(make
     lm, data = make_lm(), make_data(3)
     with pytest.raises(ft.ConfigError, match="one tokenizer"):
         ft.token_losses(lm, data.train, base=make_lm(vocab_size=20))
-    with pytest.raises(ft.DataError, match="vocab|token ids"):
+    with pytest.raises(ft.DataError, match="no row for"):
         ft.token_losses(make_lm(vocab_size=20), data.train)
 
 

@@ -43,7 +43,7 @@ class FakeTrainer:
 
     def __init__(self, callback, moment, total=30, every=10):
         self.callback, self.moment = callback, moment
-        self.config = SimpleNamespace(steps_per_report=every)
+        self.config, self.data = SimpleNamespace(steps_per_report=every), SimpleNamespace(notes_shown=False)
         self.total_steps, self.step_count = total, 0
         self.history, self.state = History(), "done"
 
