@@ -303,6 +303,7 @@ def _windows(family: Family, values: _Values, layers: int, where: str) -> tuple[
     kinds = values.get("layer_types") if family.layer_types else None
     if not kinds:
         return tuple(window if WINDOWED[family.windows](layer, values) else None for layer in range(layers))
+    values.get("sliding_window_pattern")  # read: the kinds say what it says
     if len(kinds) != layers:
         raise ModelError(f"{where}: layer_types has {len(kinds)} entries, but num_hidden_layers is {layers}.")
     if other := next((kind for kind in kinds if kind not in _KINDS), None):

@@ -22,7 +22,7 @@ import mlx.core as mx
 from fulltune_nb import TrainConfig
 from fulltune_nb.html import human_bytes
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import FAMILIES, Family
+from fulltune_nb.models.families import FAMILIES, Experts, Family, Stack
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.training import memory
@@ -37,20 +37,23 @@ CASES = 8
 # ---- families ------------------------------------------------------------------------------------------------------------------------
 
 
-def mechanisms(family: Family) -> str:
+def mechanisms(row: Family | Experts) -> str:
     """What a row says, where it differs from a row that says nothing."""
     said = []
-    for part in fields(family):
-        value = getattr(family, part.name)
+    for part in fields(row):
+        value = getattr(row, part.name)
         default = part.default_factory() if part.default_factory is not MISSING else part.default
-        if part.name in ("defaults", "names", "norm_eps") or value == default:
-            continue
-        name = part.name.replace("_", " ")
-        said.append(name if value is True else f"{name}: {_words(value)}")
+        if part.name not in ("defaults", "names", "norm_eps") and value != default:
+            name = part.name.replace("_", " ")
+            said.append(name if value is True else f"{name}: {_words(value)}")
     return "; ".join(said)
 
 
 def _words(value: Any) -> str:
+    if isinstance(value, Experts):
+        return f"({mechanisms(value)})"
+    if isinstance(value, Stack):
+        return value.name
     if isinstance(value, Mapping):
         return ", ".join(f"{_words(key)} ({_words(switch)})" if isinstance(switch, str) else _words(key) for key, switch in value.items())
     return " ".join(map(_words, value)) if isinstance(value, (tuple, list, frozenset)) else str(value)

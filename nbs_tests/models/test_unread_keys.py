@@ -53,3 +53,8 @@ def test_what_says_nothing_is_not(key):
 @pytest.mark.parametrize("name", [name for name, raw in PUBLISHED.items() if "text_config" not in raw])
 def test_of_published_models_only_dropout_is_named(name):
     assert [text for text in told(PUBLISHED[name]) if "drops nothing out" not in text] == []
+
+
+def test_a_pattern_of_windows_beside_the_kinds_of_layers_is_not_named():
+    kinds = ["sliding_attention", "full_attention"]
+    assert told({**RAW, "model_type": "gemma3_text", "head_dim": 8, "sliding_window_pattern": 2, "layer_types": kinds}) == []
