@@ -300,10 +300,12 @@ def _rules_of(config: TrainConfig, kernels: Kernels | None = None) -> dict[str, 
 
 def _group_of(name: str, shape: Shape, config: TrainConfig, names: tuple[str, ...] = ()) -> Group:
     """The group of one tensor. `names`: those that patterns are matched against."""
-    hidden = len(shape) >= 2 and not any(part in ("embed_tokens", "lm_head") for part in name.split("."))  # a block's matrix, or a stack
+    parts = name.split(".")
+    matrix = len(shape) >= 2 and not any(part.endswith("norm") for part in parts)  # a norm may have a row of weights for each head
+    hidden = matrix and not any(part in ("embed_tokens", "lm_head") for part in parts)  # a block's matrix, or a stack
     optimizer = "adamw" if config.optimizer == "muon" and not hidden else config.optimizer
     matching = (factor for pattern, factor in config.lr_factors.items() if any(fnmatchcase(n, pattern) for n in names))
-    return Group(optimizer, next(matching, 1.0), config.weight_decay if len(shape) >= 2 else 0.0)
+    return Group(optimizer, next(matching, 1.0), config.weight_decay if matrix else 0.0)
 
 
 def _names_for_patterns(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -8,15 +8,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from fulltune_nb.errors import WeightsError
 from fulltune_nb.models.activations import XIelu, clamped_swiglu, relu_squared
 from fulltune_nb.models.attention import Attention, Scoring, attend, attention_shares
 from fulltune_nb.models.decoder import Block, Decoder
 from fulltune_nb.models.experts import MixtureOfExperts
+from fulltune_nb.models.families import to_hf
 from fulltune_nb.models.file_layout import from_file, to_file
-from fulltune_nb.models.folder import hf_tensors
+from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
 from fulltune_nb.models.generation import Sampling, decode
 from fulltune_nb.models.layers import MLP, HeadNorms, Norm
 from fulltune_nb.models.model_config import read_config
@@ -311,6 +312,23 @@ def test_stacked_experts_are_taken_apart_and_put_together_again(family):
     if family == "gpt_oss":  # columns of gate and up take turns
         expert, whole = decoder.layers[1].mlp.experts[2], stored["model.layers.1.mlp.experts.gate_up_proj"]
         assert mx.array_equal(whole[2, :, ::2].T, expert.gate_proj.weight) and mx.array_equal(whole[2, :, 1::2].T, expert.up_proj.weight)
+
+
+@pytest.mark.parametrize(("family", "called"), [("gpt_oss", "mlp.experts"), ("granitemoe", "block_sparse_moe.switch_mlp")])
+def test_experts_as_mlx_lm_stacks_them_are_read(family, called, tmp_path):
+    raw = {"model_type": family, **SMALL, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 6}
+    decoder = shaken(Decoder(read_config(raw)))
+    save_folder(tmp_path / "saved", decoder, None)
+    tensors, stacks = {}, {}
+    for name, array in tree_flatten(decoder.parameters()):
+        before, _, number_and_rest = to_hf(name, family).partition(".experts.")
+        if number_and_rest:
+            stacks.setdefault(f"{before.rpartition('.')[0]}.{called}.{number_and_rest.partition('.')[2]}", []).append(array)
+        else:
+            tensors[before] = array
+    mx.save_safetensors(str(tmp_path / "saved" / "model.safetensors"), tensors | {name: mx.stack(one) for name, one in stacks.items()})
+    again, ids = load_decoder(tmp_path / "saved"), mx.array(random_ids(SMALL, (1, 7), 0))
+    assert mx.array_equal(again(ids), decoder(ids))
 
 
 def test_stored_constants_are_written_and_others_are_refused():

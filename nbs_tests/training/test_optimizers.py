@@ -8,8 +8,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from fulltune_nb.errors import CheckpointError, ConfigError, TrainingError
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.optimizers import Group, Optimizers, predict_state_bytes
+from nbs_tests.models.model_cases import SMALL
 
 NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon", "adamw8bit", "lion8bit")
 
@@ -324,6 +327,12 @@ def test_groups_name_their_rule_factor_and_decay():
     assert groups[Group("adamw", 0.1, 0.01)] == ["embed_tokens.weight"]
     assert groups[Group("muon", 1.0, 0.01)] == ["layers.0.up_proj.weight", "layers.1.up_proj.weight"]
     assert len(groups[Group("adamw", 1.0, 0.0)]) == 4 and groups[Group("adamw", 1.0, 0.01)] == ["lm_head.weight"]
+
+
+def test_a_norm_with_a_row_of_weights_for_each_head_is_a_norm():
+    config = read_config({"model_type": "cohere", **SMALL, "use_qk_norm": True})
+    groups = Optimizers(Decoder(config), TrainConfig(optimizer="muon", weight_decay=0.1)).groups()
+    assert "layers.0.attention.q_norm.weight" in groups[Group("adamw", 1.0, 0.0)]
 
 
 def test_it_shows_its_groups():
