@@ -133,7 +133,14 @@ def keys_of(format: str, settings: DataSettings) -> tuple[str, ...]:
 
 def row_format(row: Mapping[str, Any], settings: DataSettings) -> str | None:
     """The first format all of whose keys the row has, or None."""
-    return next((format for format in FORMATS if all(row.get(key) is not None for key in keys_of(format, settings))), None)
+    return _first_format(row, {format: keys_of(format, settings) for format in FORMATS})
+
+
+def _first_format(row: Mapping[str, Any], keys: Mapping[str, tuple[str, ...]]) -> str | None:
+    for format, wanted in keys.items():
+        if all([row.get(key) is not None for key in wanted]):
+            return format
+    return None
 
 
 def detect_format(rows: Iterable[Mapping[str, Any]], settings: DataSettings) -> str | None:
@@ -141,7 +148,8 @@ def detect_format(rows: Iterable[Mapping[str, Any]], settings: DataSettings) -> 
 
     It is the most common one and not the first row's, so that one bad first row is what gets reported, not all the others.
     """
-    counts = Counter(row_format(row, settings) for row in rows)
+    keys = {format: keys_of(format, settings) for format in FORMATS}
+    counts = Counter(_first_format(row, keys) for row in rows)
     counts.pop(None, None)
     return max(counts, key=counts.get) if counts else None
 
