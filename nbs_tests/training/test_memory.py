@@ -27,14 +27,14 @@ GB = 10**9
 def make_lm(**config):
     """A model whose weights are never evaluated, so that any size costs nothing."""
     read = read_config(config)
-    return SimpleNamespace(model=Decoder(read), config=read, dtype="float32")
+    return SimpleNamespace(model=Decoder(read), config=read, dtype="float32", tokenizer=None)
 
 
 def make_data(length=256, rows=100, share=1.0):
     lengths = np.full(rows, length)
     trained = np.ceil(share * (lengths - 1)).astype(int)
-    split = SimpleNamespace(lengths=lengths, trainable=np.arange(rows), trained_lengths=trained, trained_tokens=int(trained.sum()))
-    return SimpleNamespace(train=split, settings=DataSettings())
+    split = SimpleNamespace(lengths=lengths, trainable=np.arange(rows), trained_lengths=trained, trained_tokens=int(trained.sum()), largest_id=0)
+    return SimpleNamespace(train=split, splits={"train": split}, settings=DataSettings())
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_wrong_patterns_and_missing_data_are_refused():
     with pytest.raises(ConfigError, match="matches no tensor"):
         preflight(lm, make_data(), TrainConfig(freeze=["*nothing*"]))
     with pytest.raises(DataError, match="train split"):
-        preflight(lm, SimpleNamespace(train=None), TrainConfig())
+        preflight(lm, SimpleNamespace(train=None, splits={}), TrainConfig())
 
 
 def test_the_plan_shows_its_parts_against_the_limit(set_limit):
