@@ -17,7 +17,7 @@ import numpy as np
 from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.experts import RouterBalance
+from fulltune_nb.models.layers import RouterBalance
 from fulltune_nb.models.parameters import Arrays, backward_through, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm
 from fulltune_nb.training.layerwise import Layerwise, balance_of

@@ -23,7 +23,7 @@ from fulltune_nb.cpu import Kernels
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
-from fulltune_nb.models.experts import RouterBalance, Routing
+from fulltune_nb.models.layers import RouterBalance, Routing
 from fulltune_nb.models.parameters import Arrays, backward_through, lowest_trained_block, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm

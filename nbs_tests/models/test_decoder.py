@@ -16,8 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from fulltune_nb.models.attention import causal_mask
-from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.decoder import Decoder, causal_mask
 from fulltune_nb.models.folder import load_decoder
 from fulltune_nb.models.layers import Norm
 from fulltune_nb.models.model_config import read_config

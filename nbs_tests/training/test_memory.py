@@ -33,7 +33,8 @@ def make_lm(**config):
 def make_data(length=256, rows=100, share=1.0):
     lengths = np.full(rows, length)
     trained = np.ceil(share * (lengths - 1)).astype(int)
-    split = SimpleNamespace(lengths=lengths, trainable=np.arange(rows), trained_lengths=trained, trained_tokens=int(trained.sum()), largest_id=0)
+    counts = {"trained_lengths": trained, "trained_tokens": int(trained.sum()), "largest_id": 0}
+    split = SimpleNamespace(lengths=lengths, trainable=np.arange(rows), **counts)
     return SimpleNamespace(train=split, splits={"train": split}, settings=DataSettings())
 
 

@@ -12,8 +12,7 @@ import fulltune_nb as ft
 from fulltune_nb.data import Example, Split, StepBatches, collate
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.models.attention import causal_mask, within_segments
-from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.decoder import Decoder, causal_mask, within_segments
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training import memory
 from fulltune_nb.training.engine import WholeGraph
@@ -228,11 +227,9 @@ def test_packing_is_a_flag():
 def test_preflight_counts_the_widest_packed_row(monkeypatch):
     monkeypatch.setattr(memory, "machine_limit", lambda: 10**12)
     config = read_config({"model_type": "llama", **SMALL})
-    lm = SimpleNamespace(model=Decoder(config), config=config, dtype="float32")
-    lengths = np.array([40, 30, 30, 20, 10, 10])
-    trained = lengths - 1
-    split = SimpleNamespace(lengths=lengths, trainable=np.arange(6), trained_lengths=trained, trained_tokens=int(trained.sum()))
-    data = SimpleNamespace(train=split, settings=DataSettings())
+    lm = SimpleNamespace(model=Decoder(config), config=config, dtype="float32", tokenizer=None)
+    split = random_split(config.vocab_size, [40, 30, 30, 20, 10, 10])
+    data = SimpleNamespace(train=split, splits={"train": split}, settings=DataSettings())
     # 40 + 20, 30 + 30, 10 + 10: widths 58, 58 and 18
     words = preflight(lm, data, ft.TrainConfig(packing=True, batch_size=8, max_seq_length=60)).workload
     assert words.startswith("3 packed rows of 58 tokens in a micro-batch")
