@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,8 @@ TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_t
 SENTENCEPIECE, TEKKEN = "tokenizer.model", "tekken.json"
 """The vocabulary as SentencePiece and mistral-common keep it; llama.cpp's converter reads these too."""
 VOCABULARIES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "vocab.txt", TEKKEN)
-_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json", CONFIG, TEMPLATE)
+_SPECIAL = "special_tokens_map.json"
+_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", _SPECIAL, CONFIG, TEMPLATE)
 
 _LOCAL_KEYS = ("is_local", "local_files_only", "mistral_format", "name_or_path", "tokenizer_file", "vocab_file")
 _GENERAL = (None, "TokenizersBackend", "PreTrainedTokenizerFast")  # classes that do what tokenizer.json says
@@ -176,16 +178,45 @@ def _installed(module: str) -> bool:
 # ---- writing
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike, ends: Sequence[int] = ()) -> None:
     """Writes a tokenizer's files so that transformers 4 (and what is built on it) reads them as transformers 5 does.
 
     The files that it was read from are written as they were, byte for byte; where something has changed, only what has. A chat template
     stands in `chat_template.jinja` and in `tokenizer_config.json`; several, as older readers know them, in the latter alone.
+
+    Args:
+        tokenizer: stays as it is.
+        folder: where the files will stand.
+        ends: token ids that a model was trained to end its turns with. The files name the first as `eos_token` where the tokenizer's own
+            EOS is none of them and means nothing else: no template writes it, and `encode` puts it behind no text.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in _files_of(tokenizer).items():
+    files = _files_of(tokenizer)
+    if ends and tokenizer.eos_token_id not in ends and not _writes_eos(tokenizer):
+        eos = tokenizer.convert_ids_to_tokens(ends[0])
+        files |= {name: _with_eos(files[name], eos) for name in (CONFIG, _SPECIAL) if name in files}
+    for name, content in files.items():
         (folder / name).write_bytes(content)
+
+
+def _writes_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether texts or conversations would become other tokens with another EOS."""
+    template = tokenizer.chat_template or ""
+    templates = template.values() if isinstance(template, dict) else [template]
+    return any("eos_token" in text for text in templates) or tokenizer.encode("a")[-1:] == [tokenizer.eos_token_id]
+
+
+def _with_eos(content: bytes, eos: str) -> bytes:
+    """A file of settings with another `eos_token`; the rest byte for byte where it had one."""
+    text = content.decode("utf-8")
+    wanted = {**json.loads(text), "eos_token": eos}
+    for found in re.finditer(r'"eos_token"\s*:\s*', text):
+        end = json.JSONDecoder().raw_decode(text, found.end())[1]
+        changed = text[: found.end()] + json.dumps(eos, ensure_ascii=False) + text[end:]
+        if json.loads(changed) == wanted:  # and not one within another setting
+            return changed.encode("utf-8")
+    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

@@ -59,6 +59,18 @@ def test_files_are_copied_byte_for_byte_while_the_tokenizer_is_unchanged(legacy,
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == INST
 
 
+@pytest.mark.parametrize("before", ['"</s>"', '{"__type": "AddedToken", "content": "</s>{}"}', "null"])
+def test_another_eos_changes_nothing_else_of_the_files(legacy, tmp_path, before):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = {"legacy": True, "tokenizer_class": "LlamaTokenizer", "é": {"eos_token": 1}, "eos_token": 0, "chat_template": "{{ 1 }}"}
+        (legacy / name).write_text(json.dumps(settings, indent=4).replace('"eos_token": 0', f'"eos_token"  :  {before}'))
+    source = bytes_of(legacy)
+    save_tokenizer(load_tokenizer(legacy), tmp_path / "out", ends=[0])
+    for name, content in source.items():
+        changed = content.replace(before.encode(), b'"<unk>"') if name != "tokenizer.json" else content
+        assert (tmp_path / "out" / name).read_bytes() == changed
+
+
 def test_a_run_resumes_right_after_a_checkpoint_with_a_tokenizer_whose_settings_transformers_drops(legacy, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "Is that a hat?", "completion": "a hat."}\n' * 3)
     lm = ft.load_model(legacy)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fulltune_nb.data.dataset import DataSet
 
 Ends = tuple[tuple[int, ...], tuple[str, ...]]
-"""Stop ids, and stop strings for ends that are several tokens."""
+"""Stop ids, first the one that ends a conversation's last answer, and stop strings for ends that are several tokens."""
 _ROWS_LOOKED_AT = 20_000  # of the split, spread evenly over it
 _KINDS = 32  # of assistant turns: a row of each is tokenized again
 _WHOLE = 2**31 - 1  # tokens: a row that is cut shows no end
@@ -62,16 +62,23 @@ def _words(turn: list[int], known: frozenset[int], tokenizer: Any) -> int:
 
 
 def _assistant_turns(data: DataSet) -> list[list[int]]:
-    """Token ids of the assistant turns of a row of each kind; none where the template does not tell them apart."""
+    """Token ids of the assistant turns of a row of each kind, answers that are a row's last before all others; none where the template
+    does not tell them apart."""
     settings, rows = data.settings, _rows_of_each_kind(data)
+
+    def calls_last(example: Example) -> bool:
+        messages = example.row.get(settings.chat_feature)
+        return isinstance(messages, list) and bool(messages[-1].get("tool_calls"))
+
     for mask in dict.fromkeys((settings.mask_prompt or True, "last")):
         try:
             whole = replace(settings, mask_prompt=mask, max_seq_length=_WHOLE)
         except ConfigError:
             continue
         encoded = [encode_rows(of_format, format, data.tokenizer, whole) for format, of_format in rows.items()]
-        if turns := [turn for part in encoded for example in part.examples for turn in _trained(example)]:
-            return turns
+        conversations = sorted((example for part in encoded for example in part.examples), key=calls_last)
+        if turns := [turns for example in conversations if (turns := _trained(example))]:
+            return [last for *_, last in turns] + [turn for *earlier, _ in turns for turn in earlier]
     return []
 
 

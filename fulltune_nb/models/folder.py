@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +336,7 @@ def save_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     generation_config: dict | None = None,
     texts: Mapping[str, str] | None = None,
+    ends: Sequence[int] = (),
     with_checksums: bool = False,
 ) -> dict[str, Checksum]:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
@@ -349,6 +350,7 @@ def save_folder(
         tokenizer: written where given.
         generation_config: written where given.
         texts: further files, by name.
+        ends: token ids that were trained to end turns: the tokenizer's EOS is made one of them, as in `save_tokenizer`.
         with_checksums: whether they are computed; that holds the weights' memory until it is done.
 
     Returns:
@@ -366,7 +368,7 @@ def save_folder(
         written = _write_shards(folder, tensors)
         checksums = {name: begin_checksum_of(shard) for name, shard in written.items()} if with_checksums else {}
         if tokenizer is not None:
-            save_tokenizer(tokenizer, folder)
+            save_tokenizer(tokenizer, folder, ends)
             for path in folder.iterdir():
                 if path.is_file() and path.name not in written:
                     flush_to_disk(path)

@@ -37,6 +37,8 @@ class LanguageModel:
         source: where it was loaded from: folder or hub id; None for random weights.
         generation_config: `generation_config.json` of the source, with the ends that were trained; None where there is neither.
         torn: why the weights cannot be used, when a training step was broken off half-way; else None.
+        trained_ends: token ids that end what the last trainer's rows train, first the one that ends a conversation's last answer; not
+            stored. `save` makes it the tokenizer's EOS where that was not trained.
         card: how the weights came about, as `.files()`, texts by file name that `save` writes too; None where nothing is known.
     """
 
@@ -52,6 +54,7 @@ class LanguageModel:
         self.source = source
         self.generation_config = generation_config
         self.torn: str | None = None
+        self.trained_ends: tuple[int, ...] = ()
         self.card: Any = None
 
     @classmethod
@@ -301,7 +304,9 @@ class LanguageModel:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes a complete Hugging Face folder that `transformers`, `mlx-lm` and `load_model` read.
 
-        A model that was trained gets a `README.md` that says how: base, data, settings, losses, versions.
+        A model that was trained gets a `README.md` that says how: base, data, settings, losses, versions. Its `tokenizer_config.json` names
+        the end of turn that was trained as `eos_token`, where the tokenizer's own EOS was not trained and the template does not write it;
+        the tokenizer in memory stays as it is.
 
         Args:
             folder: new or empty.
@@ -314,7 +319,7 @@ class LanguageModel:
         if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
         texts = self.card.files() if self.card is not None else {}
-        save_folder(folder, self.model, self.tokenizer, self.generation_config, texts)
+        save_folder(folder, self.model, self.tokenizer, self.generation_config, texts, self.trained_ends)
         return folder
 
     def __repr__(self) -> str:

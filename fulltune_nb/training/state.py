@@ -233,7 +233,9 @@ def write_checkpoint(folder: Path, lm: LanguageModel, state: TrainerState | None
         partial.mkdir(parents=True)
         # The largest file's checksum takes longest, so it is begun before anything is written.
         checksums = {OPTIMIZER_FILE: begin_checksum_of(optimizer_arrays)} if optimizer_arrays else {}
-        checksums |= save_folder(partial, lm.model, lm.tokenizer, lm.generation_config, with_checksums=True)
+        # What a run goes on from keeps the tokenizer as it is: another EOS might make other tokens of its data.
+        ends = () if state else lm.trained_ends
+        checksums |= save_folder(partial, lm.model, lm.tokenizer, lm.generation_config, ends=ends, with_checksums=True)
         if optimizer_arrays:
             write_tensors(partial / OPTIMIZER_FILE, optimizer_arrays)
         write_text(partial / STATE_FILE, json.dumps(state.to_json() if state else {}, allow_nan=False))

@@ -167,7 +167,9 @@ class Trainer:
         plan = make_plan(lm, data, config, force, stored and stored.backward(config))
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
         lm.card = ModelCard(lm.source, data, config, self.history)
-        lm.add_ends(*trained_ends(data))
+        ends, strings = trained_ends(data)
+        lm.add_ends(ends, strings)
+        lm.trained_ends = () if strings else ends
         for kind, message in (*(("data", note) for note in data.notes), *plan.notes):
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward

@@ -7,6 +7,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.chat_template import PLAIN_CHATML, answer_end
 from fulltune_nb.data.ends import trained_ends
+from fulltune_nb.tokenizer import save_tokenizer, special_ids
 from nbs_tests.conftest import CHATML
 from nbs_tests.training.conftest import TINY_LLAMA, make_rows
 
@@ -37,7 +38,8 @@ CASES = {
     "chatml": (CHATML, [TALK], ["<|im_end|>"], ()),
     "a line break behind the end": (GEMMA, [TALK], ["<end_of_turn>"], ()),
     "the tokenizer's EOS": (MISTRAL, [TALK, TALK * 2], ["</s>"], ()),
-    "calls end otherwise": (CALLS_END_OTHERWISE, [CALLS, TALK], ["<|im_end|>", "<|eot_id|>"], ()),
+    "calls end otherwise": (CALLS_END_OTHERWISE, [CALLS, TALK], ["<|eot_id|>", "<|im_end|>"], ()),
+    "a row that ends with calls": (CALLS_END_OTHERWISE, [CALLS[:2], TALK], ["<|eot_id|>", "<|im_end|>"], ()),
     "calls in a later row": (CALLS_END_OTHERWISE, [*[TALK] * 9, CALLS], ["<|eot_id|>", "<|im_end|>"], ()),
     "an end that stands within turns too": (
         THINKING, [[*TALK, TALK[0], {**TALK[1], "reasoning": "Hm"}]], ["<|eot_id|>"], (),
@@ -85,6 +87,40 @@ def test_every_folder_that_is_written_names_the_trained_ends(tuned, tmp_path):
     for folder in folders:
         assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [1, end], "top_p": 0.9}
     assert lm.stop_ids == ft.load_model(tmp_path / "out").stop_ids == (1, end)
+
+
+def test_exports_name_the_trained_end_as_eos_and_checkpoints_keep_the_tokenizer(tuned, tmp_path):
+    lm, run = tuned(CALLS_END_OTHERWISE, None, [{"messages": CALLS}] * 4)
+    steps = run / "checkpoints"
+    names = [steps / "step-000000", steps / "step-000001", run / "best", lm.save(tmp_path / "out")]
+    texts = [(folder / "tokenizer_config.json").read_text() for folder in names]
+    assert [json.loads(text)["eos_token"] for text in texts] == ["</s>", "</s>", "<|eot_id|>", "<|eot_id|>"]
+    assert {text.replace('"eos_token": "<|eot_id|>"', '"eos_token": "</s>"') for text in texts} == {texts[0]}
+    assert lm.tokenizer.eos_token == "</s>"
+    again, text = ft.load_model(tmp_path / "out").tokenizer, "</s>Hello<|eot_id|> 1</s>"
+    assert again.encode(text) == lm.tokenizer.encode(text) and special_ids(again) == special_ids(lm.tokenizer)
+
+
+WRITES_EOS = CHATML.replace("{% for", "{{ eos_token }}{% for", 1)
+
+
+@pytest.mark.parametrize(("template", "row"), [(MISTRAL, TALK), (WRITES_EOS, TALK), (PLAIN, TALK), (None, TALK), (CHATML, None)])
+def test_the_eos_stays_where_it_was_trained_or_is_written_or_the_end_is_no_token(tuned, tmp_path, template, row):
+    rows = [{"text": "Hello"} if row is None else {"messages": row}] * 4
+    lm, _ = tuned(template, None, rows)
+    assert json.loads((lm.save(tmp_path / "out") / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_the_eos_stays_where_texts_get_it_from_the_tokenizer(make_tokenizer, tmp_path):
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer(CHATML)
+    ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    puts_eos = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    for post_processor, eos in ((None, "<|im_end|>"), (puts_eos, "</s>")):
+        tokenizer.backend_tokenizer.post_processor = post_processor
+        save_tokenizer(tokenizer, tmp_path / eos.strip("<|/>"), ends)
+        assert json.loads((tmp_path / eos.strip("<|/>") / "tokenizer_config.json").read_text())["eos_token"] == eos
 
 
 def test_an_end_of_several_tokens_is_a_stop_string(tuned, tmp_path):
