@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 
 from fulltune_nb.chat_template import LimitReached
 from fulltune_nb.data.conform_messages import LOOKS_LIKE_DATA, MessageConformer, parsed
-from fulltune_nb.data.raw import RawSplit, is_padded, without_nulls
-from fulltune_nb.data.rows import RowError, keys_of, kind, messages_problem
+from fulltune_nb.data.rows import RawSplit, RowError, Tally, is_padded, keys_of, kind, messages_problem, without_nulls
 from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.data.tally import Tally
 from fulltune_nb.errors import DataError
 
 CONVERSATIONS = ("conversations", "conversation")

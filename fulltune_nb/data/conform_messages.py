@@ -15,8 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fulltune_nb.data.rows import RowError, kind
-from fulltune_nb.data.tally import Tally
+from fulltune_nb.data.rows import RowError, Tally, kind
 from fulltune_nb.data.template_forms import OBJECT, PARTS, TEXT, TemplateForms, text_part
 from fulltune_nb.files import KeyTwice, no_key_twice
 

@@ -10,16 +10,14 @@ from functools import cached_property
 from typing import Any
 
 from fulltune_nb.chat_template import ensure_chat_template, writes_date
-from fulltune_nb.data.chats import HELP
 from fulltune_nb.data.conform import conform
-from fulltune_nb.data.encode import encode_rows
+from fulltune_nb.data.encode import HELP, encode_rows
 from fulltune_nb.data.example import Lens, SpecialTokenCheck, check_special_tokens, special_token_notes
 from fulltune_nb.data.holdout import with_valid
 from fulltune_nb.data.look import dataset_html
 from fulltune_nb.data.mixture import is_mixture, joined, read_mixture, weights_note
-from fulltune_nb.data.raw import SPLITS, RawSplit
 from fulltune_nb.data.read import read_source, stored
-from fulltune_nb.data.rows import bad_rows_error, detect_format, row_problem
+from fulltune_nb.data.rows import SPLITS, RawSplit, bad_rows_error, detect_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings, with_date
 from fulltune_nb.data.split import Split
 from fulltune_nb.errors import ConfigError, DataError

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.data.raw import SPLITS, RawSplit, read_table, split_named
+from fulltune_nb.data.rows import SPLITS, RawSplit, read_table, split_named
 from fulltune_nb.errors import DataError, MissingDependencyError, listed
 
 PREFIX = "hf:"

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from fulltune_nb.data.hub import PREFIX
-from fulltune_nb.data.raw import SPLITS, RawSplit, split_named
 from fulltune_nb.data.read import read_source
-from fulltune_nb.data.split import Part, Split
-from fulltune_nb.data.table import ExampleTable
+from fulltune_nb.data.rows import SPLITS, RawSplit, split_named
+from fulltune_nb.data.split import ExampleTable, Part, Split
 from fulltune_nb.errors import DataError, listed
 from fulltune_nb.settings import show
 

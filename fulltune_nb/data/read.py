@@ -20,8 +20,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from fulltune_nb.data.hub import PREFIX, hub_id, read_hub, read_hub_split, read_parquet, split_from
-from fulltune_nb.data.raw import OTHER_NAMES, SPLITS, RawSplit, read_table, split_meant, split_named
-from fulltune_nb.data.rows import RowError, parse_line, whole_file_problem
+from fulltune_nb.data.rows import (
+    OTHER_NAMES,
+    SPLITS,
+    RawSplit,
+    RowError,
+    parse_line,
+    read_table,
+    split_meant,
+    split_named,
+    whole_file_problem,
+)
 from fulltune_nb.errors import DataError, closest, listed
 
 ENDINGS = (".jsonl", ".csv", ".parquet")

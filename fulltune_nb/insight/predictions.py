@@ -12,7 +12,7 @@ import numpy as np
 from fulltune_nb.chat_template import prompt_ids
 from fulltune_nb.cpu import softmax_statistics
 from fulltune_nb.data.example import Example, visible
-from fulltune_nb.data.token_ids import check_ids
+from fulltune_nb.data.split import check_ids
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.language_model import LanguageModel

@@ -19,7 +19,7 @@ from fulltune_nb.cpu import Kernels, exp_and_sum
 from fulltune_nb.data.batches import collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
-from fulltune_nb.data.token_ids import check_ids
+from fulltune_nb.data.split import check_ids
 from fulltune_nb.errors import DataError
 from fulltune_nb.models.decoder import Decoder, soft_cap
 from fulltune_nb.training.history import EvalReport

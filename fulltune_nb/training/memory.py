@@ -23,7 +23,7 @@ import psutil
 from fulltune_nb import html, svg
 from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import row_widths
-from fulltune_nb.data.token_ids import check_ids
+from fulltune_nb.data.split import check_ids
 from fulltune_nb.models.decoder import BLOCK_NORMS
 from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names

@@ -22,8 +22,8 @@ from typing import Any
 
 from fulltune_nb.chat_template import CHATML
 from fulltune_nb.data.dataset import DataSet, load_data
-from fulltune_nb.data.raw import split_named
 from fulltune_nb.data.read import is_there
+from fulltune_nb.data.rows import split_named
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, listed
 from fulltune_nb.files import append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text

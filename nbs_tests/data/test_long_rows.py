@@ -5,7 +5,7 @@ import pytest
 
 from fulltune_nb.data import DataSettings, load_data
 from fulltune_nb.data.batches import StepBatches
-from fulltune_nb.data.table import ExampleTable, TableWriter
+from fulltune_nb.data.split import ExampleTable, TableWriter
 from fulltune_nb.errors import ConfigError, DataError
 
 TEXTS = [{"text": "A short one."}, {"text": " ".join(f"word {i}" for i in range(60))}, {"text": "The last."}]

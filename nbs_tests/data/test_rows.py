@@ -2,7 +2,7 @@
 
 import pytest
 
-from fulltune_nb.data.chats import messages_of
+from fulltune_nb.data.encode import messages_of
 from fulltune_nb.data.rows import OTHER_KEYS, bad_rows_error, detect_format, feature_hint, row_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings
 
