@@ -17,8 +17,9 @@ from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, facts
 from fulltune_nb.insight.predictions import as_examples, predictions, ranking, short, text_example, trained_tokens
 from fulltune_nb.insight.updates import block_of
-from fulltune_nb.models.decoder import Decoder, attention_shares
+from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.models.layers import attention_shares
 from fulltune_nb.models.parameters import backward_through
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.loss import cross_entropy

@@ -21,7 +21,8 @@ from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
 from fulltune_nb.data.split import check_ids
 from fulltune_nb.errors import DataError
-from fulltune_nb.models.decoder import Decoder, soft_cap
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.layers import soft_cap
 from fulltune_nb.training.history import EvalReport
 
 CHUNK_ELEMENTS = 2**22

@@ -16,9 +16,9 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from fulltune_nb.models.decoder import Decoder, causal_mask
+from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import load_decoder
-from fulltune_nb.models.layers import Norm
+from fulltune_nb.models.layers import Norm, causal_mask
 from fulltune_nb.models.model_config import read_config
 from nbs_tests.models.model_cases import CASES, FAMILIES, FIXTURES, IDS_SHAPE, NEW_TOKENS, SMALL, random_ids
 from nbs_tests.models.parity import (

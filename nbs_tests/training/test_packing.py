@@ -12,7 +12,8 @@ import fulltune_nb as ft
 from fulltune_nb.data import Example, Split, StepBatches, collate
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.models.decoder import Decoder, causal_mask, within_segments
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.layers import causal_mask, within_segments
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training import memory
 from fulltune_nb.training.engine import WholeGraph
