@@ -231,9 +231,12 @@ class Conversation:
             return spans
         if len(spans) == len(answers):
             return [span for i, span in zip(answers, spans, strict=True) if i in turns]
-        counts = [None if part is None else len(part[1]) for part in (self._generated(i) for turn in turns for i in (turn, turn + 1))]
-        if None in counts:
-            raise RowError(f"mask_prompt: the chat template cannot render the parts of this row by themselves. {WAYS_OUT}")
+        counts = []
+        for i in (i for turn in turns for i in (turn, turn + 1)):
+            part = self._generated(i)
+            if part is None or part[1] != spans[: len(part[1])]:  # what it says of the part is not what it says of it within the whole
+                raise RowError(f"mask_prompt: the chat template cannot render the parts of this row by themselves. {WAYS_OUT}")
+            counts.append(len(part[1]))
         return [span for start, end in zip(counts[::2], counts[1::2], strict=True) for span in spans[start:end]]
 
     def _generated(self, count: int) -> tuple[str, list[Span]] | None:

@@ -77,6 +77,16 @@ def test_generation_markers_of_the_last_turn_and_of_turns_that_are_not_to_be_tra
     assert trained_runs(encode_one({"messages": bad}, "chat", tokenizer), tokenizer) == ["Still fine.<|im_end|>"]
 
 
+def test_generation_markers_that_are_others_in_a_part_of_the_conversation_are_not_counted(make_tokenizer):
+    whole, halves = "{% generation %}{{ m.content }}|{% endgeneration %}", "{% generation %}{{ m.content[:2] }}{% endgeneration %}"
+    halves += "{{ '' }}{% generation %}{{ m.content[2:] }}|{% endgeneration %}"
+    turn = "{% if m.role != 'assistant' %}{{ m.content }}{% elif loop.last %}" + whole + "{% else %}" + halves + "{% endif %}"
+    tokenizer = make_tokenizer("{% for m in messages %}" + turn + "{% endfor %}")
+    assert trained_runs(encode_one({"messages": TALK}, "chat", tokenizer, LAST), tokenizer) == ["Still fine.|"]
+    first_only = [Q1, A1, Q2, {**A2, "train": False}]
+    assert "by themselves" in problem({"messages": first_only}, "chat", tokenizer)
+
+
 def test_words_that_a_template_leaves_out_of_its_generation_markers_are_told(make_tokenizer):
     calls = "{% for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}{% generation %}"
     tokenizer = make_tokenizer(templates.GENERATION.replace("{% generation %}", calls))
