@@ -140,7 +140,7 @@ _POST_NORM_NAMES = {"attention_output_norm": "post_attention_layernorm", "mlp_ou
 _GEMMA_NAMES = {**_POST_NORM_NAMES, "post_attention_norm": "pre_feedforward_layernorm"}
 _GEMMA_DEFAULTS = {
     "tie_word_embeddings": True, "head_dim": 256, "pad_token_id": 0, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 8192,
 }  # fmt: skip
 _GEMMA = {"norm": "rms_plus_one", "biases": {ATTENTION: "attention_bias"}, "scale_embeddings": True}
 _GEMMA_2_AND_3 = {
@@ -161,24 +161,27 @@ _COHERE_DEFAULTS = {"tie_word_embeddings": True, "logit_scale": 0.0625, "layer_n
 _GLM = {"fused": ("gate_up_proj",), "biases": {QKV: "attention_bias"}, "interleaved": True}
 _GLM_DEFAULTS = {
     "attention_bias": True, "partial_rotary_factor": 0.5, "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7,
-    "pad_token_id": 151329,
+    "pad_token_id": 151329, "max_position_embeddings": 131072,
 }  # fmt: skip
-_QWEN_MOE_DEFAULTS = {
-    "use_sliding_window": False, "sliding_window": 4096, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None,
-}  # fmt: skip
+_MISTRAL_DEFAULTS = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_position_embeddings": 32768}
+_QWEN_MOE_DEFAULTS = {**_QWEN_DEFAULTS, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
 _YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(biases={ATTENTION: "attention_bias", GATED: "mlp_bias"}),
-    "mistral": Family(windows="all", layer_types=False, defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
+    "mistral": Family(windows="all", layer_types=False, defaults=_MISTRAL_DEFAULTS),
     "mixtral": Family(
         experts=Experts(count="num_local_experts", size="intermediate_size", normalised=True),
         windows="all",
         layer_types=False,
         names={"mlp": "block_sparse_moe", "router": "gate", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
-        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2, "num_local_experts": 8},
+        defaults={
+            "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2, "num_local_experts": 8,
+            "max_position_embeddings": 131072,
+        },
     ),
-    "ministral": Family(windows="all", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
+    "ministral": Family(windows="all", defaults=_MISTRAL_DEFAULTS),
     "ministral3": Family(
         windows="all",
         layer_types=False,
@@ -194,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         biases={QKV: True},
         windows="from_max_window_layers",
-        defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32},
+        defaults={**_QWEN_DEFAULTS, "max_window_layers": 28, "num_key_value_heads": 32},
     ),
     "qwen2_moe": Family(
         experts=Experts(in_some_layers=True, shared_size="shared_expert_intermediate_size"),
@@ -210,9 +213,7 @@ FAMILIES: dict[str, Family] = {
         biases={ATTENTION: "attention_bias"},
         qk_norm="head",
         windows="from_max_window_layers",
-        defaults={
-            "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128,
-        },
+        defaults={**_QWEN_DEFAULTS, "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128},
     ),
     "qwen3_moe": Family(
         experts=Experts(in_some_layers=True),
@@ -230,7 +231,7 @@ FAMILIES: dict[str, Family] = {
         activation_aliases={"gelu": "gelu_pytorch_tanh"},
         defaults={
             "tie_word_embeddings": True, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16,
-            "pad_token_id": 0,
+            "pad_token_id": 0, "max_position_embeddings": 8192,
         },
     ),
     "gemma2": Family(
@@ -383,7 +384,10 @@ FAMILIES: dict[str, Family] = {
     "helium": Family(
         biases={QKV: "attention_bias", GATED: "mlp_bias"},
         interleaved=True,
-        defaults={"head_dim": 128, "num_key_value_heads": 20, "rms_norm_eps": 1e-8, "rope_theta": 1e5, "pad_token_id": 3},
+        defaults={
+            "head_dim": 128, "num_key_value_heads": 20, "rms_norm_eps": 1e-8, "rope_theta": 1e5, "pad_token_id": 3,
+            "max_position_embeddings": 4096,
+        },
     ),
     "ernie4_5": Family(
         biases={(*ATTENTION, *GATED): "use_bias"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from mlx.utils import tree_flatten
 from transformers import CONFIG_MAPPING
@@ -76,6 +78,13 @@ def test_the_tests_know_all_families():
 def test_left_out_values_mean_what_they_mean_in_transformers(raw, expected):
     config = read_config(raw)
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_of_sizes_alone_means_what_the_configuration_class_of_transformers_fills_in(family):
+    sizes = {"vocab_size": 300_000, "hidden_size": 2560, "intermediate_size": 96, "num_hidden_layers": 12, "num_attention_heads": 320}
+    filled = json.loads(CONFIG_MAPPING[family](**sizes).to_json_string(use_diff=False))
+    assert read_config({"model_type": family, **sizes}) == read_config(filled)
 
 
 @pytest.mark.parametrize(
