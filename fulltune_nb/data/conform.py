@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 from fulltune_nb.chat_template import LimitReached
 from fulltune_nb.data.conform_messages import LOOKS_LIKE_DATA, MessageConformer, parsed
-from fulltune_nb.data.rows import RawSplit, RowError, Tally, is_padded, keys_of, kind, messages_problem, without_nulls
+from fulltune_nb.data.rows import RawSplit, RowError, Tally, is_padded, keys_of, kind, messages_problem, template_unusable, without_nulls
 from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.errors import DataError
 
 CONVERSATIONS = ("conversations", "conversation")
 ALPACA = ("instruction", "input", "output", "system")
@@ -43,8 +42,7 @@ def conform(raw: RawSplit, name: str, tokenizer, settings: DataSettings) -> None
         except RecursionError:
             raw.problems.append(f"{source}: objects and lists stand within each other too deeply to be looked at")
         except LimitReached as error:
-            problem = f"{source}: the chat template cannot be used for this row: {error}"
-            raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None
+            raise template_unusable(source, error) from None
         else:
             rows.append(pair if turned is row else (source, turned))
     raw.rows = rows

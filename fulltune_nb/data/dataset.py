@@ -160,8 +160,9 @@ def load_data(
     undated, settings = settings, with_date(settings, tokenizer)
     where, raw_splits, notes, weights = _read(source)
     built, problems = {}, []
-    for given, raw in raw_splits:
-        split = built[given, raw.name] = _build(raw, f"{given}/{raw.name}" if given else raw.name, tokenizer, settings, notes)
+    for data_set, raw in raw_splits:
+        name = f"{data_set}/{raw.name}" if data_set else raw.name
+        split = built[data_set, raw.name] = _build(raw, name, tokenizer, settings, notes)
         problems += split.skipped if settings.bad_rows == "error" or not len(split) else []
     if problems:
         raise bad_rows_error(problems, where or "the rows given")

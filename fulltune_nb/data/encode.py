@@ -14,10 +14,9 @@ from typing import Any
 
 from fulltune_nb.chat_template import ChatRenderer, LimitReached
 from fulltune_nb.data.masks import TOOLS, WAYS_OUT, Conversation, Span, Word, is_written, words_of
-from fulltune_nb.data.rows import RowError
+from fulltune_nb.data.rows import RowError, template_unusable
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.data.split import ExampleTable, TableWriter
-from fulltune_nb.errors import DataError
 
 # ---- chat and completions rows: their text, what of it is trained on, and what the template leaves out
 
@@ -246,8 +245,7 @@ def _render_chunk(rows: Sequence[tuple[str, Mapping]], chats: ChatRows, problems
         except RowError as error:
             problems.append(f"{source}: {error}")
         except LimitReached as error:  # at once: with each further row it could take as long
-            problem = f"{source}: the chat template cannot be used for this row: {error}"
-            raise DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem]) from None
+            raise template_unusable(source, error) from None
     return rendered
 
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fulltune_nb.chat_template import answer_end, end_tokens
 from fulltune_nb.data.encode import encode_rows
-from fulltune_nb.data.example import Example
+from fulltune_nb.data.example import Example, runs
 from fulltune_nb.data.rows import row_format
 from fulltune_nb.errors import ConfigError
 
@@ -77,7 +75,8 @@ def _assistant_turns(data: DataSet) -> list[list[int]]:
             continue
         encoded = [encode_rows(of_format, format, data.tokenizer, whole) for format, of_format in rows.items()]
         conversations = sorted((example for part in encoded for example in part.examples), key=calls_last)
-        if turns := [turns for example in conversations if (turns := _trained(example))]:
+        trained = [[ids.tolist() for ids, is_trained in runs(example) if is_trained] for example in conversations]
+        if turns := [of_row for of_row in trained if of_row]:
             return [last for *_, last in turns] + [turn for *earlier, _ in turns for turn in earlier]
     return []
 
@@ -100,10 +99,3 @@ def _rows_of_each_kind(data: DataSet) -> dict[str, list[tuple[str, Mapping[str, 
         if len(kinds) >= _KINDS or data.train.format == "completions":
             break
     return rows
-
-
-def _trained(example: Example) -> list[list[int]]:
-    """The runs of tokens that are trained on."""
-    borders = np.flatnonzero(np.diff(example.loss_mask)) + 1
-    runs = zip(np.split(example.tokens, borders), np.split(example.loss_mask, borders), strict=True)
-    return [ids.tolist() for ids, mask in runs if len(ids) and mask[0]]

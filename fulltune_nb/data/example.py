@@ -130,7 +130,7 @@ def head_html(example: Example, more: str = "") -> str:
 def _as_text(example: Example, tokenizer) -> str:
     size = f"{example.source}: {len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on"
     cut = f", {example.cut:,} cut off" if example.cut else _window_text(example)
-    texts = [(decode(tokenizer, ids), trained) for ids, trained in _runs(example)]
+    texts = [(decode(tokenizer, ids), trained) for ids, trained in runs(example)]
     return f"{size}{cut}\n" + "".join(f"[[{text}]]" if trained else text for text, trained in texts)
 
 
@@ -138,10 +138,10 @@ def runs_html(example: Example) -> str:
     """The decoded tokens in runs of trained and masked ones; shorter than a box per token."""
     if example.tokenizer is None:
         return f'<pre style="{_PRE}">{esc(example.text, CHARACTERS_SHOWN)}</pre>'
-    runs, left, parts = _runs(example), CHARACTERS_SHOWN, []
-    for number, (ids, trained) in enumerate(runs):
+    all_runs, left, parts = runs(example), CHARACTERS_SHOWN, []
+    for number, (ids, trained) in enumerate(all_runs):
         if left <= 0:
-            rest = sum(len(ids) for ids, _ in runs[number:]), sum(len(ids) for ids, trained in runs[number:] if trained)
+            rest = sum(len(ids) for ids, _ in all_runs[number:]), sum(len(ids) for ids, trained in all_runs[number:] if trained)
             parts.append(f"<b> … {rest[0]:,} tokens more, {rest[1]:,} of them trained on</b>")
             break
         text = decode(example.tokenizer, ids)
@@ -150,11 +150,11 @@ def runs_html(example: Example) -> str:
     return f'<pre style="{_PRE}">{"".join(parts)}</pre>'
 
 
-def _runs(example: Example) -> list[tuple[np.ndarray, bool]]:
+def runs(example: Example) -> list[tuple[np.ndarray, bool]]:
     """The tokens in runs that are trained on, or not."""
     borders = np.flatnonzero(np.diff(example.loss_mask)) + 1
-    runs = zip(np.split(example.tokens, borders), np.split(example.loss_mask, borders), strict=True)
-    return [(ids, bool(mask[0])) for ids, mask in runs if len(ids)]
+    pieces = zip(np.split(example.tokens, borders), np.split(example.loss_mask, borders), strict=True)
+    return [(ids, bool(mask[0])) for ids, mask in pieces if len(ids)]
 
 
 def decode(tokenizer, ids: Sequence[int] | np.ndarray) -> str:

@@ -171,6 +171,12 @@ class RowError(Exception):
     """One row cannot be used; the text is the reason, to which the caller adds file and line."""
 
 
+def template_unusable(source: str, limit: Exception) -> DataError:
+    """The error where the chat template takes far too much time or memory with a row; none of the others is tried after it."""
+    problem = f"{source}: the chat template cannot be used for this row: {limit}"
+    return DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem])
+
+
 def bad_rows_error(problems: list[str], where: str) -> DataError:
     """The error that lists bad rows: the first 20 in the message, equal reasons once; all in `.problems`."""
     groups: dict[str, list[str]] = {}
