@@ -94,12 +94,12 @@ class LanguageModel:
         ids = (self.generation_config or {}).get("eos_token_id")
         if ids is None:
             ids = self.tokenizer.eos_token_id
-        return _different(ids, int)
+        return valid_ends(ids, int)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """Texts that end an answer, from `generation_config`: ends that are several tokens."""
-        return _different((self.generation_config or {}).get("stop_strings"), str)
+        return valid_ends((self.generation_config or {}).get("stop_strings"), str)
 
     def add_ends(self, ids: Sequence[int], strings: Sequence[str] = ()) -> None:
         """Makes ends that are trained stops of every answer, here and, by `generation_config.json`, for whoever reads a saved model.
@@ -346,7 +346,7 @@ class LanguageModel:
         )
 
 
-def _different(values: Any, kind: type) -> tuple[Any, ...]:
+def valid_ends(values: Any, kind: type) -> tuple[Any, ...]:
     """One value or several of a `generation_config.json`, each once; what is of another kind is left out."""
     values = values if isinstance(values, (list, tuple)) else (values,)
     return tuple(dict.fromkeys(value for value in values if isinstance(value, kind) and not isinstance(value, bool) and value != ""))

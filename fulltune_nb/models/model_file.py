@@ -24,7 +24,7 @@ from typing import Any
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
 from fulltune_nb.files import write_text
 from fulltune_nb.models.folder import hf_tensors, read_json
-from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.models.language_model import LanguageModel, load_model, valid_ends
 from fulltune_nb.system_info import package_versions
 from fulltune_nb.tensor_files import check_ending, check_regular_file, safetensors_metadata, write_tensors
 
@@ -151,7 +151,7 @@ def load_with_model_file(model: str | None, path: Path | None, dtype: str | None
         raise WeightsError(text) from error
 
 
-def _ends(metadata: Mapping[str, str]) -> tuple[list[int], list[str]]:
+def _ends(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Stop ids and stop strings that a model file names; what is no list of such is none."""
     found = []
     for name, kind in (("eos_token_id", int), ("stop_strings", str)):
@@ -159,7 +159,7 @@ def _ends(metadata: Mapping[str, str]) -> tuple[list[int], list[str]]:
             values = json.loads(metadata.get(name, "[]"))
         except (ValueError, RecursionError):
             values = []
-        found.append([value for value in values if type(value) is kind and value != ""] if isinstance(values, list) else [])
+        found.append(valid_ends(values, kind) if isinstance(values, list) else ())
     return found[0], found[1]
 
 

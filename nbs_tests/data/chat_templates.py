@@ -133,3 +133,11 @@ ANSWERS_BEHIND_RESULT = (
     "{% elif message.tool_calls %}{{ '<|im_start|>assistant\n' + (message.tool_calls | tojson) }}"
     "{% else %}" + _CHATML_TURN % "message.content" + "{% endif %}{% endfor %}" + _CHATML_PROMPT
 )
+
+# What tokenizers without a template were given once; the runs of that time go on with it.
+PLAIN_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)

@@ -5,10 +5,11 @@ import json
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.chat_template import PLAIN_CHATML, answer_end
+from fulltune_nb.chat_template import answer_end
 from fulltune_nb.data.ends import trained_ends
 from fulltune_nb.tokenizer import save_tokenizer, special_ids
 from nbs_tests.conftest import CHATML
+from nbs_tests.data.chat_templates import PLAIN_CHATML
 from nbs_tests.training.conftest import TINY_LLAMA, make_rows
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
