@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fulltune_nb.errors import TrainingError
+from fulltune_nb.panels.progress import Pace
 from fulltune_nb.training.history import StepReport
 from fulltune_nb.training.signals import StoppedAtOnce, Termination, interrupts_deferred
 from fulltune_nb.training.trainer import Trainer
@@ -199,11 +200,14 @@ class TrainLoop(Background):
         pausing: whether no further step is wanted; what happens between steps should come to an end.
         error: what ended the last run, or None.
         interrupted: whether the last run was ended by an interrupt.
+        pace: of the latest steps, whoever took them; measured once, so that all panels show the same.
     """
 
     def __init__(self, trainer: Trainer):
         super().__init__()
         self.trainer = trainer
+        steps = trainer.config.steps_per_report
+        self.pace = Pace(steps, trainer.history.steps[-steps:])
         self.between_steps: list[Callable[[TrainLoop], Awaitable[None]]] = []
         self.goal = 0
         self.pausing = True
@@ -225,6 +229,15 @@ class TrainLoop(Background):
 
     def _wants_more(self) -> bool:
         return not self.pausing and not self.trainer.stopped_early and self.trainer.step_count < self.goal
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        self.pace.add(report)
+
+    def on_change(self, trainer: Trainer) -> None:
+        self.pace.rest()
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.pace.rest()
 
     def tell_change(self) -> None:
         """Has everything that shows the run look anew."""

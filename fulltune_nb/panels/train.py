@@ -22,7 +22,7 @@ from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.live_plot import LivePlot
 from fulltune_nb.panels.loop import TrainLoop, hear, interruptible, loop_of
 from fulltune_nb.panels.panel import Panel, error_html
-from fulltune_nb.panels.progress import Pace, PlainProgress, clock, progress
+from fulltune_nb.panels.progress import PlainProgress, clock, progress
 from fulltune_nb.panels.samples import Sample, Samples
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
 from fulltune_nb.training.history import EvalReport, Event, StepReport
@@ -271,7 +271,7 @@ class TrainView:
         self._trainer, self._loop, self._samples = trainer, loop, panel.samples
         self._open_tab = OpenTab(loop, panel._fail)
         self._plot = loop.shared(_make_plot)
-        self._pace = Pace(trainer.config.steps_per_report, trainer.history.steps[-trainer.config.steps_per_report :])
+        self._pace = loop.pace
         self._record = panel._record
         self._log: deque[tuple[str, str, str]] = deque(maxlen=_LOG_KEPT)
         self._refreshed = -math.inf
@@ -295,7 +295,6 @@ class TrainView:
         self._refreshed = -math.inf
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        self._pace.add(report)
         by_itself = trainer.state != "running"  # nothing comes behind it that would show it
         if by_itself or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self.refresh()
@@ -319,7 +318,6 @@ class TrainView:
 
     def on_change(self, trainer: Trainer) -> None:
         """A run has begun or ended, or what all panels share has been changed."""
-        self._pace.rest()
         self.settle()
 
     def on_end(self, trainer: Trainer) -> None:
