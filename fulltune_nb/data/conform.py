@@ -5,7 +5,7 @@
     {"prompt": [message, ...], "completion": [message, ...], "tools": ...}                           TRL -> chat
 
 A row that has the keys of a format keeps it, so that the `*_feature` settings come before all that is recognized here. Messages and
-tools are turned by `conform_messages`.
+tools are turned by `messages`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fulltune_nb.chat_template import LimitReached
-from fulltune_nb.data.conform_messages import LOOKS_LIKE_DATA, MessageConformer, parsed
+from fulltune_nb.data.messages import LOOKS_LIKE_DATA, MessageConformer, parsed
 from fulltune_nb.data.rows import RawSplit, RowError, Tally, is_padded, keys_of, kind, messages_problem, template_unusable, without_nulls
 from fulltune_nb.data.settings import DataSettings
 

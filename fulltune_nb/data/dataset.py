@@ -11,15 +11,14 @@ from typing import Any
 
 from fulltune_nb.chat_template import ensure_chat_template, writes_date
 from fulltune_nb.data.conform import conform
-from fulltune_nb.data.encode import HELP, encode_rows
+from fulltune_nb.data.encode import HELP, Ends, encode_rows, trained_ends
 from fulltune_nb.data.example import Lens, SpecialTokenCheck, check_special_tokens, special_token_notes
-from fulltune_nb.data.holdout import with_valid
 from fulltune_nb.data.look import dataset_html
 from fulltune_nb.data.mixture import is_mixture, joined, read_mixture, weights_note
 from fulltune_nb.data.read import read_source, stored
 from fulltune_nb.data.rows import SPLITS, RawSplit, bad_rows_error, detect_format, row_problem
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings, with_date
-from fulltune_nb.data.split import Split
+from fulltune_nb.data.split import Split, with_valid
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.settings import whole_number
 
@@ -75,6 +74,11 @@ class DataSet:
     def special_token_notes(self) -> list[str]:
         """A line for each problem with special tokens in each split."""
         return [note for name, check in self.special_tokens.items() for note in special_token_notes(self.splits[name], check)]
+
+    @property
+    def trained_ends(self) -> Ends:
+        """The ends that `train` trains: stop ids, first the one that ends a conversation's last answer, and stop strings."""
+        return trained_ends(self.train, self.tokenizer, self.settings)
 
     @cached_property
     def fingerprint(self) -> str:

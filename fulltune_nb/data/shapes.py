@@ -1,6 +1,6 @@
 """The few shapes (T, N) that the batches of a split may have: chosen so that little is padded.
 
-T input positions, N target positions.
+T input positions, N target positions. A module of its own because it is arithmetic on sizes: it knows nothing of rows and splits.
 """
 
 from __future__ import annotations

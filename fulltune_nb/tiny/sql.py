@@ -4,11 +4,206 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
-from fulltune_nb.tiny.questions import Query, allowed_query, is_for_test, is_for_training, say, schema
-from fulltune_nb.tiny.world import COLUMNS, TABLES, rows
+from fulltune_nb.tiny.world import COLUMNS, TABLES, is_held_out_column, is_held_out_value, rows
 
+# ---- what one can ask about a table, and the many ways to say it in English
+
+OPERATORS = ("=", ">", "<", ">=", "<=")
+AGGREGATES = ("max", "min", "avg", "sum")
+
+
+@dataclass(frozen=True)
+class Condition:
+    column: str
+    operator: str
+    """One of `OPERATORS`; text columns only ever have "="."""
+    value: str | int
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked, independent of any wording.
+
+    Attributes:
+        table: the table's name.
+        columns: what is wanted: one or two columns; one column with `aggregate`; none when rows are counted.
+        aggregate: "max", "min", "avg", "sum", "count", or None for plain columns.
+        conditions: none, one or two, joined by "and", in the order in which the question says them.
+    """
+
+    table: str
+    columns: tuple[str, ...]
+    aggregate: str | None
+    conditions: tuple[Condition, ...]
+
+    def used_columns(self) -> tuple[str, ...]:
+        """Columns that are wanted or stand in a condition."""
+        return self.columns + tuple(condition.column for condition in self.conditions)
+
+
+def is_for_training(query: Query) -> bool:
+    """No held-out combination at all."""
+    columns, values = _held_out(query)
+    return not any(columns) and not any(values)
+
+
+def is_for_test(query: Query) -> bool:
+    """At least one held-out table-column, and held-out values only."""
+    columns, values = _held_out(query)
+    return any(columns) and all(values)
+
+
+def _held_out(query: Query) -> tuple[list[bool], list[bool]]:
+    """Which of its columns, and which of its conditions' values, are held out."""
+    columns = [is_held_out_column(query.table, column) for column in query.used_columns()]
+    return columns, [is_held_out_value(condition.column, condition.value) for condition in query.conditions]
+
+
+# -- choosing a query
+
+
+def _condition(rng: random.Random, column_name: str, value: str | int) -> Condition:
+    """A condition on this column that the row holding `value` fulfils, so that no question is asked about nothing."""
+    column = COLUMNS[column_name]
+    if not column.is_number:
+        return Condition(column_name, "=", value)
+    operator = rng.choices(OPERATORS, weights=(2, 3, 3, 2, 2))[0]
+    span = max(2, (column.high - column.low) // 6)
+    if operator == ">":
+        value -= rng.randint(1, span)
+    elif operator == "<":
+        value += rng.randint(1, span)
+    return Condition(column_name, operator, max(value, 0))
+
+
+def random_shape(rng: random.Random) -> tuple[str, int]:
+    """What is asked for ("column", "columns", "count" or "aggregate") and under how many conditions."""
+    kind = rng.choices(("column", "columns", "count", "aggregate"), weights=(8, 3, 4, 5))[0]
+    return kind, rng.choices((0, 1, 2), weights=(2, 6, 4))[0] if kind == "aggregate" else rng.choices((1, 2), weights=(6, 4))[0]
+
+
+def random_query(rng: random.Random, table: str, row: Mapping[str, str | int], shape: tuple[str, int]) -> Query:
+    """A query of this shape about a table whose columns are the keys of `row`; its conditions hold for the row."""
+    kind, number = shape
+    names = rng.sample(list(row), len(row))
+    if kind == "aggregate":
+        column = next((name for name in names if COLUMNS[name].is_number), None)
+        if column is None:
+            return random_query(rng, table, row, ("count", max(number, 1)))
+        choices = AGGREGATES if COLUMNS[column].additive else AGGREGATES[:2] if column == "year" else AGGREGATES[:3]
+        wanted, aggregate = (column,), rng.choice(choices)
+    else:
+        wanted, aggregate = tuple(names[: ("count", "column", "columns").index(kind)]), ("count" if kind == "count" else None)
+    free = [name for name in names if name not in wanted]
+    return Query(table, wanted, aggregate, tuple(_condition(rng, name, row[name]) for name in free[:number]))
+
+
+def random_row(rng: random.Random, table: str) -> dict[str, str | int]:
+    """One of the table's rows."""
+    return dict(zip(TABLES[table].columns, rng.choice(rows(table)), strict=True))
+
+
+def allowed_query(rng: random.Random, table: str, allowed: Callable[[Query], bool]) -> Query:
+    """A query about this table that `allowed` lets through: mostly of the shape drawn first, so that held-out questions, which are
+    rarer for some shapes, are of the same kinds as the others."""
+    while True:
+        shape = random_shape(rng)
+        for _ in range(200):
+            query = random_query(rng, table, random_row(rng, table), shape)
+            if allowed(query):
+                return query
+
+
+# -- saying it
+
+_MORE = ("with {n} over {v}", "with {n} above {v}", "whose {n} is more than {v}", "with a {n} greater than {v}")
+_LESS = ("with {n} under {v}", "with {n} below {v}", "whose {n} is less than {v}", "with a {n} smaller than {v}")
+_AT_LEAST = ("with {n} of at least {v}", "whose {n} is at least {v}", "with a {n} of {v} or more")
+_AT_MOST = ("with {n} of at most {v}", "whose {n} is at most {v}", "with a {n} of {v} or less")
+_EQUAL = ("with {n} {v}", "whose {n} is {v}", "with a {n} of {v}", "having {v} as {n}")
+_AGGREGATE_WORDS = {
+    "max": ("highest {n}", "maximum {n}", "largest {n}", "top value of the {n}"),
+    "min": ("lowest {n}", "minimum {n}", "smallest {n}", "least value of the {n}"),
+    "avg": ("average {n}", "mean {n}", "typical {n}"),
+    "sum": ("total {n}", "sum of the {n}", "combined {n}"),
+}
+_ASK = (
+    "What is the {w} of the {s} {c}?",
+    "What is the {w} of {p} {c}?",
+    "Give me the {w} of the {p} {c}.",
+    "Show the {w} for all {p} {c}.",
+    "List the {w} of every {s} {c}.",
+    "Find the {w} of {p} {c}.",
+    "Tell me the {w} for {p} {c}.",
+    "For {p} {c}, what is the {w}?",
+    "I want to know the {w} of each {s} {c}.",
+    "Which {w} do {p} {c} have?",
+)
+_COUNT = (
+    "How many {p} {c} are there?",
+    "Count the {p} {c}.",
+    "What is the number of {p} {c}?",
+    "Tell me how many {p} {c} there are.",
+    "How many {p} do we have {c}?",
+    "Give the number of all {p} {c}.",
+)
+_AGGREGATE = (
+    "What is the {w} of {p} {c}?",
+    "Give me the {w} of all {p} {c}.",
+    "Find the {w} among {p} {c}.",
+    "Show the {w} over the {p} {c}.",
+    "For {p} {c}, what is the {w}?",
+    "I want to know the {w} for {p} {c}.",
+    "Tell me the {w} of the {p} {c}.",
+)
+
+
+def say_condition(rng: random.Random, condition: Condition) -> str:
+    """A phrase to be put after the noun: "whose color is red", "cheaper than 40"."""
+    column = COLUMNS[condition.column]
+    own, common = {
+        "=": (column.equal, _EQUAL),
+        ">": (column.more, _MORE),
+        "<": (column.less, _LESS),
+        ">=": ((), _AT_LEAST),
+        "<=": ((), _AT_MOST),
+    }[condition.operator]
+    # Half the time the column's own way, half the time a common one, however many of each there are.
+    phrase = rng.choice(own if own and rng.random() < 0.5 else common)
+    return phrase.format(n=rng.choice(column.nouns), v=condition.value)
+
+
+def say(rng: random.Random, query: Query) -> str:
+    """The question, in one of its many wordings."""
+    singular, plural = rng.choice(TABLES[query.table].nouns)
+    condition = " and ".join(say_condition(rng, c) for c in query.conditions)
+    nouns = [rng.choice(COLUMNS[name].nouns) for name in query.columns]
+    if query.aggregate == "count":
+        template, wanted = rng.choice(_COUNT), ""
+    elif query.aggregate:
+        template, wanted = rng.choice(_AGGREGATE), rng.choice(_AGGREGATE_WORDS[query.aggregate]).format(n=nouns[0])
+    else:
+        template, wanted = rng.choice(_ASK), " and ".join(nouns)
+    text = template.format(w=wanted, s=singular, p=plural, c=condition)
+    # Without a condition its blank is left before the mark that follows.
+    return text.replace("  ", " ").replace(" ?", "?").replace(" .", ".").replace(" ,", ",")
+
+
+def schema(rng: random.Random, table: str, columns: Iterable[str], needed: tuple[str, ...] = ()) -> str:
+    """The table as `name(column, column, ...)`: all of the needed columns and two to four of its others, in any order.
+
+    The order and the choice differ from question to question, so that the columns have to be read, not remembered.
+    """
+    others = [name for name in columns if name not in needed]
+    chosen = list(dict.fromkeys(needed)) + rng.sample(others, rng.randint(min(2, len(others)), min(4, len(others))))
+    rng.shuffle(chosen)
+    return f"{table}({', '.join(chosen)})"
+
+
+# ---- the one way to write it in SQL, the rows, a database to run them on, and the score
 
 def to_sql(query: Query) -> str:
     """The one way we write this query: `SELECT price FROM cars WHERE color = 'red' AND year > 1990`."""

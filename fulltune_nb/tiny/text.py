@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from fulltune_nb.tiny.questions import AGGREGATES, Condition, Query, random_query, random_row, random_shape, say, say_condition, schema
+from fulltune_nb.tiny.sql import AGGREGATES, Condition, Query, random_query, random_row, random_shape, say, say_condition, schema
 from fulltune_nb.tiny.world import COLUMNS, POOLS, TABLES
 
 _POOL_WORDS = {

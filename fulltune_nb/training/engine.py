@@ -41,9 +41,10 @@ class WholeGraph:
     def __init__(
         self, model: Decoder, checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0
     ):
-        self._model, self._checkpoint, self._kernels, self._balance = model, checkpoint, kernels, balance
+        self._model, self._config, self._kernels = model, model.config, kernels
+        self._checkpoint, self._balance = checkpoint, balance
         # A graph with experts cannot wait for its loss: their routing is read while it is made.
-        self._in_halves = kernels is not None and not model.config.num_experts
+        self._in_halves = kernels is not None and not self._config.num_experts
         graph = self._halves if self._in_halves else self._whole
         self._graph = mx.compile(graph) if compiled else graph
 
@@ -76,7 +77,7 @@ class WholeGraph:
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
         def loss() -> mx.array:
             hidden, head = self._hidden_states(inputs, balance), self._model.head_weights()
-            return cross_entropy(hidden, head, targets["targets"], targets["weights"], self._model.config.logit_cap)
+            return cross_entropy(hidden, head, targets["targets"], targets["weights"], self._config.logit_cap)
 
         with swapped_in(self._model, parameters):
             found, _, gradients = backward_through({"": self._model}, loss, [], mx.array(1.0))
@@ -101,7 +102,7 @@ class WholeGraph:
     def _by_kernel(self, batch: Batch, weights: np.ndarray) -> tuple[float, Arrays]:
         """As `_by_graph`; evaluated."""
         # The second half reads what the kernel has written by then. NaN: what would be computed too early could not go unnoticed.
-        hidden_gradient = mx.full((len(batch.targets), self._model.config.hidden_size), math.nan)
+        hidden_gradient = mx.full((len(batch.targets), self._config.hidden_size), math.nan)
         mx.eval(hidden_gradient)
         hidden, gradients = self._graph(parameters_of(self._model), inputs_of(batch), hidden_gradient)
         mx.eval(hidden)
@@ -116,10 +117,10 @@ class WholeGraph:
     def _head(self, hidden: mx.array, targets: np.ndarray, weights: np.ndarray, hidden_gradient: np.ndarray) -> tuple[float, Arrays]:
         """The loss, and the gradients of the head's trained arrays; that of `hidden` is written into `hidden_gradient`. Evaluated."""
         head = {name: array.astype(mx.float32) for name, array in self._model.head_weights().items()}
-        weight = "embed_tokens.weight" if self._model.config.tie_word_embeddings else "lm_head.weight"
+        weight = "embed_tokens.weight" if self._config.tie_word_embeddings else "lm_head.weight"
         trained = {weight, "lm_head.bias"} & trainable_of(self._model).keys()
         total, found = 0.0, {}
-        cap = self._model.config.logit_cap
+        cap = self._config.logit_cap
         for rows, loss, logit_gradients in losses_by_kernel(self._kernels, hidden, head, targets, weights, CHUNK_ELEMENTS, cap):
             total += loss
             back = logit_gradients @ head["weight"]

@@ -19,7 +19,6 @@ import mlx.core as mx
 from fulltune_nb.cpu import cap_cache
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet
-from fulltune_nb.data.ends import trained_ends
 from fulltune_nb.data.example import Example
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts
@@ -167,7 +166,7 @@ class Trainer:
         plan = make_plan(lm, data, config, force, stored and stored.backward(config))
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
         lm.card = ModelCard(lm.source, data, config, self.history)
-        ends, strings = trained_ends(data)
+        ends, strings = data.trained_ends
         lm.add_ends(ends, strings)
         lm.trained_ends = () if strings else ends
         for kind, message in (*(("data", note) for note in data.notes), *plan.notes):

@@ -6,7 +6,6 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.chat_template import answer_end
-from fulltune_nb.data.ends import trained_ends
 from fulltune_nb.tokenizer import save_tokenizer, special_ids
 from nbs_tests.conftest import CHATML
 from nbs_tests.data.chat_templates import PLAIN_CHATML
@@ -56,14 +55,14 @@ def test_the_ends_are_those_that_the_rows_train(make_tokenizer, case, mask_promp
     template, rows, ends, strings = CASES[case]
     tokenizer = make_tokenizer(template)
     data = ft.load_data({"train": [{"messages": row} for row in rows]}, tokenizer, mask_prompt=mask_prompt)
-    ids, texts = trained_ends(data)
+    ids, texts = data.trained_ends
     assert tokenizer.convert_ids_to_tokens(list(ids)) == ends and texts == strings
 
 
 def test_text_trains_the_tokenizers_eos(make_tokenizer):
     tokenizer = make_tokenizer()
-    assert trained_ends(ft.load_data({"train": [{"text": "one"}]}, tokenizer)) == ((tokenizer.eos_token_id,), ())
-    assert trained_ends(ft.load_data({"train": [{"text": "one"}]}, make_tokenizer(eos_token=None))) == ((), ())
+    assert ft.load_data({"train": [{"text": "one"}]}, tokenizer).trained_ends == ((tokenizer.eos_token_id,), ())
+    assert ft.load_data({"train": [{"text": "one"}]}, make_tokenizer(eos_token=None)).trained_ends == ((), ())
 
 
 @pytest.fixture
@@ -147,14 +146,14 @@ def test_the_fallback_is_the_documented_text_with_the_eos_behind_assistant_turns
     assert now.text == before.text.replace("Hello<|im_end|>", "Hello<|im_end|></s>")
     assert now.loss_mask[now.tokens == ours.eos_token_id].all() and (now.tokens == ours.eos_token_id).sum() == 2
     end = ours.convert_tokens_to_ids("<|im_end|>")  # this tokenizer knows it
-    assert trained_ends(ft.load_data(rows, ours)) == ((end, ours.eos_token_id), ())
+    assert ft.load_data(rows, ours).trained_ends == ((end, ours.eos_token_id), ())
 
 
 def test_chatml_that_is_ordinary_text_ends_with_a_stop_string_here_and_with_the_eos_elsewhere(make_tokenizer):
     template = CHATML.replace("im_end", "im_over").replace("<|im_over|>\n'", "<|im_over|></s>\n'")
     tokenizer = make_tokenizer(template)
     assert answer_end(tokenizer) == ((tokenizer.eos_token_id,), ("<|im_over|>",))
-    assert trained_ends(ft.load_data({"train": [{"messages": TALK}]}, tokenizer)) == ((tokenizer.eos_token_id,), ())
+    assert ft.load_data({"train": [{"messages": TALK}]}, tokenizer).trained_ends == ((tokenizer.eos_token_id,), ())
 
 
 def test_an_eos_that_ends_the_turn_already_is_not_doubled(make_tokenizer):
@@ -195,7 +194,7 @@ def test_of_data_sets_in_several_formats_all_ends_are_found(make_tokenizer, tmp_
     ends = {}
     for names in ("ab", "abc"):
         data = ft.load_data({str(tmp_path / name): 1.0 for name in names}, tokenizer)
-        ids, strings = trained_ends(data)
+        ids, strings = data.trained_ends
         ends[names] = tokenizer.convert_ids_to_tokens(ids)
         assert strings == ()
     assert ends == {"ab": ["<|im_end|>"], "abc": ["</s>", "<|im_end|>"]}

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from fulltune_nb.tiny import database, exact_match, questions, sql, text_to_sql, write_text_to_sql
-from fulltune_nb.tiny.questions import Condition, Query
+from fulltune_nb.tiny import database, exact_match, sql, text_to_sql, write_text_to_sql
+from fulltune_nb.tiny.sql import Condition, Query
 from fulltune_nb.tiny.world import COLUMNS, TABLES
 
 PATTERN = re.compile(r"SELECT (?P<wanted>.+?) FROM (?P<table>\w+)(?: WHERE (?P<conditions>.+))?")
@@ -140,7 +140,7 @@ def test_all_tables_are_asked_about_in_every_split(splits):
 def test_one_query_is_worded_in_many_ways():
     query = Query("cars", ("price",), None, (Condition("color", "=", "red"),))
     rng = random.Random(0)
-    wordings = {questions.say(rng, query) for _ in range(200)}
+    wordings = {sql.say(rng, query) for _ in range(200)}
     assert len(wordings) > 50
     assert all("red" in wording and "{" not in wording and "  " not in wording for wording in wordings)
 
