@@ -199,7 +199,7 @@ class StepBatches:
         self.seed = whole_number("seed", seed, low=0)
         self.grad_accumulation_steps = whole_number("grad_accumulation_steps", grad_accumulation_steps, low=1)
         self.max_seq_length = whole_number("max_seq_length", max_seq_length, low=2)
-        self._split, self._packing = split, packing
+        self._split = split
         # As lists, because single elements of an array take ten times as long to read.
         self._width_of, self._targets_of = (split.lengths - 1).tolist(), split.trained_lengths.tolist()
         self._parts = [_Rows(split, examples, packing, self.max_seq_length) for examples in split.trainable_parts()]
