@@ -32,13 +32,14 @@ class RunLock:
 
     Attributes:
         note: what to tell about a process that ended without letting go; None where there was none.
+        save: the holder's method that saves what it has not saved, held weakly; see `have_holder_save`.
 
     Raises:
         CheckpointError: another process holds it, or the file cannot be written.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.save = folder, None
         try:
             file = _LockFile(folder / LOCK_FILE)
         except OSError as error:
@@ -84,6 +85,18 @@ class RunLock:
 
 
 _holders: weakref.WeakValueDictionary[tuple[int, int, int], RunLock] = weakref.WeakValueDictionary()
+
+
+def have_holder_save(folder: Path) -> None:
+    """Has the trainer of this process that holds a folder, if one does, save what it has not saved: another is to go on from there."""
+    try:
+        status = os.stat(folder / LOCK_FILE)
+    except OSError:
+        return
+    holder = _holders.get((status.st_dev, status.st_ino, os.getpid()))
+    save = holder.save() if holder is not None and holder.save is not None else None
+    if save is not None:
+        save()
 
 
 class _LockFile:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.gradients import clip_scale
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+from fulltune_nb.training.lock import have_holder_save
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.plan import make_plan
@@ -90,7 +92,8 @@ class Trainer:
             run_dir: a new folder for checkpoints and metrics, locked while this trainer lives; None writes nothing.
             force: go on even where `preflight` says that the run does not fit into this machine's memory; with `resume`, even
                 though data, model or settings differ from what the run began with.
-            resume: "auto" goes on with the run that `run_dir` holds, from its newest checkpoint, and begins it where there is none.
+            resume: "auto" goes on with the run that `run_dir` holds, from its newest checkpoint, and begins it where there is none. A
+                trainer of this process that has the run saves first, so that none of its steps are lost when a cell is run again.
 
         Raises:
             ConfigError: settings that disagree with the data's, or patterns that match nothing.
@@ -107,6 +110,7 @@ class Trainer:
         if isinstance(resume, StoredRun):
             self._begin(lm, data, config, force, resume)
         elif resume == "auto" and run_dir is not None and holds_run(run_dir):
+            have_holder_save(run_dir)
             with StoredRun(run_dir, force) as stored:
                 config, lm = stored.config(stored.of_its_day(config, data)), stored.model(lm)
                 self._begin(lm, stored.data(data, lm, config), config, force, stored)
@@ -186,7 +190,7 @@ class Trainer:
             self._write_into(directory)
 
     def _go_on_with(self, stored: StoredRun) -> None:
-        self._directory = stored.directory
+        self._hold(stored.directory)
         self._put_state(stored.state())
         stored.put_damaged_away()
         stored.directory.lock.keep()
@@ -496,6 +500,14 @@ class Trainer:
             self._write_result()
             self._result_step = self.step_count
 
+    def _hold(self, directory: RunDirectory) -> None:
+        """Writes into a directory from now on, until another trainer of this process goes on with the run."""
+        self._directory, directory.lock.save = directory, weakref.WeakMethod(self._save_for_the_next)
+
+    def _save_for_the_next(self) -> None:
+        if self._torn() is None and self._saved_step != self.step_count:
+            self.save()
+
     def _save_unless_saved(self) -> None:
         if self.run_dir and self._saved_step != self.step_count:
             self._try_to_write(self.save)
@@ -675,8 +687,8 @@ class Trainer:
                 function(self, *subject)
 
     def _write_into(self, directory: RunDirectory) -> None:
-        """Writes into a directory from now on, and what there is already first."""
-        self._directory = directory
+        """Holds a directory, and writes what there is already."""
+        self._hold(directory)
         for entry in self.history:
             directory.append(entry)
         for note in directory.notes:

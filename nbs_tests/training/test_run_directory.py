@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ModelError
@@ -266,6 +268,38 @@ def test_resume_auto_begins_a_run_and_goes_on_with_it(make_trainer, make_lm, mak
         cell(learning_rate=0.1)
     with pytest.raises(ft.ConfigError, match="resume: expected"):
         ft.Trainer(make_lm(), data, settings, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("loads_anew", [False, True])
+def test_a_cell_that_is_run_again_loses_no_step_of_the_living_trainer(make_trainer, make_lm, tmp_path, loads_anew):
+    straight = make_trainer()
+    straight.run()
+    living = make_trainer(run_dir=tmp_path / "run", save_every=100)
+    for _ in range(5):
+        living.step()  # in a panel, or by hand: nothing is saved but the beginning
+    lm = make_lm() if loads_anew else living.lm
+    again = ft.Trainer(lm, living.data, living.config, tmp_path / "run", resume="auto")
+    assert again.step_count == 5 and [e.kind for e in again.history.events][-1] == "resume"
+    again.run()
+    assert [r.loss for r in again.history.steps] == [r.loss for r in straight.history.steps]
+    ours, theirs = (dict(tree_flatten(trainer.lm.model.parameters())) for trainer in (again, straight))
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_living_trainer_that_cannot_save_goes_on_and_one_that_is_torn_is_passed_over(make_trainer, tmp_path, monkeypatch):
+    living = make_trainer(run_dir=tmp_path / "run")
+    living.step()
+
+    def again():
+        return ft.Trainer(living.lm, living.data, living.config, tmp_path / "run", resume="auto")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fulltune_nb.training.run.write_checkpoint", lambda *_: (_ for _ in ()).throw(CheckpointError("the disk is full")))
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            again()
+    assert living.step().step == 2
+    monkeypatch.setattr(living.optimizers, "step", 7)  # as where an update was broken off
+    assert again().step_count == 0
 
 
 def test_a_loop_whose_run_was_taken_up_does_not_touch_the_model_that_both_train(make_trainer, tmp_path):
