@@ -181,8 +181,8 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
         print(f"There is no {path}: the model is tested as it is.")
     lm = load_with_model_file(options.model, path if exists else None, options.dtype, options.dequantize)
     print(f"Model: {lm!r}")
-    if options.dequantize:
-        print("What was quantized is ordinary weights now, and is saved as such: --dequantize.")
+    if lm.dequantized:
+        print(f"The base is quantized ({lm.dequantized}). It is ordinary weights now, and is saved as such: --dequantize.")
     stored = lm.config.raw.get("dtype") or lm.config.raw.get("torch_dtype")
     if stored == "float16" and options.dtype is None and options.train:
         print("The checkpoint is float16, in which updates underflow: it is trained in float32. --dtype bfloat16 takes half the memory.")

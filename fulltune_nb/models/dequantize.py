@@ -37,7 +37,7 @@ def without_quantization(raw: Mapping[str, Any], where: str, dequantize: bool = 
     found = _settings(raw)
     if found is None:
         return dict(raw)
-    method = _method(found)
+    method = quantization_of(raw)
     if method is None:
         raise ModelError(
             f"{where}: the checkpoint is quantized ({str(found)[:300]}). Full fine-tuning changes every weight, and quantized weights"
@@ -55,21 +55,23 @@ def without_quantization(raw: Mapping[str, Any], where: str, dequantize: bool = 
     return plain
 
 
+def quantization_of(raw: Mapping[str, Any]) -> str | None:
+    """The quantization that a `config.json` tells of, in words, where it is one that can be turned back."""
+    settings = _settings(raw)
+    if not isinstance(settings, Mapping):
+        return None
+    method = settings.get("quant_method")
+    if method is None and {"group_size", "bits"} <= settings.keys():
+        mixed = ", mixed" if any(isinstance(own, Mapping) for own in settings.values()) else ""
+        return f"MLX, {settings.get('mode', 'affine')}, {settings['bits']} bits, groups of {settings['group_size']}{mixed}"
+    return "MXFP4" if method == "mxfp4" else None
+
+
 def _settings(raw: Mapping[str, Any]) -> Any:
     """What a `config.json` says of its quantization; None where it is not quantized."""
     inner = raw.get("text_config")
     places = [raw, inner] if isinstance(inner, Mapping) else [raw]
     return next((place[key] for place in places for key in _KEYS if place.get(key)), None)
-
-
-def _method(settings: Any) -> str | None:
-    """The quantization in words, where it is one that can be turned back."""
-    if not isinstance(settings, Mapping):
-        return None
-    method = settings.get("quant_method")
-    if method is None and {"group_size", "bits"} <= settings.keys():
-        return f"MLX, {settings.get('mode', 'affine')}, {settings['bits']} bits, groups of {settings['group_size']}"
-    return "MXFP4" if method == "mxfp4" else None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_
 from fulltune_nb.errors import ConfigError, GenerationError, TornStepError
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.dequantize import quantization_of
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
 from fulltune_nb.models.generation import Sampling, answer_many, stream_answer
 from fulltune_nb.models.model_config import ModelConfig, read_config
@@ -38,6 +39,7 @@ class LanguageModel:
         torn: why the weights cannot be used, when a training step was broken off half-way; else None.
         trained_ends: token ids that end what the last trainer's rows train, first the one that ends a conversation's last answer; not
             stored. `save` makes it the tokenizer's EOS where that was not trained.
+        dequantized: the quantization that its weights, or those it was trained from, were turned back from, in words; else None.
         card: how the weights came about, as `.files()`, texts by file name that `save` writes too; None where nothing is known.
     """
 
@@ -54,6 +56,7 @@ class LanguageModel:
         self.generation_config = generation_config
         self.torn: str | None = None
         self.trained_ends: tuple[int, ...] = ()
+        self.dequantized: str | None = None
         self.card: Any = None
 
     @classmethod
@@ -322,7 +325,8 @@ class LanguageModel:
         return folder
 
     def __repr__(self) -> str:
-        return f"LanguageModel({self.config.family}, {self.num_parameters:,} parameters, {self.dtype}, source={self.source!r})"
+        before = "" if self.dequantized is None else f", dequantized: {self.dequantized!r:.80}"
+        return f"LanguageModel({self.config.family}, {self.num_parameters:,} parameters, {self.dtype}, source={self.source!r}{before})"
 
     def _repr_html_(self) -> str:
         config = self.config
@@ -335,6 +339,7 @@ class LanguageModel:
                 ("source", self.source or "random weights"),
                 *([("part of", f"{config.part_of}; what is not text is left aside")] if config.part_of else []),
                 ("weights", f"{human_bytes(size)} in {self.dtype}"),
+                *([("dequantized from", self.dequantized)] if self.dequantized else []),
                 ("layers × hidden", f"{config.num_layers} × {config.hidden_size}"),
                 ("heads (key/value)", f"{config.num_heads} ({config.num_kv_heads}) of {config.head_dim}"),
                 *experts,
@@ -384,7 +389,9 @@ def load_model(
         load_model_file(model, Path(model_file).expanduser())
     generation_path = folder / "generation_config.json"
     generation_config = read_json(generation_path) if generation_path.exists() else None
-    return LanguageModel(model, load_tokenizer(folder), os.fspath(path), generation_config)
+    lm = LanguageModel(model, load_tokenizer(folder), os.fspath(path), generation_config)
+    lm.dequantized = quantization_of(read_json(folder / "config.json"))
+    return lm
 
 
 # ---- rows for new tokens, V rows of D = hidden_size

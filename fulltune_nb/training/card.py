@@ -35,10 +35,11 @@ class ModelCard:
         config: the settings.
         history: every report so far.
         data: name -> text, what is known of the data.
+        dequantized: the quantization that the base's weights were turned back from, in words; None where there was none.
     """
 
-    def __init__(self, base: str | None, data: DataSet, config: TrainConfig, history: History):
-        self.base, self.config, self.history = base, config, history
+    def __init__(self, base: str | None, data: DataSet, config: TrainConfig, history: History, dequantized: str | None = None):
+        self.base, self.config, self.history, self.dequantized = base, config, history, dequantized
         rows = ", ".join(f"{name} {len(split):,} rows of {split.format}" for name, split in data.splits.items())
         self.data = {"rows": rows, "source": _source_name(data.source)}
         self._data: DataSet | None = data  # until its fingerprint is first asked for
@@ -62,6 +63,8 @@ class ModelCard:
         summary = self.history.summary
         facts = [
             ("base model", self._base_name()),
+            *([("quantization of the base", f"{self.dequantized}; made ordinary weights before training")] if self.dequantized else []),
+            *([("quantization of this model", "none")] if self.dequantized else []),
             ("data", self.data["source"]),
             ("rows", self.data["rows"]),
             ("data fingerprint (SHA-256 of tokens and masks)", self.fingerprint),

@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -356,14 +357,14 @@ class StoredRun:
         """
         if lm is None:
             lm = load_model(self.checkpoint)
-            lm.source = self._state["model_source"]
+            lm.source, lm.dequantized = self._state["model_source"], self._state.get("dequantized")
             return lm
         self._put_template(lm)
         stored = read_config_file(self.checkpoint / "config.json")
         differences = [
-            f"{name} was {value!r} and is {getattr(lm.config, name)!r}"
-            for name, value in vars(stored).items()
-            if name != "raw" and value != getattr(lm.config, name)
+            f"{part.name} was {value!r} and is {now!r}"
+            for part in fields(stored)
+            if part.compare and (value := getattr(stored, part.name)) != (now := getattr(lm.config, part.name))
         ]
         if differences:
             message = f"the model given is not the one of the run: {'; '.join(differences)}"
@@ -389,6 +390,7 @@ class StoredRun:
         self.directory.rewrite_metrics(History.from_jsonable(self._state["history"]))  # a full disk is found out here
         if not self._has_weights:
             load_folder_weights(lm.model, self.checkpoint)
+            lm.dequantized = self._state.get("dequantized", lm.dequantized)
 
     def of_its_day(self, config: TrainConfig, data: DataSet) -> TrainConfig:
         """The config with the run's date in place of the one of today, where it has that from the data, and the data from the clock."""

@@ -57,7 +57,9 @@ def copy_of(lm: LanguageModel) -> LanguageModel:
     """The same model with weights of its own."""
     model = _new_decoder(lm)
     put_parameters(model, copied(parameters_of(lm.model)))
-    return LanguageModel(model, lm.tokenizer, lm.source, lm.generation_config)
+    other = LanguageModel(model, lm.tokenizer, lm.source, lm.generation_config)
+    other.dequantized = lm.dequantized
+    return other
 
 
 def _new_decoder(lm: LanguageModel) -> Decoder:
@@ -124,8 +126,8 @@ class TrainerState:
         patience: `Patience.to_dict()`.
         random: MLX's random state.
         optimizer_steps_before: steps taken before the optimizer was begun anew, in a fork.
-        origin: what the run was begun with, as JSON values: `config`, `model_source`, `data` (source and fingerprint), `versions`,
-            `backward`; and for readers of the file, `position` and `learning_rate`.
+        origin: what the run was begun with, as JSON values: `config`, `model_source`, `dequantized` (how its weights had been quantized),
+            `data` (source and fingerprint), `versions`, `backward`; and for readers of the file, `position` and `learning_rate`.
         optimizer_arrays: the optimizer's state by name.
         weights: by module path; empty where the model holds them.
     """
@@ -382,6 +384,8 @@ def _state_problem(state: Any) -> str | None:
             return f"{name!r} is {str(state[name])[:60]!r}"
     if state["backward"] not in ("whole", "layerwise"):
         return f"'backward' is {state['backward'][:60]!r}"
+    if not isinstance(state.get("dequantized"), (str, type(None))):  # runs of earlier versions do not have it
+        return f"'dequantized' is {str(state['dequantized'])[:60]!r}"
     if state["step"] < 0:
         return f"'step' is {state['step']}"
     if len(state["random"]) != 2 or not all(isinstance(half, int) and 0 <= half < 2**32 for half in state["random"]):

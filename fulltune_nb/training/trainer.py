@@ -169,7 +169,7 @@ class Trainer:
             stored.put_weights(lm, data, config)
         plan = make_plan(lm, data, config, force, stored and stored.backward(config))
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
-        lm.card = ModelCard(lm.source, data, config, self.history)
+        lm.card = ModelCard(lm.source, data, config, self.history, lm.dequantized)
         ends, strings = data.trained_ends
         lm.add_ends(ends, strings)
         lm.trained_ends = () if strings else ends
@@ -543,6 +543,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "model": self.lm.source,
             "model_source": self.lm.source,
+            "dequantized": self.lm.dequantized,
             "num_parameters": self.lm.num_parameters,
             "data": {"source": self.data.source, "fingerprint": self.data.fingerprint},
             "run_dir": None if self.run_dir is None else str(self.run_dir),
@@ -561,6 +562,7 @@ class Trainer:
             "backward": self.backward,
             "config": self.config.to_dict(),
             "model_source": self.lm.source,
+            "dequantized": self.lm.dequantized,
             "data": {"source": self.data.source, "fingerprint": self.data.fingerprint},
             "versions": versions(),
         }

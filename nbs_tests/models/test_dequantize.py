@@ -14,42 +14,13 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized
 from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
 from fulltune_nb.models.model_config import read_config
-from nbs_tests.models.family_cases import plain_case
-from nbs_tests.models.model_cases import SMALL
 from nbs_tests.models.parity import need, need_torch
+from nbs_tests.models.quantized_folders import RAW, in_groups, published_mxfp4_folder, quantized_folder
 
-RAW = {"model_type": "llama", **SMALL, "hidden_size": 128, "intermediate_size": 64, "tie_word_embeddings": True}
 WAYS = [
     *({"bits": bits, "group_size": group} for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64)),
     {"mode": "mxfp4"}, {"mode": "mxfp8"}, {"mode": "nvfp4"},
 ]  # fmt: skip
-
-
-def exactly(parts: list[mx.array], **way) -> mx.array:
-    """What quantized parts stand for, computed in float32 and rounded once to bfloat16."""
-    wide = [part if part.dtype in (mx.uint8, mx.uint32) else part.astype(mx.float32) for part in parts]
-    return mx.dequantize(*wide, **way, dtype=mx.float32).astype(mx.bfloat16)
-
-
-def quantized_folder(folder, raw=RAW, way_of=lambda name: {"bits": 4, "group_size": 64}, said=None):
-    """A folder as MLX writes it, and the tensors it stands for. Norms stay as they are."""
-    mx.random.seed(0)
-    stored, expected = {}, {}
-    for name, array in hf_tensors(Decoder(read_config(raw))).items():
-        array = array.astype(mx.bfloat16)
-        way = way_of(name) if array.ndim > 1 else None
-        if way is None:
-            stored[name] = expected[name] = array
-            continue
-        parts = mx.quantize(array, **way)
-        base = name.removesuffix(".weight")
-        stored |= dict(zip((f"{base}.weight", f"{base}.scales", f"{base}.biases"), parts, strict=False))
-        expected[name] = exactly(parts, **way)
-    folder.mkdir()
-    settings = said or {"bits": 4, "group_size": 64}
-    (folder / "config.json").write_text(json.dumps({**raw, "quantization": settings, "quantization_config": settings}))
-    mx.save_safetensors(str(folder / "model.safetensors"), stored)
-    return folder, expected
 
 
 def assert_loaded(decoder: Decoder, expected: dict[str, mx.array]) -> None:
@@ -143,16 +114,6 @@ def test_not_more_than_one_tensor_is_in_memory_twice(tmp_path):
 # ---- against mlx-lm and transformers ------------------------------------------------------------------------------------------------
 
 
-def in_groups(family: str, **changes) -> dict:
-    """A small configuration, as transformers writes it, whose matrices have rows of 64 numbers."""
-    from transformers import CONFIG_MAPPING
-
-    raw = plain_case(family)
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
-    return CONFIG_MAPPING[family](**{**raw, **{key: size for key, size in sizes.items() if key in raw}, **changes}).to_dict()
-
-
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "olmoe", "granitemoe", "phi3", "gemma3_text", "stablelm"])
 def test_folders_that_mlx_lm_converts_are_loaded_as_it_computes_them(family, tmp_path):
     need("mlx_lm", "pip install mlx-lm==0.32.2")
@@ -180,19 +141,8 @@ def test_mxfp4_folders_as_published_and_as_mlx_lm_writes_them_compute_what_trans
 
     raw = in_groups("gpt_oss", num_hidden_layers=2)
     model = reference.build(raw, 0)
-    random = np.random.default_rng(0)
-    tensors = {}
-    for name, array in reference.checkpoint(model).items():
-        tensors[name] = mx.array(array).astype(mx.bfloat16)
-        if name.endswith(("gate_up_proj", "down_proj")):  # (E, in, out)
-            experts, columns, rows = array.shape
-            del tensors[name]
-            tensors[f"{name}_blocks"] = mx.array(random.integers(0, 256, (experts, rows, columns // 32, 16), dtype=np.uint8))
-            tensors[f"{name}_scales"] = mx.array(random.integers(122, 126, (experts, rows, columns // 32), dtype=np.uint8))
-    published, of_mlx = tmp_path / "published", tmp_path / "mlx"
-    published.mkdir()
-    (published / "config.json").write_text(json.dumps({**raw, "quantization_config": {"quant_method": "mxfp4"}}))
-    mx.save_safetensors(str(published / "model.safetensors"), tensors)
+    whole = {name: mx.array(array) for name, array in reference.checkpoint(model).items()}
+    (published, tensors), of_mlx = published_mxfp4_folder(tmp_path / "published", raw, whole), tmp_path / "mlx"
     theirs, config = load_model(published)
     of_mlx.mkdir()
     save_model(of_mlx, theirs)

@@ -223,3 +223,18 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, make_data):
     after = sorted(path.relative_to(run).as_posix() for path in run.rglob("*"))
     assert after == [name for name in before if name != "run.lock"]
     ft.Trainer.resume(run, data=make_data(10, **MASKED))
+
+
+def test_a_run_from_a_multimodal_folder_goes_on_with_that_folder_loaded_again(make_lm, make_data, tmp_path):
+    lm = make_lm()
+    text = json.loads((lm.save(tmp_path / "text") / "config.json").read_text())
+    whole = shutil.copytree(tmp_path / "text", tmp_path / "whole")
+    (whole / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    arrays = {f"language_model.{name}": array for name, array in hf_tensors(lm.model).items()}
+    mx.save_safetensors(str(whole / "model.safetensors"), {**arrays, "vision_tower.weight": mx.ones((2, 2))})
+    config = ft.TrainConfig(batch_size=2, iters=2, save_every=1, mask_prompt=True)
+    with pytest.warns(UserWarning, match="Left aside: vision_tower"):
+        lms = [ft.load_model(whole) for _ in range(2)]
+    ft.Trainer(lms[0], make_data(6, config=config), config, tmp_path / "run").run(1)
+    trainer = ft.Trainer(lms[1], make_data(6, config=config), config, tmp_path / "run", resume="auto")
+    assert trainer.step_count == 1 and trainer.lm.config.part_of == "llava"
