@@ -192,7 +192,7 @@ class Conversation:
 
     Attributes:
         text: the text.
-        words: see `words.words_of`.
+        words: see `words_of`.
 
     Raises:
         RowError: the template refuses the messages.

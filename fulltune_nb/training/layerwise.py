@@ -270,7 +270,7 @@ class LayerwiseGradients:
         self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
         self._norm: float | None = None
         self._streams: list[_Stream] | None = None
-        self._forward()
+        self._forward_all()
 
     def norm(self) -> float:
         """Of all gradients."""
@@ -304,17 +304,17 @@ class LayerwiseGradients:
     def _sum_of_squares(self, piece: GradientPiece) -> float:
         return global_norm(piece.gradients, self._kernels) ** 2
 
-    def _forward(self) -> None:
+    def _forward_all(self) -> None:
         """All micro-batches up to the loss, and back to the last block's output."""
         tokens = sum(batch.num_tokens for batch in self._batches)
-        self._streams = [_forward(self._model, self._passes, batch, tokens, self._balance) for batch in self._batches]
+        self._streams = [_forward_one(self._model, self._passes, batch, tokens, self._balance) for batch in self._batches]
         inputs = [stream.head for stream in self._streams]
         self.loss, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
         self._norm_gradients = self._through_final_norm(gradients)
 
     def _pieces(self, optimizers: Optimizers | None) -> Iterator[GradientPiece]:
         if self._streams is None:
-            self._forward()
+            self._forward_all()
         if self._norm_gradients:
             yield GradientPiece(self._norm_gradients)
         self._norm_gradients = None
@@ -415,7 +415,10 @@ def balance_of(model: Decoder, batch: Batch, coefficient: float) -> RouterBalanc
     return RouterBalance(float(coefficient), (np.arange(length) < used[:, None]).reshape(-1))
 
 
-def _forward(model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int, balance_coefficient: float) -> _Stream:
+def _forward_one(
+    model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int, balance_coefficient: float
+) -> _Stream:
+    """A micro-batch from its tokens to the hidden states of its trained positions, with each block's input; evaluated."""
     dtype = model.compute_dtype
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)

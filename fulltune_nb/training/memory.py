@@ -2,7 +2,7 @@
 
 Counted are the arrays that have to exist: weights, the optimizer's moments, gradients, what blocks keep for the backward pass, a chunk of
 logits, what an update needs. Beside these MLX holds arrays that it has allocated ahead of time; of them a number is assumed, rather too
-many than too few. `plan.measure` runs a step's forward and backward pass instead.
+many than too few. `plan.measured` runs a step's forward and backward pass instead.
 
 Dimension letters: B rows, T tokens, M = B * T positions, N trained positions, D hidden_size, I intermediate_size, V vocab_size, H heads.
 """

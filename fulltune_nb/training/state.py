@@ -304,7 +304,7 @@ def read_checkpoint(folder: Path, lm: LanguageModel) -> TrainerState:
 
 
 def read_optimizer(folder: Path) -> dict[str, mx.array]:
-    """The optimizer's arrays of a checkpoint, evaluated; empty where the optimizer keeps none."""
+    """The optimizer's arrays of a checkpoint, evaluated; empty where there is no file of them."""
     path = folder / OPTIMIZER_FILE
     arrays = read_tensors(path) if path.exists() else {}
     mx.eval(list(arrays.values()))

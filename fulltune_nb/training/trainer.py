@@ -172,7 +172,7 @@ class Trainer:
         lm.card = ModelCard(lm.source, data, config, self.history, lm.dequantized)
         ends, strings = data.trained_ends
         lm.add_ends(ends, strings)
-        lm.trained_ends = () if strings else ends
+        lm.trained_ends = () if strings else ends  # the first becomes the EOS of a tokenizer that is saved, which is one token
         for kind, message in (*(("data", note) for note in data.notes), *plan.notes):
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
