@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         self,
         ids: mx.array,
         cache: Sequence[KVCache] | None = None,
-        checkpoint: bool = False,
+        grad_checkpoint: bool = False,
         segments: mx.array | None = None,
         dtype: mx.Dtype | None = None,
         balance: RouterBalance | None = None,
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         Args:
             ids: token ids (B, T).
             cache: one `KVCache` a layer, updated in place.
-            checkpoint: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+            grad_checkpoint: keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
             segments: (B, T) int32, for rows that hold several examples: tokens look only at those with their own number. Not
                 with a cache.
             dtype: of the activations; None: that of the weights.
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         """
         x = self.embed(ids, dtype)
         for i, (block, context) in enumerate(zip(self.layers, self.context(ids.shape[1], cache, segments), strict=True)):
-            if checkpoint:
+            if grad_checkpoint:
                 x = _checkpointed(block, x, *context, balance)
             else:
                 x = block(x, *context, cache[i] if cache else None, balance)

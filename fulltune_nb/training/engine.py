@@ -32,17 +32,17 @@ class WholeGraph:
 
     Args:
         model: its trainable parameters get gradients.
-        checkpoint: keep only the blocks' inputs for the backward pass, and compute the rest again.
+        grad_checkpoint: keep only the blocks' inputs for the backward pass, and compute the rest again.
         compiled: once for each shape of batch; not with experts.
         kernels: for the norm, and but for experts the loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
     """
 
     def __init__(
-        self, model: Decoder, checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0
+        self, model: Decoder, grad_checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0
     ):
         self._model, self._config, self._kernels = model, model.config, kernels
-        self._checkpoint, self._balance = checkpoint, balance
+        self._grad_checkpoint, self._balance = grad_checkpoint, balance
         # A graph with experts cannot wait for its loss: their routing is read while it is made.
         self._in_halves = kernels is not None and not self._config.num_experts
         graph = self._halves if self._in_halves else self._whole
@@ -62,7 +62,7 @@ class WholeGraph:
             total = total + loss
             add(gradients, more)
             del more
-        mx.eval(total, gradients)  # before the norm: in one graph with it, the peak of `checkpoint` doubles
+        mx.eval(total, gradients)  # before the norm: in one graph with it, the peak of `grad_checkpoint` doubles
         return WholeGradients(number, batches, total.item(), gradients, self._kernels)
 
     def _by_graph(self, batch: Batch, weights: np.ndarray) -> tuple[mx.array, Arrays]:
@@ -85,7 +85,7 @@ class WholeGraph:
 
     def _hidden_states(self, inputs: Arrays, balance: RouterBalance | None = None) -> mx.array:
         """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
-        settings = {"checkpoint": self._checkpoint, "dtype": self._model.compute_dtype, "balance": balance}
+        settings = {"grad_checkpoint": self._grad_checkpoint, "dtype": self._model.compute_dtype, "balance": balance}
         hidden = self._model.hidden_states(inputs["ids"], segments=inputs.get("segments"), **settings)  # (B, T, D)
         return hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
 
@@ -159,15 +159,15 @@ class WholeGradients:
 def make_engine(
     model: Decoder,
     backward: str,
-    checkpoint: bool = False,
+    grad_checkpoint: bool = False,
     compiled: bool = False,
     kernels: Kernels | None = None,
     balance: float = 0.0,
 ) -> Engine:
-    """The engine of a run: "whole" or "layerwise", of which only the first has use for `checkpoint`; else as `WholeGraph`."""
+    """The engine of a run: "whole" or "layerwise", of which only the first has use for `grad_checkpoint`; else as `WholeGraph`."""
     if backward == "layerwise":
         return Layerwise(model, compiled, kernels, balance)
-    return WholeGraph(model, checkpoint, compiled, kernels, balance)
+    return WholeGraph(model, grad_checkpoint, compiled, kernels, balance)
 
 
 def inputs_of(batch: Batch) -> Arrays:

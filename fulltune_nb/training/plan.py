@@ -44,7 +44,7 @@ class Plan:
     """What a step needs."""
     compiles: bool
     """Whether `mx.compile` is used."""
-    checkpoint: bool
+    grad_checkpoint: bool
     """Whether the whole graph keeps only the blocks' inputs for the backward pass."""
     gives_back: bool
     """Whether freed memory is given back to the system at once, which takes time."""
@@ -62,7 +62,7 @@ class Plan:
 
     def make_engine(self, model: Decoder) -> Engine:
         """What computes the gradients; the model's trainable parameters are those of the run by now."""
-        return make_engine(model, self.backward, self.checkpoint, self.compiles, self.kernels, self.balance)
+        return make_engine(model, self.backward, self.grad_checkpoint, self.compiles, self.kernels, self.balance)
 
 
 def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None) -> Plan:

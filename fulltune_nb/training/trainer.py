@@ -333,7 +333,7 @@ class Trainer:
         move no schedule. Nothing is copied: while somebody holds the old arrays, updates are made in new memory. So the block needs
         memory for a second set of weights and optimizer state.
         """
-        before, taken = self._state(), 0
+        before, taken = self._take_state(), 0
         mx.eval(before.weights, before.optimizer_arrays)
         observers, self.optimizers.observers = self.optimizers.observers, []
 
@@ -486,7 +486,7 @@ class Trainer:
         """
         if self._directory is None:
             raise TrainingError("This trainer has no run_dir, so there is nowhere to save. Make it with Trainer(..., run_dir='runs/a').")
-        path = self._directory.save_checkpoint(self.lm, self._state(), self.config.keep)
+        path = self._directory.save_checkpoint(self.lm, self._take_state(), self.config.keep)
         self._saved_step = self.step_count
         self.tell("on_save", path)
         return path
@@ -553,7 +553,7 @@ class Trainer:
 
     # -- the state: going back, branching off ---------------------------------------------------------------------
 
-    def _state(self) -> TrainerState:
+    def _take_state(self) -> TrainerState:
         """Where the run stands; the arrays are the trainer's own, which the next step changes."""
         self._check_whole()
         origin = {
@@ -618,7 +618,7 @@ class Trainer:
         Raises:
             CheckpointError: it cannot be written.
         """
-        return Snapshot.take(self._state(), self.lm, folder)
+        return Snapshot.take(self._take_state(), self.lm, folder)
 
     def restore(self, snapshot: Snapshot | str | os.PathLike, force: bool = False) -> None:
         """Goes back, or forward, to a snapshot; history included. Training goes on from there bit for bit as it did then.
@@ -650,7 +650,7 @@ class Trainer:
             ConfigError: a setting that cannot be changed to that.
             CheckpointError: `run_dir` already holds a run, or cannot be written.
         """
-        state, config = self._state(), self.config.replace(**changes)
+        state, config = self._take_state(), self.config.replace(**changes)
         other = type(self)(copy_of(self.lm), self.data, config)
         if other.total_steps < state.step:
             raise ConfigError(f"the fork would have {other.total_steps} steps in all, but {state.step} are taken. Give more iters.")

@@ -74,7 +74,7 @@ def gradients(decoder: Decoder, ids: np.ndarray, checkpoint: bool) -> dict[str, 
     """Of the mean next-token cross-entropy, under Hugging Face names."""
 
     def loss(ids: mx.array) -> mx.array:
-        logits = decoder.head(decoder.hidden_states(ids, checkpoint=checkpoint))[:, :-1]
+        logits = decoder.head(decoder.hidden_states(ids, grad_checkpoint=checkpoint))[:, :-1]
         return nn.losses.cross_entropy(logits, ids[:, 1:], reduction="mean")
 
     _, found = nn.value_and_grad(decoder, loss)(mx.array(ids))

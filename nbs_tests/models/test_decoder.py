@@ -200,7 +200,7 @@ def test_checkpointing_needs_less_memory():
     ids = mx.array(random_ids(SMALL, (4, 100), 0))
     peaks = []
     for checkpoint in (False, True):
-        step = nn.value_and_grad(decoder, lambda ids, on=checkpoint: decoder.head(decoder.hidden_states(ids, checkpoint=on)).sum())
+        step = nn.value_and_grad(decoder, lambda ids, on=checkpoint: decoder.head(decoder.hidden_states(ids, grad_checkpoint=on)).sum())
         mx.eval(step(ids))
         mx.eval(decoder.parameters())
         before = mx.get_active_memory()

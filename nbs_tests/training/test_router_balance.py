@@ -18,7 +18,7 @@ CASES = {
                   "decoder_sparse_step": 2, "num_hidden_layers": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 1},
 }  # fmt: skip
-ENGINES = {"whole": {}, "checkpointed": {"checkpoint": True}, "layerwise": {}}
+ENGINES = {"whole": {}, "checkpointed": {"grad_checkpoint": True}, "layerwise": {}}
 ROWS, LENGTH, USED, COEFFICIENT = 2, 12, (12, 7), 0.5
 
 
