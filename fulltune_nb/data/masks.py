@@ -214,7 +214,7 @@ class Conversation:
         """The turns as the marked words show them; None where the template writes another text with marks."""
         if not self._marked and can_be_marked(self.text, self.words):
             turns = Turns(self._renderer, *with_marks(self.messages, self._tools), self.words)
-            self._marked.append(turns if turns.is_of(self.text) else None)
+            self._marked.append(turns if turns.text == self.text else None)
         return self._marked[0] if self._marked else None
 
     def generated(self, turns: Sequence[int]) -> list[Span] | None:
@@ -295,10 +295,6 @@ class Turns:
         self._after: dict[tuple, str] = {}  # what it writes between a turn and the words behind it
         self._prompts: list[str | None] = []
 
-    def is_of(self, text: str) -> bool:
-        """Whether the marks leave the text as it is."""
-        return self.text == text
-
     def is_missing(self, word: int) -> bool:
         """Whether the template does not write this word, or not whole."""
         if (end := self._first.get(word)) is None:
@@ -338,20 +334,13 @@ class Turns:
         """Behind what the template writes from `at`, where the words before message `i` end (those of `holder`), up to the turn."""
         is_answer = self._messages[i]["role"] == "assistant"
         situation = (holder < 0, is_answer, *(self._kind(j) for j in range(max(holder, 0), i)))
-        for is_known in (True, False) if situation in self._before else (False,):
-            if not is_known:
-                self._before[situation] = [self._rest(i, is_answer)]
-            rests = self._before[situation]
-            if rests[0] is not None and self.text.startswith(rests[0], at):
-                return at + len(rests[0])
-            if rests[0] is None or not is_answer or not self._marks:
-                continue
-            if len(rests) == 1:
-                rests.append(self._rest(i, False))
-            if rests[1] is not None and self.text.startswith(rests[1], at):
-                # The turn goes on otherwise than the generation prompt, which may end with `<think>`: what both share is the prompt.
-                shared = at + len(os.path.commonprefix([rests[0], self.text[at : at + len(rests[0])]]))
-                return max(at + len(rests[1]), shared if words_start is None else min(shared, words_start))
+        rests = self._before.get(situation)  # as it was written before an earlier turn
+        start = None if rests is None else self._behind(rests, i, at, words_start)
+        if start is None:
+            rests = self._before[situation] = [self._rest(i, is_answer)]
+            start = self._behind(rests, i, at, words_start)
+        if start is not None:
+            return start
         if i == 0 and not is_answer:
             return 0
         if is_answer and words_start is not None:  # the template refuses such a beginning, often an empty one, or renders it otherwise
@@ -360,6 +349,26 @@ class Turns:
             if rests[0] is None and self._generation_prompt() == "":
                 return words_start
         raise self._not_found(i, "start", rests[0], at)
+
+    def _behind(self, rests: list[str | None], i: int, at: int, words_start: int | None) -> int | None:
+        """Behind what the template writes up to message `i`, if that stands at `at`.
+
+        Args:
+            rests: that text, with the generation prompt before an answer; second, where it has been needed, the same without the prompt.
+        """
+        if rests[0] is None:
+            return None
+        if self.text.startswith(rests[0], at):
+            return at + len(rests[0])
+        if self._messages[i]["role"] != "assistant" or not self._marks:
+            return None
+        if len(rests) == 1:
+            rests.append(self._rest(i, False))
+        if rests[1] is None or not self.text.startswith(rests[1], at):
+            return None
+        # The turn goes on otherwise than the generation prompt, which may end with `<think>`: what both share is the prompt.
+        shared = at + len(os.path.commonprefix([rests[0], self.text[at : at + len(rests[0])]]))
+        return max(at + len(rests[1]), shared if words_start is None else min(shared, words_start))
 
     def _behind_prompt(self, at: int, words_start: int) -> int | None:
         """Behind the generation prompt that stands between two places, or behind its first part right before the words."""
