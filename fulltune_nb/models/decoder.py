@@ -6,6 +6,7 @@ Dimension letters: B rows, T tokens, S keys (cached and new), D hidden_size, V v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +14,7 @@ import mlx.nn as nn
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.layers import MLP, Attention, Linear, MixtureOfExperts, Norm, RouterBalance, causal_mask, soft_cap, within_segments
 from fulltune_nb.models.model_config import ModelConfig
-from fulltune_nb.models.parameters import swapped_in, trainable_of
+from fulltune_nb.models.parameters import Buffers, in_dtype, put_parameters, swapped_in, trainable_of
 from fulltune_nb.models.rope import Rope, Rotation
 
 Context = tuple[Rotation | None, mx.array | None]
@@ -108,6 +109,18 @@ class Decoder(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias="lm_head" in config.biases)
         elif "lm_head" in config.biases:
             self.lm_head = HeadBias(config.vocab_size)
+
+    def unfreeze(self, **settings: Any) -> Decoder:
+        """As MLX's, but buffers stay frozen."""
+        super().unfreeze(**settings)
+        for module in self.modules():
+            if isinstance(module, Buffers):
+                module.freeze()
+        return self
+
+    def set_dtype(self, dtype: mx.Dtype) -> None:
+        """As MLX's, but buffers keep theirs."""
+        put_parameters(self, in_dtype(self, dtype))
 
     @property
     def config(self) -> ModelConfig:

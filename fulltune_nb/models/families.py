@@ -7,14 +7,7 @@ Hugging Face configuration class (`transformers/models/<family>/configuration_<f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-QKV = ("q_proj", "k_proj", "v_proj")
-ATTENTION = (*QKV, "o_proj")
-GATED = ("gate_proj", "up_proj", "down_proj")
-PLAIN = ("up_proj", "down_proj")
+from fulltune_nb.models.family import ATTENTION, GATED, PLAIN, QKV, Experts, Family, Stack
 
 # Our module names -> Hugging Face's, whole dotted segments; each family adds its own.
 COMMON_NAMES = {
@@ -22,119 +15,6 @@ COMMON_NAMES = {
     "input_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
 }
-
-Switch = str | bool
-"""True, False, or the key of `config.json` that says which."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A tensor of the file that holds what all experts of a layer have: (experts, rows, columns), or (experts, rows).
-
-    In memory each expert has its own, so that it is computed, updated and let go by itself.
-    """
-
-    name: str
-    """In the layer's mlp, such as `"input_linear.weight"`."""
-    parts: tuple[str, ...]
-    """The expert's own tensors, whose rows follow one another in it, such as `("gate_proj.weight", "up_proj.weight")`."""
-    transposed: bool = False
-    """The file has each expert's matrix as (columns, rows)."""
-    alternating: bool = False
-    """The rows of the parts take turns: one of the first, one of the second, and so on."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in the MLP's place; each key is one of `config.json`."""
-
-    count: str = "num_experts"
-    size: str = "moe_intermediate_size"
-    """`intermediate_size` of one expert."""
-    normalised: Switch = "norm_topk_prob"
-    """Whether the shares of the chosen experts sum up to one."""
-    shared_size: str | None = None
-    """`intermediate_size` of an expert that sees every token, with a gate of its own (a sigmoid)."""
-    in_some_layers: bool = False
-    """Whether `decoder_sparse_step` and `mlp_only_layers` say which layers have them."""
-    stacks: tuple[Stack, ...] = ()
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row: which mechanisms a family is made of."""
-
-    norm: str = "rms"
-    """`"rms"`, `"rms_plus_one"` (scale is 1 + weight), `"layer"` (weight and bias), `"layer_plus_one"` (1 + weight, and bias),
-    `"layer_no_bias"` or `"layer_no_params"`."""
-    norm_eps: str | float = "rms_norm_eps"
-    """Key in `config.json`, or the number itself where the family fixes it."""
-    block: str = "pre"
-    """`"pre"`: norm, attention, add, norm, mlp, add. `"post"`: attention, norm, add, mlp, norm, add. `"both"`: with norms before and
-    behind. `"parallel"`: one norm feeds attention and mlp, both are added."""
-    parallel: Switch = False
-    """Whether the block is `"parallel"`, where that is a setting."""
-    mlp: str = "gated"
-    """`"gated"` or `"plain"`."""
-    experts: Experts | None = None
-    fused: tuple[str, ...] = ()
-    """Projections that are one tensor: `"qkv_proj"`, `"gate_up_proj"`."""
-    biases: Mapping[tuple[str, ...], Switch] = field(default_factory=dict)
-    """Projections -> whether they have a bias."""
-    qk_norm: str = ""
-    """Norm of queries and keys: `"head"` (the same for each head), `"heads"` (each head's own, in one tensor), `"listed_heads"` (each
-    head's own, in a tensor each), `"width"` (over all heads together), `""` (none)."""
-    has_qk_norm: Switch = True
-    """Whether there is one, where that is a setting."""
-    qk_norm_bias: bool = True
-    """False: it has none, though the family's norm has."""
-    qk_norm_after_rope: bool = False
-    clip_qkv: bool = False
-    """Queries, keys and values are kept within `clip_qkv`, where it is set."""
-    scale_embeddings: Switch = False
-    """Multiply embeddings by sqrt(hidden_size), or by the number under this key."""
-    residual_scale: str = ""
-    """Key of the number that what attention and mlp add is multiplied by."""
-    attention_scale: str = ""
-    """Key of the number that products of queries and keys are multiplied by, instead of 1 / sqrt(head_dim)."""
-    query_size: str = ""
-    """Key of the number that stands for head_dim in it."""
-    logit_scale: str = ""
-    """Key of the number that logits are multiplied by; with a `/` before it, divided."""
-    score_cap: str = ""
-    """Key of c, where products of queries and keys become c tanh(products / c)."""
-    logit_cap: str = ""
-    """The same for logits."""
-    sinks: bool = False
-    """Each head has a further, learned score that takes its share of the attention and gives nothing."""
-    windows: str = "none"
-    """Which layers have the sliding window where no `layer_types` say so: a name in `model_config.WINDOWED`, or `"none"`."""
-    layer_types: bool = True
-    """Whether `layer_types` are looked at."""
-    rotated: str = "all"
-    """Which layers have positions: `"all"`; `"windowed"`; `"windowed_if_any"`, all where none has a window; `"listed"` in
-    `no_rope_layers` with a 1, by default all but each `no_rope_layer_interval`-th."""
-    interleaved: bool = False
-    """Rotated are neighbours, not the first half with the second."""
-    local_theta: str | float | None = None
-    """Layers with a window are rotated by this base, or the one under this key, and without scaling."""
-    rope_aliases: Mapping[str, str] = field(default_factory=dict)
-    """Values of `rope_type` that mean another one in this family."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Our segment -> the family's segment, over `COMMON_NAMES`."""
-    buffers: Mapping[str, float] = field(default_factory=dict)
-    """Constants that a checkpoint holds as tensors of each layer: name in the layer -> value."""
-    activation: str = "hidden_act"
-    """Its key."""
-    gate: str = ""
-    """An entry of `activations.CLAMPED_GATES` in place of the activation: how the gate and what it opens become one."""
-    activation_aliases: Mapping[str, str] = field(default_factory=dict)
-    """Values of it that mean another function in this family."""
-    refused: Mapping[str, str] = field(default_factory=dict)
-    """Keys that must not be set -> what they would turn on."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What a key means when `config.json` leaves it out."""
-
 
 _POST_NORM_NAMES = {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"}
 _GEMMA_NAMES = {**_POST_NORM_NAMES, "post_attention_norm": "pre_feedforward_layernorm"}
@@ -163,6 +43,10 @@ _GLM_DEFAULTS = {
     "attention_bias": True, "partial_rotary_factor": 0.5, "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7,
     "pad_token_id": 151329, "max_position_embeddings": 131072,
 }  # fmt: skip
+_CORRECTED = {"scores": "sigmoid", "correction": 1, "groups": ("n_group", "topk_group"), "share_scale": "routed_scaling_factor"}
+_ROUTED = {"count": "n_routed_experts", "shared_count": "n_shared_experts", "layers": "behind_dense"}
+_SHARED_NAMES = {"router": "gate", "shared_expert": "shared_experts"}
+_GROUP_DEFAULTS = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 _MISTRAL_DEFAULTS = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 _QWEN_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_position_embeddings": 32768}
 _QWEN_MOE_DEFAULTS = {**_QWEN_DEFAULTS, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
@@ -200,7 +84,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN_DEFAULTS, "max_window_layers": 28, "num_key_value_heads": 32},
     ),
     "qwen2_moe": Family(
-        experts=Experts(in_some_layers=True, shared_size="shared_expert_intermediate_size"),
+        experts=Experts(layers="every_sparse_step", shared_size="shared_expert_intermediate_size"),
         biases={QKV: "qkv_bias"},
         windows="every_other_below_max_window_layers",
         names={"router": "gate"},
@@ -216,7 +100,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN_DEFAULTS, "max_window_layers": 28, "num_key_value_heads": 32, "head_dim": 128},
     ),
     "qwen3_moe": Family(
-        experts=Experts(in_some_layers=True),
+        experts=Experts(layers="every_sparse_step"),
         biases={ATTENTION: "attention_bias"},
         qk_norm="head",
         windows="all",
@@ -397,6 +281,28 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True, "max_position_embeddings": 131072, "use_bias": False,
         },
     ),
+    "ernie4_5_moe": Family(
+        experts=Experts(
+            count="moe_num_experts",
+            chosen="moe_k",
+            layers="every_interval_from_start_to_end",
+            biased=False,
+            correction=2,
+            normalised=True,
+            least_sum="moe_norm_min",
+            shared_count="moe_num_shared_experts",
+        ),
+        biases={(*ATTENTION, *GATED, "lm_head"): "use_bias"},
+        interleaved=True,
+        names={**_SHARED_NAMES, "correction": "moe_statics"},
+        left_aside=("model.mtp_", "mtp_"),
+        defaults={
+            "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "pad_token_id": 0, "tie_word_embeddings": True,
+            "max_position_embeddings": 131072, "use_bias": False, "moe_intermediate_size": 1536, "moe_k": 6, "moe_num_experts": 64,
+            "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1,
+            "moe_norm_min": 1e-12,
+        },
+    ),
     "hunyuan_v1_dense": Family(
         biases={ATTENTION: "attention_bias"},
         qk_norm="head",
@@ -429,6 +335,30 @@ FAMILIES: dict[str, Family] = {
         block="both",
         names={"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"},
         defaults=_GLM_DEFAULTS,
+    ),
+    "glm4_moe": Family(
+        experts=Experts(**_CORRECTED, **_ROUTED),
+        biases={QKV: "attention_bias"},
+        qk_norm="head",
+        has_qk_norm="use_qk_norm",
+        names={**_SHARED_NAMES, "correction": "gate"},
+        left_aside=("model.layers.{layers}.",),
+        defaults={
+            **_GROUP_DEFAULTS, "rope_scaling": None, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5,
+            "use_qk_norm": False, "moe_intermediate_size": 1408, "num_experts_per_tok": 8, "n_shared_experts": 1, "n_routed_experts": 128,
+            "first_k_dense_replace": 1, "norm_topk_prob": True, "max_position_embeddings": 131072,
+        },
+    ),
+    "dots1": Family(
+        experts=Experts(**_CORRECTED, **_ROUTED),
+        biases={ATTENTION: "attention_bias"},
+        qk_norm="head",
+        windows="from_max_window_layers",
+        names={**_SHARED_NAMES, "correction": "gate"},
+        defaults={
+            **_GROUP_DEFAULTS, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 62, "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 0, "norm_topk_prob": False,
+        },
     ),
     "exaone4": Family(
         block="post",

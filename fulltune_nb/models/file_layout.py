@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from fulltune_nb.errors import WeightsError
-from fulltune_nb.models.families import COMMON_NAMES, FAMILIES, Stack
+from fulltune_nb.models.families import COMMON_NAMES, FAMILIES
+from fulltune_nb.models.family import Stack
 from fulltune_nb.models.model_config import ModelConfig
 
 _TEXT_PARTS = ("language_model.", "model.language_model.", "model.text_model.", "text_model.")
@@ -40,6 +41,13 @@ def text_tensors(tensors: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], 
         else:
             others[name.removeprefix("model.").split(".")[0]] += 1
     return found, dict(others)
+
+
+def without_further_predictions(tensors: Mapping[str, mx.array], config: ModelConfig) -> tuple[dict[str, mx.array], list[str]]:
+    """The tensors of a checkpoint without those for predicting several tokens at once, and the names of these."""
+    prefixes = tuple(prefix.format(layers=config.num_layers) for prefix in FAMILIES[config.family].left_aside)
+    aside = [name for name in tensors if name.startswith(prefixes)]
+    return {name: tensors[name] for name in tensors.keys() - set(aside)} if aside else dict(tensors), aside
 
 
 def from_file(tensors: Mapping[str, mx.array], config: ModelConfig) -> dict[str, mx.array]:

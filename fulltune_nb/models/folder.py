@@ -24,9 +24,9 @@ from fulltune_nb.files import Checksum, flush_to_disk, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
 from fulltune_nb.models.families import FAMILIES, hf_names, to_hf
-from fulltune_nb.models.file_layout import from_file, is_stacked, text_tensors, to_file
+from fulltune_nb.models.file_layout import from_file, is_stacked, text_tensors, to_file, without_further_predictions
 from fulltune_nb.models.model_config import COMMON_DEFAULTS, ModelConfig, read_config
-from fulltune_nb.models.parameters import holder_of, parameters_of
+from fulltune_nb.models.parameters import buffers_of, holder_of, parameters_of
 from fulltune_nb.models.rope import scaling_of
 from fulltune_nb.models.unread_keys import check_unread
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
@@ -157,6 +157,13 @@ def _read_folder(folder: Path, config: ModelConfig) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for path in weight_files(folder):
         arrays.update(read_tensors(path))
+    arrays, aside = without_further_predictions(arrays, config)
+    if aside:
+        warnings.warn(
+            f"{folder} also predicts several tokens at once: {len(aside):,} tensors for it ({listed(aside, 2)}) are left aside. They are"
+            " neither trained nor saved.",
+            stacklevel=4,
+        )
     if config.part_of is None:
         return arrays
     arrays, others = text_tensors(arrays)
@@ -255,7 +262,7 @@ def assign_tensors(
         model: the decoder to fill.
         arrays: Hugging Face name -> array; emptied on the way, so that no tensor is in memory in two dtypes for long.
         where: file or folder, for messages.
-        dtype: what they become; None keeps float32 and bfloat16 and makes other ones (float16, float64) float32.
+        dtype: what they become, but for buffers; None keeps float32 and bfloat16 and makes other ones (float16, float64) float32.
         keep_dtypes: each becomes what the model's tensor of its name is now, whatever `dtype` says.
 
     Raises:
@@ -282,10 +289,12 @@ def assign_tensors(
     if not_float := [f"{name}: {array.dtype}" for name, array in given.items() if not mx.issubdtype(array.dtype, mx.floating)]:
         raise WeightsError(f"{where}: floating-point weights are needed, found {listed(not_float, _SHOWN)}.")
     arrays.clear()
+    buffers = buffers_of(model)
     for name in list(given):
         array = given.pop(name)
         own = array.dtype if array.dtype in DTYPES.values() else mx.float32
-        array = array.astype(ours[names[name]].dtype if keep_dtypes else dtype or own)
+        target = own if names[name] in buffers else dtype or own
+        array = array.astype(ours[names[name]].dtype if keep_dtypes else target)
         mx.eval(array)  # read now: the file may be replaced later, and lazy arrays cannot cross threads
         module, key = holder_of(model, names[name])
         module[key] = array
@@ -425,11 +434,11 @@ def _left_out(config: ModelConfig) -> dict[str, Any]:
         values[family.local_theta] = next(local, family.defaults[family.local_theta])
     if family.experts:
         values[family.experts.count] = config.num_experts
-        values |= {"mlp_only_layers": []} if family.experts.in_some_layers else {}
+        values |= {"mlp_only_layers": []} if "mlp_only_layers" in family.defaults else {}
     if "rope_parameters" in family.defaults:
         values["rope_parameters"] = {"rope_theta": rope.theta, **scaling_of(rope)}
-    if rope.scaling != "default":
-        values["rope_scaling"] = scaling_of(rope)
+    if rope.scaling != "default" or "rope_scaling" in family.defaults:
+        values["rope_scaling"] = scaling_of(rope) if rope.scaling != "default" else None
     return values
 
 

@@ -16,6 +16,7 @@ from fulltune_nb.cpu import fast_math as cpu_math
 from fulltune_nb.models.activations import ACTIVATIONS, CLAMPED_GATES, GATED_ACTIVATIONS, XIELU, XIelu
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.model_config import ModelConfig
+from fulltune_nb.models.parameters import Buffers
 from fulltune_nb.models.rope import Rotation, rotate
 
 
@@ -79,19 +80,20 @@ class MLP(nn.Module):
     Args:
         config: of the model.
         size: of what is between; None: the model's intermediate_size.
+        biased: whether it has the model's biases.
     """
 
-    def __init__(self, config: ModelConfig, size: int | None = None):
+    def __init__(self, config: ModelConfig, size: int | None = None, biased: bool = True):
         super().__init__()
         self._activation, self._numbers = config.activation, config.activation_numbers
-        hidden, size = config.hidden_size, size or config.intermediate_size
+        hidden, size, biases = config.hidden_size, size or config.intermediate_size, config.biases if biased else ()
         if "gate_up_proj" in config.fused:
             self.gate_up_proj = Linear(hidden, 2 * size, bias=False)
         else:
             if config.mlp != "plain":
-                self.gate_proj = Linear(hidden, size, bias="gate_proj" in config.biases)
-            self.up_proj = Linear(hidden, size, bias="up_proj" in config.biases)
-        self.down_proj = Linear(size, hidden, bias="down_proj" in config.biases)
+                self.gate_proj = Linear(hidden, size, bias="gate_proj" in biases)
+            self.up_proj = Linear(hidden, size, bias="up_proj" in biases)
+        self.down_proj = Linear(size, hidden, bias="down_proj" in biases)
         if config.activation == XIELU:
             self.act_fn = XIelu()
 
@@ -264,6 +266,10 @@ def within_segments(mask: mx.array | None, segments: mx.array | None) -> mx.arra
 # ---- experts
 
 
+NO_SHARE = 1e-20
+"""Added to the sum of shares that they are divided by, as DeepSeek-V3 does: sigmoids of them all may be 0."""
+
+
 @dataclass(frozen=True)
 class Routing:
     """Which experts each of M tokens goes to."""
@@ -317,17 +323,35 @@ class RouterBalance:
         return mx.array((self._coefficient * len(counts) / rows**2) * counts, dtype=mx.float32)
 
 
+class Correction(Buffers):
+    """What is added to the experts' shares where they are chosen, so that all get work without a loss for it (Wang et al. 2024).
+
+    Whoever trained the model moved it by counts of tokens, not by gradients: here it stays as it is.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.e_score_correction_bias = mx.zeros((config.num_experts,) if config.correction == 1 else (1, config.num_experts))
+        self.freeze()
+
+    def __call__(self, shares: mx.array) -> mx.array:
+        return shares + self.e_score_correction_bias.astype(mx.float32)  # (M, E) + (E,) or (1, E)
+
+
 class MixtureOfExperts(nn.Module):
     """Each token goes to its best few experts (Jiang et al. 2024); only these are computed. A shared one sees every token."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self._num_chosen, self._normalised = config.num_experts_per_token, config.normalised_shares
+        self._config, self._num_chosen = config, config.num_experts_per_token
         self.router = Linear(config.hidden_size, config.num_experts, bias="router" in config.biases)
-        self.experts = [MLP(config, config.expert_size) for _ in range(config.num_experts)]
+        self.experts = [MLP(config, config.expert_size, config.expert_biases) for _ in range(config.num_experts)]
         if config.shared_expert_size:
             self.shared_expert = MLP(config, config.shared_expert_size)
+        if config.shared_expert_gate:
             self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
+        if config.correction:
+            self.correction = Correction(config)
 
     def __call__(self, x: mx.array, balance: RouterBalance | None = None) -> mx.array:
         tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
@@ -341,9 +365,9 @@ class MixtureOfExperts(nn.Module):
         How many tokens an expert gets depends on the data, so the choices are read here: one synchronisation a layer.
         """
         scores = mx.stop_gradient(self._scores(tokens))
-        chosen = np.array(mx.argpartition(-scores, kth=self._num_chosen - 1, axis=-1)[:, : self._num_chosen])
-        if balance is not None:
-            balance.note(self, chosen)
+        chosen = self._best(self._corrected(scores) if "correction" in self else scores)
+        if balance is not None:  # counted is where the router alone would send them, as in transformers
+            balance.note(self, self._best(scores))
         order = np.argsort(chosen, axis=None, kind="stable")
         borders = np.searchsorted(chosen.reshape(-1)[order], np.arange(len(self.experts) + 1))
         rows = tuple(mx.array(order[begin:end] // self._num_chosen) for begin, end in zip(borders, borders[1:], strict=False))
@@ -354,15 +378,13 @@ class MixtureOfExperts(nn.Module):
         (M * chosen, D) -> (M, D)."""
         scores = self._scores(tokens)
         scores = scores if balance is None else balance.through(scores)
-        if self._normalised:  # softmax over all experts, then normalised over the chosen, is the softmax over the chosen
-            shares = mx.softmax(mx.take_along_axis(scores, routing.chosen, axis=-1), axis=-1)
-        else:
-            shares = mx.take_along_axis(mx.softmax(scores, axis=-1), routing.chosen, axis=-1)
-        shares = shares.astype(tokens.dtype)
+        shares = self._shares_of_chosen(scores, routing.chosen).astype(tokens.dtype)
         per_choice = outputs[routing.places].reshape(*shares.shape, -1)  # (M, chosen, D)
         mixture = (per_choice * shares[..., None]).sum(axis=1)
         if "shared_expert" not in self:
             return mixture
+        if "shared_expert_gate" not in self:
+            return mixture + self.shared_expert(tokens)
         return mixture + mx.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
 
     def besides_experts(self) -> dict[str, nn.Module]:
@@ -370,4 +392,35 @@ class MixtureOfExperts(nn.Module):
         return {name: module for name, module in self.children().items() if name != "experts"}
 
     def _scores(self, tokens: mx.array) -> mx.array:
-        return self.router(tokens).astype(mx.float32)
+        """The router's products (M, E), float32; with a correction computed in it, as whoever made that did."""
+        return self.router(tokens.astype(mx.float32) if "correction" in self else tokens).astype(mx.float32)
+
+    def _shares(self, scores: mx.array) -> mx.array:
+        """Of all experts: (M, E) -> (M, E)."""
+        return mx.sigmoid(scores) if self._config.scores == "sigmoid" else mx.softmax(scores, axis=-1)
+
+    def _shares_of_chosen(self, scores: mx.array, chosen: mx.array) -> mx.array:
+        """What each chosen expert's output is multiplied by: (M, E) and (M, chosen) -> (M, chosen)."""
+        config = self._config
+        if config.normalised_shares and config.scores == "softmax" and not config.least_sum:
+            # Softmax over all experts, then normalised over the chosen, is the softmax over the chosen.
+            return mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1)
+        shares = mx.take_along_axis(self._shares(scores), chosen, axis=-1)
+        if config.normalised_shares:
+            shares = shares / mx.maximum(shares.sum(axis=-1, keepdims=True) + NO_SHARE, config.least_sum)
+        return shares if config.share_scale is None else shares * config.share_scale
+
+    def _best(self, values: mx.array) -> np.ndarray:
+        """Indices of the largest few: (M, E) -> (M, chosen)."""
+        return np.array(mx.argpartition(-values, kth=self._num_chosen - 1, axis=-1)[:, : self._num_chosen])
+
+    def _corrected(self, scores: mx.array) -> mx.array:
+        """What experts are chosen by: shares with their correction (M, E), -inf outside the groups whose two best have the largest sums."""
+        values, (groups, best) = self.correction(self._shares(scores)), self._config.groups
+        if groups == 1:
+            return values
+        grouped = values.reshape(len(values), groups, -1)
+        sums = mx.topk(grouped, 2, axis=-1).sum(axis=-1)  # (M, groups)
+        chosen = mx.argpartition(-sums, kth=best - 1, axis=-1)[:, :best]
+        open_ = mx.put_along_axis(mx.zeros(sums.shape, dtype=mx.bool_), chosen, mx.array(True), axis=-1)
+        return mx.where(open_[..., None], grouped, -math.inf).reshape(values.shape)

@@ -11,7 +11,8 @@ from fulltune_nb.errors import ModelError, misspelt
 from fulltune_nb.html import facts
 from fulltune_nb.models.activations import ACTIVATIONS, CLAMPED_GATES, SAME_ACTIVATION, XIELU
 from fulltune_nb.models.dequantize import without_quantization
-from fulltune_nb.models.families import FAMILIES, Experts, Family, Switch
+from fulltune_nb.models.families import FAMILIES
+from fulltune_nb.models.family import Experts, Family, Switch
 from fulltune_nb.models.rope import RopeConfig, read_ropes
 
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -44,8 +45,20 @@ WINDOWED: dict[str, Callable[[int, Mapping[str, Any]], bool]] = {
     "not_rotated": lambda layer, values: not _listed_rotations(values)[layer],
 }
 """`Family.windows` -> whether a layer (from 0) has the window, where no `layer_types` say so."""
+WITH_EXPERTS: dict[str, Callable[[int, Mapping[str, Any]], bool]] = {
+    "all": lambda layer, values: True,
+    "every_sparse_step": lambda layer, values: (layer + 1) % (values["decoder_sparse_step"] or 1) == 0
+    and layer not in (values["mlp_only_layers"] or ()),
+    "behind_dense": lambda layer, values: layer >= (values["first_k_dense_replace"] or 0),
+    "every_interval_from_start_to_end": lambda layer, values: (layer + 1) % values["moe_layer_interval"] == 0
+    and values["moe_layer_start_index"] <= layer
+    and (values["moe_layer_end_index"] == -1 or layer <= values["moe_layer_end_index"]),
+}
+"""`Experts.layers` -> whether a layer (from 0) has experts."""
 COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts")
 """Two names of one setting; transformers writes either."""
+_ROUTING = {"scoring_func": ("sigmoid", "noaux_tc"), "topk_method": ("noaux_tc",)}
+"""Keys that published files have beside a correction of the router -> the values that mean what is computed here."""
 _KINDS = ("full_attention", "sliding_attention")
 _ELSEWHERE = {
     "kv_lora_rank": "multi-head latent attention (MLA)",
@@ -112,8 +125,17 @@ class ModelConfig:
     num_experts_per_token: int = 0
     expert_size: int = 0
     """`intermediate_size` of each."""
+    expert_biases: bool = True
+    """Whether each has those of `biases`."""
     shared_expert_size: int = 0
+    shared_expert_gate: bool = False
+    scores: str = "softmax"
+    correction: int = 0
+    groups: tuple[int, int] = (1, 1)
+    """How many groups the experts stand in, and how many a token may choose in."""
     normalised_shares: bool = True
+    least_sum: float = 0.0
+    share_scale: float | None = None
     part_of: str | None = field(default=None, compare=False)
     """`model_type` of the multimodal model that this is the text part of."""
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -338,15 +360,46 @@ def _experts(experts: Experts | None, values: _Values, layers: int, where: str) 
     if experts is None:
         return {"with_experts": (False,) * layers}
     key = next((key for key in (experts.count, *COUNTS_OF_EXPERTS) if key in values.given), experts.count)
-    count, chosen, size = (_size(values, key, where) for key in (key, "num_experts_per_tok", experts.size))
+    of_token = next((key for key in (experts.chosen, "num_experts_per_tok") if key in values.given), experts.chosen)
+    count, chosen, size = (_size(values, one, where) for one in (key, of_token, experts.size))
     if chosen > count:
-        raise ModelError(f"{where}: num_experts_per_tok ({chosen}) is larger than {key} ({count}).")
-    every, without = (values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or ()) if experts.in_some_layers else (1, ())
+        raise ModelError(f"{where}: {of_token} ({chosen}) is larger than {key} ({count}).")
     return {
-        "with_experts": tuple((layer + 1) % every == 0 and layer not in without for layer in range(layers)),
+        "with_experts": tuple(WITH_EXPERTS[experts.layers](layer, values) for layer in range(layers)),
         "num_experts": count,
         "num_experts_per_token": chosen,
         "expert_size": size,
-        "shared_expert_size": _size(values, experts.shared_size, where) if experts.shared_size else 0,
+        "expert_biases": experts.biased,
+        "shared_expert_size": _shared_size(experts, values, size, where),
+        "shared_expert_gate": experts.shared_size is not None,
+        "scores": experts.scores,
+        "correction": experts.correction,
+        "groups": _groups(experts, values, count, chosen, where),
         "normalised_shares": values.switch(experts.normalised),
+        "least_sum": float(values[experts.least_sum]) if experts.least_sum else 0.0,
+        "share_scale": values.number(experts.share_scale),
     }
+
+
+def _shared_size(experts: Experts, values: _Values, size: int, where: str) -> int:
+    """`intermediate_size` of the expert that sees every token; 0: there is none."""
+    if experts.shared_size:
+        return _size(values, experts.shared_size, where)
+    return size * _size(values, experts.shared_count, where) if experts.shared_count and values.get(experts.shared_count) else 0
+
+
+def _groups(experts: Experts, values: _Values, count: int, chosen: int, where: str) -> tuple[int, int]:
+    """How many groups the experts stand in, and how many of them a token may choose in; (1, 1) where it may choose in all."""
+    if experts.groups is None:
+        return 1, 1
+    for key, known in _ROUTING.items():
+        if values.get(key) not in (None, *known):
+            raise ModelError(f"{where}: {key} is {values[key]!r}, which is not supported; supported are {', '.join(known)}.")
+    groups, best = (_size(values, key, where) if values.get(key) else 1 for key in experts.groups)
+    if best > groups or count % groups or count < 2 * groups or chosen > count // groups * best:
+        of_groups, of_best = experts.groups
+        raise ModelError(
+            f"{where}: {of_groups} ({groups}) and {of_best} ({best}) do not fit {count} experts, of which a token gets {chosen}: groups are"
+            " of one size and have two experts or more, and those that a token chooses in have enough of them."
+        )
+    return (groups, best) if best < groups else (1, 1)

@@ -22,9 +22,28 @@ Arrays = dict[str, mx.array]
 """Name -> array."""
 
 
+class Buffers(nn.Module):
+    """Its arrays belong to the model, and are never trained: they are loaded, saved and kept as they are, in their own dtype.
+
+    MLX knows no such thing: to it they are parameters, which whoever made the module has frozen.
+    """
+
+
 def parameters_of(module: nn.Module) -> Arrays:
-    """All parameters of a module by their names in it."""
+    """All parameters of a module by their names in it, its buffers among them."""
     return dict(tree_flatten(module.parameters()))
+
+
+def buffers_of(module: nn.Module) -> set[str]:
+    """Names of the arrays in a module that are never trained."""
+    held = [(path, part) for path, part in module.named_modules() if isinstance(part, Buffers)]
+    return {f"{path}.{name}" for path, part in held for name in parameters_of(part)}
+
+
+def in_dtype(module: nn.Module, dtype: mx.Dtype) -> Arrays:
+    """The parameters of a module in another dtype, by their names in it; buffers keep theirs."""
+    buffers = buffers_of(module)
+    return {name: array if name in buffers else array.astype(dtype) for name, array in parameters_of(module).items()}
 
 
 def trainable_of(module: nn.Module) -> Arrays:
@@ -103,7 +122,7 @@ def holders_of(module: nn.Module, names: Iterable[str]) -> dict[str, tuple[Any, 
 
 
 def select_trainable(model: nn.Module, train_only: Sequence[str], freeze: Sequence[str]) -> None:
-    """Makes every tensor trainable, then freezes what `train_only` leaves out and `freeze` names.
+    """Makes every tensor but buffers trainable, then freezes what `train_only` leaves out and `freeze` names.
 
     Args:
         model: changed in place; whatever was frozen before does not matter.
@@ -126,12 +145,18 @@ def put_trainable(model: nn.Module, trained: Collection[str]) -> None:
 
 def trained_names(model: nn.Module, train_only: Sequence[str], freeze: Sequence[str]) -> set[str]:
     """Names of the parameters that `select_trainable` leaves trainable; arguments and errors as there."""
+    buffers = buffers_of(model)
     names = {name: to_hf(name, model.config.family) for name in parameters_of(model)}
     for setting, patterns in (("train_only", train_only), ("freeze", freeze)):
         for pattern in patterns:
             if not any(fnmatchcase(hf_name, pattern) for hf_name in names.values()):
                 some = ", ".join(list(names.values())[:4])
                 raise ConfigError(f"{setting}: {pattern!r} matches no tensor. Names look like {some}; '*' stands for anything.")
+    kept = {name: hf_name for name, hf_name in names.items() if name in buffers}
+    names = {name: hf_name for name, hf_name in names.items() if name not in buffers}
+    for pattern in train_only:
+        if not any(fnmatchcase(hf_name, pattern) for hf_name in names.values()):
+            raise ConfigError(f"train_only: {pattern!r} matches only tensors that are kept as they are, such as {min(kept.values())}.")
 
     def matched(hf_name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(hf_name, pattern) for pattern in patterns)

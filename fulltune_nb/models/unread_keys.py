@@ -28,7 +28,7 @@ _ATTENTION = ("full_attention", "sliding_attention")
 _DROPOUT = re.compile(r"(?!.*(classifier|summary)).*(dropout|pdrop|layerdrop|jitter)")
 _COMPUTES = re.compile(
     r"softcap|multiplier|scaling|_scale$|alibi|sink|layer_types|rope|rotary|position_embedding|residual|parallel|clip|query_pre_attn|chunk"
-    r"|qk_|[qk]_norm|sliding|logit|shared_expert"
+    r"|qk_|[qk]_norm|sliding|logit|shared_expert|scoring_func|topk_method"
 )
 
 

@@ -17,9 +17,9 @@ from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler
 from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import Split
 from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.errors import DataError, MemoryLimitError
+from fulltune_nb.errors import ConfigError, DataError, MemoryLimitError
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.parameters import parameters_of, put_trainable, swapped_in, trainable_of
+from fulltune_nb.models.parameters import in_dtype, put_trainable, swapped_in, trainable_of
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
@@ -106,6 +106,11 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
     short = config.memory == "lean" or (config.memory == "auto" and not work.count("whole").fits)
     gives_back = memory.backward == "layerwise" and short
     balance = config.router_aux_loss_coef
+    if balance and lm.config.scores == "sigmoid":
+        raise ConfigError(
+            f"router_aux_loss_coef={balance:g}: the balance loss is of a softmax over the experts. Those of {lm.config.family} are scored"
+            " by a sigmoid each, and transformers has no such loss for them: a correction, which stays as it is, balances them. Set 0."
+        )
     if balance and not lm.config.num_experts:
         notes.append(("router_aux_loss_coef", f"router_aux_loss_coef={balance:g} has no effect: the model has no experts"))
     return Plan(batches, total_steps, work.stored, memory, compiles, config.grad_checkpoint, gives_back, kernels, tuple(notes), balance)
@@ -224,7 +229,7 @@ def measured(plan: MemoryPlan, work: Workload, lm: Any, batches: StepBatches) ->
     trainable = set(trainable_of(model))  # names only: who holds an array keeps its memory
     put_trainable(model, work.trained)
     try:
-        with swapped_in(model, {name: array.astype(stored) for name, array in parameters_of(model).items()}):
+        with swapped_in(model, in_dtype(model, stored)):
             mx.eval(model.parameters())
             before, updating = mx.get_active_memory(), 0
             mx.reset_peak_memory()

@@ -73,6 +73,7 @@ KNOWN: dict[str, Known] = {
     "cwm": Known("Code World Model 32B"),
     "helium": Known("Helium-1 2B", NO_HEAD_DIM),
     "ernie4_5": Known("ERNIE 4.5 0.3B"),
+    "ernie4_5_moe": Known("ERNIE 4.5: 21B-A3B, 300B-A47B"),
     "hunyuan_v1_dense": Known("Hunyuan 0.5B, 1.8B, 4B, 7B", scalings=("default", "linear", "ntk_alpha")),
     "arcee": Known("AFM-4.5B"),
     "nemotron": Known("Minitron 4B and 8B, Nemotron-4", PARTIAL),
@@ -80,6 +81,8 @@ KNOWN: dict[str, Known] = {
     "cohere2": Known("Command-R7B, Command-A", PATTERN),
     "glm": Known("GLM-4-9B-0414's forerunners: glm-4-9b-hf, glm-edge", PARTIAL),
     "glm4": Known("GLM-4-9B-0414, GLM-4-32B-0414, GLM-Z1", PARTIAL),
+    "glm4_moe": Known("GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", PARTIAL),
+    "dots1": Known("dots.llm1"),
     "exaone4": Known("EXAONE 4.0: 1.2B, 32B", {"sliding_window": (2, 5, None)}),
     "apertus": Known("Apertus: 8B, 70B", SAME_ACTIVATION),
     "gpt_oss": Known("gpt-oss-20b, gpt-oss-120b", SAME_ACTIVATION),
@@ -97,6 +100,11 @@ SIZES: dict[str, tuple] = {
     "num_local_experts": (3, 4, 8),
     "num_experts": (3, 4, 8),
     "num_experts_per_tok": (1, 2, 3),
+    "n_routed_experts": (8, 12),
+    "n_shared_experts": (1, 2),
+    "moe_num_experts": (3, 4, 8),
+    "moe_num_shared_experts": (0, 1, 2),
+    "moe_k": (1, 2, 3),
 }
 VALUES: dict[str, tuple] = {
     "tie_word_embeddings": (False, True),
@@ -118,12 +126,20 @@ VALUES: dict[str, tuple] = {
     "mlp_only_layers": ([], [0], [1]),
     "decoder_sparse_step": (1, 2),
     "norm_topk_prob": (False, True),
+    "n_group": (1, 2),
+    "topk_group": (1, 2),
+    "first_k_dense_replace": (0, 1),
+    "moe_layer_start_index": (0, 1),
+    "moe_layer_end_index": (-1, 1),
+    "moe_layer_interval": (1, 2),
+    "moe_norm_min": (1e-12, 0.3),
     "use_parallel_residual": (False, True),
     # factors
     "embedding_multiplier": (1.0, 3.0),
     "residual_multiplier": (1.0, 0.22),
     "attention_multiplier": (1.0, 0.3),
     "logits_scaling": (1.0, 8.0),
+    "routed_scaling_factor": (1.0, 2.5),
     "logit_scale": (1.0, 0.0625),
     "swiglu_alpha": (1.702, 1.2),
     "swiglu_limit": (7.0, 0.5),
@@ -144,6 +160,7 @@ INERT = {
     "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout", "classifier_dropout",
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise",  # of the training loss, or noise
     "use_bidirectional_attention",  # no causal language model when true
+    "num_nextn_predict_layers",  # for predicting several tokens at once
 }  # fmt: skip
 """Keys of configuration classes that do not change what is computed, or are chosen by themselves."""
 
@@ -192,7 +209,9 @@ def scaled_down(raw: dict[str, Any]) -> dict[str, Any]:
         "shared_expert_intermediate_size": 20, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "num_hidden_layers": layers, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    most = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 3, "experts_per_token": 3, "sliding_window": 9}
+    most = {"sliding_window": 9}
+    most |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 8)
+    most |= dict.fromkeys(("num_experts_per_tok", "experts_per_token", "moe_k"), 3)
     raw |= {key: value for key, value in sizes.items() if raw.get(key) is not None}
     raw |= {key: min(raw[key], value) for key, value in most.items() if raw.get(key) is not None}
     raw |= {key: raw[key][:layers] for key in ("layer_types", "no_rope_layers") if key in raw}
@@ -221,6 +240,8 @@ def _case(family: str, keys: Mapping[str, Any], chosen: dict[str, Any], old_dial
         raw["head_dim"] = pick.choice(sizes)
     elif "head_dim" in keys:
         raw["head_dim"] = raw["hidden_size"] // heads
+    if "topk_group" in raw:
+        raw["topk_group"] = min(raw["topk_group"], raw["n_group"])
     if raw.get("num_key_value_heads") == "all":
         raw["num_key_value_heads"] = heads
     if "pad_token_id" not in raw and (keys["pad_token_id"] or 0) >= raw["vocab_size"]:

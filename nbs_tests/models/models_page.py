@@ -22,7 +22,8 @@ import mlx.core as mx
 from fulltune_nb import TrainConfig
 from fulltune_nb.html import human_bytes
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.families import FAMILIES, Experts, Family, Stack
+from fulltune_nb.models.families import FAMILIES
+from fulltune_nb.models.family import Experts, Family, Stack
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.training import memory

@@ -21,6 +21,7 @@ from fulltune_nb.models.file_layout import to_file
 from fulltune_nb.models.folder import hf_tensors
 from fulltune_nb.models.generation import Sampling, decode
 from fulltune_nb.models.model_config import read_config
+from fulltune_nb.models.parameters import buffers_of, parameters_of, put_parameters
 from nbs_tests.models.model_cases import SMALL
 
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
@@ -57,6 +58,13 @@ def tensors_of(raw: dict[str, Any] = RAW, seed: int = 0) -> dict[str, np.ndarray
     """A whole checkpoint with random weights, under Hugging Face names."""
     mx.random.seed(seed)
     return {name: np.array(array) for name, array in hf_tensors(Decoder(read_config(raw))).items()}
+
+
+def corrected(decoder: Decoder, seed: int = 0) -> Decoder:
+    """With random corrections of its routers, as large as what they correct."""
+    shapes, generator = {name: array.shape for name, array in parameters_of(decoder).items()}, np.random.default_rng(seed)
+    put_parameters(decoder, {name: mx.array(generator.normal(0, 0.5, shapes[name]), mx.float32) for name in sorted(buffers_of(decoder))})
+    return decoder
 
 
 def dtypes(model: nn.Module) -> set[mx.Dtype]:

@@ -14,7 +14,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized
 from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
 from fulltune_nb.models.model_config import read_config
-from nbs_tests.models.parity import need, need_torch
+from nbs_tests.models.parity import corrected, need, need_torch
 from nbs_tests.models.quantized_folders import RAW, in_groups, published_mxfp4_folder, quantized_folder
 
 WAYS = [
@@ -114,13 +114,17 @@ def test_not_more_than_one_tensor_is_in_memory_twice(tmp_path):
 # ---- against mlx-lm and transformers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "olmoe", "granitemoe", "phi3", "gemma3_text", "stablelm"])
+OF_MLX_LM = ["llama", "mixtral", "qwen2_moe", "olmoe", "granitemoe", "phi3", "gemma3_text", "stablelm", "glm4_moe", "dots1"]
+
+
+@pytest.mark.parametrize("family", OF_MLX_LM)
 def test_folders_that_mlx_lm_converts_are_loaded_as_it_computes_them(family, tmp_path):
     need("mlx_lm", "pip install mlx-lm==0.32.2")
     from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_config, save_model
 
     mx.random.seed(0)
-    save_folder(tmp_path / "plain", Decoder(read_config(in_groups(family))), None)
+    raw = {**in_groups(family), "rope_scaling": None}  # mlx-lm's glm4_moe asks for the key
+    save_folder(tmp_path / "plain", corrected(Decoder(read_config(raw))), None)
     model, config = load_model(tmp_path / "plain")
     mixed = {"bits": 8, "group_size": 64}
     model, config = quantize_model(model, config, 32, 4, quant_predicate=lambda path, _: mixed if "o_proj" in path else True)

@@ -83,6 +83,8 @@ def test_left_out_values_mean_what_they_mean_in_transformers(raw, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_of_sizes_alone_means_what_the_configuration_class_of_transformers_fills_in(family):
     sizes = {"vocab_size": 300_000, "hidden_size": 2560, "intermediate_size": 96, "num_hidden_layers": 12, "num_attention_heads": 320}
+    if family == "dots1":  # its class fills in no number of experts
+        sizes |= {"n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2}
     filled = json.loads(CONFIG_MAPPING[family](**sizes).to_json_string(use_diff=False))
     assert read_config({"model_type": family, **sizes}) == read_config(filled)
 
@@ -149,6 +151,11 @@ def test_configs_that_compute_the_same_are_equal():
         (small("llama", num_key_value_heads=3), "num_attention_heads .4. must be a multiple of num_key_value_heads .3."),
         (small("llama", hidden_act="swoosh"), "hidden_act is 'swoosh'; supported are"),
         (small("mixtral", num_local_experts=2, num_experts_per_tok=3), "num_experts_per_tok .3. is larger than num_local_experts .2."),
+        (small("glm4_moe", head_dim=8, n_group=3), "n_group .3. and topk_group .1. do not fit 128 experts, of which a token gets 8"),
+        (small("glm4_moe", head_dim=8, n_group=2, topk_group=3), "n_group .2. and topk_group .3. do not fit"),
+        (small("glm4_moe", head_dim=8, n_group=32), "do not fit 128 experts"),  # four experts in the one group, and eight are wanted
+        (small("glm4_moe", head_dim=8, n_group=128, topk_group=8), "have two experts or more"),
+        (small("glm4_moe", head_dim=8, scoring_func="softmax"), "scoring_func is 'softmax', which is not supported; supported are sigmoid"),
         (small("mixtral", num_local_experts=0), "num_local_experts must be"),
         (small("qwen2", use_sliding_window=True, layer_types=["full_attention"]), "layer_types.*1.*num_hidden_layers.*2"),
         (small("mistral", sliding_window=-4), "sliding_window must be a positive whole number, found -4"),

@@ -25,6 +25,7 @@ from nbs_tests.models.parity import (
     need_torch,
     relative_error,
     tensors_of,
+    write_folder,
 )
 
 # ---- weights ---------------------------------------------------------------------------------------------------------------
@@ -57,6 +58,22 @@ def test_tensors_that_do_not_fit_are_listed(changed, messages, model_folder):
         load_decoder(path)
     assert str(path) in str(caught.value)
     assert all(message in str(caught.value) for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("raw", "further"),
+    [
+        ({"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2, "head_dim": 8}, "model.layers.2.eh_proj.weight"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 8}, "model.mtp_linear_proj.0.weight"),
+    ],
+)
+def test_layers_for_predicting_several_tokens_at_once_are_left_aside_and_that_is_told(raw, further, tmp_path):
+    raw = {**RAW, **raw, "moe_intermediate_size": 8}
+    tensors = tensors_of(raw)
+    write_folder(tmp_path, raw, {**tensors, further: np.ones((4, 4), np.float32)})
+    with pytest.warns(UserWarning, match=f"predicts several tokens at once: 1 tensors for it .{further}. are left aside"):
+        loaded = hf_tensors(load_decoder(tmp_path))
+    assert loaded.keys() == tensors.keys()
 
 
 def test_an_array_that_is_no_weight_is_refused(model_folder):

@@ -295,9 +295,31 @@ def test_experts_share_by_the_softmax_over_all_or_over_the_chosen_and_a_shared_o
     assert_close(moe(x)[0], expected, 1e-4)
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 1), (4, 2), (2, 2)])
+def test_sigmoids_with_a_correction_choose_in_the_best_groups_and_share_without_it(groups, normalised):
+    sizes = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 2}
+    settings = {"n_group": groups[0], "topk_group": groups[1], "norm_topk_prob": normalised, "routed_scaling_factor": 2.5}
+    moe, x = shaken(MixtureOfExperts(config_of("dots1", **sizes, **settings))), random(1, 6, SMALL["hidden_size"])
+    moe.correction.e_score_correction_bias = random(8)
+    shares = 1 / (1 + np.exp(-np.array(moe.router(x)[0], dtype=np.float64)))
+    values = shares + np.array(moe.correction.e_score_correction_bias)
+    expected = np.array(moe.shared_expert(x))[0].astype(np.float64)
+    for token in range(6):
+        of_groups = values[token].reshape(groups[0], -1)
+        best_groups = np.argsort(-np.sort(of_groups)[:, -2:].sum(-1))[: groups[1]]
+        best = sorted((e for e in range(8) if e // of_groups.shape[1] in best_groups), key=lambda e: -values[token, e])[:2]
+        of_chosen = 2.5 * shares[token, best] / (shares[token, best].sum() if normalised else 1.0)
+        expected[token] += sum(share * np.array(moe.experts[e](x[:, token]))[0] for share, e in zip(of_chosen, best, strict=True))
+    assert_close(moe(x)[0], expected, 1e-4)
+
+
 def test_some_layers_have_experts():
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_hidden_layers": 4}
     assert config_of("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3], **sizes).with_experts == (False, True, False, False)
+    assert config_of("glm4_moe", head_dim=8, first_k_dense_replace=3, num_hidden_layers=4).with_experts == (False, False, False, True)
+    interval = {"moe_layer_start_index": 1, "moe_layer_end_index": 4, "moe_layer_interval": 2, "num_hidden_layers": 6}
+    assert config_of("ernie4_5_moe", **interval).with_experts == (False, True, False, True, False, False)
 
 
 @pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])

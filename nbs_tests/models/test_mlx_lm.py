@@ -3,7 +3,8 @@
 What mlx-lm itself gets wrong (transformers computes what we do) or does not know is left out: `olmo` (its module ends the process),
 sliding windows past the window, clipped or normalised queries and keys, rope scaling for Mixtral, biases of a tied head, and Gemma's
 and StarCoder 2's activation (the exact GELU instead of the tanh one that the checkpoints were trained with; hence the wider tolerance
-there), the short factors of longrope, GLM's partial rotation, and EXAONE 4's pattern of windows as a number.
+there), the short factors of longrope, GLM's partial rotation, EXAONE 4's pattern of windows as a number, and the correction that
+ERNIE 4.5's experts are chosen by.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CASES = {
 }  # fmt: skip
 
 
-IS_WRONG = {"olmo", "gemma", "starcoder2", "glm", "exaone4"}
+IS_WRONG = {"olmo", "gemma", "starcoder2", "glm", "exaone4", "ernie4_5_moe"}
 """Families that mlx-lm does not compute as transformers does even where a configuration gives nothing but sizes."""
 
 

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 transformers.utils.logging.set_verbosity_error()  # it warns of what the configurations do on purpose
 transformers.utils.logging.disable_progress_bar()
+CORRECTION = "e_score_correction_bias"
+"""A router's, which has no gradient."""
 torch.set_num_threads(1)  # the models are so small that threads cost more than they bring
 
 
@@ -33,6 +35,9 @@ def build(raw: dict[str, Any], seed: int) -> torch.nn.Module:
                 parameter.copy_(scale * noise)
             else:
                 parameter.copy_(torch.nan_to_num(parameter) + 0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith(CORRECTION):  # as large as what it corrects, so that it changes choices
+                buffer.copy_(0.5 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -68,10 +73,16 @@ def gradients(model: torch.nn.Module, ids: np.ndarray) -> dict[str, np.ndarray]:
     tensor = torch.from_numpy(ids).long()
     predicted = model(tensor).logits[:, :-1]
     torch.nn.functional.cross_entropy(predicted.flatten(0, 1), tensor[:, 1:].flatten()).backward()
+    return written_gradients(model)
+
+
+def written_gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The gradients that `backward` left, under the names of the checkpoint. The model is used up."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    return checkpoint(model)  # gradients written as weights are: transformers itself splits what it keeps fused
+    written = checkpoint(model)  # gradients written as weights are: transformers itself splits what it keeps fused
+    return {name: gradient for name, gradient in written.items() if not name.endswith(CORRECTION)}
 
 
 def greedy(model: torch.nn.Module, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
