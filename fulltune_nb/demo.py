@@ -16,6 +16,7 @@ from typing import Any
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.experiments.execution import execute, find_notebook, write_html
+from fulltune_nb.files import is_empty
 from fulltune_nb.html import human_bytes
 
 NOTEBOOK = "00_quickstart.ipynb"
@@ -75,7 +76,7 @@ def out_folder(given: str | None) -> Path:
         ConfigError: the folder that was asked for is not empty, or none can be made.
     """
     out, number = Path(given or DEFAULT_OUT).expanduser().resolve(), 1
-    while out.exists() and (not out.is_dir() or any(out.iterdir())):
+    while out.exists() and not is_empty(out):
         if given:
             raise ConfigError(f"--out: {out} is not an empty folder. Name a new one: nothing is ever overwritten.")
         number += 1

@@ -7,6 +7,8 @@ The standard library has the pieces of this (`mkstemp`, `fsync`, `replace`), and
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -23,6 +25,9 @@ from typing import Any
 REMOVED_AT_ONCE = 2**26
 """Bytes of a folder that are gone so fast that no thread is worth it."""
 _SLICE = 2**23  # bytes handed to the system at a time
+FINDER_FILE = ".DS_Store"
+"""What the Mac's Finder writes into a folder that somebody looks at."""
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what network and FUSE file systems say where folders have none
 _removals: list[threading.Thread] = []
 
 
@@ -53,10 +58,16 @@ def _umask() -> int:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    """Returns when a file's content, or a folder's list of names, is on the disk; of a folder, where its file system can say so."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves the data in the disk's own memory
+            with suppress(OSError):  # not every file system can
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -139,6 +150,11 @@ def begin_checksum(parts: Iterable[bytes | memoryview]) -> Checksum:
 
 
 # ---- folders -------------------------------------------------------------------------------------------------------------------
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether it is a folder with nothing in it but what the Mac's Finder leaves."""
+    return folder.is_dir() and all(path.name == FINDER_FILE for path in folder.iterdir())
 
 
 def put_in_place(new: Path, place: Path) -> None:

@@ -1,11 +1,13 @@
 """Files and folders that are whole or not there at all."""
 
+import errno
 import os
 import threading
 
 import pytest
 
-from fulltune_nb import files
+from fulltune_nb import files, load_model
+from fulltune_nb.errors import ModelError
 from fulltune_nb.files import (
     append_line,
     begin_checksum,
@@ -18,6 +20,7 @@ from fulltune_nb.files import (
     wait_for_removals,
     write_parts,
 )
+from fulltune_nb.tiny import BASE_MODEL
 
 
 def folder(path, content):
@@ -146,6 +149,41 @@ def test_the_checksum_is_that_of_what_was_written(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"".join(parts)
     assert checksum() == checksum() == sha256_of(tmp_path / "file")
     assert threading.active_count() == before
+
+
+def test_a_folder_that_a_mac_has_shown_is_still_empty(tmp_path):
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    assert files.is_empty(tmp_path)
+    lm = load_model(BASE_MODEL)
+    lm.save(tmp_path)
+    with pytest.raises(ModelError, match="not an empty folder"):
+        lm.save(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_without_fsync_for_folders_is_written_to_and_other_failures_are_told(number, tmp_path, monkeypatch):
+    real, failing = os.fsync, []
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") or failing:
+            raise OSError(*(failing or (number, "no")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"
+    failing[:] = number, "no"
+    with pytest.raises(OSError, match="no"):  # of a file it says that the text may be lost
+        files.write_text(tmp_path / "a", "other")
+    assert (tmp_path / "a").read_text() == "text"
+
+
+def test_on_a_mac_the_disk_itself_is_flushed(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", lambda descriptor, command: asked.append(command))
+    files.write_text(tmp_path / "a", "text")
+    assert asked == [51, 51]  # the file, and the folder's list of names
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path):

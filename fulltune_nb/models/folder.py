@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from fulltune_nb.errors import ModelError, WeightsError, listed
-from fulltune_nb.files import Checksum, flush_to_disk, is_within, write_text
+from fulltune_nb.files import Checksum, flush_to_disk, is_empty, is_within, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
 from fulltune_nb.models.families import FAMILIES, hf_names, to_hf
@@ -368,7 +368,7 @@ def save_folder(
     Raises:
         ModelError: the folder is not empty or cannot be made.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not is_empty(folder):
         raise ModelError(f"{folder} is not an empty folder. A model is saved into a new or empty one, so that nothing is overwritten.")
     made = not folder.exists()
     try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_template, prompt_ids
 from fulltune_nb.errors import ConfigError, GenerationError, TornStepError
+from fulltune_nb.files import is_empty
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import quantization_of
@@ -318,7 +319,7 @@ class LanguageModel:
         """
         self._check_whole()
         folder = Path(folder).expanduser()
-        if not (folder.is_dir() and any(folder.iterdir())):  # one with something in it is refused in any case
+        if not folder.is_dir() or is_empty(folder):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
         texts = self.card.files() if self.card is not None else {}
         save_folder(folder, self.model, self.tokenizer, self.generation_config, texts, self.trained_ends)

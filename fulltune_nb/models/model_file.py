@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
-from fulltune_nb.files import write_text
+from fulltune_nb.files import FINDER_FILE, is_empty, write_text
 from fulltune_nb.models.folder import hf_tensors, read_json
 from fulltune_nb.models.language_model import LanguageModel, load_model, valid_ends
 from fulltune_nb.system_info import package_versions
@@ -200,13 +200,13 @@ def export_folder(lm: LanguageModel, wanted: Path, note: dict[str, Any]) -> Path
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != EXPORT_NOTE)
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in (EXPORT_NOTE, FINDER_FILE))
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
 
 
 def _is_unchanged_export(folder: Path) -> bool:
     """Whether a folder holds what was exported there and nothing else, or nothing at all."""
-    return folder.is_dir() and (not any(folder.iterdir()) or _export_note(folder).get("files") == _sizes(folder))
+    return folder.is_dir() and (is_empty(folder) or _export_note(folder).get("files") == _sizes(folder))
 
 
 def _export_note(folder: Path) -> dict[str, Any]:

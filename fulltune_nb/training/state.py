@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.errors import CheckpointError, FulltuneError
-from fulltune_nb.files import check_space, flush_to_disk, put_in_place, sha256_of, write_text
+from fulltune_nb.files import check_space, flush_to_disk, is_empty, put_in_place, sha256_of, write_text
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, save_folder
@@ -195,7 +195,7 @@ class Snapshot:
         if folder is None:
             return cls(state.step, None, state.nbytes, state.copied())
         path = Path(folder).expanduser()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not is_empty(path):
             raise CheckpointError(f"{path} is not an empty folder. A snapshot is written into a new or empty one.")
         check_not_source(path, lm.source, "The snapshot's folder")
         write_checkpoint(path, lm, state)
