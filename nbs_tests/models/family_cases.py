@@ -81,7 +81,7 @@ KNOWN: dict[str, Known] = {
     "cohere2": Known("Command-R7B, Command-A", PATTERN),
     "glm": Known("GLM-4-9B-0414's forerunners: glm-4-9b-hf, glm-edge", PARTIAL),
     "glm4": Known("GLM-4-9B-0414, GLM-4-32B-0414, GLM-Z1", PARTIAL),
-    "glm4_moe": Known("GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", PARTIAL),
+    "glm4_moe": Known("GLM-4.5, GLM-4.5-Air, GLM-4.6", PARTIAL),
     "dots1": Known("dots.llm1"),
     "exaone4": Known("EXAONE 4.0: 1.2B, 32B", {"sliding_window": (2, 5, None)}),
     "apertus": Known("Apertus: 8B, 70B", SAME_ACTIVATION),

@@ -164,7 +164,11 @@ SHAPES = [
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, model_type="phi", optimizer="sgd"),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, model_type="gemma", head_dim=64, freeze=["model.embed_tokens.*"]),
     dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, train_only=["model.layers.4.*", "model.layers.5.*"]),
-]
+    dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, model_type="glm4_moe", n_routed_experts=4, num_experts_per_tok=2,
+         moe_intermediate_size=128),
+    dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, model_type="glm4_moe", n_routed_experts=4, num_experts_per_tok=2,
+         moe_intermediate_size=128, n_shared_experts=2, backward="layerwise"),
+]  # fmt: skip
 
 
 @pytest.fixture
