@@ -113,7 +113,7 @@ def collate(split: Split, rows: Sequence[Row], shape: tuple[int, int] | None = N
         padded_tokens=inputs.size,
         real_tokens=int(used.sum()),
         segments=segments,
-        row_lengths=np.array(used, dtype=np.int32),
+        row_lengths=in_row.astype(np.int32),
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.data.batches import Batch
+from fulltune_nb.data.batches import Batch, collate
 from fulltune_nb.models.folder import load_decoder
 from fulltune_nb.training.engine import make_engine
 from nbs_tests.models.model_cases import SMALL
@@ -83,6 +83,18 @@ def test_a_run_with_it_is_the_same_in_both_engines(make_lm, make_data):
             pass
         after[backward, coefficient] = np.array(lm.model.layers[0].mlp.router.weight)
     assert relative_error(after["layerwise", 0.1], after["whole", 0.1]) < 1e-5 < relative_error(after["whole", 0.0], after["whole", 0.1])
+
+
+@pytest.mark.parametrize("backward", ["whole", "layerwise"])
+def test_packed_rows_are_balanced_as_the_same_rows_side_by_side(backward, make_lm, make_data):
+    lm, split = make_lm(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None), make_data(6).train
+    engine, steps = make_engine(lm.model, backward, balance=COEFFICIENT), []
+    for rows in ([0, 1, 2, 3, 4], [(0, 1, 2), (3, 4)]):
+        batch = collate(split, rows)
+        assert batch.row_lengths.shape == (len(rows),) and batch.row_lengths.sum() == batch.real_tokens
+        steps.append({name: np.array(g) for piece in engine.gradients(1, [batch]).pieces() for name, g in piece.gradients.items()})
+    assert steps[0].keys() == steps[1].keys()
+    assert max(relative_error(steps[1][name], gradient) for name, gradient in steps[0].items()) < 1e-5
 
 
 def test_without_experts_it_has_no_effect_and_that_is_told(make_lm, make_data):
