@@ -52,7 +52,7 @@ class Scripted:
     """Stands for a model: says the given tokens, one after the other, whatever it reads."""
 
     def __init__(self, tokens, vocab_size=500):
-        self.config = SimpleNamespace(windows=(None,), rope=RopeConfig(1e4, 2), vocab_size=vocab_size)
+        self.config = SimpleNamespace(windows=(None,), ropes=(RopeConfig(1e4, 2),), by_length=False, vocab_size=vocab_size)
         self._tokens = list(tokens)
 
     def hidden_states(self, ids, cache):

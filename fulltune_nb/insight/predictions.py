@@ -93,7 +93,8 @@ def token_statistics(model: Decoder, rows: Sequence[np.ndarray], alternatives: i
         for b, i in enumerate(numbers):
             inputs[b, : max(0, len(rows[i]) - 1)] = rows[i][:-1]
         # (B, T - 1, D); padding stands to the right, where nothing looks from
-        hidden = model.hidden_states(mx.array(inputs), dtype=model.compute_dtype)
+        lengths = mx.array([max(0, len(rows[i]) - 1) for i in numbers])
+        hidden = model.hidden_states(mx.array(inputs), dtype=model.compute_dtype, lengths=lengths)
         mx.eval(hidden)
         for b, i in enumerate(numbers):
             size = len(rows[i])

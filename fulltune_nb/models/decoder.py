@@ -151,6 +151,7 @@ class Decoder(nn.Module):
         segments: mx.array | None = None,
         dtype: mx.Dtype | None = None,
         balance: RouterBalance | None = None,
+        lengths: mx.array | None = None,
     ) -> mx.array:
         """The last block's output after the final norm: (B, T) -> (B, T, D).
 
@@ -162,19 +163,22 @@ class Decoder(nn.Module):
                 with a cache.
             dtype: of the activations; None: that of the weights.
             balance: takes part in the experts' routing; not with a cache.
+            lengths: (B,) tokens of each row that are no padding, which a rotation `by_length` goes by; None: all.
         """
-        x = self.embed(ids, dtype)
-        for i, (block, context) in enumerate(zip(self.layers, self.context(ids.shape[1], cache, segments), strict=True)):
+        x, contexts = self.embed(ids, dtype), self.context(ids.shape[1], cache, segments, lengths)
+        for i, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):
             if grad_checkpoint:
                 x = _checkpointed(block, x, *context, balance)
             else:
                 x = block(x, *context, cache[i] if cache else None, balance)
         return self.norm(x)
 
-    def context(self, length: int, cache: Sequence[KVCache] | None = None, segments: mx.array | None = None) -> list[Context]:
-        """What each block needs besides its input for `length` tokens; equal tables and masks are shared."""
+    def context(
+        self, length: int, cache: Sequence[KVCache] | None = None, segments: mx.array | None = None, lengths: mx.array | None = None
+    ) -> list[Context]:
+        """What each block needs besides its input for `length` tokens; equal tables and masks are shared. Arguments: `hidden_states`."""
         offset = cache[0].offset if cache else 0
-        tables = {rope: made.table(offset, length, segments) for rope, made in self._ropes.items()}
+        tables = {rope: made.table(offset, length, segments, lengths if rope.by_length else None) for rope, made in self._ropes.items()}
         masks = self._masks(length, cache, segments)
         return [(tables.get(rope), mask) for rope, mask in zip(self._config.ropes, masks, strict=True)]
 

@@ -138,7 +138,7 @@ def prefill(model: Decoder, ids: mx.array, cache: Sequence[KVCache]) -> mx.array
     All at once where the rotation of the first token depends on how many there are.
     """
     rows, length = ids.shape
-    size = length if model.config.rope.by_length else max(1, min(_PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
+    size = length if model.config.by_length else max(1, min(_PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
     for begin in range(0, length, size):
         hidden = model.hidden_states(ids[:, begin : begin + size], cache)
         mx.eval(hidden)
@@ -168,13 +168,13 @@ def decode(
     if not mx.isfinite(logits).all().item():
         raise GenerationError("The model's output holds NaN or inf: its weights are broken. Load them again, or go back to a checkpoint.")
     tokens = _next_tokens(sampler, logits, prompts, shortest)
-    end, switches_at = longest + sampling.max_tokens, model.config.rope.switches_at
+    end, switches = longest + sampling.max_tokens, [rope.switches_at for rope in model.config.ropes if rope and rope.switches_at]
     for position in range(shortest, end):
         following = None
-        if switches_at is not None and position <= switches_at:
+        if position <= max(switches, default=-1):
             ids = mx.concatenate([ids, tokens[:, None]], axis=1)
         if position + 1 < end:  # set the next step going before this one is looked at, so that the device need not wait
-            if position == switches_at:  # from here on all tokens are rotated otherwise, those in the cache too
+            if position in switches:  # from here on all tokens are rotated otherwise, those in the cache too
                 cache = make_cache(model.config.windows)
                 logits = prefill(model, ids, cache)
             else:
@@ -265,7 +265,8 @@ def answer_many(
     `seed + i`.
     """
     first_seed, texts = sampling.first_seed(), [""] * len(prompts)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+    lengths = [len(prompt) for prompt in prompts]
+    for batch in batches_by_length(lengths, batch_size, _spread(model, max(lengths, default=0))):
         answers = {row: Answer(make_detokenizer(tokenizer, prompts[row] if continues else ()), sampling, stop_ids) for row in batch}
         for tokens in decode(model, [prompts[row] for row in batch], sampling, [first_seed + row for row in batch]):
             for row, token in zip(batch, tokens, strict=True):
@@ -276,11 +277,19 @@ def answer_many(
     return texts
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row numbers in batches whose lengths differ little; every row once."""
+def _spread(model: Decoder, longest: int) -> int:
+    """Tokens between the shortest and the longest prompt of a batch: none where a `dynamic` rotation of a prompt's first tokens depends
+    on how long it is, since those of several are read up to the end of the shortest."""
+    config = model.config
+    dynamic = any(rope is not None and rope.scaling == "dynamic" for rope in config.ropes)
+    return 0 if dynamic and longest > config.max_position_embeddings else _MAX_SPREAD
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, spread: int = _MAX_SPREAD) -> list[list[int]]:
+    """Row numbers in batches whose lengths differ by no more than `spread`; every row once."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if batches and len(batches[-1]) < batch_size and lengths[row] - lengths[batches[-1][0]] <= _MAX_SPREAD:
+        if batches and len(batches[-1]) < batch_size and lengths[row] - lengths[batches[-1][0]] <= spread:
             batches[-1].append(row)
         else:
             batches.append([row])

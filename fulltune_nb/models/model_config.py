@@ -143,6 +143,11 @@ class ModelConfig:
     """Keys of `config.json` that were looked at."""
 
     @property
+    def by_length(self) -> bool:
+        """Whether a token's rotation depends on how long its text is: `dynamic` and `longrope`."""
+        return any(rope is not None and rope.by_length for rope in self.ropes)
+
+    @property
     def sliding_window(self) -> int | None:
         """The smallest window of any layer, in tokens; None where every layer sees everything."""
         return min((window for window in self.windows if window is not None), default=None)

@@ -248,13 +248,18 @@ class Rope:
         self._frequencies, self._factor = mx.array(inverse_frequencies(config)), attention_factor(config)
         self._long = mx.array(inverse_frequencies(config, is_long=True)) if config.scaling == "longrope" else None
 
-    def table(self, offset: int, length: int, segments: mx.array | None = None) -> Rotation:
-        """For positions `offset ... offset + length - 1`, or with segments (B, T), where it matters, for each one's own: (B, 1, T, R/2)."""
+    def table(self, offset: int, length: int, segments: mx.array | None = None, lengths: mx.array | None = None) -> Rotation:
+        """For positions `offset ... offset + length - 1`, or with segments (B, T), where it matters, for each one's own: (B, 1, T, R/2).
+
+        So too with `lengths` (B,), the tokens of each row without its padding, where frequencies depend on them.
+        """
         config = self.config
-        places, lengths = mx.arange(offset, offset + length), mx.array([offset + length])
+        places, tokens = mx.arange(offset, offset + length), mx.array([offset + length])
         if segments is not None and self._by_place:
-            places, lengths = (part[:, None] for part in places_within(segments))  # (B, 1, T)
-        frequencies = self._of_length(lengths[..., None]) if config.by_length else self._frequencies
+            places, tokens = (part[:, None] for part in places_within(segments))  # (B, 1, T)
+        elif lengths is not None:
+            tokens = lengths[:, None, None]  # (B, 1, 1)
+        frequencies = self._of_length(tokens[..., None]) if config.by_length else self._frequencies
         table = rotation_table(frequencies, places)
         if self._factor != 1.0:
             table = tuple(part * self._factor for part in table)

@@ -69,7 +69,7 @@ class WholeGraph:
         """A micro-batch's share of the mean loss, and its gradients; lazy."""
         targets = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
         balance = balance_of(self._model, batch, self._balance * weights.sum())
-        return self._graph(parameters_of(self._model), inputs_of(batch), targets, *([] if balance is None else [balance]))
+        return self._graph(parameters_of(self._model), inputs_of(batch, self._model), targets, *([] if balance is None else [balance]))
 
     def _whole(
         self, parameters: Arrays, inputs: Arrays, targets: Arrays, balance: RouterBalance | None = None
@@ -86,7 +86,8 @@ class WholeGraph:
     def _hidden_states(self, inputs: Arrays, balance: RouterBalance | None = None) -> mx.array:
         """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
         settings = {"grad_checkpoint": self._grad_checkpoint, "dtype": self._model.compute_dtype, "balance": balance}
-        hidden = self._model.hidden_states(inputs["ids"], segments=inputs.get("segments"), **settings)  # (B, T, D)
+        rows = {name: inputs.get(name) for name in ("segments", "lengths")}
+        hidden = self._model.hidden_states(inputs["ids"], **rows, **settings)  # (B, T, D)
         return hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
 
     # -- with kernels, which are no part of a graph, the loss stands between its two halves ----------------------------------------
@@ -104,7 +105,7 @@ class WholeGraph:
         # The second half reads what the kernel has written by then. NaN: what would be computed too early could not go unnoticed.
         hidden_gradient = mx.full((len(batch.targets), self._config.hidden_size), math.nan)
         mx.eval(hidden_gradient)
-        hidden, gradients = self._graph(parameters_of(self._model), inputs_of(batch), hidden_gradient)
+        hidden, gradients = self._graph(parameters_of(self._model), inputs_of(batch, self._model), hidden_gradient)
         mx.eval(hidden)
         loss, of_head = self._head(hidden, batch.targets, weights, np.asarray(hidden_gradient))
         del hidden
@@ -170,7 +171,11 @@ def make_engine(
     return WholeGraph(model, grad_checkpoint, compiled, kernels, balance)
 
 
-def inputs_of(batch: Batch) -> Arrays:
-    """A micro-batch as the graph reads it."""
+def inputs_of(batch: Batch, model: Decoder) -> Arrays:
+    """A micro-batch as the graph reads it: only what the model has use for."""
     arrays = {"ids": mx.array(batch.inputs), "positions": mx.array(batch.target_positions)}  # (B, T), (N,)
-    return arrays if batch.segments is None else {**arrays, "segments": mx.array(batch.segments)}  # (B, T)
+    if batch.segments is not None:
+        arrays["segments"] = mx.array(batch.segments)  # (B, T)
+    if model.config.by_length and batch.row_lengths is not None:
+        arrays["lengths"] = mx.array(batch.row_lengths)  # (B,)
+    return arrays

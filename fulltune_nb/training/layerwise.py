@@ -422,7 +422,8 @@ def _forward_one(
     dtype = model.compute_dtype
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
-    contexts = model.context(ids.shape[1], segments=segments)
+    lengths = None if batch.row_lengths is None else mx.array(batch.row_lengths)
+    contexts = model.context(ids.shape[1], segments=segments, lengths=lengths)
     balance = balance_of(model, batch, balance_coefficient * batch.num_tokens / step_tokens)
     x, inputs = model.embed(ids, dtype), []
     for block, context in zip(passes, contexts, strict=True):

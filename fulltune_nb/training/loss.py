@@ -166,7 +166,8 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
     batches = evaluation_batches(split, batch_size, max_batches)
     for rows, shape in zip(batches, evaluation_shapes(split, batches), strict=True):
         batch = collate(split, rows, shape)
-        hidden = model.hidden_states(mx.array(batch.inputs), dtype=model.compute_dtype)  # (B, T, D)
+        lengths = mx.array(batch.row_lengths)
+        hidden = model.hidden_states(mx.array(batch.inputs), dtype=model.compute_dtype, lengths=lengths)  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
         loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights), model.config.logit_cap)
         total += loss.item()

@@ -96,7 +96,7 @@ def greedy_with_gap(model: torch.nn.Module, prompt: np.ndarray, new_tokens: int)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     # With a cache, only Phi-3 rotates what is cached anew where the text becomes long.
-    cache = "longrope" not in str(model.config.rope_parameters)
+    cache = model.config.model_type == "phi3" or "longrope" not in str(model.config.rope_parameters)
     with torch.no_grad():
         made = model.generate(
             tensor, attention_mask=torch.ones_like(tensor), do_sample=False, max_new_tokens=new_tokens, use_cache=cache,
