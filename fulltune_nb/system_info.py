@@ -13,6 +13,7 @@ from fulltune_nb.cpu import BlasInfo, ensure_fast_blas
 from fulltune_nb.html import facts, human_bytes
 
 MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class SystemInfo:
         memory_total: bytes of main memory (on Apple silicon the GPU shares it).
         blas: what computes float32 matrix products on the CPU.
         compiler: path of the g++ that kernels for the CPU are compiled with; None: there is none.
+        arithmetic: see `arithmetic`.
         matmul_gflops: measured 10^9 floating point operations a second of a float32 product on the default device; None
             when not measured.
     """
@@ -42,6 +44,7 @@ class SystemInfo:
     memory_total: int
     blas: BlasInfo
     compiler: str | None
+    arithmetic: dict[str, str]
     matmul_gflops: float | None = None
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -54,6 +57,7 @@ class SystemInfo:
             ("transformers", self.transformers),
             ("platform", self.platform),
             ("device", self.device),
+            *((name, value) for name, value in self.arithmetic.items() if name == "float32 products"),
             ("cores", str(self.cores)),
             ("memory", human_bytes(self.memory_total)),
             ("BLAS", blas),
@@ -78,21 +82,47 @@ def system_info(measure: bool = False) -> SystemInfo:
     import psutil
 
     versions = package_versions(("fulltune_nb", "transformers"))
-    device = mx.default_device()
-    hardware = mx.device_info(device).get("device_name", "")
     return SystemInfo(
         version=versions["fulltune_nb"],
         python=platform.python_version(),
         mlx=mx.__version__,
         transformers=versions["transformers"],
         platform=f"{platform.system()} {platform.machine()}",
-        device=f"{device.type.name} {hardware}".strip(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        device=_device(),
+        cores=_cores(),
         memory_total=psutil.virtual_memory().total,
         blas=ensure_fast_blas(),
         compiler=shutil.which("g++"),
+        arithmetic=arithmetic(),
         matmul_gflops=matmul_gflops() if measure else None,
     )
+
+
+def _device() -> str:
+    import mlx.core as mx
+
+    device = mx.default_device()
+    return f"{device.type.name} {mx.device_info(device).get('device_name', '')}".strip()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def arithmetic() -> dict[str, str]:
+    """What the last digits of a run's numbers depend on besides versions, by name.
+
+    The device; of a GPU, whether float32 products are made in TF32 (MLX's default on CUDA and on Apple's M5: 10 bits of each factor
+    count, not 23); of a CPU, the BLAS with its threads, and whose kernels compute.
+    """
+    from fulltune_nb.cpu import may_use_kernels, on_cpu
+
+    found = {"device": _device()}
+    if not on_cpu():
+        exact = os.environ.get("MLX_ENABLE_TF32", "1").strip() == "0"
+        return found | {"float32 products": "float32" if exact else "TF32 where the device has it (MLX_ENABLE_TF32=0: float32)"}
+    threads = next((count for name in _THREADS if (count := os.environ.get(name))), _cores())
+    return found | {"BLAS": f"{ensure_fast_blas().name}, threads: {threads}", "kernels": "fulltune_nb's" if may_use_kernels() else "MLX's"}
 
 
 def matmul_gflops(size: int = MEASURED_SIZE, seconds: float = 0.5) -> float:

@@ -7,7 +7,7 @@ import shutil
 import mlx.core as mx
 
 from fulltune_nb.cpu import ensure_fast_blas
-from fulltune_nb.system_info import system_info
+from fulltune_nb.system_info import arithmetic, system_info
 
 
 def test_it_names_versions_device_memory_and_blas():
@@ -21,6 +21,22 @@ def test_it_names_versions_device_memory_and_blas():
 def test_the_html_shows_the_same_facts():
     page = system_info()._repr_html_()
     assert page.startswith("<table") and mx.__version__ in page and "not measured" in page
+
+
+def test_what_the_last_digits_depend_on_is_named(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    named = arithmetic()
+    assert named["device"] == system_info().device and named["BLAS"] == f"{ensure_fast_blas().name}, threads: 7"
+    monkeypatch.setenv("FULLTUNE_KERNELS", "off")
+    assert arithmetic()["kernels"] == "MLX's"
+
+
+def test_a_gpu_names_how_float32_products_are_made(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": "Apple M5"})
+    assert arithmetic()["device"] == "gpu Apple M5" and "TF32" in repr(system_info()) and "BLAS" not in arithmetic()
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert arithmetic()["float32 products"] == "float32"
 
 
 def test_speed_is_measured_when_asked_for():

@@ -14,11 +14,21 @@ from fulltune_nb.cpu.blas import BlasInfo, BlasWarning, ensure_fast_blas
 if TYPE_CHECKING:
     from fulltune_nb.cpu.allocator import cache_limit, cap_cache
     from fulltune_nb.cpu.fast_math import exp_and_sum, fast_exp, on_cpu, softmax_statistics
-    from fulltune_nb.cpu.kernels import AdamUpdate, Kernels, compiler, kernels_for, lacks_compiler, num_streams, sole, streams_for
+    from fulltune_nb.cpu.kernels import (
+        AdamUpdate,
+        Kernels,
+        compiler,
+        kernels_for,
+        lacks_compiler,
+        may_use_kernels,
+        num_streams,
+        sole,
+        streams_for,
+    )
 
 __all__ = [
     "AdamUpdate", "BlasInfo", "BlasWarning", "Kernels", "cache_limit", "cap_cache", "compiler", "ensure_fast_blas", "exp_and_sum",
-    "fast_exp", "kernels_for", "lacks_compiler", "num_streams", "on_cpu", "softmax_statistics", "sole", "streams_for",
+    "fast_exp", "kernels_for", "lacks_compiler", "may_use_kernels", "num_streams", "on_cpu", "softmax_statistics", "sole", "streams_for",
 ]  # fmt: skip
 
 _ALLOCATOR, _FAST_MATH = ("cache_limit", "cap_cache"), ("exp_and_sum", "fast_exp", "on_cpu", "softmax_statistics")

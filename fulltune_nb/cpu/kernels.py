@@ -94,11 +94,14 @@ def lacks_compiler() -> bool:
 
 def kernels_for(num_elements: int) -> Kernels | None:
     """The kernels for a model with so many trained elements; None where MLX does the work."""
+    return compiled_kernels() if may_use_kernels() and num_elements >= SMALLEST_MODEL else None
+
+
+def may_use_kernels() -> bool:
+    """Whether a model that is large enough is trained with the kernels here."""
     # With a GPU there, arrays may lie where only MLX can write.
-    usable = sys.platform == "linux" and on_cpu() and not mx.is_available(mx.gpu)
-    if not usable or num_elements < SMALLEST_MODEL or os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "none"):
-        return None
-    return compiled_kernels()
+    usable = sys.platform == "linux" and on_cpu() and not mx.is_available(mx.gpu) and compiler() is not None
+    return usable and os.environ.get(VARIABLE, "").strip().lower() not in ("off", "0", "none")
 
 
 class AdamUpdate(NamedTuple):

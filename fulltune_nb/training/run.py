@@ -313,9 +313,8 @@ class StoredRun:
         then, now = self._state["versions"], versions()
         changed = [f"{name} was {str(then[name])[:40]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
         if changed:
-            self.notes.append(
-                f"not the same versions as when the run was saved, so its numbers may differ in the last digits: {'; '.join(changed)}"
-            )
+            what = "not the same versions or arithmetic as when the run was saved, so its numbers may differ in the last digits"
+            self.notes.append(f"{what}: {'; '.join(changed)}")
 
     def __enter__(self) -> StoredRun:
         return self

@@ -27,7 +27,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, save_folder
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters
-from fulltune_nb.system_info import package_versions
+from fulltune_nb.system_info import arithmetic, package_versions
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
 from fulltune_nb.training.history import History
 
@@ -38,9 +38,9 @@ _MAX_JSON = 2**30  # bytes of a manifest or a state that are read
 
 
 def versions() -> dict[str, str]:
-    """What a run's numbers depend on besides its settings: packages, Python, the kind of machine."""
+    """What a run's numbers depend on besides its settings: packages, Python, the machine, and what it multiplies with."""
     machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    return machine | package_versions(("fulltune_nb", "mlx", "numpy", "transformers", "tokenizers"))
+    return machine | package_versions(("fulltune_nb", "mlx", "numpy", "transformers", "tokenizers")) | arithmetic()
 
 
 def random_state() -> list[int]:
