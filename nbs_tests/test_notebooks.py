@@ -56,6 +56,15 @@ def test_no_cell_swallows_an_exit(path):
     assert not any("exit(" in cell.source for cell in code_cells(read(path)))  # papermill takes it for success
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_what_a_notebook_imports_of_the_package_is_there(path):
+    statements = [node for cell in code_cells(read(path)) if not cell.source.startswith("%") for node in ast.parse(cell.source).body]
+    imports = [node for node in statements if isinstance(node, (ast.Import, ast.ImportFrom)) and "fulltune_nb" in ast.unparse(node)]
+    assert imports
+    for node in imports:
+        exec(ast.unparse(node), {})
+
+
 TEACHING = [path for path in NOTEBOOKS if path != QUICKSTART]
 
 

@@ -5,7 +5,7 @@
     lm = ft.load_model(tiny.BASE_MODEL)
     data = ft.load_data(tiny.text_to_sql(), lm.tokenizer, mask_prompt=True)
 
-The base has read about a small world (`world`) in English, and has never seen SQL (`sql`). How it was made: docs/tiny_model.md.
+The base has read about a small world (`world`) in English (`text`), and has never seen SQL (`sql`). How it was made: docs/tiny_model.md.
 """
 
 from __future__ import annotations

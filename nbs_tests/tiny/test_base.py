@@ -4,7 +4,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb import tiny
-from nbs_tests.tiny_maker import text
+from fulltune_nb.tiny import text
 
 
 @pytest.fixture(scope="module")

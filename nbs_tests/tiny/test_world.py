@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from fulltune_nb.tiny import world
+from fulltune_nb.tiny import text, world
 from fulltune_nb.tiny.world import COLUMNS, POOLS, TABLES
-from nbs_tests.tiny_maker import text
 
 
 def test_there_are_at_least_16_tables_of_known_columns():

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 import fulltune_nb as ft
-from nbs_tests.tiny_maker.text import documents
+from fulltune_nb.tiny.text import documents
 from nbs_tests.tiny_maker.tokenizer import build_tokenizer
 
 DOCUMENTS = 80000

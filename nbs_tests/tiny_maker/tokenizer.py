@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fulltune_nb.tiny import text_to_sql
-from nbs_tests.tiny_maker.text import documents
+from fulltune_nb.tiny.text import documents
 
 VOCAB_SIZE = 1280
 END = "<|end|>"
