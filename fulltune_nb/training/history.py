@@ -219,9 +219,10 @@ class RunSummary:
         return self.tokens / self.seconds if self.seconds else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values for `result.json`; what is not known, or not finite, is None."""
+        """JSON values for `result.json`; what is not known, or not finite, is None. `<split>_loss` is that of the last step's weights."""
         last = self.last_evals
-        losses = {f"{split}_{name}": _to_json(getattr(report, name)) for split, report in last.items() for name in ("loss", "perplexity")}
+        at_end = {split: report for split, report in last.items() if report.step == self.steps}
+        losses = {f"{split}_{name}": _to_json(getattr(report, name)) for split, report in at_end.items() for name in ("loss", "perplexity")}
         return {
             "epochs": self.epochs,
             "tokens": self.tokens,

@@ -40,6 +40,7 @@ from fulltune_nb.training.state import (
     FOLDER_NAME,
     TrainerState,
     checkpoint_name,
+    evaluated_since,
     list_checkpoints,
     newest_whole,
     read_optimizer,
@@ -309,6 +310,7 @@ class StoredRun:
         except BaseException:
             self.directory.close()
             raise
+        self._state["history"] += evaluated_since(self._state, read_metrics(self.directory.path)[0])
         self.notes, self._has_weights, self._other_template = list(self.directory.notes), True, False
         then, now = self._state["versions"], versions()
         changed = [f"{name} was {str(then[name])[:40]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]

@@ -29,7 +29,7 @@ from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters
 from fulltune_nb.system_info import arithmetic, package_versions
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
-from fulltune_nb.training.history import History
+from fulltune_nb.training.history import EvalReport, History
 
 OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "trainer.json", "manifest.json"
 FOLDER_NAME = r"step-\d{6,}"
@@ -328,6 +328,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     if problem is not None:
         raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {problem}. Go back to an earlier checkpoint.")
     return state
+
+
+def evaluated_since(state: Mapping[str, Any], written: History) -> list[dict[str, Any]]:
+    """What was evaluated at a checkpoint's step after the checkpoint, as JSON values; `written` are the reports in `metrics.jsonl`.
+
+    A validation that `patience` has not counted is left out: the run does it again.
+    """
+    at_step = [report for report in written.evals if report.step == state["step"]]
+    known = [report for report in at_step if report.split != "valid" or state["patience"]["last_step"] == report.step]
+    return [entry for entry in map(EvalReport.to_dict, known) if entry not in state["history"]]
 
 
 def check_files(folder: Path) -> None:

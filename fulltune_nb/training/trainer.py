@@ -473,6 +473,7 @@ class Trainer:
         """
         before = self.learning_rate
         self._rate.set(self.step_count, learning_rate)
+        self._saved_step = -1  # the checkpoint of this step has another rate
         self.event("learning_rate", f"learning rate changed from {before:.6g} to {learning_rate:.6g}")
 
     # -- saving ---------------------------------------------------------------------------------------------------

@@ -340,5 +340,31 @@ def test_a_run_that_goes_on_drops_the_losses_of_its_former_end_from_the_result(m
     config = trainer.config.replace(iters=4)
     ft.Trainer(trainer.lm, trainer.data, config, run, resume="auto").run()
     on = json.loads((run / "result.json").read_text())
-    assert (on["steps"], on["note"], on["test"]) == (4, "mine", None) and "test_loss" in result.keys() - on.keys()
+    assert (on["steps"], on["note"], on["test"]["step"]) == (4, "mine", 2) and "test_loss" in result.keys() - on.keys()
     assert on["valid_loss"] == on["valid_last"]["loss"]
+
+
+def test_what_was_said_by_hand_at_a_checkpoints_step_is_there_when_the_cell_is_run_again(make_trainer, tmp_path):
+    first = make_trainer(run_dir=tmp_path / "run", save_every=3, steps_per_eval=3, val_batches=1)
+    first.run(3)  # saved
+    told = [first.evaluate("test"), first.evaluate("valid")]
+    first.set_learning_rate(5e-4)
+    again = ft.Trainer(first.lm, first.data, first.config, tmp_path / "run", resume="auto")
+    assert again.learning_rate == pytest.approx(5e-4) and again.history.evals[-2:] == told
+    del first, again  # the process ends
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    stored = ft.Trainer.resume(tmp_path / "run", data=make_trainer().data)
+    assert stored.learning_rate == pytest.approx(5e-4) and (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_an_evaluation_after_the_last_checkpoint_stands_in_metrics_and_result_of_the_run_taken_up_again(make_trainer, tmp_path):
+    trainer, run = make_trainer(run_dir=tmp_path / "run", iters=3), tmp_path / "run"
+    trainer.run()
+    test, data = trainer.evaluate("test"), trainer.data
+    metrics, result = (run / "metrics.jsonl").read_text(), json.loads((run / "result.json").read_text())
+    del trainer
+    again = ft.Trainer.resume(run, data=data)
+    assert again.history.evals[-1] == test and (run / "metrics.jsonl").read_text() == metrics
+    again.run()
+    again.evaluate("valid")
+    assert json.loads((run / "result.json").read_text())["test"] == result["test"]
