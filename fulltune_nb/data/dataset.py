@@ -295,9 +295,13 @@ def _check_trainable(split: Split, settings: DataSettings) -> None:
         why.append(f"{split.truncated:,} of them are cut at max_seq_length={settings.max_seq_length:,}: raise it")
     if split.dropped:
         why.append(f"{split.dropped:,} are left out, longer than max_seq_length={settings.max_seq_length:,}: raise it")
-    if split.format == "chat" and settings.mask_prompt:
-        roles = sorted({str(m["role"])[:40] for e in split for m in e.row[settings.chat_feature]})
-        found = ", ".join(map(repr, roles[:8]))
-        why.append(f"mask_prompt={settings.mask_prompt} trains on turns of the role 'assistant' only, found are {found}")
+    if split.format == "chat" and len(split):
+        messages = [message for example in split for message in example.row[settings.chat_feature]]
+        roles = sorted({str(message["role"])[:40] for message in messages})
+        if settings.mask_prompt and "assistant" not in roles:
+            found = ", ".join(map(repr, roles[:8]))
+            why.append(f"mask_prompt={settings.mask_prompt} trains on turns of the role 'assistant' only, found are {found}")
+        if any(message.get("weight") == 0 or message.get("train") in (False, 0) for message in messages):
+            why.append("messages with weight 0 or train false are not trained on")
     reason = "; ".join(why) or "each is shorter than two tokens: give them more text"
     raise DataError(f"{split.name}: none of the {len(split):,} rows has a token to train on ({reason}).")

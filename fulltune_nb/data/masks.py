@@ -27,11 +27,10 @@ from fulltune_nb.data.rows import RowError
 # and the marked conversation is rendered once more: without the marks it must be the same text, and then each mark stands where its
 # string ends. A mark stands behind the string's last character that is no space, so that trimming templates trim as before.
 
-TOOLS = -1
-"""In place of a message's index: the tools beside the messages."""
+TOOLS = -1  # in place of a message's index: the tools beside the messages
 
-_FIRST_MARK, _MOST_MARKS = 0xF0000, 0x20000 - 2
-_ANY_MARK = re.compile("[\U000f0000-\U0010ffff]")
+_FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
+_PRIVATE = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _SILENT_KEYS = {"role", "content", "tool_calls", "name", "id", "type", "tool_call_id", "weight", "train", *_REASONING_KEYS}
 _END_OF_THINKING = re.compile(r"(</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷)")
@@ -42,12 +41,9 @@ _SEVERAL_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,}\s+[^\W\d_]{2}")
 class Word(NamedTuple):
     """One string of a conversation."""
 
-    message: int
-    """Index of its message, or `TOOLS`."""
-    kind: str
-    """"content", "reasoning", "calls", "tools", or the message's key."""
-    text: str
-    """Without the spaces around it, not empty."""
+    message: int  # index of its message, or `TOOLS`
+    kind: str  # "content", "reasoning", "calls", "tools", or the message's key
+    text: str  # without the spaces around it, not empty
 
 
 Visit = Callable[[int, str, str], str]
@@ -117,7 +113,7 @@ def words_of(messages: Sequence[Mapping[str, Any]], tools: Any) -> list[Word]:
     return words
 
 
-def with_marks(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[list[dict[str, Any]], Any]:
+def with_marks(messages: Sequence[Mapping[str, Any]], tools: Any, marks: range) -> tuple[list[dict[str, Any]], Any]:
     """A copy in which the n-th of `words_of` carries the n-th mark."""
     number = 0
 
@@ -127,14 +123,19 @@ def with_marks(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[list[
         if not core:
             return text
         number += 1
-        return f"{core}{chr(_FIRST_MARK + number - 1)}{text[len(core) :]}"
+        return f"{core}{chr(marks[number - 1])}{text[len(core) :]}"
 
     return visited(messages, tools, visit)
 
 
-def can_be_marked(text: str, words: Sequence[Word]) -> bool:
-    """Whether there are marks enough, and none in the text already."""
-    return len(words) <= _MOST_MARKS and not _ANY_MARK.search(text)
+def free_marks(text: str, words: Sequence[Word]) -> range:
+    """Marks that stand neither in the text nor in the words, at least one for each word; none where there are not so many."""
+    used, first = {ord(mark) for part in (text, *(word.text for word in words)) for mark in _PRIVATE.findall(part)}, _FIRST_MARK
+    for mark in (*sorted(used), _LAST_MARK + 1):
+        if mark - first >= max(1, len(words)):
+            return range(first, mark)
+        first = mark + 1
+    return range(0)
 
 
 @dataclass
@@ -142,14 +143,14 @@ class Marked:
     """A rendered text, and where in it the words end."""
 
     text: str
-    marks: list[tuple[int, int]]
-    """(position in the text, number of the word), ascending."""
+    marks: list[tuple[int, int]]  # (position in the text, number of the word), ascending
 
     @classmethod
-    def of(cls, rendered: str) -> Marked:
+    def of(cls, rendered: str, marks: range) -> Marked:
         """A text that was rendered with marks, taken apart."""
-        found = list(_ANY_MARK.finditer(rendered))
-        return cls(_ANY_MARK.sub("", rendered), [(mark.start() - n, ord(mark[0]) - _FIRST_MARK) for n, mark in enumerate(found)])
+        any_mark = re.compile(f"[{chr(marks[0])}-{chr(marks[-1])}]")
+        found = list(any_mark.finditer(rendered))
+        return cls(any_mark.sub("", rendered), [(mark.start() - n, ord(mark[0]) - marks[0]) for n, mark in enumerate(found)])
 
     @property
     def rest(self) -> str:
@@ -163,7 +164,9 @@ def is_written(word: str, text: str, start: int = 0, end: int | None = None) -> 
     The last is for templates that set a message's parts anew, with other spaces or tags between them.
     """
     end = len(text) if end is None else end
-    if text.find(word, start, end) >= 0 or any(text.find(form, start, end) >= 0 for form in _json_forms(word)):
+    if text.find(word, start, end) >= 0:
+        return True
+    if any(text.find(json.dumps(word, ensure_ascii=ascii)[1:-1], start, end) >= 0 for ascii in (False, True)):
         return True
     for piece in re.findall(r"\w+|[^\w\s]", re.sub(r"</?[\w:|]+>", " ", word)):
         start = text.find(piece, start, end)
@@ -171,10 +174,6 @@ def is_written(word: str, text: str, start: int = 0, end: int | None = None) -> 
             return False
         start += len(piece)
     return True
-
-
-def _json_forms(word: str) -> list[str]:
-    return [json.dumps(word, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
 
 
 # ---- turns
@@ -200,20 +199,16 @@ class Conversation:
 
     def __init__(self, renderer: ChatRenderer, messages: Sequence[Mapping[str, Any]], tools: Any, words: Sequence[Word]):
         self._renderer, self.messages, self._tools, self.words = renderer, messages, tools, words
-        self.text = self.render("the chat template refuses this row")
-        self._marked: list[Turns | None] = []  # when it was asked for
-
-    def render(self, failure: str, count: int | None = None, prompt: bool = False) -> str:
-        """The text of the first `count` messages, with the generation prompt or without."""
         try:
-            return self._renderer.render(self.messages[:count], self._tools, prompt)
+            self.text = renderer.render(messages, tools)
         except TemplateRefused as error:
-            raise RowError(f"{failure}: {error}") from error
+            raise RowError(f"the chat template refuses this row: {error}") from error
+        self._marked: list[Turns | None] = []  # when it was asked for
 
     def marked(self) -> Turns | None:
         """The turns as the marked words show them; None where the template writes another text with marks."""
-        if not self._marked and can_be_marked(self.text, self.words):
-            turns = Turns(self._renderer, *with_marks(self.messages, self._tools), self.words)
+        if not self._marked and (marks := free_marks(self.text, self.words)):
+            turns = Turns(self._renderer, *with_marks(self.messages, self._tools, marks), self.words, marks)
             self._marked.append(turns if turns.text == self.text else None)
         return self._marked[0] if self._marked else None
 
@@ -268,7 +263,7 @@ class Conversation:
         return [marked.span(i) for i in turns]
 
     def _by_prefixes(self, turns: Sequence[int]) -> list[Span]:
-        plain = Turns(self._renderer, self.messages, self._tools, (), self.text)
+        plain = Turns(self._renderer, self.messages, self._tools, (), range(0), self.text)
         spans = [plain.span(i) for i in turns]
         for i, span in zip(turns, spans, strict=True):
             if any(not is_written(word.text, self.text, *span) for word in self.words if word.message == i):
@@ -279,8 +274,10 @@ class Conversation:
 class Turns:
     """Finds turns in a text by its marks; without words there are none, and it is done by prefixes of the conversation alone."""
 
-    def __init__(self, renderer: ChatRenderer, messages: Sequence[Mapping], tools: Any, words: Sequence[Word], text: str | None = None):
-        self._renderer, self._messages, self._tools, self._words = renderer, messages, tools, words
+    def __init__(
+        self, renderer: ChatRenderer, messages: Sequence[Mapping], tools: Any, words: Sequence[Word], marks: range, text: str | None = None
+    ):
+        self._renderer, self._messages, self._tools, self._words, self._characters = renderer, messages, tools, words, marks
         whole = self._render(len(messages), False) if text is None else Marked(text, [])
         self.text, self._marks = ("", []) if whole is None else (whole.text, whole.marks)
         self._positions = [position for position, _ in self._marks]
@@ -467,7 +464,7 @@ class Turns:
 
     def _render(self, count: int, prompt: bool) -> Marked | None:
         text = self._text_of(self._messages[:count], self._tools, prompt)
-        return None if text is None else Marked.of(text) if self._words else Marked(text, [])
+        return None if text is None else Marked.of(text, self._characters) if self._words else Marked(text, [])
 
     def _text_of(self, messages: Sequence[Mapping], tools: Any, prompt: bool) -> str | None:
         try:

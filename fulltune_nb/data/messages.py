@@ -34,6 +34,7 @@ LOOKS_LIKE_DATA = frozenset(
 )
 """Keys that hold data elsewhere: where nothing reads one, that is told. Of other keys (id, source, score) nothing is said."""
 
+_SAY_WHAT_IS_TRAINED = frozenset("training trainable loss loss_weight loss_mask mask masked ignore label".split())
 _PLAIN = {"role", "content"}
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
@@ -143,11 +144,12 @@ class MessageConformer:
                 self._tally.add("with content in parts: their texts are joined")
 
     def _name_unread(self, message: dict[str, Any]) -> None:
-        """Counts pictures, documents and the like that stand beside the content, and that the template never names."""
+        """Counts pictures, documents and the like that stand beside the content, and that the template never names; and what other
+        trainers read in place of `weight` and `train`."""
         for key in message.keys() - _PLAIN:
             value = message[key]
             is_data = key in LOOKS_LIKE_DATA and isinstance(value, (list, dict)) and value
-            if is_data and key not in str(self._tokenizer.chat_template):
+            if (is_data or (key in _SAY_WHAT_IS_TRAINED and value is not None)) and key not in str(self._tokenizer.chat_template):
                 self._tally.unread(f"messages[].{key}")
 
     # ---- tool calls and tools
@@ -182,6 +184,11 @@ class MessageConformer:
                 raise RowError(f"{where!r} is JSON text of {kind(found)}, expected of an object")
             self._tally.add("with a call's arguments as JSON text: parsed")
             return found
+        if isinstance(arguments, Mapping) and None in arguments.values():
+            self._tally.add(
+                "with null as a call's argument, which is written. Where it stands for no argument, as in rows that were taken out of a"
+                " table, give the table itself, a Dataset or a Parquet file"
+            )
         if isinstance(arguments, Mapping) and form == TEXT:
             self._tally.add("with a call's arguments as an object: given as JSON text, which the chat template takes")
             return _json_text(arguments, where)

@@ -299,6 +299,12 @@ INSTALLED_IN_CI = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("key", ["training", "loss_weight", "mask"])
+def test_what_other_trainers_call_train_is_named_where_nothing_reads_it(key, tokenizer):
+    data = load({"messages": [Q1, {**A1, key: 0}, Q2, A2]}, tokenizer, mask_prompt=True)
+    assert f"train: nothing reads 'messages[].{key}' (1 row, the first: train:1)." in data.notes
+
+
 def tool_row(name, arguments):
     properties = {key: {"type": "string"} for key in arguments}
     tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
@@ -332,4 +338,6 @@ def test_rows_that_were_taken_out_of_a_table_are_known_by_their_tools(make_token
 def test_a_null_that_json_lines_write_stays(tmp_path, make_tokenizer):
     row = tool_row("weather", {"city": "Bonn", "unit": None})
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
-    assert '{"city": "Bonn", "unit": null}' in ft.load_data(tmp_path, make_tokenizer(AS_JSON)).train[0].text
+    data = ft.load_data(tmp_path, make_tokenizer(AS_JSON))
+    assert '{"city": "Bonn", "unit": null}' in data.train[0].text
+    assert "train: 1 row with null as a call's argument" in data.notes[0] and "train.jsonl:1" in data.notes[0]

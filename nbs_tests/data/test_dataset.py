@@ -85,6 +85,11 @@ def test_split_without_any_trained_token_is_an_error_that_says_why(tokenizer):
         load_data({"train": PAIRS}, tokenizer, mask_prompt=True, max_seq_length=4)
     with pytest.raises(DataError, match="shorter than two tokens"):
         load_data({"train": [{"text": ""}]}, tokenizer)
+    untrained = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]}
+    with pytest.raises(DataError, match=r"\(messages with weight 0 or train false are not trained on\)"):
+        load_data({"train": [untrained]}, tokenizer, mask_prompt="last")
+    with pytest.raises(DataError, match=r"\(5 are left out, longer than max_seq_length=4: raise it\)"):
+        load_data({"train": PAIRS}, tokenizer, mask_prompt=True, max_seq_length=4, long_rows="drop")
 
 
 def test_mask_prompt_for_text_is_an_error(tokenizer):

@@ -181,9 +181,13 @@ def test_words_that_json_or_the_template_writes_in_another_way_are_not_lost(make
     assert encode([{"messages": [Q1, spaced]}], "chat", make_tokenizer(templates.EMPTY_THINKING_LAST)).left_out == {}
 
 
-def test_private_characters_in_the_rows_are_words_like_others(tokenizer):
-    messages = [Q1, {"role": "assistant", "content": "\U000f0000 Fine."}, Q2, A2]
-    assert trained_runs(encode_one({"messages": messages}, "chat", tokenizer), tokenizer)[1] == CHATML_ENDS[1]
+@pytest.mark.parametrize("template", [templates.CHATML, templates.EMPTY_THINKING_LAST, templates.DROPS_EARLIER_THINKING])
+def test_private_characters_in_the_rows_are_words_like_others(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    for private in ("\U000f0000", "\U000f0003 \U00100000", "\U000f0001\U0010fffd"):  # some fonts have icons there
+        messages = [Q1, {"role": "assistant", "content": f"{private} Fine."}, Q2, A2]
+        trained = trained_runs(encode_one({"messages": messages}, "chat", tokenizer), tokenizer)
+        assert private in trained[0] and A2["content"] in trained[1] and len(trained) == 2
 
 
 @pytest.mark.parametrize("template", [templates.CHATML, templates.EMPTY_THINKING_LAST, templates.THINKING_IN_PROMPT, templates.GENERATION])
