@@ -380,8 +380,10 @@ def trained_ends(train: Split, tokenizer: Any, settings: DataSettings) -> Ends:
             strings.update((string, None) for string in probed_strings if string in text)
     if not ids and not strings:  # the turns could not be told apart, or are not trained up to their ends
         return probed_ids, () if probed_ids else probed_strings
-    # A token that also stands within turns, as one between thinking and answer does, would end them half-way.
-    return tuple(token for token in ids if token not in within) or tuple(ids), tuple(strings)
+    # A token that also stands within turns, as one between thinking and answer or two calls does, would end them half-way. Where all
+    # do, words of a row may have the end of turn in them.
+    ends = [token for token in ids if token not in within] or [token for token in ids if token in probed_ids]
+    return tuple(ends), tuple(strings)
 
 
 def _words(turn: list[int], known: frozenset[int], tokenizer: Any) -> int:
@@ -415,8 +417,8 @@ def _assistant_turns(train: Split, tokenizer: Any, settings: DataSettings) -> li
 
 
 def _rows_of_each_kind(train: Split, settings: DataSettings) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
-    """(source, row) pairs, of chat and of completions, in which every kind of assistant turn occurs: what its message has, what follows
-    it, whether there are tools."""
+    """(source, row) pairs, of chat and of completions, in which every kind of assistant turn occurs: what its message has, whether it
+    calls several tools, what follows it, whether there are tools."""
     examples, kinds, rows = train.examples, set(), {"chat": [], "completions": []}
     for example in examples[:: 1 + len(examples) // _ROWS_LOOKED_AT]:
         before, format = len(kinds), row_format(example.row, settings)
@@ -426,7 +428,8 @@ def _rows_of_each_kind(train: Split, settings: DataSettings) -> dict[str, list[t
         roles = [*(message.get("role") for message in messages), None]
         for message, following in zip(messages, roles[1:], strict=True):
             if message.get("role") == "assistant":
-                kinds.add((frozenset(name for name, value in message.items() if value), following, bool(example.row.get("tools"))))
+                has, calls_several = frozenset(name for name, value in message.items() if value), len(message.get("tool_calls") or ()) > 1
+                kinds.add((has, calls_several, following, bool(example.row.get("tools"))))
         if len(kinds) > before or not rows[format]:
             rows[format].append((example.source, example.row))
         if len(kinds) >= _KINDS or train.format == "completions":

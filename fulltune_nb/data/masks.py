@@ -35,6 +35,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _SILENT_KEYS = {"role", "content", "tool_calls", "name", "id", "type", "tool_call_id", "weight", "train", *_REASONING_KEYS}
 _END_OF_THINKING = re.compile(r"(</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷)")
 _BEGIN_OF_THINKING = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|◁think▷)")
+_THINKING_TAG = re.compile(f"{_BEGIN_OF_THINKING.pattern}|{_END_OF_THINKING.pattern}")
 _SEVERAL_WORDS = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,}\s+[^\W\d_]{2}")
 
 
@@ -368,11 +369,12 @@ class Turns:
         return max(at + len(rests[1]), shared if words_start is None else min(shared, words_start))
 
     def _behind_prompt(self, at: int, words_start: int) -> int | None:
-        """Behind the generation prompt that stands between two places, or behind its first part right before the words."""
+        """Behind the generation prompt that stands between two places, or behind its first part with at most an empty thinking up to the
+        words."""
         prompt = self._generation_prompt() or ""
         for size in range(len(prompt), 0, -1):
             found = self.text.rfind(prompt[:size], at, words_start) if prompt[:size].strip() else -1
-            if found >= 0 and (size == len(prompt) or not self.text[found + size : words_start].strip()):
+            if found >= 0 and (size == len(prompt) or not _THINKING_TAG.sub("", self.text[found + size : words_start]).strip()):
                 return found + size
         return None
 

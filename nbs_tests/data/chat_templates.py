@@ -126,6 +126,11 @@ DEFAULT_SYSTEM = (
     "{% for message in messages %}" + _CHATML_TURN % "message.content" + "{% endfor %}" + _CHATML_PROMPT
 )
 
+# The same with an empty thinking in every answer, which the generation prompt opens only, as in Nemotron 3.
+EMPTY_THINKING = DEFAULT_SYSTEM.replace(
+    "+ message.content", "+ ('<think></think>' if message.role == 'assistant' else '') + message.content"
+).replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
 # Writes what the assistant says beside its calls behind the tool's result, as in Gemma 4.
 ANSWERS_BEHIND_RESULT = (
     "{% for message in messages %}{% if message.role == 'tool' %}"

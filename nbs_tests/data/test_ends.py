@@ -14,6 +14,7 @@ from nbs_tests.training.conftest import TINY_LLAMA, make_rows
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": "1"}}}]}
 CALLS = [TALK[0], CALL, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "It is 2"}]
+SEVERAL_CALLS = [TALK[0], {**CALL, "tool_calls": CALL["tool_calls"] * 2}, *CALLS[2:]]
 
 GEMMA = (
     "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else 'user' }}\n{{ m['content'] }}<end_of_turn>\n"
@@ -32,6 +33,10 @@ THINKING = (  # <|im_end|> stands between thinking and answer, which then ends w
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>{% if m.reasoning %}{{ m.reasoning }}<|im_end|>{% endif %}"
     "{{ m['content'] }}{{ '<|eot_id|>' if m.reasoning else '<|im_end|>' }}{% else %}[{{ m['content'] }}]{% endif %}{% endfor %}"
 )
+ENDS_CALLS_ONLY = (  # as GLM's: a plain answer has no end, and a call's end may stand between two calls
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<start_of_turn>"
+    "{{ c.function | tojson }}<end_of_turn>{% endfor %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PLAIN = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n###\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
 
 CASES = {
@@ -44,6 +49,9 @@ CASES = {
     "an end that stands within turns too": (
         THINKING, [[*TALK, TALK[0], {**TALK[1], "reasoning": "Hm"}]], ["<|eot_id|>"], (),
     ),
+    "one call": (ENDS_CALLS_ONLY, [CALLS], ["<end_of_turn>"], ()),
+    "several calls in a later row": (ENDS_CALLS_ONLY, [*[CALLS] * 9, SEVERAL_CALLS], [], ()),
+    "words with the end in them": (CHATML, [[TALK[0], {"role": "assistant", "content": "It is <|im_end|>, so."}]], ["<|im_end|>"], ()),
     "several tokens": (PLAIN, [TALK], [], ("###",)),
     "no template": (None, [TALK], ["<|im_end|>", "</s>"], ()),
 }  # fmt: skip
