@@ -52,7 +52,7 @@ from fulltune_nb.training.state import (
 
 CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "events.jsonl", "result.json"
 Entry = StepReport | EvalReport | Event
-_LOSSES = {f"{split}_{what}" for split in ("train", "valid", "test") for what in ("loss", "perplexity")}  # in `result.json`
+_LOSSES = {f"{split}_{what}" for split in ("train", "valid", "test") for what in ("loss", "perplexity")} | {"after"}  # in `result.json`
 _CHANGE_NO_WEIGHT = {
     "steps_per_report", "steps_per_eval", "val_batches", "test_batches", "save_every", "keep", "on_save_error", "patience",
 }  # fmt: skip
@@ -120,13 +120,14 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Writes `result.json` into a run's folder; what already stands there under other names stays, but for losses of other steps.
+    """Writes `result.json` into a run's folder; what already stands there under other names stays, but for losses of other weights: of
+    another step, or of a line that the run went back from.
 
     NaN and infinities, which JSON has not, become null.
     """
     path = folder / RESULT_FILE
     before = read_result(path)
-    if before.get("steps") != result.get("steps", before.get("steps")):
+    if any(before.get(name) != result.get(name, before.get(name)) for name in ("steps", "train_loss_last")):
         before = {name: value for name, value in before.items() if name not in _LOSSES}
     text = json.dumps({**before, **_finite(result)}, indent=1, allow_nan=False)
     write_text(path, text + "\n")

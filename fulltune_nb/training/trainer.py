@@ -203,8 +203,11 @@ class Trainer:
     @property
     def state(self) -> str:
         """"ready" before the first step, "running", "paused", "done", "stopped early", or "failed" after an error."""
-        if self._loops_open:
-            return "running"
+        return "running" if self._loops_open else self._ending
+
+    @property
+    def _ending(self) -> str:
+        """The state of a run that takes no more steps now."""
         if self._failed or self._torn():
             return "failed"
         if self.done:
@@ -537,6 +540,7 @@ class Trainer:
     def result(self) -> dict[str, Any]:
         """What came of the run so far, as the JSON values of `result.json`: losses in nats, seconds, bytes; None for what there is not."""
         return {
+            "state": self._ending if self.done else self.state,  # its last step writes it
             "steps": self.step_count,
             "total_steps": self.total_steps,
             "stopped_early": self.stopped_early,

@@ -368,3 +368,30 @@ def test_an_evaluation_after_the_last_checkpoint_stands_in_metrics_and_result_of
     again.run()
     again.evaluate("valid")
     assert json.loads((run / "result.json").read_text())["test"] == result["test"]
+
+
+STOPS_EARLY = {"patience": 1, "steps_per_eval": 1, "learning_rate": 1e3}
+
+
+@pytest.mark.parametrize(("settings", "state"), [({}, "done"), (STOPS_EARLY, "stopped early")])
+def test_the_result_says_how_the_run_ended_in_the_word_of_its_trainer(make_trainer, tmp_path, settings, state):
+    trainer = make_trainer(run_dir=tmp_path / "run", **settings)
+    assert trainer.result()["state"] == "ready"
+    steps = trainer.steps()
+    next(steps)
+    assert trainer.result()["state"] == "running" or trainer.done
+    list(steps)
+    assert trainer.state == json.loads((tmp_path / "run" / "result.json").read_text())["state"] == state
+
+
+def test_a_run_that_went_back_and_took_another_way_to_its_end_drops_the_losses_of_the_first(make_trainer, tmp_path):
+    trainer, path = make_trainer(run_dir=tmp_path / "run", iters=4, save_every=2), tmp_path / "run" / "result.json"
+    trainer.run()
+    test = trainer.evaluate("test")
+    trainer.restore(tmp_path / "run" / "checkpoints" / "step-000002")
+    trainer.run()
+    assert json.loads(path.read_text())["test_loss"] == test.loss  # of the same weights
+    trainer.restore(tmp_path / "run" / "checkpoints" / "step-000002")
+    trainer.set_learning_rate(5e-3)
+    trainer.run()
+    assert "test_loss" not in json.loads(path.read_text())
