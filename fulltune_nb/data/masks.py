@@ -179,8 +179,7 @@ def is_written(word: str, text: str, start: int = 0, end: int | None = None) -> 
 
 # ---- turns
 
-Span = tuple[int, int]
-"""[start, end)"""
+Span = tuple[int, int]  # [start, end)
 
 _UNFINISHED_TAG = re.compile(r"<[^<>]*$")
 
@@ -454,18 +453,21 @@ class Turns:
     def _rest(self, count: int, prompt: bool, message: int | None = None) -> str | None:
         """What the template writes behind the last words of the first messages, or behind the words of one of them."""
         rendered = self._render(count, prompt)
+        if rendered is None and message in self._own:  # many templates refuse a conversation in which nothing has been asked yet
+            rendered = self._render(count, prompt, asked_before=message)
         if rendered is None:
             return None
         first: dict[int, int] = {}
         for position, word in rendered.marks:
             if message is None or self._words[word].message == message:
                 first.setdefault(word, position)
-        if message is None or not first:
-            return rendered.rest
-        return rendered.text[max(first.values()) :]
+        return rendered.rest if message is None or not first else rendered.text[max(first.values()) :]
 
-    def _render(self, count: int, prompt: bool) -> Marked | None:
-        text = self._text_of(self._messages[:count], self._tools, prompt)
+    def _render(self, count: int, prompt: bool, asked_before: int | None = None) -> Marked | None:
+        messages = list(self._messages[:count])
+        if asked_before is not None:
+            messages.insert(asked_before, {"role": "user", "content": "?"})
+        text = self._text_of(messages, self._tools, prompt)
         return None if text is None else Marked.of(text, self._characters) if self._words else Marked(text, [])
 
     def _text_of(self, messages: Sequence[Mapping], tools: Any, prompt: bool) -> str | None:
@@ -481,8 +483,7 @@ class Turns:
 
     def _name(self, i: int) -> str:
         role = self._messages[i]["role"]
-        number = sum(message["role"] == role for message in self._messages[: i + 1])
-        return f"{role} turn {number}"
+        return f"{role} turn {sum(message['role'] == role for message in self._messages[: i + 1])}"
 
     def _not_found(self, i: int, place: str, expected: str | None, at: int) -> RowError:
         if expected is None:

@@ -1,6 +1,6 @@
 """Chat templates in the shapes that models on the hub have, shortened."""
 
-from nbs_tests.conftest import CHATML  # noqa: F401
+from nbs_tests.conftest import CHATML
 
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
@@ -130,6 +130,11 @@ DEFAULT_SYSTEM = (
 EMPTY_THINKING = DEFAULT_SYSTEM.replace(
     "+ message.content", "+ ('<think></think>' if message.role == 'assistant' else '') + message.content"
 ).replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+# Refuses a conversation in which the user has not asked anything, as Qwen 3.5 does.
+WANTS_A_QUESTION = (
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('No user query.') }}{% endif %}" + CHATML
+)
 
 # Writes what the assistant says beside its calls behind the tool's result, as in Gemma 4.
 ANSWERS_BEHIND_RESULT = (

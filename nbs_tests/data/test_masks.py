@@ -34,6 +34,8 @@ CHATML_ENDS = ["Fine.<|im_end|>\n", "Still fine.<|im_end|>\n"]
         (templates.DEFAULT_SYSTEM, [A1], CHATML_ENDS[:1]),
         (templates.EMPTY_THINKING, [A1, Q2, A2], ["</think>Fine.<|im_end|>\n", "</think>Still fine.<|im_end|>\n"]),
         (templates.EMPTY_THINKING, [A1], ["</think>Fine.<|im_end|>\n"]),
+        (templates.WANTS_A_QUESTION, [A1, Q2, A2], CHATML_ENDS),
+        (templates.WANTS_A_QUESTION, [SYSTEM, A1, Q2, A2], CHATML_ENDS),
         (templates.PROMPT_ENDS_WITH_SPACE, [Q1, {"role": "assistant", "content": "the answer"}], [" the answer</s>\n"]),
         (templates.CHATML, [Q1, {"role": "assistant", "content": "\nFine. "}, Q2, A2], ["\nFine. <|im_end|>\n", CHATML_ENDS[1]]),
         (templates.CHATML, [Q1, {"role": "assistant", "content": ""}, Q2, A2], ["<|im_end|>\n", CHATML_ENDS[1]]),
