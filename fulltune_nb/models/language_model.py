@@ -38,6 +38,7 @@ class LanguageModel:
         source: where it was loaded from: folder or hub id; None for random weights.
         generation_config: `generation_config.json` of the source, with the ends that were trained; None where there is neither.
         torn: why the weights cannot be used, when a training step was broken off half-way; else None.
+        trained_as: the tensors that its latest trainer trains, and their dtype; None before.
         trained_ends: token ids that end what the last trainer's rows train, first the one that ends a conversation's last answer; not
             stored. `save` makes it the tokenizer's EOS where that was not trained.
         dequantized: the quantization that its weights, or those it was trained from, were turned back from, in words; else None.
@@ -56,6 +57,7 @@ class LanguageModel:
         self.source = source
         self.generation_config = generation_config
         self.torn: str | None = None
+        self.trained_as: tuple[frozenset[str], Any] | None = None
         self.trained_ends: tuple[int, ...] = ()
         self.dequantized: str | None = None
         self.card: Any = None

@@ -24,7 +24,7 @@ from fulltune_nb.data.example import Example
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts
 from fulltune_nb.models.language_model import LanguageModel
-from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable
+from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable, trainable_of
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
@@ -181,6 +181,7 @@ class Trainer:
             lm.model.set_dtype(plan.dtype)
             mx.eval(lm.model.parameters())
         select_trainable(lm.model, config.train_only, config.freeze)
+        self._trained_as = lm.trained_as = frozenset(trainable_of(lm.model)), plan.dtype
         cap_cache(plan.gives_back)
         self.optimizers, self._vocab_size = Optimizers(lm.model, config), lm.config.vocab_size
         self.engine = plan.make_engine(lm.model)
@@ -285,6 +286,11 @@ class Trainer:
 
     def _take_step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Forward, backward, clip and update of step `number`, counted from 1. Returns the loss, and the norm before clipping."""
+        if self.lm.trained_as != self._trained_as:
+            raise TrainingError(
+                "A later trainer of this model trains other tensors of it (train_only, freeze) or has changed their dtype (weights): go on"
+                " with that one, or make this one anew. Two trainers side by side need a model each: trainer.fork() copies it."
+            )
         limit = self.config.max_grad_norm
         gradients = self.engine.gradients(number, batches)
         scale = 1.0 if limit is None else clip_scale(gradients.norm(), limit)

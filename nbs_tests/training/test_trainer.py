@@ -439,3 +439,18 @@ def test_the_state_is_failed_after_an_error_until_the_run_goes_on(make_trainer):
     assert trainer.state == "paused"
     trainer.optimizers.step += 1  # as an update leaves it that does not come to its end
     assert trainer.state == "failed"
+
+
+@pytest.mark.parametrize("settings", [{"train_only": ("*norm*",)}, {"weights": "bfloat16"}])
+def test_a_trainer_does_not_go_on_with_what_a_later_one_has_selected_in_the_same_model(make_trainer, settings):
+    first = make_trainer(freeze=("*embed*",))
+    first.run(2)
+    same = ft.Trainer(first.lm, first.data, first.config)
+    first.run(1)
+    assert same.step().step == 1
+    later = ft.Trainer(first.lm, first.data, first.config.replace(freeze=(), **settings))
+    before = dict(tree_flatten(first.lm.model.parameters()))
+    with pytest.raises(TrainingError, match="later trainer of this model trains other tensors"):
+        first.run(1)
+    assert first.step_count == 3 and all(array is before[name] for name, array in tree_flatten(first.lm.model.parameters()))
+    assert later.step().step == 1
