@@ -193,7 +193,8 @@ class PlainProgress(_Progress):
         self.show_line(trainer, f"saved {path}")
 
     def on_end(self, trainer: Any) -> None:
-        self.show_line(trainer, f"{trainer.state} after {self.elapsed()}, peak {memory_size(self.peak)}")
+        peak = f", peak {memory_size(self.peak)}" if self.peak else ""  # none where no step was taken
+        self.show_line(trainer, f"{trainer.state} after {self.elapsed()}{peak}")
 
 
 class TerminalProgress(_Progress):
