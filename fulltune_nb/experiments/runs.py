@@ -93,6 +93,8 @@ class Run:
         """(split, loss in nats per trained token) to compare runs by: of the test split where there is one."""
         result = self.result
         reports = {key: value for key, value in result.items() if isinstance(value, Mapping)}
+        if (steps := result.get("steps")) is not None:  # a test of earlier weights is not the run's
+            reports = {key: report for key, report in reports.items() if report.get("step", steps) == steps}
         after = reports.get("after", {})
         candidates = [
             *((split, result.get(f"{split}_loss")) for split in ("test", "valid", "train")),

@@ -41,13 +41,13 @@ class ComparedRun:
     def results(self) -> dict[str, Any]:
         """The figures of the table, None for what is not known; then single values of `result.json`, under `result.<name>`."""
         summary = RunSummary.of(self.history)
-        last, best = summary.last_evals, summary.best_evals
+        last, best, end = summary.last_evals, summary.best_evals, summary.evals_at_end
         return {
             "steps": summary.steps,
             "last_loss": summary.last_loss,
             "best_valid_loss": best["valid"].loss if "valid" in best else None,
             "last_valid_loss": last["valid"].loss if "valid" in last else None,
-            "test_loss": last["test"].loss if "test" in last else None,
+            "test_loss": end["test"].loss if "test" in end else None,
             "tokens_per_second": summary.tokens_per_second,
             "peak_memory": summary.peak_memory,
             "seconds": summary.seconds,

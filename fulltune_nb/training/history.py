@@ -218,11 +218,15 @@ class RunSummary:
         """Trained tokens a second in steps; None before the first."""
         return self.tokens / self.seconds if self.seconds else None
 
+    @property
+    def evals_at_end(self) -> dict[str, EvalReport]:
+        """Split -> its last evaluation, where that is of the last step's weights."""
+        return {split: report for split, report in self.last_evals.items() if report.step == self.steps}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values for `result.json`; what is not known, or not finite, is None. `<split>_loss` is that of the last step's weights."""
-        last = self.last_evals
-        at_end = {split: report for split, report in last.items() if report.step == self.steps}
-        losses = {f"{split}_{name}": _to_json(getattr(report, name)) for split, report in at_end.items() for name in ("loss", "perplexity")}
+        last, end = self.last_evals, self.evals_at_end
+        losses = {f"{split}_{name}": _to_json(getattr(report, name)) for split, report in end.items() for name in ("loss", "perplexity")}
         return {
             "epochs": self.epochs,
             "tokens": self.tokens,

@@ -101,6 +101,8 @@ def test_damaged_files_of_a_run_are_named_in_the_table(tmp_path):
         ({"test_loss": 3.0, "test": {"loss": 2.0}}, ("test", 3.0)),
         ({"after": {"loss": 4.0, "split": "train"}}, ("train", 4.0)),
         ({"after": 3, "test": "x"}, None),
+        ({"steps": 4, "test": {"loss": 2.0, "step": 0}, "valid_last": {"loss": 1.0, "step": 4}}, ("valid", 1.0)),  # the base's test
+        ({"test": {"loss": 2.0, "step": 4}}, ("test", 2.0)),
     ],
 )
 def test_runs_are_compared_by_the_test_loss_wherever_the_result_has_it(tmp_path, result, loss):

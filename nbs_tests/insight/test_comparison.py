@@ -42,6 +42,15 @@ def test_what_result_json_says_again_is_shown_once(runs):
     assert "result.steps" not in shown and "result.peak" not in shown and "result.valid" in shown
 
 
+def test_a_test_of_earlier_weights_is_not_the_runs(make_trainer, tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run", iters=2)
+    trainer.evaluate("test")
+    trainer.run()
+    assert ft.compare([tmp_path / "run"]).results["test_loss"] == [None]
+    after = trainer.evaluate("test")
+    assert ft.compare([tmp_path / "run"]).results["test_loss"] == [after.loss]
+
+
 def test_trainers_can_be_compared_too(make_trainer):
     one, other = make_trainer(seed=1), make_trainer(seed=2)
     one.step()
