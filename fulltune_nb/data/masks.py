@@ -187,11 +187,7 @@ WAYS_OUT = "Use mask_prompt=False, another chat template, or split or change the
 
 
 class Conversation:
-    """A row's messages, the text that the template makes of them, and their words.
-
-    Attributes:
-        text: the text.
-        words: see `words_of`.
+    """A row's `messages`, the `text` that the template makes of them, and their `words` (see `words_of`).
 
     Raises:
         RowError: the template refuses the messages.
@@ -230,7 +226,8 @@ class Conversation:
         for i in (i for turn in turns for i in (turn, turn + 1)):
             part = self._generated(i)
             if part is None or part[1] != spans[: len(part[1])]:  # what it says of the part is not what it says of it within the whole
-                raise RowError(f"mask_prompt: the chat template cannot render the parts of this row by themselves. {WAYS_OUT}")
+                own = self.spans(turns)
+                return [(max(start, begin), min(end, stop)) for start, end in spans for begin, stop in own if begin < end and start < stop]
             counts.append(len(part[1]))
         return [span for start, end in zip(counts[::2], counts[1::2], strict=True) for span in spans[start:end]]
 

@@ -88,7 +88,15 @@ def test_generation_markers_that_are_others_in_a_part_of_the_conversation_are_no
     tokenizer = make_tokenizer("{% for m in messages %}" + turn + "{% endfor %}")
     assert trained_runs(encode_one({"messages": TALK}, "chat", tokenizer, LAST), tokenizer) == ["Still fine.|"]
     first_only = [Q1, A1, Q2, {**A2, "train": False}]
-    assert "by themselves" in problem({"messages": first_only}, "chat", tokenizer)
+    assert trained_runs(encode_one({"messages": first_only}, "chat", tokenizer), tokenizer) == ["Fine.|"]
+
+
+def test_a_generation_marker_behind_the_conversation_belongs_to_its_last_turn(make_tokenizer):
+    closing = "{% if not add_generation_prompt %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"  # as in Phi 3's
+    tokenizer = make_tokenizer(templates.GENERATION + closing)
+    for untrained, expected in ((1, ["Still fine.<|im_end|>", "</s>"]), (3, ["Fine.<|im_end|>"])):
+        messages = [{**message, "train": i != untrained} for i, message in enumerate(TALK)]
+        assert trained_runs(encode_one({"messages": messages}, "chat", tokenizer), tokenizer) == expected
 
 
 def test_words_that_a_template_leaves_out_of_its_generation_markers_are_told(make_tokenizer):
