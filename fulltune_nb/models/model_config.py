@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from fulltune_nb.errors import ModelError, misspelt
@@ -142,7 +143,7 @@ class ModelConfig:
     keys_read: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     """Keys of `config.json` that were looked at."""
 
-    @property
+    @cached_property
     def by_length(self) -> bool:
         """Whether a token's rotation depends on how long its text is: `dynamic` and `longrope`."""
         return any(rope is not None and rope.by_length for rope in self.ropes)
