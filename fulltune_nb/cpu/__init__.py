@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "AdamUpdate", "BlasInfo", "BlasWarning", "Kernels", "cache_limit", "cap_cache", "compiler", "ensure_fast_blas", "exp_and_sum",
-    "fast_exp", "kernels_for", "lacks_compiler", "may_use_kernels", "num_streams", "on_cpu", "softmax_statistics", "sole", "streams_for",
+    "AdamUpdate", "BlasInfo", "BlasWarning", "Kernels", "cache_limit", "cap_cache", "compiler", "ensure_fast_blas", "evaluate",
+    "exp_and_sum", "fast_exp", "kernels_for", "lacks_compiler", "may_use_kernels", "num_streams", "on_cpu",
+    "softmax_statistics", "sole", "streams_for",
 ]  # fmt: skip
 
 _ALLOCATOR, _FAST_MATH = ("cache_limit", "cap_cache"), ("exp_and_sum", "fast_exp", "on_cpu", "softmax_statistics")

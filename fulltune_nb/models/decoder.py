@@ -12,12 +12,23 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fulltune_nb.models.kv_cache import KVCache
-from fulltune_nb.models.layers import MLP, Attention, Linear, MixtureOfExperts, Norm, RouterBalance, causal_mask, soft_cap, within_segments
+from fulltune_nb.models.layers import (
+    MLP,
+    Attention,
+    Linear,
+    Mask,
+    MixtureOfExperts,
+    Norm,
+    RouterBalance,
+    causal_mask,
+    soft_cap,
+    within_segments,
+)
 from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import Buffers, in_dtype, put_parameters, swapped_in, trainable_of
 from fulltune_nb.models.rope import Rope, Rotation
 
-Context = tuple[Rotation | None, mx.array | None]
+Context = tuple[Rotation | None, Mask]
 """What a block needs besides its input: its rotation table, None without positions, and its mask, None where everything is seen."""
 
 BLOCK_NORMS = {
@@ -51,7 +62,7 @@ class Block(nn.Module):
         self,
         x: mx.array,
         rotation: Rotation | None,
-        mask: mx.array | None,
+        mask: Mask,
         cache: KVCache | None = None,
         balance: RouterBalance | None = None,
     ) -> mx.array:
@@ -62,7 +73,7 @@ class Block(nn.Module):
         balanced = {"balance": balance} if balance is not None and "experts" in self.mlp else {}
         return self.add(attended, self.mlp(self.mlp_input(attended), **balanced))
 
-    def attend(self, x: mx.array, rotation: Rotation | None, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+    def attend(self, x: mx.array, rotation: Rotation | None, mask: Mask, cache: KVCache | None = None) -> mx.array:
         """The first half of a block that is not parallel: the input (B, T, D), and what attention adds to it."""
         attended = self.attention(self.attention_input(x), rotation, mask, cache)
         return x + self._scaled(self._normed("attention_output_norm", attended))
@@ -194,12 +205,12 @@ class Decoder(nn.Module):
         own = dict(self.lm_head.items()) if "lm_head" in self else {}
         return {"weight": self.embed_tokens.weight, **own}
 
-    def _masks(self, length: int, cache: Sequence[KVCache] | None, segments: mx.array | None = None) -> list[mx.array | None]:
+    def _masks(self, length: int, cache: Sequence[KVCache] | None, segments: mx.array | None = None) -> list[Mask]:
         """For each layer, what each new token may look at: (T, S) bool, or None for everything. Equal ones are shared.
 
         With segments (B, T) it is another for each row: (B, 1, T, T).
         """
-        made: dict[tuple[int, int | None], mx.array | None] = {}
+        made: dict[tuple[int, int | None], Mask] = {}
         masks = []
         for i, window in enumerate(self._config.windows):
             offset = cache[i].offset if cache else 0
@@ -231,7 +242,7 @@ def _rows_in_float32_vjp(primals, cotangent, _output):
 
 
 def _checkpointed(
-    block: Block, x: mx.array, rotation: Rotation | None, mask: mx.array | None, balance: RouterBalance | None
+    block: Block, x: mx.array, rotation: Rotation | None, mask: Mask, balance: RouterBalance | None
 ) -> mx.array:
     """The block's output, its insides computed again in the backward pass, once the gradient of that output is there.
 

@@ -114,6 +114,9 @@ class MLP(nn.Module):
 
 # ---- attention
 
+Mask = mx.array | str | None
+"""What tokens may look at: True there. None: everything. "causal": all up to themselves, which MLX's GPU kernels need no array for."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -146,7 +149,7 @@ class Attention(nn.Module):
         if config.sinks:
             self.sinks = mx.zeros((config.num_heads,))
 
-    def __call__(self, x: mx.array, rotation: Rotation | None, mask: mx.array | None, cache: KVCache | None = None) -> mx.array:
+    def __call__(self, x: mx.array, rotation: Rotation | None, mask: Mask, cache: KVCache | None = None) -> mx.array:
         queries, keys, values = self.heads(x, rotation)
         if cache is not None:
             keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
@@ -198,10 +201,10 @@ class Attention(nn.Module):
         return Norm(kind, {"head": size, "heads": (heads, size), "width": heads * size}[config.qk_norm], eps)
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scoring: Scoring) -> mx.array:
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, scoring: Scoring) -> mx.array:
     """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C) -> (B, H, T, C).
 
-    The mask is (T, S) bool, True where a token may look, or (B, 1, T, S) where that differs by row; None: everywhere.
+    The mask is (T, S) bool, True where a token may look, or (B, 1, T, S) where that differs by row; or as `Mask` says.
     """
     plain = scoring.cap is None and scoring.sinks is None
     if plain and not cpu_math.applies(queries, keys, values):
@@ -217,16 +220,16 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array |
     return (shares.astype(values.dtype) @ values).reshape(rows, heads, length, head_dim)
 
 
-def attention_shares(queries: mx.array, keys: mx.array, mask: mx.array | None, scoring: Scoring) -> mx.array:
+def attention_shares(queries: mx.array, keys: mx.array, mask: Mask, scoring: Scoring) -> mx.array:
     """How much each token attends to each, which `attend` does not tell: (B, H, T, C), (B, K, S, C) -> (B, H, T, S) float32."""
     groups = queries.shape[1] // keys.shape[1]
     scores = queries.astype(mx.float32) @ mx.repeat(keys, groups, axis=1).astype(mx.float32).swapaxes(-1, -2)
     return _shares(scores * scoring.scale, mask, scoring)
 
 
-def _shares(scores: mx.array, mask: mx.array | None, scoring: Scoring) -> mx.array:
+def _shares(scores: mx.array, mask: Mask, scoring: Scoring) -> mx.array:
     """Scaled products (B, H, T, S) as shares of the attention; with sinks they sum up to less than one."""
-    scores = soft_cap(scores, scoring.cap)
+    scores, mask = soft_cap(scores, scoring.cap), _as_array(mask, *scores.shape[-2:])
     if mask is not None:
         scores = mx.where(mask, scores, -math.inf)
     if scoring.sinks is None:
@@ -240,27 +243,39 @@ def soft_cap(x: mx.array, cap: float | None) -> mx.array:
     return x if cap is None else cap * mx.tanh(x / cap)
 
 
-def causal_mask(length: int, offset: int = 0, first: int = 0, window: int | None = None) -> mx.array | None:
+def causal_mask(length: int, offset: int = 0, first: int = 0, window: int | None = None) -> Mask:
     """What tokens at `offset ... offset + length - 1` may look at, among keys from position `first` on.
 
     Returns:
-        (T, S) bool, True where allowed; None where everything is.
+        (T, S) bool, True where allowed; None where everything is; on a GPU "causal" without a window.
     """
     end = offset + length
     sees_all = window is None or end - first <= window
     if length == 1 and sees_all:
         return None
-    queries = mx.arange(offset, end)[:, None]
+    if sees_all and not cpu_math.on_cpu():
+        return "causal"
+    return _allowed(length, end, first, None if sees_all else window)
+
+
+def _allowed(length: int, end: int, first: int, window: int | None) -> mx.array:
+    """(T, S) bool for the last T of the positions before `end`, among keys from `first` on."""
+    queries = mx.arange(end - length, end)[:, None]
     keys = mx.arange(first, end)[None, :]
     allowed = keys <= queries
-    return allowed if sees_all else allowed & (keys > queries - window)
+    return allowed if window is None else allowed & (keys > queries - window)
 
 
-def within_segments(mask: mx.array | None, segments: mx.array | None) -> mx.array | None:
+def _as_array(mask: Mask, length: int, num_keys: int) -> mx.array | None:
+    return _allowed(length, num_keys, 0, None) if isinstance(mask, str) else mask
+
+
+def within_segments(mask: Mask, segments: mx.array | None) -> Mask:
     """The mask (T, T), but tokens look only at those of their own segment: with segments (B, T), (B, 1, T, T) bool."""
     if mask is None or segments is None:
         return mask
-    return (segments[:, None, :, None] == segments[:, None, None, :]) & mask
+    length = segments.shape[1]
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & _as_array(mask, length, length)
 
 
 # ---- experts

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from fulltune_nb.cpu import evaluate
 from fulltune_nb.errors import TrainingError
 from fulltune_nb.training.rules import Piece, Rule, Shape, Slot, State, Tensor, cut, put, take
 
@@ -181,7 +182,7 @@ class Adafactor(Rule):
             )
 
     def _observe(self, piece: Piece) -> None:
-        """Takes in some rows: each once in a pass, in any order; evaluated."""
+        """Takes in some rows: each once in a pass, in any order."""
         matrix, g, (*_, rows, columns) = piece.scalars.matrix(piece.tensor, piece.rows), piece.gradient, piece.shape
         first, squares = piece.rows.start, _squares(g, mx.array(piece.scalars.scale))
         if matrix.passes == 0:
@@ -189,11 +190,11 @@ class Adafactor(Rule):
             matrix.column_sums = matrix.column_sums + squares.sum(axis=0)
             if self.scale_parameter:
                 matrix.parameter_squares[first] = mx.square(piece.weight.astype(mx.float32)).sum(axis=1)
-            mx.eval(matrix.row_sums[first], matrix.column_sums, matrix.parameter_squares)
+            evaluate(matrix.row_sums[first], matrix.column_sums, matrix.parameter_squares)
         else:
             row_weights, column_weights = matrix.weights(piece.rows)
             matrix.update_squares[first] = (squares * mx.square(column_weights)).sum(axis=1) * mx.square(row_weights)
-            mx.eval(matrix.update_squares[first])
+            evaluate(matrix.update_squares[first])
         matrix.seen += g.shape[0]
         if matrix.seen > rows:
             raise TrainingError(f"{matrix.seen} rows of a matrix with {rows} were observed in one pass: each must come once.")
@@ -203,7 +204,7 @@ class Adafactor(Rule):
                 self._find_means(piece.tensor, matrix, piece.scalars)
             else:
                 matrix.factor = self._clip_factor(_joined(matrix.update_squares), rows * columns)
-                mx.eval(matrix.factor)
+                evaluate(matrix.factor)
 
     def _find_means(self, tensor: Tensor, matrix: _Matrix, step: _Step) -> None:
         """The end of the first pass."""
@@ -214,7 +215,7 @@ class Adafactor(Rule):
         matrix.column_means = _moved(old_columns, matrix.column_sums / rows + self.eps[0], step.beta_2)
         matrix.mean = matrix.row_means.mean()
         matrix.rate = step.rate * self._parameter_scale(_joined(matrix.parameter_squares), rows * columns)
-        mx.eval(matrix.row_means, matrix.column_means, matrix.mean, matrix.rate)
+        evaluate(matrix.row_means, matrix.column_means, matrix.mean, matrix.rate)
 
     def _store_means(self, piece: Piece) -> None:
         """Puts new means into the state, when the first rows of a matrix are updated."""
@@ -224,7 +225,7 @@ class Adafactor(Rule):
             place = slice(first // rows, first // rows + 1)
             state["exp_avg_sq_row"] = put(state["exp_avg_sq_row"], rank, slice(first, first + rows), matrix.row_means)
             state["exp_avg_sq_col"] = put(state["exp_avg_sq_col"], rank - 1, place, matrix.column_means[None])
-            mx.eval(state["exp_avg_sq_row"], state["exp_avg_sq_col"])
+            evaluate(state["exp_avg_sq_row"], state["exp_avg_sq_col"])
             matrix.is_stored = True
 
 

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.cpu import Kernels
+from fulltune_nb.cpu import Kernels, evaluate
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.layers import RouterBalance
 from fulltune_nb.models.parameters import Arrays, backward_through, parameters_of, swapped_in, trainable_of
-from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm
+from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
 from fulltune_nb.training.layerwise import Layerwise, balance_of
 from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
 
@@ -56,14 +56,14 @@ class WholeGraph:
         step_tokens = sum(batch.num_tokens for batch in batches)
         total, gradients = mx.array(0.0), {}
         for batch in batches:
-            mx.eval(total, gradients)  # one micro-batch's activations at a time
             # Each micro-batch is weighted by its tokens: the sum is the mean over all tokens, not a mean of means.
             loss, more = (self._by_kernel if self._in_halves else self._by_graph)(batch, batch.weights / step_tokens)
             total = total + loss
             add(gradients, more)
             del more
-        mx.eval(total, gradients)  # before the norm: in one graph with it, the peak of `grad_checkpoint` doubles
-        return WholeGradients(number, batches, total.item(), gradients, self._kernels)
+            # One micro-batch's activations at a time; and before the norm, in one graph with which the peak of `grad_checkpoint` doubles.
+            evaluate(total, gradients)
+        return WholeGradients(number, batches, total, gradients, self._kernels)
 
     def _by_graph(self, batch: Batch, weights: np.ndarray) -> tuple[mx.array, Arrays]:
         """A micro-batch's share of the mean loss, and its gradients; lazy."""
@@ -138,10 +138,12 @@ class WholeGraph:
 class WholeGradients:
     """Loss and gradients of a step, all of them there; see `gradients.StepGradients`."""
 
-    def __init__(self, number: int, batches: Sequence[Batch], loss: float, gradients: Arrays, kernels: Kernels | None):
-        self.loss = loss
+    def __init__(self, number: int, batches: Sequence[Batch], loss: mx.array, gradients: Arrays, kernels: Kernels | None):
         self._number, self._batches, self._gradients = number, batches, gradients
-        self._norm = global_norm(gradients, kernels)
+        if kernels is None:
+            self.loss, self._norm = mx.stack([loss, norm_of(gradients)]).tolist()  # the one time in a step that a GPU is waited for
+        else:
+            self.loss, self._norm = loss.item(), global_norm(gradients, kernels)
 
     def norm(self) -> float:
         """Of all gradients."""

@@ -76,23 +76,27 @@ class Engine(Protocol):
 
 
 def add(sums: Arrays, gradients: Mapping[str, mx.array]) -> None:
-    """Adds gradients to those so far; lazy."""
+    """Adds gradients to those so far, in float32; lazy."""
     for name, gradient in gradients.items():
-        sums[name] = sums[name] + gradient if name in sums else gradient
+        sums[name] = sums[name].astype(mx.float32) + gradient.astype(mx.float32) if name in sums else gradient
 
 
 def global_norm(gradients: Mapping[str, mx.array], kernels: Kernels | None = None) -> float:
     """Square root of the sum of all squared elements, by kernels of our own or by MLX."""
-    arrays = [array.astype(mx.float32) for array in gradients.values()]
     if kernels is not None:
-        return math.sqrt(kernels.sum_of_squares(arrays))
-    parts = []
+        return math.sqrt(kernels.sum_of_squares([array.astype(mx.float32) for array in gradients.values()]))
+    return norm_of(gradients).item()
+
+
+def norm_of(gradients: Mapping[str, mx.array]) -> mx.array:
+    """`global_norm` by MLX; lazy, float32."""
+    arrays, parts = [array.astype(mx.float32) for array in gradients.values()], []
     for array, stream in zip(arrays, streams_for([array.size for array in arrays]), strict=True):
         with mx.stream(stream):
             # Row sums by a product with ones: MLX's own sum takes twice the time on the CPU.
             squares = mx.square(array).reshape(-1, array.shape[-1])
             parts.append((squares @ mx.ones((array.shape[-1], 1))).sum())
-    return mx.sqrt(sum(parts)).item()
+    return mx.sqrt(sum(parts))
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

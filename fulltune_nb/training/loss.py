@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.cpu import Kernels, exp_and_sum
+from fulltune_nb.cpu import Kernels, exp_and_sum, on_cpu
 from fulltune_nb.data.batches import collate, evaluation_batches, evaluation_shapes
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
@@ -27,6 +27,8 @@ from fulltune_nb.training.history import EvalReport
 
 CHUNK_ELEMENTS = 2**22
 """Logits of a chunk: 16 MiB in float32. About 20 such arrays exist at the peak, as MLX works on some operations ahead."""
+GPU_CHUNK_ELEMENTS = 2**26
+"""The same on a GPU, 256 MiB: each chunk reads the whole head and reads and writes its gradient, so few are best."""
 
 Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
 
@@ -88,7 +90,8 @@ def _loss_with_gradients(
         more = {"weight": unscaled.T @ (part * share)}
         if "bias" in head:
             more["bias"] = (unscaled.T @ share)[:, 0]
-        head_gradients = {name: head_gradients[name] + more[name] for name in more} if head_gradients else more
+        sums = {name: head_gradients[name].astype(mx.float32) + more[name].astype(mx.float32) for name in head_gradients}
+        head_gradients = sums or more
     return loss, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
 
 
@@ -139,8 +142,8 @@ def cap_slope(logits: mx.array, cap: float) -> mx.array:
 
 
 def chunk_size(width: int, elements: int | None = None) -> int:
-    """Positions of a chunk of `elements` logits (`CHUNK_ELEMENTS`), when each has `width` of them."""
-    return max(32, (elements or CHUNK_ELEMENTS) // width)
+    """Positions of a chunk of `elements` logits (`CHUNK_ELEMENTS` of the device), when each has `width` of them."""
+    return max(32, (elements or (CHUNK_ELEMENTS if on_cpu() else GPU_CHUNK_ELEMENTS)) // width)
 
 
 def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:

@@ -32,7 +32,7 @@ class UpdateObserver(Protocol):
         """The update is about to be made. Nothing of it may be held on to that has not been evaluated."""
 
     def after(self, name: str, first_row: int, new: mx.array) -> None:
-        """The same tensor or piece as it is now, evaluated."""
+        """The same tensor or piece as it is now; on a CPU evaluated."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Optimizers:
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def update(self, model: nn.Module, gradients: dict[str, Any], learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """One step for every parameter that has a gradient; model and state are evaluated when it returns.
+        """One step for every parameter that has a gradient; on a CPU model and state are evaluated when it returns, a GPU is at it then.
 
         Parameters and moments are updated in their own memory, unless something else still holds the old arrays.
 
@@ -137,7 +137,7 @@ class Optimizers:
         self.step, self._changed = self.step + 1, False
 
     def update_tensors(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None = None) -> None:
-        """Update some parameters now; they and their state are evaluated when it returns.
+        """Update some parameters now; they and their state are evaluated when it returns, as in `update`.
 
         What is computed on the way takes `update_bytes`, whatever the tensors' sizes: they are worked on in pieces.
 

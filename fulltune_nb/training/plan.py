@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb import html
-from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler
+from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler, on_cpu
 from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import Split
 from fulltune_nb.data.settings import DataSettings
@@ -99,7 +99,11 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
         )
     kernels = kernels_for(work.num_trained)
     operations = 6 * work.num_trained * total_steps * batches.tokens_per_step
-    compiles, note = _choose_compile(work, memory.backward, kernels is not None and operations >= COMPILING_PAYS_FROM)
+    if on_cpu():  # runs that began when grad_checkpoint could not be compiled go on as they began
+        pays = kernels is not None and operations >= COMPILING_PAYS_FROM and not (config.grad_checkpoint and memory.backward == "whole")
+    else:
+        pays = memory.backward == "whole"
+    compiles, note = _choose_compile(work, pays)
     if note:
         notes.append(("compile", note))
     notes += _without_effect(config, data, total_steps) + _beyond_positions(lm, data)
@@ -154,12 +158,10 @@ def step_batches(split: Split, config: TrainConfig) -> StepBatches:
     )
 
 
-def _choose_compile(work: Workload, backward: str, pays: bool) -> tuple[bool, str | None]:
+def _choose_compile(work: Workload, pays: bool) -> tuple[bool, str | None]:
     """Whether a run is compiled, and what the user should hear about it. Left open, it is where that `pays`."""
     config, reason = work.config, None
-    if config.grad_checkpoint and backward == "whole":
-        reason = "compiled, what grad_checkpoint computes again would be found to be there already, and kept"
-    elif work.model.num_experts:
+    if work.model.num_experts:
         reason = "how many tokens an expert gets is known only when the batch is there"
     elif lacks_compiler():
         reason = "MLX compiles with g++ here, and there is none. On Debian or Ubuntu: apt-get install g++"
@@ -167,7 +169,8 @@ def _choose_compile(work: Workload, backward: str, pays: bool) -> tuple[bool, st
         return reason is None, reason and f"compile=True has no effect: {reason}"
     if config.compile is False or reason or not pays:
         return False, None
-    return True, "a long run, so it is compiled: once a machine, the first steps take half a minute more (compile=False leaves that out)"
+    note = "a long run, so it is compiled: once a machine, the first steps take half a minute more (compile=False leaves that out)"
+    return True, note if on_cpu() else None
 
 
 # -- memory: which engine, does it fit, what to change --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers
 
-from fulltune_nb.cpu import AdamUpdate, Kernels, num_streams, on_cpu, sole, streams_for
+from fulltune_nb.cpu import AdamUpdate, Kernels, evaluate, num_streams, on_cpu, sole, streams_for
 from fulltune_nb.training.rounding import Rounding
 
 Shape = tuple[int, ...]
@@ -225,7 +225,7 @@ class Rule(ABC):
         return found
 
     def update(self, pieces: Sequence[Piece], before: Callable[[list[Piece]], None], after: Callable[[list[Piece]], None]) -> None:
-        """Update parameters and state; evaluated. `before` and `after` are told of the pieces that are updated together."""
+        """Update parameters and state, by `evaluate`. `before` and `after` are told of the pieces that are updated together."""
         for batch in batches(pieces):
             before(batch)
             self.update_batch(batch)
@@ -252,13 +252,13 @@ class Rule(ABC):
             else:
                 parts.append((piece, array, state))
         # The parameters first: Lion's new one reads the old moment, whose memory is free only after that.
-        mx.eval([tensor.array for tensor in whole], [new for _, new, _ in parts])
-        mx.eval([tensor.state for tensor in whole], [state for *_, state in parts])
+        evaluate([tensor.array for tensor in whole], [new for _, new, _ in parts])
+        evaluate([tensor.state for tensor in whole], [state for *_, state in parts])
         for piece, new, state in parts:
             tensor, rank = piece.tensor, piece.tensor.array.ndim
             tensor.holder[tensor.key] = put(tensor.array, rank, piece.rows, new)
             tensor.state.update({slot: put(tensor.state[slot], rank, piece.rows, part) for slot, part in state.items()})
-        mx.eval([(piece.tensor.array, piece.tensor.state) for piece, *_ in parts])
+        evaluate([(piece.tensor.array, piece.tensor.state) for piece, *_ in parts])
 
     def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
         """Bytes that an update of tensors in this dtype needs besides parameters, gradients and state, at most.

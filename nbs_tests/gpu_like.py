@@ -1,0 +1,22 @@
+"""Has the package choose as it does on a GPU, while MLX computes on the CPU of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import mlx.core as mx
+
+
+@contextmanager
+def gpu_like(memory: int = 2**35) -> Iterator[None]:
+    """Within the block MLX's default device seems to be the GPU of a Mac with so many bytes of memory."""
+    stream = mx.default_stream(mx.default_device())
+    info = {"device_name": "Apple M3 Max", "max_recommended_working_set_size": int(memory * 0.75), "memory_size": memory}
+    with (
+        mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)),
+        mock.patch.object(mx, "default_stream", lambda device=None: stream),
+        mock.patch.object(mx, "device_info", lambda device=None: info),
+    ):
+        yield

@@ -1,0 +1,150 @@
+"""A step on a GPU: the host waits once, for loss and norm. The package believes in a GPU here; MLX computes on the CPU."""
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import fulltune_nb as ft
+from fulltune_nb.errors import NonFiniteError
+from fulltune_nb.insight.updates import UpdateMeter
+from fulltune_nb.training.loss import chunk_size
+from nbs_tests.gpu_like import gpu_like
+from nbs_tests.training.test_families_run import FAMILIES
+
+OPTIMIZERS = ["adamw", "adam", "sgd", "lion", "muon", "adafactor", "adamw8bit"]
+
+
+def weights_of(trainer):
+    return {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(trainer.lm.model.parameters())}
+
+
+@pytest.fixture
+def on_gpu(make_trainer):
+    """`on_gpu(**settings)`: a trainer that computes as on a GPU, for as long as the test runs."""
+    with gpu_like():
+        yield make_trainer
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_host_waits_for_nothing_but_loss_and_norm(on_gpu, monkeypatch, optimizer, weights):
+    trainer = on_gpu(optimizer=optimizer, weights=weights, grad_accumulation_steps=2, max_grad_norm=1.0)
+    trainer.step()
+    waits, sent, wait, send = [], [], mx.eval, mx.async_eval
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(arrays), wait(*arrays)))
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (sent.append(arrays), send(*arrays)))
+    trainer.step()
+    assert not waits and sent
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*({"optimizer": optimizer} for optimizer in OPTIMIZERS), {"max_grad_norm": 0.1, "grad_accumulation_steps": 2}, {"packing": True}],
+    ids=str,
+)
+def test_in_float32_it_is_the_step_of_a_cpu(make_trainer, settings):
+    settings = {"iters": 20, "learning_rate": 1e-4, **settings}
+    expected = make_trainer(**settings)
+    expected.run()
+    with gpu_like():
+        trainer = make_trainer(**settings)
+        trainer.run()
+    for ours, reference in zip(trainer.history.steps, expected.history.steps, strict=True):
+        assert ours.loss == pytest.approx(reference.loss, rel=1e-6) and ours.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
+    reference = weights_of(expected)
+    for name, ours in weights_of(trainer).items():
+        assert np.linalg.norm(ours - reference[name]) <= 1e-5 * np.linalg.norm(reference[name]), name
+
+
+@pytest.mark.parametrize("backward", ["whole", "layerwise"])
+@pytest.mark.parametrize("family", ["llama", "mistral", *FAMILIES])
+def test_every_mechanism_computes_what_it_does_on_a_cpu(make_lm, make_data, family, backward):
+    def trained():
+        lm = make_lm(model_type=family, **FAMILIES.get(family, {"sliding_window": 6} if family == "mistral" else {}))
+        settings = {"backward": backward, "packing": True, "compile": False}  # compiled for a CPU, which is slow, they are the same
+        config = ft.TrainConfig(iters=3, batch_size=2, learning_rate=1e-4, max_grad_norm=1.0, **settings)
+        trainer = ft.Trainer(lm, make_data(config=config), config)
+        trainer.run()
+        trace = ft.trace(lm, "a few words of a text")
+        return trainer, [step.grad_norm for step in trainer.history.steps], trace.attention(1, 0), lm.generate("the quick", max_tokens=12)
+
+    expected = trained()
+    with gpu_like():
+        found = trained()
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    assert np.allclose(found[2], expected[2], atol=1e-5) and found[3] == expected[3]
+    reference = weights_of(expected[0])
+    for name, ours in weights_of(found[0]).items():
+        assert np.linalg.norm(ours - reference[name]) <= 1e-5 * np.linalg.norm(reference[name]) + 1e-7, name
+
+
+def test_without_a_window_and_packing_attention_needs_no_array(make_lm):
+    decoder = make_lm().model
+    segments = mx.array([[0, 0, 1]])
+    with gpu_like():
+        assert [mask for _, mask in decoder.context(3)] == ["causal"] * 2
+        assert all(mask.shape == (1, 1, 3, 3) for _, mask in decoder.context(3, segments=segments))
+    assert all(mask.shape == (3, 3) for _, mask in decoder.context(3))
+
+
+def test_chunks_of_logits_are_few():
+    with gpu_like():
+        assert chunk_size(128_256) == 523
+    assert chunk_size(128_256) == 32
+
+
+def test_micro_batches_of_bfloat16_are_added_in_float32(on_gpu):
+    trainer = on_gpu(weights="bfloat16", grad_accumulation_steps=2, rows=16)
+    (piece,) = trainer.engine.gradients(1, trainer.batches.of_step(0)).pieces()
+    assert {array.dtype for array in piece.gradients.values()} == {mx.float32}
+    whole = trainer.engine.gradients(1, trainer.batches.of_step(0)[:1])
+    (piece,) = whole.pieces()
+    assert mx.bfloat16 in {array.dtype for array in piece.gradients.values()}  # one needs no sum
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_loss_that_is_no_number_leaves_everything_as_it_was(on_gpu, weights):
+    trainer = on_gpu(weights=weights)
+    trainer.step()
+    trainer.lm.model.norm.weight = trainer.lm.model.norm.weight * np.nan
+    before, state = weights_of(trainer), {name: np.array(a) for name, a in trainer.optimizers.state_arrays().items()}
+    with pytest.raises(NonFiniteError, match="nothing was updated"):
+        trainer.step()
+    assert all(np.array_equal(array, before[name], equal_nan=True) for name, array in weights_of(trainer).items())
+    assert all(np.array_equal(array, state[name]) for name, array in trainer.optimizers.state_arrays().items())
+    assert trainer.step_count == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_run_taken_up_again_goes_on_to_the_same_bits(on_gpu, make_data, tmp_path, optimizer):
+    settings = {"optimizer": optimizer, "weights": "bfloat16", "save_every": 3}
+    straight, stopped = on_gpu(**settings), on_gpu(run_dir=tmp_path / "run", **settings)
+    straight.run()
+    stopped.run(5)
+    resumed = ft.Trainer.resume(tmp_path / "run", data=make_data(10, config=stopped.config))
+    assert resumed.step_count == 3
+    resumed.run()
+    assert [r.loss for r in resumed.history.steps] == [r.loss for r in straight.history.steps]
+    ours, theirs = weights_of(resumed), weights_of(straight)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_updates_are_measured(on_gpu):
+    trainer = on_gpu()
+    stats = UpdateMeter(every=1)
+    trainer.run(2, callbacks=[stats])
+    assert stats.steps == [1, 2]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="under this emulation MLX compiles for the CPU, with g++")
+def test_every_run_over_the_whole_graph_is_compiled(on_gpu, monkeypatch):
+    compiled, compile_ = [], mx.compile
+    monkeypatch.setattr(mx, "compile", lambda *args, **settings: (compiled.append(args), compile_(*args, **settings))[1])
+    on_gpu(iters=2)
+    assert compiled
+    compiled.clear()
+    on_gpu(iters=2, compile=False)
+    assert not compiled
