@@ -9,7 +9,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from fulltune_nb.cpu import Kernels, streams_for
+from fulltune_nb.cpu import Kernels, on_cpu, streams_for
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.parameters import Arrays
@@ -76,9 +76,14 @@ class Engine(Protocol):
 
 
 def add(sums: Arrays, gradients: Mapping[str, mx.array]) -> None:
-    """Adds gradients to those so far, in float32; lazy."""
+    """Adds gradients to those so far; lazy. A GPU's, which are in the weights' dtype, are added in float32."""
     for name, gradient in gradients.items():
-        sums[name] = sums[name].astype(mx.float32) + gradient.astype(mx.float32) if name in sums else gradient
+        if name not in sums:
+            sums[name] = gradient
+        elif on_cpu():  # nearly all are float32 there, and runs that began with the few others as they are go on to the same bits
+            sums[name] = sums[name] + gradient
+        else:
+            sums[name] = sums[name].astype(mx.float32) + gradient.astype(mx.float32)
 
 
 def global_norm(gradients: Mapping[str, mx.array], kernels: Kernels | None = None) -> float:
