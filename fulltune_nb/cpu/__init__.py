@@ -13,7 +13,7 @@ from fulltune_nb.cpu.blas import BlasInfo, BlasWarning, ensure_fast_blas
 
 if TYPE_CHECKING:
     from fulltune_nb.cpu.allocator import cache_limit, cap_cache
-    from fulltune_nb.cpu.fast_math import exp_and_sum, fast_exp, on_cpu, softmax_statistics
+    from fulltune_nb.cpu.fast_math import evaluate, exp_and_sum, fast_exp, on_cpu, softmax_statistics
     from fulltune_nb.cpu.kernels import (
         AdamUpdate,
         Kernels,
@@ -32,7 +32,7 @@ __all__ = [
     "softmax_statistics", "sole", "streams_for",
 ]  # fmt: skip
 
-_ALLOCATOR, _FAST_MATH = ("cache_limit", "cap_cache"), ("exp_and_sum", "fast_exp", "on_cpu", "softmax_statistics")
+_ALLOCATOR, _FAST_MATH = ("cache_limit", "cap_cache"), ("evaluate", "exp_and_sum", "fast_exp", "on_cpu", "softmax_statistics")
 
 
 def __getattr__(name: str) -> Any:

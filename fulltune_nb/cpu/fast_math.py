@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,6 +50,11 @@ def applies(*arrays: mx.array) -> bool:
 def on_cpu() -> bool:
     """Whether MLX's default device is the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+def evaluate(*arrays: Any) -> None:
+    """Has arrays, or trees of them, computed: on a CPU now, elsewhere while the host goes on. Who reads one waits for it."""
+    (mx.eval if on_cpu() else mx.async_eval)(*arrays)
 
 
 def _exp(x: mx.array) -> mx.array:

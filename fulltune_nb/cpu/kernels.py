@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -59,11 +59,6 @@ def streams_for(sizes: Sequence[int]) -> list[mx.Stream]:
         _of_thread.more = [mx.new_stream(mx.cpu) for _ in range(worker_cores() - 1)]
     streams = [default, *_of_thread.more]
     return [streams[worker] for worker in _deal(sizes, len(streams))]
-
-
-def evaluate(*arrays: Any) -> None:
-    """Has arrays, or trees of them, computed: on a CPU now, elsewhere while the host goes on. Who reads one waits for it."""
-    (mx.eval if on_cpu() else mx.async_eval)(*arrays)
 
 
 def num_streams() -> int:

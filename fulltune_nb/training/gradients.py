@@ -77,10 +77,11 @@ class Engine(Protocol):
 
 def add(sums: Arrays, gradients: Mapping[str, mx.array]) -> None:
     """Adds gradients to those so far; lazy. A GPU's, which are in the weights' dtype, are added in float32."""
+    as_they_are = on_cpu()  # nearly all are float32 there, and runs that began with the few others go on to the same bits
     for name, gradient in gradients.items():
         if name not in sums:
             sums[name] = gradient
-        elif on_cpu():  # nearly all are float32 there, and runs that began with the few others as they are go on to the same bits
+        elif as_they_are:
             sums[name] = sums[name] + gradient
         else:
             sums[name] = sums[name].astype(mx.float32) + gradient.astype(mx.float32)
