@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,6 +80,8 @@ def system_info(measure: bool = False) -> SystemInfo:
     import mlx.core as mx
     import psutil
 
+    from fulltune_nb.cpu import available_cores, compiler
+
     versions = package_versions(("fulltune_nb", "transformers"))
     return SystemInfo(
         version=versions["fulltune_nb"],
@@ -89,10 +90,10 @@ def system_info(measure: bool = False) -> SystemInfo:
         transformers=versions["transformers"],
         platform=f"{platform.system()} {platform.machine()}",
         device=_device(),
-        cores=_cores(),
+        cores=available_cores(),
         memory_total=psutil.virtual_memory().total,
         blas=ensure_fast_blas(),
-        compiler=shutil.which("g++"),
+        compiler=compiler(),
         arithmetic=arithmetic(),
         matmul_gflops=matmul_gflops() if measure else None,
     )
@@ -105,23 +106,19 @@ def _device() -> str:
     return f"{device.type.name} {mx.device_info(device).get('device_name', '')}".strip()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def arithmetic() -> dict[str, str]:
     """What the last digits of a run's numbers depend on besides versions, by name.
 
     The device; of a GPU, whether float32 products are made in TF32 (MLX's default on CUDA and on Apple's M5: 10 bits of each factor
     count, not 23); of a CPU, the BLAS with its threads, and whose kernels compute.
     """
-    from fulltune_nb.cpu import may_use_kernels, on_cpu
+    from fulltune_nb.cpu import available_cores, may_use_kernels, on_cpu
 
     found = {"device": _device()}
     if not on_cpu():
         exact = os.environ.get("MLX_ENABLE_TF32", "1").strip() == "0"
         return found | {"float32 products": "float32" if exact else "TF32 where the device has it (MLX_ENABLE_TF32=0: float32)"}
-    threads = next((count for name in _THREADS if (count := os.environ.get(name))), _cores())
+    threads = next((count for name in _THREADS if (count := os.environ.get(name))), available_cores())
     return found | {"BLAS": f"{ensure_fast_blas().name}, threads: {threads}", "kernels": "fulltune_nb's" if may_use_kernels() else "MLX's"}
 
 

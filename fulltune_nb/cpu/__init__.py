@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fulltune_nb.cpu.kernels import (
         AdamUpdate,
         Kernels,
+        available_cores,
         compiler,
         kernels_for,
         lacks_compiler,
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "AdamUpdate", "BlasInfo", "BlasWarning", "Kernels", "cache_limit", "cap_cache", "compiler", "ensure_fast_blas", "evaluate",
-    "exp_and_sum", "fast_exp", "kernels_for", "lacks_compiler", "may_use_kernels", "num_streams", "on_cpu",
+    "AdamUpdate", "BlasInfo", "BlasWarning", "Kernels", "available_cores", "cache_limit", "cap_cache", "compiler", "ensure_fast_blas",
+    "evaluate", "exp_and_sum", "fast_exp", "kernels_for", "lacks_compiler", "may_use_kernels", "num_streams", "on_cpu",
     "softmax_statistics", "sole", "streams_for",
 ]  # fmt: skip
 

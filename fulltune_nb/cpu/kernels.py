@@ -68,8 +68,12 @@ def num_streams() -> int:
 
 def worker_cores() -> int:
     """How many cores element-wise work is dealt out to."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, MOST_CORES)
+    return min(available_cores(), MOST_CORES)
+
+
+def available_cores() -> int:
+    """Logical processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _deal(sizes: Sequence[int], workers: int) -> list[int]:

@@ -158,6 +158,7 @@ def runs(example: Example) -> list[tuple[np.ndarray, bool]]:
 
 
 def decode(tokenizer, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of token ids, special tokens and spaces as they are."""
     return tokenizer.decode(list(map(int, ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 

@@ -67,6 +67,11 @@ def is_there(source: str) -> bool:
 
 
 def stored(source: str) -> dict[str, Any]:
+    """The places that `DataSet.source` names, by split or with weights.
+
+    Raises:
+        DataError: it is no object of JSON.
+    """
     try:
         return json.loads(source)
     except ValueError as error:

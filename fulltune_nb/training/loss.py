@@ -23,6 +23,7 @@ from fulltune_nb.data.split import check_ids
 from fulltune_nb.errors import DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.layers import soft_cap
+from fulltune_nb.training.gradients import add
 from fulltune_nb.training.history import EvalReport
 
 CHUNK_ELEMENTS = 2**22
@@ -90,8 +91,7 @@ def _loss_with_gradients(
         more = {"weight": unscaled.T @ (part * share)}
         if "bias" in head:
             more["bias"] = (unscaled.T @ share)[:, 0]
-        sums = {name: head_gradients[name].astype(mx.float32) + more[name].astype(mx.float32) for name in head_gradients}
-        head_gradients = sums or more
+        add(head_gradients, more)
     return loss, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
 
 
