@@ -14,13 +14,13 @@ Arithmetic is float32; only what is kept is rounded, to the nearest code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 
-from fulltune_nb.training.rules import Rule, Scalars, Shape, Slot, State
+from fulltune_nb.training.rules import Rule, Scalars, Shape, Slot, State, at_a_time
 
 _compiled = partial(mx.compile, shapeless=True)
 
@@ -64,6 +64,13 @@ class EightBit(Rule):
         for name in names:
             new[name], new[f"{name}_scale"] = _CODES[name].encode(decoded[name], state[f"{name}_scale"].shape)
         return p, new
+
+    def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
+        sizes = [math.prod(shape) for shape in shapes]
+        scales = [sum(slot.nbytes for name, slot in self.slots(shape).items() if name.endswith("_scale")) for shape in shapes]
+        most = max(kept / size for kept, size in zip(scales, sizes, strict=True))  # bytes of scales for an element
+        # A block's old scale, its new one and the inverse of that, with one more on the way.
+        return super().update_bytes(shapes, dtype, weight_decay) + int(4 * most * at_a_time(sizes))
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,11 @@ def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
+def at_a_time(sizes: Sequence[int]) -> int:
+    """Elements, at most, that are updated together of tensors of these sizes which are worked on in pieces."""
+    return min(sum(sizes), piece_size() * num_streams())
+
+
 class Rule(ABC):
     """An optimizer's rule. It holds no state: what belongs to a step is in the scalars, what outlives it in the tensors."""
 
@@ -269,10 +274,9 @@ class Rule(ABC):
         if dtypes == {mx.float32} and self.in_place(self.begin(1, 0.0, weight_decay, 1.0)):
             return 0
         piece, streams, sizes = piece_size(), num_streams(), [math.prod(shape) for shape in shapes]
-        together = min(sum(sizes), piece * streams)
         pieces = (min(piece, size - begin) for size in sizes for begin in range(0, size, piece)[:streams])
         in_work = sum(sorted(pieces, reverse=True)[:streams])
-        return 2 * together + self.temporary_bytes[dtype != mx.float32] * min(in_work, together)
+        return 2 * at_a_time(sizes) + self.temporary_bytes[dtype != mx.float32] * in_work
 
     def result(self, piece: Piece) -> tuple[mx.array, State]:
         """A piece (float32, not rounded) and its state after the step; lazy, nothing is changed."""
