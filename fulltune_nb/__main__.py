@@ -12,6 +12,7 @@ Full fine-tuning of language models with MLX. The commands, each with --help:
   python -m fulltune_nb.generate    answers a prompt
   python -m fulltune_nb.convert     a model file from .npz to .safetensors, or back
   python -m fulltune_nb.sweep       runs a notebook with many parameters
+  python -m fulltune_nb.doctor      says what this machine is, and what is missing
 """
 
 

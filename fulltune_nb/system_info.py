@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -12,6 +13,7 @@ from fulltune_nb.cpu import BlasInfo, ensure_fast_blas
 from fulltune_nb.html import facts, human_bytes
 
 MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied
+_TRIED_SIZE = 512  # large enough for the units that compute in TF32
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -46,7 +48,8 @@ class SystemInfo:
     arithmetic: dict[str, str]
     matmul_gflops: float | None = None
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def facts(self, limit: int | None = None) -> list[tuple[str, str]]:
+        """Names and values to be shown; `limit`: bytes of the memory that training may take, where that is to be told."""
         blas = f"{self.blas.name} ({self.blas.how})"
         speed = "not measured" if self.matmul_gflops is None else f"{self.matmul_gflops:,.0f} GFLOP/s"
         return [
@@ -56,19 +59,19 @@ class SystemInfo:
             ("transformers", self.transformers),
             ("platform", self.platform),
             ("device", self.device),
-            *((name, value) for name, value in self.arithmetic.items() if name == "float32 products"),
+            *((name, _with_what_to_do(value)) for name, value in self.arithmetic.items() if name == "float32 products"),
             ("cores", str(self.cores)),
-            ("memory", human_bytes(self.memory_total)),
+            ("memory", human_bytes(self.memory_total) + ("" if limit is None else f", of which training may take {human_bytes(limit)}")),
             ("BLAS", blas),
             ("C++ compiler", self.compiler or "none"),
             ("float32 matmul", speed),
         ]
 
     def __repr__(self) -> str:
-        return f"SystemInfo({', '.join(f'{name}: {value}' for name, value in self._facts())})"
+        return f"SystemInfo({', '.join(f'{name}: {value}' for name, value in self.facts())})"
 
     def _repr_html_(self) -> str:
-        return facts("System", self._facts())
+        return facts("System", self.facts())
 
 
 def system_info(measure: bool = False) -> SystemInfo:
@@ -109,17 +112,33 @@ def _device() -> str:
 def arithmetic() -> dict[str, str]:
     """What the last digits of a run's numbers depend on besides versions, by name.
 
-    The device; of a GPU, whether float32 products are made in TF32 (MLX's default on CUDA and on Apple's M5: 10 bits of each factor
-    count, not 23); of a CPU, the BLAS with its threads, and whose kernels compute.
+    The device; of a GPU, how float32 products are made; of a CPU, the BLAS with its threads, and whose kernels compute.
     """
     from fulltune_nb.cpu import available_cores, may_use_kernels, on_cpu
 
     found = {"device": _device()}
     if not on_cpu():
-        exact = os.environ.get("MLX_ENABLE_TF32", "1").strip() == "0"
-        return found | {"float32 products": "float32" if exact else "TF32 where the device has it (MLX_ENABLE_TF32=0: float32)"}
+        return found | {"float32 products": "float32" if keeps_float32(found["device"]) else "TF32"}
     threads = next((count for name in _THREADS if (count := os.environ.get(name))), available_cores())
     return found | {"BLAS": f"{ensure_fast_blas().name}, threads: {threads}", "kernels": "fulltune_nb's" if may_use_kernels() else "MLX's"}
+
+
+@functools.cache
+def keeps_float32(device: str) -> bool:
+    """Whether products of float32 matrices count all 24 bits of a factor on MLX's default device, which is called so; tried once.
+
+    TF32, MLX's default on NVIDIA's GPUs since Ampere and on Apple's since the M5 (macOS 26.2), counts 11 and is some 1,000 times less
+    exact. MLX reads MLX_ENABLE_TF32 at its first product; what is set later has no effect, so it is tried, not read.
+    """
+    import mlx.core as mx
+
+    factor = 1 + 2**-12  # 1 in TF32
+    product = mx.full((_TRIED_SIZE, _TRIED_SIZE), factor) @ mx.eye(_TRIED_SIZE)
+    return product.max().item() == factor
+
+
+def _with_what_to_do(products: str) -> str:
+    return "TF32: some 1,000 times less exact. MLX_ENABLE_TF32=0, set before Python begins, is float32" if products == "TF32" else products
 
 
 def matmul_gflops(size: int = MEASURED_SIZE, seconds: float = 0.5) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import mlx.core as mx
 
 from fulltune_nb.cpu import ensure_fast_blas
-from fulltune_nb.system_info import arithmetic, system_info
+from fulltune_nb.doctor import main
+from fulltune_nb.system_info import arithmetic, keeps_float32, system_info
+from nbs_tests.gpu_like import gpu_like
 
 
 def test_it_names_versions_device_memory_and_blas():
@@ -32,11 +35,20 @@ def test_what_the_last_digits_depend_on_is_named(monkeypatch):
 
 
 def test_a_gpu_names_how_float32_products_are_made(monkeypatch):
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": "Apple M5"})
-    assert arithmetic()["device"] == "gpu Apple M5" and "TF32" in repr(system_info()) and "BLAS" not in arithmetic()
-    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
-    assert arithmetic()["float32 products"] == "float32"
+    with gpu_like():
+        assert arithmetic() == {"device": "gpu Apple M3 Max", "float32 products": "float32"}  # what the CPU below makes of them
+        monkeypatch.setattr(mx, "full", lambda shape, value: mx.ones(shape))  # what TF32 makes of such a factor
+        keeps_float32.cache_clear()
+        assert arithmetic()["float32 products"] == "TF32" and "MLX_ENABLE_TF32=0" in repr(system_info())
+    keeps_float32.cache_clear()
+
+
+def test_the_command_shows_it_and_the_memory_that_training_may_take(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown for name, _ in system_info().facts()) and "training may take" in shown
+    assert main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["arithmetic"] == arithmetic()
 
 
 def test_speed_is_measured_when_asked_for():

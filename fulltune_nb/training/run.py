@@ -43,10 +43,10 @@ from fulltune_nb.training.state import (
     evaluated_since,
     list_checkpoints,
     newest_whole,
+    other_arithmetic,
     read_optimizer,
     set_aside,
     step_of,
-    versions,
     write_checkpoint,
 )
 
@@ -313,11 +313,7 @@ class StoredRun:
             raise
         self._state["history"] += evaluated_since(self._state, read_metrics(self.directory.path)[0])
         self.notes, self._has_weights, self._other_template = list(self.directory.notes), True, False
-        then, now = self._state["versions"], versions()
-        changed = [f"{name} was {str(then[name])[:40]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
-        if changed:
-            what = "not the same versions or arithmetic as when the run was saved, so its numbers may differ in the last digits"
-            self.notes.append(f"{what}: {'; '.join(changed)}")
+        self.notes += other_arithmetic(self._state["versions"])
 
     def __enter__(self) -> StoredRun:
         return self

@@ -43,6 +43,14 @@ def versions() -> dict[str, str]:
     return machine | package_versions(("fulltune_nb", "mlx", "numpy", "transformers", "tokenizers")) | arithmetic()
 
 
+def other_arithmetic(then: Mapping[str, Any]) -> list[str]:
+    """A note where versions or arithmetic are not those of a state, its `versions`; else nothing."""
+    now = versions()
+    changed = [f"{name} was {str(then[name])[:100]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
+    what = "not the same versions or arithmetic as when this was saved, so its numbers may differ in the last digits"
+    return [f"{what}: {'; '.join(changed)}"] if changed else []
+
+
 def random_state() -> list[int]:
     """MLX's random state of this thread, as two whole numbers."""
     return np.array(mx.random.state[0]).tolist()

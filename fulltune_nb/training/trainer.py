@@ -43,6 +43,7 @@ from fulltune_nb.training.state import (
     TrainerState,
     copied,
     copy_of,
+    other_arithmetic,
     random_state,
     read_checkpoint,
     set_random_state,
@@ -646,7 +647,8 @@ class Trainer:
         if not isinstance(snapshot, Snapshot):
             snapshot = Snapshot(-1, Path(snapshot).expanduser(), 0)
         state = snapshot.state.copied() if snapshot.path is None else read_checkpoint(snapshot.path, self.lm)
-        notes, here = check_same_data(self.data, state.origin["data"], force), self.step_count
+        notes = [*check_same_data(self.data, state.origin["data"], force), *other_arithmetic(state.origin["versions"])]
+        here = self.step_count
         self._put_state(state)
         self.event("restore", "; ".join([f"went back from step {here} to step {self.step_count}", *notes]))
 

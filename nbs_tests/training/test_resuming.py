@@ -13,6 +13,7 @@ from fulltune_nb.errors import CheckpointError, ConfigError, DataError
 from fulltune_nb.models.folder import hf_tensors
 from fulltune_nb.training.config import OPTIMIZERS
 from fulltune_nb.training.state import read_optimizer, read_state
+from nbs_tests.gpu_like import gpu_like
 from nbs_tests.training.conftest import make_rows
 
 STEPS = 30
@@ -172,6 +173,38 @@ def test_other_versions_are_told(run, make_data):
     rewrite_state(checkpoint, lambda state: state["versions"].update(mlx="0.1.0"))
     resumed = ft.Trainer.resume(run, data=make_data(10, **MASKED))
     assert any("mlx was 0.1.0" in event.message for event in resumed.history.events)
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({"device": "gpu Apple M3 Max", "float32 products": "TF32"}, "device was gpu Apple M3 Max, is cpu"),
+        ({"BLAS": "MKL 2026.0, threads: 64"}, "BLAS was MKL 2026.0, threads: 64, is "),
+        ({"kernels": "somebody's"}, "kernels was somebody's, is "),
+    ],
+    ids=["another device", "another BLAS", "other kernels"],
+)
+def test_other_arithmetic_is_told_by_a_resume_and_by_a_restore(run, make_data, make_trainer, capsys, there, told):
+    checkpoint = run / "checkpoints" / "step-000003"
+    rewrite_state(checkpoint, lambda state: state["versions"].update(there))
+    restored = make_trainer()
+    restored.restore(checkpoint)
+    resumed = ft.Trainer.resume(run, data=make_data(10, **MASKED))
+    assert all(sum(told in event.message for event in trainer.history.events) == 1 for trainer in (restored, resumed))
+    resumed.run(1)
+    assert told in capsys.readouterr().out  # where no notebook is, a line on the screen
+
+
+def test_a_resume_with_other_threads_or_on_another_device_is_told_and_on_the_same_nothing_is(run, make_data, monkeypatch):
+    def told():
+        resumed = ft.Trainer.resume(run, data=make_data(10, **MASKED))
+        return [event.message for event in resumed.history.events if "arithmetic" in event.message]
+
+    assert not told()
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "13")
+    assert "threads: 13" in told()[0]
+    with gpu_like():
+        assert "is gpu Apple M3 Max" in told()[0]
 
 
 def rewrite_state(checkpoint, change):
