@@ -10,13 +10,17 @@ import mlx.core as mx
 
 
 @contextmanager
-def gpu_like(memory: int = 2**35) -> Iterator[None]:
-    """Within the block MLX's default device seems to be the GPU of a Mac with so many bytes of memory."""
+def gpu_like(memory: int = 2**35, cuda: bool = False) -> Iterator[None]:
+    """Within the block MLX's default device seems to be the GPU of a Mac, or NVIDIA's, with so many bytes of memory."""
     stream = mx.default_stream(mx.default_device())
     info = {"device_name": "Apple M3 Max", "max_recommended_working_set_size": int(memory * 0.75), "memory_size": memory}
+    if cuda:
+        info = {"device_name": "NVIDIA H200", "total_memory": memory}
     with (
         mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)),
         mock.patch.object(mx, "default_stream", lambda device=None: stream),
         mock.patch.object(mx, "device_info", lambda device=None: info),
+        mock.patch.object(mx.metal, "is_available", lambda: not cuda),
+        mock.patch.object(mx.cuda, "is_available", lambda: cuda),
     ):
         yield

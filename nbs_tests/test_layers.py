@@ -16,7 +16,7 @@ ROOT = Path(fulltune_nb.__file__).parent
 # From left to right. A module may import what stands left of it, and its own group. A new one needs a place here.
 LAYERS = [
     ["errors", "html", "frames", "svg"],
-    ["files", "cpu", "chat_template", "settings", "system_info", "tensor_files", "tokenizer"],
+    ["files", "cpu", "device", "chat_template", "settings", "system_info", "tensor_files", "tokenizer"],
     ["models"],
     ["data"],
     ["training"],
