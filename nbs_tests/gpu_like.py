@@ -9,6 +9,11 @@ from unittest import mock
 import mlx.core as mx
 
 
+def _gather_mm(a: mx.array, b: mx.array, *, of_float32=mx.gather_mm, **settings: object) -> mx.array:
+    """As on a GPU, which sums in float32 whatever the dtype is; MLX's for a CPU takes nothing else."""
+    return of_float32(a.astype(mx.float32), b.astype(mx.float32), **settings).astype(mx.result_type(a, b))
+
+
 @contextmanager
 def gpu_like(memory: int = 2**35, cuda: bool = False) -> Iterator[None]:
     """Within the block MLX's default device seems to be the GPU of a Mac, or NVIDIA's, with so many bytes of memory."""
@@ -19,6 +24,7 @@ def gpu_like(memory: int = 2**35, cuda: bool = False) -> Iterator[None]:
     with (
         mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)),
         mock.patch.object(mx, "default_stream", lambda device=None: stream),
+        mock.patch.object(mx, "gather_mm", _gather_mm),
         mock.patch.object(mx, "device_info", lambda device=None: info),
         mock.patch.object(mx.metal, "is_available", lambda: not cuda),
         mock.patch.object(mx.cuda, "is_available", lambda: cuda),

@@ -11,15 +11,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from fulltune_nb.cpu import on_cpu
+from fulltune_nb.models.experts import MixtureOfExperts, RouterBalance
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.layers import (
     MLP,
     Attention,
     Linear,
     Mask,
-    MixtureOfExperts,
     Norm,
-    RouterBalance,
     causal_mask,
     soft_cap,
     within_segments,
@@ -257,7 +257,7 @@ def _checkpointed(
         with swapped_in(block, dict(zip(own, values, strict=True))):
             return block(x, rotation, mask, balance=balance)
 
-    if "experts" in block.mlp:  # they read the routing while they are computed, and would have all gradients so far computed there
+    if "experts" in block.mlp and on_cpu():  # they read the routing while they are computed: all gradients so far would be computed there
         return mx.checkpoint(forward)(x, *own.values())
     checkpointed = mx.custom_function(forward)
 

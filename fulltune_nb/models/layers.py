@@ -1,4 +1,4 @@
-"""What blocks are made of: linear maps, norms, the feed-forward part, attention, and a mixture of experts.
+"""What blocks are made of: linear maps, norms, the feed-forward part, and attention; a mixture of experts is in `experts`.
 
 Dimension letters: B rows, T tokens, S keys (cached and new), D hidden_size, H heads, C head_dim.
 """
@@ -6,17 +6,16 @@ Dimension letters: B rows, T tokens, S keys (cached and new), D hidden_size, H h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from fulltune_nb.cpu import fast_math as cpu_math
 from fulltune_nb.models.activations import ACTIVATIONS, CLAMPED_GATES, GATED_ACTIVATIONS, XIELU, XIelu
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.model_config import ModelConfig
-from fulltune_nb.models.parameters import Buffers
 from fulltune_nb.models.rope import Rotation, rotate
 
 
@@ -98,12 +97,19 @@ class MLP(nn.Module):
             self.act_fn = XIelu()
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.through(lambda names, x: [self[name](x) for name in names], x)
+
+    def through(self, project: Callable[[Sequence[str], mx.array], list[mx.array]], x: mx.array) -> mx.array:
+        """The output for x (..., D), with `project` for the linear maps: names of some that read one array, and that array."""
         if "gate_up_proj" in self:
-            return self.down_proj(self._gated(*mx.split(self.gate_up_proj(x), 2, axis=-1)))
-        if "gate_proj" in self:
-            return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))
-        activation = self.act_fn if "act_fn" in self else ACTIVATIONS[self._activation]
-        return self.down_proj(activation(self.up_proj(x)))
+            (both,) = project(["gate_up_proj"], x)
+            (output,) = project(["down_proj"], self._gated(*mx.split(both, 2, axis=-1)))
+        elif "gate_proj" in self:
+            (output,) = project(["down_proj"], self._gated(*project(["gate_proj", "up_proj"], x)))
+        else:
+            activation = self.act_fn if "act_fn" in self else ACTIVATIONS[self._activation]
+            (output,) = project(["down_proj"], activation(*project(["up_proj"], x)))
+        return output
 
     def _gated(self, gate: mx.array, up: mx.array) -> mx.array:
         if self._activation in CLAMPED_GATES:
@@ -276,166 +282,3 @@ def within_segments(mask: Mask, segments: mx.array | None) -> Mask:
         return mask
     length = segments.shape[1]
     return (segments[:, None, :, None] == segments[:, None, None, :]) & _as_array(mask, length, length)
-
-
-# ---- experts
-
-
-NO_SHARE = 1e-20
-"""Added to the sum of shares that they are divided by, as DeepSeek-V3 does: sigmoids of them all may be 0."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which experts each of M tokens goes to."""
-
-    chosen: mx.array
-    """(M, chosen) indices of experts."""
-    rows: tuple[mx.array, ...]
-    """For each expert, the tokens it gets."""
-    places: mx.array
-    """(M * chosen,): where the output for each token's choice stands, when the experts' outputs follow one another."""
-
-
-class RouterBalance:
-    """The balance loss of one micro-batch (Fedus et al. 2022; transformers' `load_balancing_loss_func`), as far as gradients need it.
-
-    Of E experts, f_e is the share of tokens that go to expert e, and P_e the mean of its softmax share, both over all layers; the loss is
-    E sum_e f_e P_e. Where a token goes has no gradient, so the loss is linear in the shares: its gradient is known when the forward pass
-    has been through all layers, and is added where the backward pass comes by the scores.
-
-    Args:
-        coefficient: what the loss is multiplied by.
-        real: (M,) bool, which tokens are no padding.
-    """
-
-    def __init__(self, coefficient: float, real: np.ndarray):
-        self._coefficient, self._real = coefficient, real
-        self._counts: dict[int, np.ndarray] = {}  # id of a layer's mixture -> (E,) real tokens that each expert got
-
-    def note(self, moe: MixtureOfExperts, chosen: np.ndarray) -> None:
-        """Counts a layer's choices (M, chosen); again the same where the layer is computed again."""
-        self._counts[id(moe)] = np.bincount(chosen[self._real].reshape(-1), minlength=len(moe.experts))
-
-    def through(self, scores: mx.array) -> mx.array:
-        """A layer's scores (M, E), which get the balance loss's gradient besides their own."""
-
-        @mx.custom_function
-        def same(scores: mx.array) -> mx.array:
-            return scores * 1.0
-
-        @same.vjp
-        def with_balance(scores: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
-            shares, slope = mx.softmax(scores, axis=-1), self._slope() * mx.array(self._real)[:, None]
-            return cotangent + shares * (slope - (shares * slope).sum(axis=-1, keepdims=True))
-
-        return same(scores)
-
-    def _slope(self) -> mx.array:
-        """Of the loss by a share of a real token: (E,)."""
-        counts = sum(self._counts.values())
-        rows = len(self._counts) * max(int(self._real.sum()), 1)
-        return mx.array((self._coefficient * len(counts) / rows**2) * counts, dtype=mx.float32)
-
-
-class Correction(Buffers):
-    """What is added to the experts' shares where they are chosen, so that all get work without a loss for it (Wang et al. 2024).
-
-    Whoever trained the model moved it by counts of tokens, not by gradients: here it stays as it is.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.e_score_correction_bias = mx.zeros((config.num_experts,) if config.correction == 1 else (1, config.num_experts))
-        self.freeze()
-
-    def __call__(self, shares: mx.array) -> mx.array:
-        return shares + self.e_score_correction_bias.astype(mx.float32)  # (M, E) + (E,) or (1, E)
-
-
-class MixtureOfExperts(nn.Module):
-    """Each token goes to its best few experts (Jiang et al. 2024); only these are computed. A shared one sees every token."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self._config, self._num_chosen = config, config.num_experts_per_token
-        self.router = Linear(config.hidden_size, config.num_experts, bias="router" in config.biases)
-        self.experts = [MLP(config, config.expert_size, config.expert_biases) for _ in range(config.num_experts)]
-        if config.shared_expert_size:
-            self.shared_expert = MLP(config, config.shared_expert_size)
-        if config.shared_expert_gate:
-            self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
-        if config.correction:
-            self.correction = Correction(config)
-
-    def __call__(self, x: mx.array, balance: RouterBalance | None = None) -> mx.array:
-        tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
-        routing = self.route(tokens, balance)
-        outputs = [expert(tokens[rows]) for expert, rows in zip(self.experts, routing.rows, strict=True) if rows.size]
-        return self.combine(tokens, mx.concatenate(outputs), routing, balance).reshape(x.shape)
-
-    def route(self, tokens: mx.array, balance: RouterBalance | None = None) -> Routing:
-        """Which experts each token goes to. (M, D).
-
-        How many tokens an expert gets depends on the data, so the choices are read here: one synchronisation a layer.
-        """
-        scores = mx.stop_gradient(self._scores(tokens))
-        chosen = self._best(self._corrected(scores) if "correction" in self else scores)
-        if balance is not None:  # counted is where the router alone would send them, as in transformers
-            balance.note(self, self._best(scores))
-        order = np.argsort(chosen, axis=None, kind="stable")
-        borders = np.searchsorted(chosen.reshape(-1)[order], np.arange(len(self.experts) + 1))
-        rows = tuple(mx.array(order[begin:end] // self._num_chosen) for begin, end in zip(borders, borders[1:], strict=False))
-        return Routing(mx.array(chosen), rows, mx.array(np.argsort(order, kind="stable")))
-
-    def combine(self, tokens: mx.array, outputs: mx.array, routing: Routing, balance: RouterBalance | None = None) -> mx.array:
-        """Each token's mixture of its experts' outputs, which come one expert after the other, and of the shared expert's:
-        (M * chosen, D) -> (M, D)."""
-        scores = self._scores(tokens)
-        scores = scores if balance is None else balance.through(scores)
-        shares = self._shares_of_chosen(scores, routing.chosen).astype(tokens.dtype)
-        per_choice = outputs[routing.places].reshape(*shares.shape, -1)  # (M, chosen, D)
-        mixture = (per_choice * shares[..., None]).sum(axis=1)
-        if "shared_expert" not in self:
-            return mixture
-        if "shared_expert_gate" not in self:
-            return mixture + self.shared_expert(tokens)
-        return mixture + mx.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
-
-    def besides_experts(self) -> dict[str, nn.Module]:
-        """The modules whose parameters `combine` uses, by name."""
-        return {name: module for name, module in self.children().items() if name != "experts"}
-
-    def _scores(self, tokens: mx.array) -> mx.array:
-        """The router's products (M, E), float32; with a correction computed in it, as whoever made that did."""
-        return self.router(tokens.astype(mx.float32) if "correction" in self else tokens).astype(mx.float32)
-
-    def _shares(self, scores: mx.array) -> mx.array:
-        """Of all experts: (M, E) -> (M, E)."""
-        return mx.sigmoid(scores) if self._config.scores == "sigmoid" else mx.softmax(scores, axis=-1)
-
-    def _shares_of_chosen(self, scores: mx.array, chosen: mx.array) -> mx.array:
-        """What each chosen expert's output is multiplied by: (M, E) and (M, chosen) -> (M, chosen)."""
-        config = self._config
-        if config.normalised_shares and config.scores == "softmax" and not config.least_sum:
-            # Softmax over all experts, then normalised over the chosen, is the softmax over the chosen.
-            return mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1)
-        shares = mx.take_along_axis(self._shares(scores), chosen, axis=-1)
-        if config.normalised_shares:
-            shares = shares / mx.maximum(shares.sum(axis=-1, keepdims=True) + NO_SHARE, config.least_sum)
-        return shares if config.share_scale is None else shares * config.share_scale
-
-    def _best(self, values: mx.array) -> np.ndarray:
-        """Indices of the largest few: (M, E) -> (M, chosen)."""
-        return np.array(mx.argpartition(-values, kth=self._num_chosen - 1, axis=-1)[:, : self._num_chosen])
-
-    def _corrected(self, scores: mx.array) -> mx.array:
-        """What experts are chosen by: shares with their correction (M, E), -inf outside the groups whose two best have the largest sums."""
-        values, (groups, best) = self.correction(self._shares(scores)), self._config.groups
-        if groups == 1:
-            return values
-        grouped = values.reshape(len(values), groups, -1)
-        sums = mx.topk(grouped, 2, axis=-1).sum(axis=-1)  # (M, groups)
-        chosen = mx.argpartition(-sums, kth=best - 1, axis=-1)[:, :best]
-        open_ = mx.put_along_axis(mx.zeros(sums.shape, dtype=mx.bool_), chosen, mx.array(True), axis=-1)
-        return mx.where(open_[..., None], grouped, -math.inf).reshape(values.shape)

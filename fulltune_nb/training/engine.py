@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from fulltune_nb.cpu import Kernels, evaluate
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.layers import RouterBalance
+from fulltune_nb.models.experts import RouterBalance
 from fulltune_nb.models.parameters import Arrays, backward_through, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
 from fulltune_nb.training.layerwise import Layerwise, balance_of
@@ -33,7 +34,7 @@ class WholeGraph:
     Args:
         model: its trainable parameters get gradients.
         grad_checkpoint: keep only the blocks' inputs for the backward pass, and compute the rest again.
-        compiled: once for each shape of batch; not with experts.
+        compiled: once for each shape of batch; on a CPU not with experts.
         kernels: for the norm, and but for experts the loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
     """
@@ -68,12 +69,14 @@ class WholeGraph:
     def _by_graph(self, batch: Batch, weights: np.ndarray) -> tuple[mx.array, Arrays]:
         """A micro-batch's share of the mean loss, and its gradients; lazy."""
         targets = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
-        balance = balance_of(self._model, batch, self._balance * weights.sum())
-        return self._graph(parameters_of(self._model), inputs_of(batch, self._model), targets, *([] if balance is None else [balance]))
+        balance = balance_of(self._model, batch, self._balance * weights.sum()) or ()
+        return self._graph(parameters_of(self._model), inputs_of(batch, self._model), targets, *balance)
 
     def _whole(
-        self, parameters: Arrays, inputs: Arrays, targets: Arrays, balance: RouterBalance | None = None
+        self, parameters: Arrays, inputs: Arrays, targets: Arrays, *of_balance: Any
     ) -> tuple[mx.array, Arrays]:
+        balance = RouterBalance(*of_balance) if of_balance else None
+
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
         def loss() -> mx.array:
             hidden, head = self._hidden_states(inputs, balance), self._model.head_weights()

@@ -19,11 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fulltune_nb.cpu import Kernels
+from fulltune_nb.cpu import Kernels, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
-from fulltune_nb.models.layers import RouterBalance, Routing
+from fulltune_nb.models.experts import RouterBalance, Routing
 from fulltune_nb.models.parameters import Arrays, backward_through, lowest_trained_block, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm
@@ -51,8 +51,8 @@ class BlockPasses:
     """A block's forward pass, and its backward pass, which computes the forward pass again.
 
     Args:
-        block: without experts if compiled: how many tokens an expert gets is known only when the batch is there.
-        compiled: once for each shape of batch. All blocks of a model share what g++ makes of it on the CPU.
+        block: on a CPU without experts if compiled: how many tokens an expert gets is known only when the batch is there.
+        compiled: once for each shape of batch; not with a balance loss. All blocks of a model share what g++ makes of it on the CPU.
     """
 
     def __init__(self, block: Block, compiled: bool = False):
@@ -63,20 +63,26 @@ class BlockPasses:
     def forward(self, x: mx.array, context: Context, balance: RouterBalance | None = None) -> mx.array:
         """The block's output (B, T, D); lazy. `balance` notes where tokens go, if the block has experts."""
         if balance is not None and "experts" in self.block.mlp:
-            return self.block(x, *context, balance=balance)
+            return self._output(parameters_of(self.block), x, context, balance)
         return self._forward(parameters_of(self.block), x, context)
 
-    def backward(self, x: mx.array, cotangent: mx.array, context: Context) -> tuple[mx.array, Arrays]:
+    def backward(
+        self, x: mx.array, cotangent: mx.array, context: Context, balance: RouterBalance | None = None
+    ) -> tuple[mx.array, Arrays]:
         """Gradients with respect to x (B, T, D), and to the trainable parameters by their names in the block; lazy."""
+        if balance is not None and "experts" in self.block.mlp:
+            return self._gradients(parameters_of(self.block), x, cotangent, context, balance)
         return self._backward(parameters_of(self.block), x, cotangent, context)
 
-    def _output(self, parameters: Arrays, x: mx.array, context: Context) -> mx.array:
+    def _output(self, parameters: Arrays, x: mx.array, context: Context, balance: RouterBalance | None = None) -> mx.array:
         with swapped_in(self.block, parameters):  # frozen ones too: what is not an input would be a constant of the program
-            return self.block(x, *context)
+            return self.block(x, *context, balance=balance)
 
-    def _gradients(self, parameters: Arrays, x: mx.array, cotangent: mx.array, context: Context) -> tuple[mx.array, Arrays]:
+    def _gradients(
+        self, parameters: Arrays, x: mx.array, cotangent: mx.array, context: Context, balance: RouterBalance | None = None
+    ) -> tuple[mx.array, Arrays]:
         with swapped_in(self.block, parameters):
-            (to_x,), own = backward_through({"": self.block}, lambda x: self.block(x, *context), [x], cotangent)[1:]
+            (to_x,), own = backward_through({"": self.block}, lambda x: self.block(x, *context, balance=balance), [x], cotangent)[1:]
         return to_x, own
 
 
@@ -171,8 +177,11 @@ def _route(block: Block, name: str, one: ExpertWork, sums: Arrays, to_experts: b
     if "mlp_output_norm" in block:
         modules[f"{name}.mlp_output_norm"] = block.mlp_output_norm
 
+    def combined(tokens: mx.array, outputs: mx.array) -> mx.array:
+        return moe.combine(tokens, outputs[routing.places], routing.chosen, one.balance)
+
     def added(tokens: mx.array, outputs: mx.array) -> mx.array:
-        return block.add(mx.zeros_like(attended), moe.combine(tokens, outputs, routing, one.balance).reshape(attended.shape))
+        return block.add(mx.zeros_like(attended), combined(tokens, outputs).reshape(attended.shape))
 
     to_tokens, to_outputs = vjp(modules, added, [tokens, mx.concatenate(outputs)], one.cotangent, sums, to_experts)
     return _Routed(attended, tokens, routing, to_tokens, to_outputs)
@@ -229,7 +238,7 @@ class Layerwise:
 
     Args:
         model: its trainable parameters get gradients.
-        compiled: each block's passes, once for each shape of batch; not with experts.
+        compiled: each block's passes, once for each shape of batch; on a CPU not with experts.
         kernels: for norm and loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
     """
@@ -351,7 +360,7 @@ class LayerwiseGradients:
 
     def _block_pieces(self, index: int, to_input: bool) -> Iterator[GradientPiece]:
         passes, name = self._passes[index], f"layers.{index}"
-        if self._model.config.with_experts[index]:
+        if self._model.config.with_experts[index] and on_cpu():
             work = [
                 ExpertWork(stream.inputs.pop(), stream.cotangent, stream.contexts[index], stream.balance) for stream in self._streams
             ]
@@ -362,7 +371,7 @@ class LayerwiseGradients:
         sums: Arrays = {}
         for stream in self._streams:
             x, context = stream.inputs.pop(), stream.contexts[index]
-            stream.cotangent, gradients = passes.backward(x, stream.cotangent, context)
+            stream.cotangent, gradients = passes.backward(x, stream.cotangent, context, stream.balance)
             if not to_input:
                 stream.cotangent = None  # it would keep what it is computed from
             add(sums, {f"{name}.{path}": gradient for path, gradient in gradients.items()})
@@ -406,13 +415,16 @@ class LayerwiseGradients:
         return total
 
 
-def balance_of(model: Decoder, batch: Batch, coefficient: float) -> RouterBalance | None:
-    """The balance loss of a micro-batch; None without one, or without experts."""
+def balance_of(model: Decoder, batch: Batch, coefficient: float) -> tuple[float, np.ndarray] | tuple[mx.array, mx.array] | None:
+    """What the `RouterBalance` of a micro-batch is made of, on a GPU arrays; None without one, or without experts."""
     if not coefficient or not model.config.num_experts:
         return None
     rows, length = batch.inputs.shape
     used = np.full(rows, length) if batch.row_lengths is None else batch.row_lengths
-    return RouterBalance(float(coefficient), (np.arange(length) < used[:, None]).reshape(-1))
+    real = (np.arange(length) < used[:, None]).reshape(-1)
+    tokens = sum(model.config.with_experts) * max(int(real.sum()), 1)
+    scale = float(coefficient) * model.config.num_experts / tokens**2
+    return (scale, real) if on_cpu() else (mx.array(scale), mx.array(real))
 
 
 def _forward_one(
@@ -424,7 +436,8 @@ def _forward_one(
     segments = None if batch.segments is None else mx.array(batch.segments)
     lengths = None if batch.row_lengths is None else mx.array(batch.row_lengths)
     contexts = model.context(ids.shape[1], segments=segments, lengths=lengths)
-    balance = balance_of(model, batch, balance_coefficient * batch.num_tokens / step_tokens)
+    of_balance = balance_of(model, batch, balance_coefficient * batch.num_tokens / step_tokens)
+    balance = RouterBalance(*of_balance) if of_balance else None
     x, inputs = model.embed(ids, dtype), []
     for block, context in zip(passes, contexts, strict=True):
         mx.eval(x)

@@ -161,7 +161,7 @@ def step_batches(split: Split, config: TrainConfig) -> StepBatches:
 def _choose_compile(work: Workload, pays: bool) -> tuple[bool, str | None]:
     """Whether a run is compiled, and what the user should hear about it. Left open, it is where that `pays`."""
     config, reason = work.config, None
-    if work.model.num_experts:
+    if work.model.num_experts and on_cpu():
         reason = "how many tokens an expert gets is known only when the batch is there"
     elif lacks_compiler():
         reason = "MLX compiles with g++ here, and there is none. On Debian or Ubuntu: apt-get install g++"

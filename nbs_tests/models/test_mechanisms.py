@@ -13,11 +13,12 @@ from mlx.utils import tree_flatten, tree_map
 from fulltune_nb.errors import WeightsError
 from fulltune_nb.models.activations import XIelu, clamped_swiglu, relu_squared
 from fulltune_nb.models.decoder import Block, Decoder
+from fulltune_nb.models.experts import MixtureOfExperts
 from fulltune_nb.models.families import to_hf
 from fulltune_nb.models.file_layout import from_file, to_file
 from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
 from fulltune_nb.models.generation import Sampling, decode
-from fulltune_nb.models.layers import MLP, Attention, HeadNorms, MixtureOfExperts, Norm, Scoring, attend, attention_shares
+from fulltune_nb.models.layers import MLP, Attention, HeadNorms, Norm, Scoring, attend, attention_shares
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.rope import Rope, RopeConfig, places_within, rotate, rotation_table
 from nbs_tests.models.model_cases import SMALL, random_ids

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ import fulltune_nb as ft
 from fulltune_nb.data.batches import Batch, collate
 from fulltune_nb.models.folder import load_decoder
 from fulltune_nb.training.engine import make_engine
+from nbs_tests.gpu_like import gpu_like
 from nbs_tests.models.model_cases import SMALL
 from nbs_tests.models.parity import need_torch, relative_error, write_folder
 
@@ -62,11 +66,12 @@ def test_gradients_are_those_of_transformers(family, tmp_path):
     decoder = load_decoder(write_folder(tmp_path, raw_of(family), torch_reference.checkpoint(model)))
     ids = np.random.default_rng(1).integers(0, SMALL["vocab_size"], (ROWS, LENGTH), dtype=np.int32)
     expected_loss, expected = reference_gradients(model, ids)
-    for backward, settings in ENGINES.items():
-        engine = make_engine(decoder, "layerwise" if backward == "layerwise" else "whole", balance=COEFFICIENT, **settings)
-        gradients = engine.gradients(1, [padded_batch(ids)])
-        assert gradients.loss == pytest.approx(expected_loss, rel=1e-5), backward  # told is the cross-entropy alone
-        found = {name: np.array(gradient) for piece in gradients.pieces() for name, gradient in piece.gradients.items()}
+    for (backward, settings), device in product(ENGINES.items(), (nullcontext, gpu_like)):
+        with device():
+            engine = make_engine(decoder, "layerwise" if backward == "layerwise" else "whole", balance=COEFFICIENT, **settings)
+            gradients = engine.gradients(1, [padded_batch(ids)])
+            assert gradients.loss == pytest.approx(expected_loss, rel=1e-5), backward  # told is the cross-entropy alone
+            found = {name: np.array(gradient) for piece in gradients.pieces() for name, gradient in piece.gradients.items()}
         assert len(found) == len(expected), backward
         for name, gradient in found.items():
             reference = expected[to_hf(name, family)]
