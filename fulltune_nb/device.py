@@ -25,6 +25,15 @@ def device_kind() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def length_multiple() -> int:
+    """What the length T of a training batch is a multiple of.
+
+    On CUDA the fused backward pass of attention is for multiples of 128 only. Metal computes matrix products in tiles of 32 or 64 rows, and
+    has faster kernels for those without a remainder.
+    """
+    return {"cpu": 1, "metal": 32, "cuda": 128}[device_kind()]
+
+
 def recommended_working_set() -> int:
     """Bytes that Metal recommends to use at most; 0 on other devices."""
     return int(mx.device_info(mx.default_device()).get("max_recommended_working_set_size", 0)) if device_kind() == "metal" else 0

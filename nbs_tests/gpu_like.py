@@ -30,3 +30,20 @@ def gpu_like(memory: int = 2**35, cuda: bool = False) -> Iterator[None]:
         mock.patch.object(mx.cuda, "is_available", lambda: cuda),
     ):
         yield
+
+
+@contextmanager
+def mac_limits(memory: int = 2**34, cache: int = 5 * 10**9) -> Iterator[dict[str, int]]:
+    """`gpu_like` for a Mac, and what MLX's limits are set to: "wired" and "cache", in bytes."""
+    found = {"wired": 0, "cache": cache}
+
+    def set_limit(name: str, limit: int) -> int:
+        before, found[name] = found[name], limit
+        return before
+
+    with (
+        gpu_like(memory),
+        mock.patch.object(mx, "set_wired_limit", lambda limit: set_limit("wired", limit)),
+        mock.patch.object(mx, "set_cache_limit", lambda limit: set_limit("cache", limit)),
+    ):
+        yield found

@@ -6,26 +6,15 @@ import mlx.core as mx
 import pytest
 
 from fulltune_nb.device import WIRED_SHARE, device_kind, memory_limits, recommended_working_set
-from nbs_tests.gpu_like import gpu_like
+from nbs_tests.gpu_like import gpu_like, mac_limits
 
 MEMORY, CACHE = 2**34, 5 * 10**9
 
 
 @pytest.fixture
-def limits(monkeypatch):
-    """MLX's limits on a Mac of 16 GiB, as they are set: "wired" and "cache"."""
-    found = {"wired": 0, "cache": CACHE}
-
-    def setter(name):
-        def set_limit(limit):
-            before, found[name] = found[name], limit
-            return before
-
-        return set_limit
-
-    monkeypatch.setattr(mx, "set_wired_limit", setter("wired"))
-    monkeypatch.setattr(mx, "set_cache_limit", setter("cache"))
-    with gpu_like(MEMORY):
+def limits():
+    """MLX's limits on a Mac, as they are set: "wired" and "cache"."""
+    with mac_limits(MEMORY, CACHE) as found:
         yield found
 
 

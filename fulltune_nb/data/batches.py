@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -186,6 +187,8 @@ class StepBatches:
         grad_accumulation_steps: micro-batches of a step; the last step of an epoch may have fewer.
         packing: whether a row holds several examples.
         max_seq_length: tokens of a packed row at most.
+        multiple_of: T is padded to a multiple of this, which may be more than `max_seq_length`. What stands in which batch does not
+            depend on it.
 
     Raises:
         ConfigError: a number is out of range, or an example has more tokens than a packed row.
@@ -193,12 +196,13 @@ class StepBatches:
 
     def __init__(
         self, split: Split, *, batch_size: int, seed: int, grad_accumulation_steps: int = 1,
-        packing: bool = False, max_seq_length: int = 2048,
+        packing: bool = False, max_seq_length: int = 2048, multiple_of: int = 1,
     ):  # fmt: skip
         self.batch_size = whole_number("batch_size", batch_size, low=1)
         self.seed = whole_number("seed", seed, low=0)
         self.grad_accumulation_steps = whole_number("grad_accumulation_steps", grad_accumulation_steps, low=1)
         self.max_seq_length = whole_number("max_seq_length", max_seq_length, low=2)
+        self._multiple_of = whole_number("multiple_of", multiple_of, low=1)
         self._split = split
         # As lists, because single elements of an array take ten times as long to read.
         self._width_of, self._targets_of = (split.lengths - 1).tolist(), split.trained_lengths.tolist()
@@ -310,19 +314,20 @@ class StepBatches:
     @cached_property
     def _shapes(self) -> dict[int, np.ndarray]:
         """B -> (k, 2), the (T, N) that batches of B rows may have, chosen by those of the first epoch."""
-        rows, widths_of, batches = self._rows_and_batches(0)
+        rows, widths, batches = self._rows_and_batches(0)
+        padded, padded_of = padded_to(self._widths, self._multiple_of), padded_to(widths, self._multiple_of)
         needed = np.array([self._need(row)[1] for row in rows])
         shapes: dict[int, np.ndarray] = {}
         for size in {len(batch) for batch in batches}:
             if size == self.batch_size:
                 full = [batch for batch in batches if len(batch) == size]
-                widths, counts = np.array([[widths_of[batch].max(), needed[batch].sum()] for batch in full]).T
+                widths, counts = np.array([[padded_of[batch].max(), needed[batch].sum()] for batch in full]).T
                 chosen = choose_shapes(widths, counts, size, MAX_SHAPES - _PARTIAL_SHAPES - 1)
                 # One that is enough for every batch there could be: other epochs bring other batches.
-                shapes[size] = np.vstack([chosen, [self._widths.max(), _largest_sum(self._most_targets, size)]])
+                shapes[size] = np.vstack([chosen, [padded.max(), _largest_sum(self._most_targets, size)]])
             else:
-                edges = choose_buckets(self._widths, _PARTIAL_SHAPES)
-                shapes[size] = np.array([[edge, _largest_sum(self._most_targets[self._widths <= edge], size)] for edge in edges])
+                edges = choose_buckets(padded, _PARTIAL_SHAPES)
+                shapes[size] = np.array([[edge, _largest_sum(self._most_targets[padded <= edge], size)] for edge in edges])
         return shapes
 
     def __repr__(self) -> str:
@@ -330,6 +335,11 @@ class StepBatches:
             f"StepBatches({self.rows_per_epoch:,} rows, batch_size={self.batch_size}, seed={self.seed}, "
             f"grad_accumulation_steps={self.grad_accumulation_steps}, {self.steps_per_epoch:,} steps per epoch)"
         )
+
+
+def padded_to(widths: Any, multiple: int) -> Any:
+    """A width, or an array of them, rounded up to a multiple."""
+    return -(-widths // multiple) * multiple
 
 
 def _largest_sum(counts: np.ndarray, rows: int) -> int:

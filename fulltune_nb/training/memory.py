@@ -22,8 +22,9 @@ import psutil
 
 from fulltune_nb import html, svg
 from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
-from fulltune_nb.data.batches import row_widths
+from fulltune_nb.data.batches import padded_to, row_widths
 from fulltune_nb.data.split import check_ids
+from fulltune_nb.device import device_kind, length_multiple
 from fulltune_nb.models.decoder import BLOCK_NORMS
 from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names
@@ -167,6 +168,14 @@ class MemoryPlan:
         return title + bar + assumed + (f"<ul>{advice}</ul>" if advice else "")
 
 
+def kept_freed(parts: dict[str, int], limit: int) -> int:
+    """Bytes of freed arrays that MLX keeps beside these parts of a run: on Metal those of a step, where there is room for them."""
+    if device_kind() != "metal":
+        return cache_limit()
+    peak = sum(parts.values())
+    return max(0, min(peak - parts["weights"] - parts["optimizer state"], limit - peak))
+
+
 # -- counting ----------------------------------------------------------------------------------------------------------------------
 
 Shape = tuple[int, ...]
@@ -187,7 +196,7 @@ class Workload:
     rows: int
     """B, rows of the largest micro-batch."""
     tokens: int
-    """T, input positions of the longest row."""
+    """T, input positions of the longest row, padded."""
     targets: int
     """N, trained positions of a micro-batch."""
     stored: mx.Dtype
@@ -210,6 +219,7 @@ class Workload:
             widths = np.maximum(row_widths(split, config.max_seq_length, config.packing), 1)
             tokens, rows = int(widths.max()), min(rows, len(widths))
             targets = min(rows * tokens, _most_targets(split, rows, config))
+        tokens = padded_to(tokens, length_multiple())
         parameters = {name: array.shape for name, array in parameters_of(lm.model).items()}
         trained = frozenset(trained_names(lm.model, config.train_only, config.freeze))
         return cls(parameters, trained, lm.config, config, rows, tokens, targets, stored_dtype(config.weights, lm.dtype))
@@ -223,7 +233,8 @@ class Workload:
         words = f"{self.rows} {'packed ' * config.packing}row{'s' * (self.rows > 1)} of {self.tokens:,} tokens in a micro-batch"
         way = ", layerwise" if backward == "layerwise" else ", grad_checkpoint" if config.grad_checkpoint else ""
         words = f"{words}, {config.optimizer}{way}"
-        return MemoryPlan(parts, sum(parts.values()), machine_limit(), cache_limit(), moment, words, backward=backward)
+        limit = machine_limit()
+        return MemoryPlan(parts, sum(parts.values()), limit, kept_freed(parts, limit), moment, words, backward=backward)
 
     # Shapes and what is always there.
 

@@ -17,13 +17,14 @@ from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler, on_cpu
 from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import Split
 from fulltune_nb.data.settings import DataSettings
+from fulltune_nb.device import length_multiple
 from fulltune_nb.errors import ConfigError, DataError, MemoryLimitError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.parameters import in_dtype, put_trainable, swapped_in, trainable_of
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
-from fulltune_nb.training.memory import MemoryPlan, Workload
+from fulltune_nb.training.memory import MemoryPlan, Workload, kept_freed
 from fulltune_nb.training.optimizers import check_patterns, update_bytes
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
 
@@ -155,6 +156,7 @@ def step_batches(split: Split, config: TrainConfig) -> StepBatches:
         grad_accumulation_steps=config.grad_accumulation_steps,
         packing=config.packing,
         max_seq_length=config.max_seq_length,
+        multiple_of=length_multiple(),
     )
 
 
@@ -246,7 +248,8 @@ def measured(plan: MemoryPlan, work: Workload, lm: Any, batches: StepBatches) ->
     finally:
         put_trainable(model, trainable)
     parts = {**work.always, "gradients and activations": found}
-    return dataclasses.replace(plan, parts=parts, peak=sum(parts.values()), moment="forward or backward pass", measured=True)
+    cache, moment = kept_freed(parts, plan.limit), "forward or backward pass"
+    return dataclasses.replace(plan, parts=parts, peak=sum(parts.values()), cache=cache, moment=moment, measured=True)
 
 
 def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:

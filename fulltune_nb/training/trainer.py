@@ -9,7 +9,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from fulltune_nb.cpu import cap_cache
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.example import Example
+from fulltune_nb.device import memory_limits
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
 from fulltune_nb.html import facts
 from fulltune_nb.models.language_model import LanguageModel
@@ -184,6 +185,7 @@ class Trainer:
         select_trainable(lm.model, config.train_only, config.freeze)
         self._trained_as = lm.trained_as = frozenset(trainable_of(lm.model)), plan.dtype
         cap_cache(plan.gives_back)
+        self._memory_plan = plan.memory
         self.optimizers, self._vocab_size = Optimizers(lm.model, config), lm.config.vocab_size
         self.engine = plan.make_engine(lm.model)
         if stored is not None:
@@ -389,10 +391,13 @@ class Trainer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Within the block the state is "running"; an error that leaves it makes it "failed"."""
+        """Within the block the state is "running", and MLX keeps the memory of a run; an error that leaves it makes it "failed"."""
+        plan = self._memory_plan
+        limits = nullcontext() if self._loops_open else memory_limits(plan.peak + plan.cache, plan.cache)
         self._loops_open, self._failed = self._loops_open + 1, False
         try:
-            yield
+            with limits:
+                yield
         except Exception:
             self._failed = True
             raise

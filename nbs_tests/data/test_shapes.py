@@ -62,6 +62,34 @@ def test_every_batch_of_every_epoch_fits_into_one_of_few_shapes(lengths, batch_s
     assert len(shapes_of(batches)) <= MAX_SHAPES
 
 
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=50),
+    batch_size=st.integers(1, 6),
+    multiple=st.sampled_from([8, 32, 128]),
+    packing=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_padding_to_a_multiple_changes_nothing_but_the_padding(lengths, batch_size, multiple, packing):
+    split = make_split(lengths, trained=0.5)
+    orders = [StepBatches(split, batch_size=batch_size, seed=3, packing=packing, max_seq_length=61, multiple_of=m) for m in (1, multiple)]
+    expected, found = (batches_of(split, order, 3) for order in orders)
+    assert len(shapes_of(found)) <= MAX_SHAPES
+    for ours, reference in zip(found, expected, strict=True):
+        width, least = ours.inputs.shape[1], int(ours.row_lengths.max())
+        assert width % multiple == 0 and width >= least
+        assert ours.rows == reference.rows and np.array_equal(ours.row_lengths, reference.row_lengths)
+        assert np.array_equal(ours.inputs[:, :least], reference.inputs[:, :least]) and not ours.inputs[:, least:].any()
+        assert np.array_equal(places_of(ours), places_of(reference))
+        if packing:
+            assert np.array_equal(ours.segments[:, :least], reference.segments[:, :least]) and (ours.segments[:, least:] == -1).all()
+
+
+def places_of(batch):
+    """(num_tokens, 3): row and position of each target, and the target."""
+    count = batch.num_tokens
+    return np.array([*np.divmod(batch.target_positions[:count], batch.inputs.shape[1]), batch.targets[:count]]).T
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("trained", [1.0, 0.3], ids=["every token", "some tokens"])
 @pytest.mark.parametrize("packing", [False, True], ids=["bucketed", "packed"])

@@ -90,6 +90,17 @@ def test_without_a_window_and_packing_attention_needs_no_array(make_lm):
     assert all(mask.shape == (3, 3) for _, mask in decoder.context(3))
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_rows_are_padded_to_what_the_device_computes_at_once(make_trainer, cuda, packing):
+    with gpu_like(cuda=cuda):
+        trainer = make_trainer(packing=packing, max_seq_length=100)
+        plan = ft.preflight(trainer.lm, trainer.data, trainer.config)
+    widths = {batch.inputs.shape[1] for step in range(4) for batch in trainer.batches.of_step(step)}
+    assert widths and all(width % (128 if cuda else 32) == 0 for width in widths)
+    assert f" of {max(widths):,} tokens" in plan.workload
+
+
 def test_chunks_of_logits_are_few():
     with gpu_like():
         assert chunk_size(128_256) == 523

@@ -1,0 +1,85 @@
+"""What the GPU of a Mac keeps wired and cached while a run goes on, and that it is put back however the run ends."""
+
+import numpy as np
+import pytest
+
+from fulltune_nb.errors import NonFiniteError
+from fulltune_nb.training import memory
+from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.plan import preflight
+from nbs_tests.gpu_like import mac_limits
+
+
+class Watch:
+    """A callback that keeps what the limits were at each step, and may raise."""
+
+    def __init__(self, limits, error=None):
+        self.limits, self.error, self.seen = limits, error, []
+
+    def on_step(self, trainer, report):
+        self.seen.append(dict(self.limits))
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def limits():
+    with mac_limits() as found:
+        yield found
+
+
+def test_a_run_has_what_its_plan_says_and_gives_it_back(make_trainer, limits):
+    trainer, before, watch = make_trainer(), dict(limits), Watch(limits)
+    plan = preflight(trainer.lm, trainer.data, trainer.config)
+    assert 0 < plan.cache == plan.peak - plan.parts["weights"] - plan.parts["optimizer state"]
+    trainer.run(2, callbacks=[watch])
+    assert watch.seen == [{"wired": plan.peak + plan.cache, "cache": plan.cache}] * 2 and limits == before
+    trainer.step()
+    assert limits == before
+
+
+@pytest.mark.parametrize("error", [ValueError("of a callback"), KeyboardInterrupt()])
+def test_limits_are_put_back_after_an_error_and_an_interrupt(make_trainer, limits, error):
+    trainer, before, watch = make_trainer(), dict(limits), Watch(limits, error)
+    try:
+        trainer.run(callbacks=[watch])
+    except ValueError:
+        pass
+    assert watch.seen and watch.seen[0] != before and limits == before
+
+
+def test_limits_are_put_back_after_a_step_that_failed_and_a_pause(make_trainer, limits):
+    trainer, before = make_trainer(), dict(limits)
+    for _ in trainer.steps():
+        assert limits != before
+        break
+    assert limits == before
+    trainer.lm.model.norm.weight = trainer.lm.model.norm.weight * np.nan
+    with pytest.raises(NonFiniteError):
+        trainer.step()
+    assert limits == before
+
+
+def test_two_runs_at_once_need_both(make_trainer, limits):
+    one, other, before = make_trainer(), make_trainer(), dict(limits)
+    steps = one.steps()
+    next(steps)
+    alone = dict(limits)
+    rest = other.steps()
+    next(rest)
+    assert limits == {name: 2 * size for name, size in alone.items()}
+    steps.close()
+    assert limits == alone
+    rest.close()
+    assert limits == before
+
+
+def test_freed_arrays_are_kept_where_there_is_room_for_them(make_lm, make_data, monkeypatch, limits):
+    config = TrainConfig(backward="whole")
+    lm, data = make_lm(), make_data(config=config)
+    plan = preflight(lm, data, config)
+    monkeypatch.setattr(memory, "machine_limit", lambda: plan.peak + 1000)
+    tight = preflight(lm, data, config)
+    assert (tight.peak, tight.cache, tight.fits) == (plan.peak, 1000, True)
+    monkeypatch.setattr(memory, "machine_limit", lambda: plan.peak - 1)
+    assert preflight(lm, data, config).cache == 0
