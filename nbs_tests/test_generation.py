@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from fulltune_nb.errors import GenerationError
+from fulltune_nb.models import generation
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.generation import Sampler, Sampling, batches_by_length, candidate_scores, decode, prefill
 from fulltune_nb.models.kv_cache import make_cache
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.rope import RopeConfig
+from nbs_tests.gpu_like import gpu_like
 
 SMALL = {
     "vocab_size": 500,
@@ -106,6 +108,31 @@ def test_a_long_prompt_is_read_in_chunks_with_the_same_result(llama):
     chunked = prefill(llama.model, ids, cache)
     assert cache[0].offset == ids.shape[1] > 2 * 512
     assert mx.allclose(chunked, llama.model(ids)[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chunks"),
+    [
+        ({}, [32, 32, 13]),
+        ({"model_type": "mistral", "sliding_window": 11}, [32, 32, 13]),
+        ({"model_type": "gemma2", "head_dim": 8}, [8] * 9 + [5]),  # holds its scores
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 16}, [32, 32, 13]),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_chunks_of_a_long_prompt_are_larger_where_no_scores_are_held(settings, chunks, monkeypatch):
+    assert (generation._PREFILL_TOKENS, generation._FUSED_PREFILL_TOKENS) == (512, 2048)
+    monkeypatch.setattr(generation, "_PREFILL_TOKENS", 8)
+    monkeypatch.setattr(generation, "_FUSED_PREFILL_TOKENS", 32)
+    mx.random.seed(0)
+    decoder = Decoder(read_config({"model_type": "llama", **SMALL, "num_hidden_layers": 1, **settings}))
+    ids, read, hidden_states = mx.array([list(range(10, 87))]), [], decoder.hidden_states
+    expected = decoder(ids)[:, -1]
+    decoder.hidden_states = lambda ids, *rest, **more: (read.append(ids.shape[1]), hidden_states(ids, *rest, **more))[1]
+    with gpu_like():
+        found = prefill(decoder, ids, make_cache(decoder.config.windows))
+    assert read == chunks
+    assert mx.allclose(found, expected, atol=1e-5)
 
 
 def test_generate_is_the_joined_stream(llama):

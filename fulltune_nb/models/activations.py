@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -43,6 +46,32 @@ def clamped_swiglu(gate: mx.array, up: mx.array, alpha: float, limit: float) -> 
 
 CLAMPED_GATES = {"clamped_swiglu": (clamped_swiglu, ("swiglu_alpha", "swiglu_limit"))}
 """Name -> the function of gate, up and numbers, and the keys of `config.json` that these numbers stand under."""
+
+
+def gated(name: str, numbers: tuple[float, ...], gate: mx.array, up: mx.array) -> mx.array:
+    """What a gate and what it opens become, both of one shape; on a GPU in one kernel, outside of what is compiled too.
+
+    Args:
+        name: a key of `ACTIVATIONS` or `CLAMPED_GATES`.
+        numbers: that the latter's function takes.
+        gate: what the activation is of.
+        up: what it is multiplied by.
+    """
+    if cpu_math.on_cpu():
+        return _gated(name, numbers, gate, up)
+    return _one_kernel(name, numbers)(gate, up)
+
+
+def _gated(name: str, numbers: tuple[float, ...], gate: mx.array, up: mx.array) -> mx.array:
+    if name in CLAMPED_GATES:
+        return CLAMPED_GATES[name][0](gate, up, *numbers)
+    whole = GATED_ACTIVATIONS.get(name)
+    return whole(gate, up) if whole else ACTIVATIONS[name](gate) * up
+
+
+@cache
+def _one_kernel(name: str, numbers: tuple[float, ...]) -> Callable[[mx.array, mx.array], mx.array]:
+    return mx.compile(partial(_gated, name, numbers), shapeless=True)
 
 
 class XIelu(nn.Module):

@@ -29,7 +29,7 @@ from fulltune_nb.models.parameters import Buffers, in_dtype, put_parameters, swa
 from fulltune_nb.models.rope import Rope, Rotation
 
 Context = tuple[Rotation | None, Mask]
-"""What a block needs besides its input: its rotation table, None without positions, and its mask, None where everything is seen."""
+"""What a block needs besides its input: its rotation, None without positions, and its mask, None where everything is seen."""
 
 BLOCK_NORMS = {
     "pre": ("input_norm", "post_attention_norm"),
@@ -189,9 +189,10 @@ class Decoder(nn.Module):
     ) -> list[Context]:
         """What each block needs besides its input for `length` tokens; equal tables and masks are shared. Arguments: `hidden_states`."""
         offset = cache[0].offset if cache else 0
-        tables = {rope: made.table(offset, length, segments, lengths if rope.by_length else None) for rope, made in self._ropes.items()}
+        lengths_of = {rope: lengths if rope.by_length else None for rope in self._ropes}
+        rotations = {rope: made.rotation(offset, length, segments, lengths_of[rope]) for rope, made in self._ropes.items()}
         masks = self._masks(length, cache, segments)
-        return [(tables.get(rope), mask) for rope, mask in zip(self._config.ropes, masks, strict=True)]
+        return [(rotations.get(rope), mask) for rope, mask in zip(self._config.ropes, masks, strict=True)]
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""

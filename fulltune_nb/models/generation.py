@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import GenerationError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.detokenizer import Detokenizer, StopStrings, make_detokenizer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PREFILL_TOKENS = 512  # of one row at a time: bounds the attention scores of a long prompt
+_FUSED_PREFILL_TOKENS = 2048  # where no scores are held: bounds what else a block computes, and is enough work for a GPU
 _PREFILL_BATCH_TOKENS = 8192  # of all rows at a time
 _MAX_SPREAD = 16  # tokens between the shortest and the longest prompt of a batch; each costs a step
 
@@ -133,16 +135,23 @@ def candidate_scores(logits: mx.array, sampling: Sampling) -> tuple[mx.array | N
 
 
 def prefill(model: Decoder, ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
-    """Reads prompts (B, T) into the cache, some hundred tokens at a time, and returns the next token's logits (B, V).
-
-    All at once where the rotation of the first token depends on how many there are.
-    """
+    """Reads prompts (B, T) into the cache, some hundred or thousand tokens at a time, and returns the next token's logits (B, V)."""
     rows, length = ids.shape
-    size = length if model.config.by_length else max(1, min(_PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
+    size, lengths = _prefill_tokens(model, rows, length), {"lengths": mx.array([length])} if model.config.by_length else {}
     for begin in range(0, length, size):
-        hidden = model.hidden_states(ids[:, begin : begin + size], cache)
-        mx.eval(hidden)
+        hidden = model.hidden_states(ids[:, begin : begin + size], cache, **lengths)
+        if begin + size < length:  # of these tokens later ones need keys and values alone
+            mx.eval([layer.arrays for layer in cache])
     return model.head(hidden[:, -1])
+
+
+def _prefill_tokens(model: Decoder, rows: int, length: int) -> int:
+    """Of each row at a time. On a CPU all at once where the rotation of the first token depends on how many there are, as before."""
+    config = model.config
+    if config.by_length and on_cpu():
+        return length
+    fused = not on_cpu() and config.score_cap is None and not config.sinks
+    return max(1, min(_FUSED_PREFILL_TOKENS if fused else _PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
 
 
 def decode(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from fulltune_nb.cpu import on_cpu
+
 _GROWTH = 256  # tokens; buffers grow in these steps, so that appending a token does not copy the whole cache
 
 
@@ -31,12 +33,28 @@ class KVCache:
         begin = self.offset - self._start
         self._keys[:, :, begin : begin + length] = keys
         self._values[:, :, begin : begin + length] = values
+        first = self.first_position(length) - self._start
         self.offset += length
         end = begin + length
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        return self._keys[:, :, first:end], self._values[:, :, first:end]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Keys and values, (B, K, capacity, C) each; none as long as nothing was appended."""
+        return [] if self._keys is None else [self._keys, self._values]
 
     def first_position(self, new_tokens: int) -> int:
-        """Position of the first key that `update` will return for this many new tokens."""
+        """Position of the first key that `update` will return for this many new tokens.
+
+        For one on a GPU nothing before its window, so that attention needs no mask there.
+        """
+        kept = self._first_kept(new_tokens)
+        if self.window is None or new_tokens > 1 or on_cpu():
+            return kept
+        return max(kept, self.offset + 1 - self.window)
+
+    def _first_kept(self, new_tokens: int) -> int:
+        """Position of the buffer's first token once there is room for this many new ones."""
         used = self.offset - self._start
         if self.window is None or self._keys is None or used + new_tokens <= self._keys.shape[2]:
             return self._start
@@ -44,7 +62,7 @@ class KVCache:
 
     def _make_room(self, keys: mx.array, values: mx.array) -> None:
         new_tokens = keys.shape[2]
-        start = self.first_position(new_tokens)
+        start = self._first_kept(new_tokens)
         kept = self.offset - start
         capacity = 0 if self._keys is None else self._keys.shape[2]
         if start == self._start and kept + new_tokens <= capacity:

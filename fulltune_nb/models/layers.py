@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fulltune_nb.cpu import fast_math as cpu_math
-from fulltune_nb.models.activations import ACTIVATIONS, CLAMPED_GATES, GATED_ACTIVATIONS, XIELU, XIelu
+from fulltune_nb.models.activations import ACTIVATIONS, XIELU, XIelu, gated
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.rope import Rotation, rotate
@@ -112,10 +112,7 @@ class MLP(nn.Module):
         return output
 
     def _gated(self, gate: mx.array, up: mx.array) -> mx.array:
-        if self._activation in CLAMPED_GATES:
-            return CLAMPED_GATES[self._activation][0](gate, up, *self._numbers)
-        gated = GATED_ACTIVATIONS.get(self._activation)
-        return gated(gate, up) if gated else ACTIVATIONS[self._activation](gate) * up
+        return gated(self._activation, self._numbers, gate, up)
 
 
 # ---- attention
@@ -182,8 +179,8 @@ class Attention(nn.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         if rotation is not None:
             queries, keys = (rotate(part, rotation, config.rope.interleaved) for part in (queries, keys))
-            if len(rotation) > 2:
-                queries = queries * rotation[2].astype(queries.dtype)
+            if "growth" in rotation:
+                queries = queries * rotation["growth"].astype(queries.dtype)
         if by_head and config.qk_norm_after_rope:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         return queries, keys, values

@@ -14,10 +14,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import ModelError
 
-Rotation = tuple[mx.array, ...]
-"""Cosines and sines; third, where the rotation has it, what queries are multiplied by."""
+Rotation = dict[str, mx.array | float]
+"""What queries and keys are turned by: `cos` and `sin` (..., T, R/2); or, for MLX's kernel on a GPU, `wavelengths` (R/2,), tokens a
+radian, `offset` (), the first token's place, and `factor`, what is multiplied by. `growth` (..., T, 1) is what queries are multiplied by,
+where there is such a thing."""
 
 
 @dataclass(frozen=True)
@@ -248,22 +251,24 @@ class Rope:
         self._frequencies, self._factor = mx.array(inverse_frequencies(config)), attention_factor(config)
         self._long = mx.array(inverse_frequencies(config, is_long=True)) if config.scaling == "longrope" else None
 
-    def table(self, offset: int, length: int, segments: mx.array | None = None, lengths: mx.array | None = None) -> Rotation:
+    def rotation(self, offset: int, length: int, segments: mx.array | None = None, lengths: mx.array | None = None) -> Rotation:
         """For positions `offset ... offset + length - 1`, or with segments (B, T), where it matters, for each one's own: (B, 1, T, R/2).
 
         So too with `lengths` (B,), the tokens of each row without its padding, where frequencies depend on them.
         """
         config = self.config
         places, tokens = mx.arange(offset, offset + length), mx.array([offset + length])
-        if segments is not None and self._by_place:
+        consecutive = segments is None or not self._by_place
+        if not consecutive:
             places, tokens = (part[:, None] for part in places_within(segments))  # (B, 1, T)
         elif lengths is not None:
             tokens = lengths[:, None, None]  # (B, 1, 1)
         frequencies = self._of_length(tokens[..., None]) if config.by_length else self._frequencies
-        table = rotation_table(frequencies, places)
-        if self._factor != 1.0:
-            table = tuple(part * self._factor for part in table)
-        return table if config.query_growth is None else (*table, _growth(places, *config.query_growth))
+        if consecutive and frequencies.size == config.rotary_dim // 2 and not on_cpu():
+            found = {"wavelengths": 1.0 / frequencies.reshape(-1), "offset": mx.array(offset), "factor": self._factor}
+        else:
+            found = rotation_table(frequencies, places, self._factor)
+        return found if config.query_growth is None else found | {"growth": _growth(places, *config.query_growth)}
 
     def _of_length(self, tokens: mx.array) -> mx.array:
         """Frequencies (..., R/2) of texts of so many tokens (..., 1)."""
@@ -277,13 +282,14 @@ class Rope:
         return 1.0 / base ** (mx.arange(0, config.rotary_dim, 2, dtype=mx.float32) / config.rotary_dim)
 
 
-def rotation_table(frequencies: mx.array, places: mx.array) -> tuple[mx.array, mx.array]:
-    """Cosines and sines at positions (..., T), whose frequencies are (..., R/2): two arrays (..., T, R/2), float32.
+def rotation_table(frequencies: mx.array, places: mx.array, factor: float = 1.0) -> Rotation:
+    """`cos` and `sin`, times `factor`, at positions (..., T), whose frequencies are (..., R/2): two arrays (..., T, R/2), float32.
 
     Computed once a forward pass and shared by all layers.
     """
     angles = places[..., None].astype(mx.float32) * frequencies
-    return mx.cos(angles), mx.sin(angles)
+    table = {"cos": mx.cos(angles), "sin": mx.sin(angles)}
+    return table if factor == 1.0 else {name: part * factor for name, part in table.items()}
 
 
 def places_within(segments: mx.array) -> tuple[mx.array, mx.array]:
@@ -302,10 +308,12 @@ def _rotate_halves(first: mx.array, second: mx.array, cos: mx.array, sin: mx.arr
     return first * cos - second * sin, second * cos + first * sin
 
 
-def rotate(x: mx.array, table: Rotation, interleaved: bool = False) -> mx.array:
-    """Rotates the first R of C dimensions of x (..., T, C): in pairs of the first and the second half, as most Hugging Face checkpoints
-    have them, or of neighbours."""
-    cos, sin = (part.astype(x.dtype) for part in table[:2])
+def rotate(x: mx.array, rotation: Rotation, interleaved: bool = False) -> mx.array:
+    """Rotates the first R of C dimensions of x (B, heads, T, C): in pairs of the first and the second half, as most Hugging Face
+    checkpoints have them, or of neighbours."""
+    if "wavelengths" in rotation:
+        return _rotate_in_a_kernel(x, rotation, interleaved)
+    cos, sin = (rotation[name].astype(x.dtype) for name in ("cos", "sin"))
     half = cos.shape[-1]
     rest = [x[..., 2 * half :]] if x.shape[-1] > 2 * half else []
     if interleaved:
@@ -313,3 +321,14 @@ def rotate(x: mx.array, table: Rotation, interleaved: bool = False) -> mx.array:
         turned = pairs.reshape(*x.shape[:-1], 2 * half)
         return mx.concatenate([turned, *rest], axis=-1) if rest else turned
     return mx.concatenate([*_rotate_halves(x[..., :half], x[..., half : 2 * half], cos, sin), *rest], axis=-1)
+
+
+def _rotate_in_a_kernel(x: mx.array, rotation: Rotation, interleaved: bool) -> mx.array:
+    """MLX's kernel computes in float32 and rounds what comes out."""
+    wavelengths, factor = rotation["wavelengths"], rotation["factor"]
+    size = 2 * wavelengths.size
+    if factor != 1.0 and size < x.shape[-1]:  # only what is turned is multiplied
+        turned = _rotate_in_a_kernel(x[..., :size], rotation, interleaved)
+        return mx.concatenate([turned, x[..., size:]], axis=-1)
+    scaled = x if factor == 1.0 else x * factor
+    return mx.fast.rope(scaled, size, traditional=interleaved, base=None, scale=1.0, offset=rotation["offset"], freqs=wavelengths)

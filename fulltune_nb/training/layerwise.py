@@ -222,7 +222,7 @@ class _Stream:
     ids: np.ndarray
     """(M,)"""
     contexts: list[Context]
-    """Each block's rotation table and mask."""
+    """Each block's rotation and mask."""
     inputs: list[mx.array]
     """Each block's input (B, T, D), and last the final norm's; taken away as the backward pass comes down."""
     positions: mx.array

@@ -10,6 +10,7 @@ from fulltune_nb.models import kv_cache
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.kv_cache import KVCache, make_cache
 from fulltune_nb.models.model_config import read_config
+from nbs_tests.gpu_like import gpu_like
 from nbs_tests.models.model_cases import CASES, SMALL, random_ids
 
 
@@ -42,6 +43,19 @@ def test_decoding_in_pieces_gives_the_logits_of_the_whole(case, lengths, small_b
     decoder = decoder_of(CASES[case])
     ids = mx.array(random_ids(CASES[case], (2, 27), 0))
     np.testing.assert_allclose(in_pieces(decoder, ids, lengths), np.array(decoder(ids)), atol=2e-5)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 27, [20, 1, 1, 1, 1, 1, 1, 1], [5, 9, 1, 1, 11]], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("sliding_window")])
+def test_on_a_gpu_one_token_needs_no_mask_for_its_window(case, lengths, small_buffers):
+    decoder = decoder_of(CASES[case])
+    ids = mx.array(random_ids(CASES[case], (2, 27), 0))
+    expected = np.array(decoder(ids))
+    with gpu_like():
+        np.testing.assert_allclose(in_pieces(decoder, ids, lengths), expected, atol=2e-5)
+        cache = make_cache(decoder.config.windows)
+        decoder(ids, cache)
+        assert [mask for _, mask in decoder.context(1, cache)] == [None] * decoder.config.num_layers
 
 
 def test_decoding_goes_on_across_the_growth_of_full_size_buffers():
@@ -104,5 +118,5 @@ def test_a_bfloat16_model_caches_in_bfloat16():
     decoder = decoder_of({"model_type": "llama", **SMALL})
     decoder.set_dtype(mx.bfloat16)
     cache, one_more = KVCache(), mx.ones((1, 2, 1, 6), dtype=mx.bfloat16)  # (B, K, T, C)
-    decoder.layers[0].attention(mx.ones((1, 2, 24), dtype=mx.bfloat16), (mx.ones((2, 3)), mx.zeros((2, 3))), None, cache)
+    decoder.layers[0].attention(mx.ones((1, 2, 24), dtype=mx.bfloat16), {"cos": mx.ones((2, 3)), "sin": mx.zeros((2, 3))}, None, cache)
     assert [kept.dtype for kept in cache.update(one_more, one_more)] == [mx.bfloat16] * 2

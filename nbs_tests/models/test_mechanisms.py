@@ -91,7 +91,7 @@ def test_one_projection_of_three_is_the_three():
 def test_queries_and_keys_are_normed_by_head_or_over_all_heads_before_or_after_rotation(family):
     config = config_of(family, use_qk_norm=True, qk_layernorm=True, head_dim=8, hidden_size=32)
     attention, x = shaken(Attention(config)), random(2, 5, config.hidden_size)
-    rotation = Rope(config.rope).table(0, 5)
+    rotation = Rope(config.rope).rotation(0, 5)
     queries = attention.q_proj(x)
     if family == "olmo2":
         queries = attention.q_norm(queries)
@@ -175,7 +175,7 @@ def test_logits_are_capped():
 
 
 def test_interleaved_pairs_are_the_halves_in_another_order():
-    x, table = random(2, 3, 5, 10), Rope(RopeConfig(1e4, 8)).table(0, 5)
+    x, table = random(2, 3, 5, 10), Rope(RopeConfig(1e4, 8)).rotation(0, 5)
     order = mx.array([0, 2, 4, 6, 1, 3, 5, 7, 8, 9])
     assert_close(rotate(x, table, interleaved=True)[..., order], rotate(x[..., order], table))
 
@@ -199,9 +199,9 @@ def test_layers_with_a_window_have_a_base_of_their_own():
 def test_a_dynamic_base_grows_with_texts_longer_than_the_model_was_made_for():
     config = RopeConfig(1e4, 8, 1.0, "dynamic", (("factor", 2.0), ("max_position_embeddings", 16.0)))
     plain = RopeConfig(1e4, 8)
-    assert_close(Rope(config).table(0, 16)[0], Rope(plain).table(0, 16)[0])
+    assert_close(Rope(config).rotation(0, 16)["cos"], Rope(plain).rotation(0, 16)["cos"])
     theta = 1e4 * (2.0 * 40 / 16 - 1.0) ** (8 / 6)
-    assert_close(Rope(config).table(30, 10)[1], Rope(RopeConfig(theta, 8)).table(30, 10)[1], 1e-4)
+    assert_close(Rope(config).rotation(30, 10)["sin"], Rope(RopeConfig(theta, 8)).rotation(30, 10)["sin"], 1e-4)
 
 
 SHORT, LONG = (1.0, 2.0, 3.0, 4.0), (2.0, 3.0, 5.0, 7.0)
@@ -215,30 +215,30 @@ def test_longrope_stretches_each_dimension_by_its_own_factor_and_longer_texts_by
     frequencies = 1e4 ** (-np.arange(4) / 4)
     raised = math.sqrt(1 + math.log(4) / math.log(16))
     for length, factors in ((16, SHORT), (17, LONG)):
-        cos, sin = rotation_table(mx.array((frequencies / factors).astype(np.float32)), mx.arange(length))
-        found = Rope(LONGROPE).table(0, length)
-        assert_close(found[0], raised * cos)
-        assert_close(found[1], raised * sin)
+        plain = rotation_table(mx.array((frequencies / factors).astype(np.float32)), mx.arange(length))
+        found = Rope(LONGROPE).rotation(0, length)
+        assert_close(found["cos"], raised * plain["cos"])
+        assert_close(found["sin"], raised * plain["sin"])
 
 
 def test_yarn_keeps_fast_dimensions_stretches_slow_ones_and_raises_scores():
     config = RopeConfig(1e4, 64, 1.0, "yarn", (("factor", 4.0), ("original_max_position_embeddings", 256.0)))
-    plain, scaled = (Rope(one).table(1, 1) for one in (RopeConfig(1e4, 64), config))
+    plain, scaled = (Rope(one).rotation(1, 1) for one in (RopeConfig(1e4, 64), config))
     raised = 0.1 * math.log(4) + 1
-    angles, expected = (np.arctan2(np.array(sin), np.array(cos))[0] for cos, sin in (scaled, plain))
+    angles, expected = (np.arctan2(np.array(one["sin"]), np.array(one["cos"]))[0] for one in (scaled, plain))
     turns = 256 * expected / (2 * math.pi)
     np.testing.assert_allclose(angles[turns > 40], expected[turns > 40], rtol=1e-4)
     np.testing.assert_allclose(4 * angles[turns < 0.8], expected[turns < 0.8], rtol=1e-3)
-    assert_close(mx.sqrt(scaled[0] ** 2 + scaled[1] ** 2), np.full((1, 32), raised), 1e-4)
+    assert_close(mx.sqrt(scaled["cos"] ** 2 + scaled["sin"] ** 2), np.full((1, 32), raised), 1e-4)
 
 
 def test_queries_grow_beyond_the_original_length():
     config = config_of("ministral3", head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1,
                                                                   "original_max_position_embeddings": 4})  # fmt: skip
-    growth = Rope(config.rope).table(0, 10)[2]
+    growth = Rope(config.rope).rotation(0, 10)["growth"]
     assert_close(growth[:, 0], 1 + 0.1 * np.log(1 + np.arange(10) // 4))
     segments = mx.array([[0] * 6 + [1] * 4])
-    assert_close(Rope(config.rope).table(0, 10, segments)[2][0, 0, 6:, 0], growth[:4, 0])
+    assert_close(Rope(config.rope).rotation(0, 10, segments)["growth"][0, 0, 6:, 0], growth[:4, 0])
 
 
 def test_places_within_segments_begin_anew():

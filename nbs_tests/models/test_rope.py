@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fulltune_nb.errors import ModelError
-from fulltune_nb.models.rope import RopeConfig, inverse_frequencies, read_ropes, rotate, rotation_table
+from fulltune_nb.models.rope import Rope, RopeConfig, inverse_frequencies, read_ropes, rotate, rotation_table
+from nbs_tests.gpu_like import gpu_like
 from nbs_tests.models.family_cases import cases_of
 from nbs_tests.models.model_cases import FAMILIES, LLAMA3
 from nbs_tests.models.parity import need_torch
@@ -155,10 +156,41 @@ def test_a_partial_rotation_leaves_the_other_dimensions_alone():
 
 def test_an_offset_continues_the_positions():
     whole, rest = table(RopeConfig(1e4, 8), 7), table(RopeConfig(1e4, 8), 3, offset=4)
-    for all_positions, last in zip(whole, rest, strict=True):
-        np.testing.assert_array_equal(np.array(all_positions[4:]), np.array(last))
+    for name, last in rest.items():
+        np.testing.assert_array_equal(np.array(whole[name][4:]), np.array(last))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_rotation_keeps_the_dtype(dtype):
     assert rotate(mx.ones((1, 1, 3, 8), dtype=dtype), table(RopeConfig(1e4, 8), 3)).dtype == dtype
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RopeConfig(1e4, 8),
+        RopeConfig(1e4, 4, 0.5),
+        RopeConfig(1e4, 8, 1.0, "llama3", LLAMA3_KEYS),
+        *(RopeConfig(1e4, size, size / 8, "yarn", (("factor", 4.0), ("original_max_position_embeddings", 16.0))) for size in (8, 4)),
+        RopeConfig(1e4, 8, 1.0, "dynamic", (("factor", 2.0), ("max_position_embeddings", 16.0))),
+    ],
+    ids=lambda config: f"{config.scaling}-{config.rotary_dim}",
+)
+def test_a_gpus_kernel_rotates_as_the_table_does(config, interleaved, monkeypatch):
+    x = mx.random.normal((2, 3, 40, 8), key=mx.random.key(0))
+    expected = rotate(x, Rope(config).rotation(11, 40), interleaved)
+    calls, rope = [], mx.fast.rope
+    monkeypatch.setattr(mx.fast, "rope", lambda *args, **settings: (calls.append(1), rope(*args, **settings))[1])
+    with gpu_like():
+        found = rotate(x, Rope(config).rotation(11, 40), interleaved)
+    assert calls
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=2e-6)
+
+
+def test_on_a_gpu_places_that_do_not_follow_one_another_and_rows_of_other_lengths_keep_the_table():
+    segments, lengths = mx.array([[0, 0, 1, 1]]), mx.array([3, 4])
+    dynamic = RopeConfig(1e4, 8, 1.0, "dynamic", (("factor", 2.0), ("max_position_embeddings", 2.0)))
+    with gpu_like():
+        assert "cos" in Rope(dynamic).rotation(0, 4, segments) and "cos" in Rope(dynamic).rotation(0, 4, lengths=lengths)
+        assert "wavelengths" in Rope(RopeConfig(1e4, 8)).rotation(0, 4, segments)  # products depend on the distance alone
