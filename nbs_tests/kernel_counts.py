@@ -23,7 +23,7 @@ from nbs_tests.gpu_like import gpu_like
 
 VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "CustomTransforms", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
-    "Squeeze", "StopGradient", "Transpose", "Unflatten",
+    "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
 """Nodes that compute nothing; a reshaped array that has to be copied is counted as none too."""
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from fulltune_nb import html
-from fulltune_nb.cpu import Kernels, kernels_for
+from fulltune_nb.cpu import Kernels, kernels_for, on_cpu
 from fulltune_nb.errors import CheckpointError, TrainingError, listed, nearest
 from fulltune_nb.models.families import to_hf
 from fulltune_nb.models.parameters import holders_of, parameters_of, trainable_of
@@ -21,8 +21,10 @@ from fulltune_nb.settings import SettingError
 from fulltune_nb.training.adafactor import Adafactor
 from fulltune_nb.training.config import TrainConfig, optimizer_settings
 from fulltune_nb.training.eight_bit import EightBit
+from fulltune_nb.training.gpu_rules import gpu_rule
+from fulltune_nb.training.muon import Muon
 from fulltune_nb.training.rounding import Rounding, check_dtype
-from fulltune_nb.training.rules import SGD, Adam, KernelAdam, Lion, Muon, Piece, Rule, Scalars, Shape, State, Tensor, piece_size
+from fulltune_nb.training.rules import SGD, Adam, KernelAdam, Lion, Piece, Rule, Scalars, Shape, State, Tensor, piece_size
 
 
 class UpdateObserver(Protocol):
@@ -230,7 +232,13 @@ class Optimizers:
 
     def state_arrays(self) -> dict[str, mx.array]:
         """The state as flat names -> arrays: `"step"`, and `"<module path>.<slot>"` for each slot of each parameter."""
-        arrays = {f"{name}.{slot}": array for name, own in self._state.items() for slot, array in own.items()}
+        arrays = {
+            f"{name}.{part}": array
+            for name, own in self._state.items()
+            for slot, kept in own.items()
+            for part, array in self._slots[name][slot].apart(slot, kept).items()
+        }
+        mx.eval(arrays)  # parts of what is evaluated: there is nothing to compute, and other threads may read them
         return {"step": mx.array(self.step, dtype=mx.uint32), **arrays}
 
     def load_state_arrays(self, arrays: Mapping[str, mx.array]) -> None:
@@ -239,7 +247,8 @@ class Optimizers:
         Raises:
             CheckpointError: arrays are missing, unexpected, or of another shape or dtype; nothing is changed.
         """
-        expected = {f"{name}.{slot}": (s.shape, s.dtype) for name, own in self._slots.items() for slot, s in own.items()}
+        slots = [(name, slot, s) for name, own in self._slots.items() for slot, s in own.items()]
+        expected = {f"{name}.{part}": kept for name, slot, s in slots for part, kept in s.stored(slot).items()}
         expected["step"] = ((), mx.uint32)
         problems = [f"missing {name}" for name in expected.keys() - arrays.keys()]
         problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys()]
@@ -253,7 +262,9 @@ class Optimizers:
             )
         mx.eval(list(arrays.values()))
         self.step = int(arrays["step"].item())
-        self._state = {name: {slot: arrays[f"{name}.{slot}"] for slot in own} for name, own in self._slots.items()}
+        for name, slot, s in slots:  # one at a time: what stands together is a copy
+            self._state[name][slot] = s.together(slot, {part: arrays[f"{name}.{part}"] for part in s.stored(slot)})
+            mx.eval(self._state[name][slot])
 
     @property
     def state_bytes(self) -> int:
@@ -282,10 +293,19 @@ class Optimizers:
 # -- groups and rules -------------------------------------------------------------------------------------------------
 
 
-def make_rule(name: str, settings: Mapping[str, Any], kernels: Kernels | None = None) -> Rule:
-    """The rule of an optimizer, from all of its settings (`optimizer_settings`), and the CPU's kernels where there are some."""
+def make_rule(name: str, settings: Mapping[str, Any], kernels: Kernels | None = None, whole: bool = True) -> Rule:
+    """The rule of an optimizer.
+
+    Args:
+        name: as in `TrainConfig.optimizer`.
+        settings: all of them (`optimizer_settings`).
+        kernels: the CPU's, where there are some.
+        whole: a GPU may have the rule that updates whole tensors.
+    """
     if name.endswith("8bit"):
-        return EightBit(make_rule(name.removesuffix("8bit"), settings))
+        return EightBit(make_rule(name.removesuffix("8bit"), settings, whole=False))
+    if not on_cpu() and whole and (rule := gpu_rule(name, settings)):
+        return rule
     if name in ("adamw", "adam"):
         return KernelAdam(settings, name == "adamw", kernels) if kernels else Adam(settings, name == "adamw")
     return {"sgd": SGD, "lion": Lion, "muon": Muon, "adafactor": Adafactor}[name](settings)
@@ -352,7 +372,7 @@ def random_bits_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: m
     """Bytes of the table that stochastic rounding keeps from its first use on; arguments as for `update_bytes`."""
     if dtype == mx.float32 or config.rounding == "nearest":
         return 0
-    largest = max((min(math.prod(shape), piece_size()) for shape in shapes.values()), default=1)
+    largest = max((min(math.prod(shape), piece_size()) if on_cpu() else shape[-1] for shape in shapes.values()), default=1)
     return 4 << max(largest - 1, 1).bit_length()  # a power of two
 
 

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import TrainingError
 
 NEAREST_WARNING = (
@@ -107,6 +109,8 @@ def round_to(x: mx.array, dtype: mx.Dtype, key: int | None, first: int = 0) -> m
         return x
     if key is None or dtype != mx.bfloat16:
         return x.astype(dtype)
+    if not on_cpu():
+        return _rounded_by_one_kernel(x, key, first)
     offset = mx.array((key + first * _WEYL) % _MODULUS, dtype=mx.uint32)
     bits = x.astype(mx.float32).reshape(-1).view(mx.uint32)  # (n,): one trace for all shapes of this size
     return _carry(bits, _mixed(_multiples(x.size), offset)).view(mx.bfloat16).reshape(x.shape)
@@ -128,6 +132,20 @@ def _carry(bits: mx.array, h: mx.array) -> mx.array:
     # A carry out of a NaN's low bits would change its sign and exponent; inf has no low bits.
     bits = mx.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
     return ((bits + (h >> 16)) >> 16).astype(mx.uint16)
+
+
+def _rounded_by_one_kernel(x: mx.array, key: int, first: int) -> mx.array:
+    """`round_to` on a GPU, with the same bits. It reads no random number: those of a row begin with the row's place."""
+    columns = x.shape[-1]
+    begins = (key + (first + columns * np.arange(x.size // columns, dtype=np.uint64)) * _WEYL) % _MODULUS  # (R,), exact: below 2**64
+    bits = x.astype(mx.float32).reshape(-1, columns).view(mx.uint32)  # (R, C)
+    rounded = _carry_at(bits, mx.array(begins.astype(np.uint32))[:, None], _multiples(columns))
+    return rounded.view(mx.bfloat16).reshape(x.shape)
+
+
+@mx.compile
+def _carry_at(bits: mx.array, rows: mx.array, columns: mx.array) -> mx.array:
+    return _carry(bits, _mixed(rows, columns))
 
 
 def _multiples(size: int) -> mx.array:

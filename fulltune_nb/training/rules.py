@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers
 
 from fulltune_nb.cpu import AdamUpdate, Kernels, evaluate, num_streams, on_cpu, sole, streams_for
 from fulltune_nb.training.rounding import Rounding
@@ -32,11 +31,26 @@ class Slot:
 
     shape: Shape
     dtype: mx.Dtype = mx.float32
+    parts: tuple[str, ...] = ()
+    """Names of several of one shape (..., C) that stand in it together, as (..., parts, C); it goes by these in files. (): it is one."""
 
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.size
+
+    def apart(self, name: str, array: mx.array) -> dict[str, mx.array]:
+        """Each part by its name, or the array by this name."""
+        return {part: array[..., i, :] for i, part in enumerate(self.parts)} if self.parts else {name: array}
+
+    def together(self, name: str, parts: State) -> mx.array:
+        """The array that `apart` made these of."""
+        return mx.stack([parts[part] for part in self.parts], axis=-2) if self.parts else parts[name]
+
+    def stored(self, name: str) -> dict[str, tuple[Shape, mx.Dtype]]:
+        """Name -> shape and dtype of what `apart` gives."""
+        shape = (*self.shape[:-2], self.shape[-1]) if self.parts else self.shape
+        return dict.fromkeys(self.parts or (name,), (shape, self.dtype))
 
 
 @dataclass(eq=False)
@@ -286,7 +300,8 @@ class Rule(ABC):
 _compiled = partial(mx.compile, shapeless=True)
 
 
-def _scalars(*values: float) -> tuple[mx.array, ...]:
+def scalars_of(*values: float) -> tuple[mx.array, ...]:
+    """Numbers of a step as float32 arrays: what is compiled is not made anew for each."""
     return tuple(mx.array(value, dtype=mx.float32) for value in values)
 
 
@@ -343,11 +358,11 @@ class Adam(Rule):
         b1, b2 = self.betas
         correction1, correction2 = (1.0 - b1**step, 1.0 - b2**step) if self.bias_correction else (1.0, 1.0)
         decay_now = weight_decay if self.decoupled else 0.0
-        l2 = None if self.decoupled or not weight_decay else _scalars(weight_decay, gradient_scale)
+        l2 = None if self.decoupled or not weight_decay else scalars_of(weight_decay, gradient_scale)
         scale = 1.0 if l2 else gradient_scale  # the decayed gradient is scaled already
         m, v = (b1, (1.0 - b1) * scale), (b2, 1.0 - b2, scale)
         p = (1.0 - learning_rate * decay_now, learning_rate / correction1, 1.0 / math.sqrt(correction2), self.eps)
-        return {"l2": l2, "m": _scalars(*m), "v": _scalars(*v), "p": _scalars(*p), "numbers": (*m, *v, *p)}
+        return {"l2": l2, "m": scalars_of(*m), "v": scalars_of(*v), "p": scalars_of(*p), "numbers": (*m, *v, *p)}
 
     def in_place(self, scalars: dict[str, Any]) -> bool:
         return scalars["l2"] is None  # else the decayed gradient is an array of its own
@@ -413,11 +428,11 @@ class SGD(Rule):
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
         scale = 1.0 if weight_decay else gradient_scale  # the decayed gradient is scaled already
         return {
-            "l2": _scalars(weight_decay, gradient_scale) if weight_decay else None,
-            "v": _scalars(self.momentum, (1.0 - self.dampening) * scale),
-            "plain": _scalars(learning_rate * scale),
-            "momentum": _scalars(learning_rate),
-            "nesterov": _scalars(learning_rate * scale, learning_rate * self.momentum),
+            "l2": scalars_of(weight_decay, gradient_scale) if weight_decay else None,
+            "v": scalars_of(self.momentum, (1.0 - self.dampening) * scale),
+            "plain": scalars_of(learning_rate * scale),
+            "momentum": scalars_of(learning_rate),
+            "nesterov": scalars_of(learning_rate * scale, learning_rate * self.momentum),
         }
 
     def in_place(self, scalars: dict[str, Any]) -> bool:
@@ -452,8 +467,8 @@ class Lion(Rule):
 
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
         b1, b2 = self.betas
-        p = _scalars(b1, (1.0 - b1) * gradient_scale, 1.0 - learning_rate * weight_decay, learning_rate)
-        return {"p": p, "m": _scalars(b2, (1.0 - b2) * gradient_scale)}
+        p = scalars_of(b1, (1.0 - b1) * gradient_scale, 1.0 - learning_rate * weight_decay, learning_rate)
+        return {"p": p, "m": scalars_of(b2, (1.0 - b2) * gradient_scale)}
 
     def in_place(self, scalars: dict[str, Any]) -> bool:
         return True
@@ -464,37 +479,3 @@ class Lion(Rule):
     def change(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> mx.array:
         keep, take, kept, rate = scalars["p"]
         return _lion_step(p, g, state["m"], keep, take, kept - 1.0, rate)
-
-
-class Muon(Rule):
-    """Muon (Jordan 2024) as `mlx.optimizers.Muon`, in float32; a stack of matrices (E, R, C) is treated as E parameters."""
-
-    by_rows = False
-
-    def __init__(self, settings: Mapping[str, Any]):
-        own = {name: settings[name] for name in ("momentum", "nesterov", "ns_steps")}
-        self.optimizer = mlx.optimizers.Muon(learning_rate=0.0, **own)  # rate, decay and step are set anew for every step
-
-    def slots(self, shape: Shape) -> dict[str, Slot]:
-        return {"v": Slot(shape)}
-
-    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> dict[str, Any]:
-        rate, scale = _scalars(learning_rate, gradient_scale)
-        state = {"step": mx.array(step, dtype=mx.uint64), "learning_rate": rate}
-        return {"state": state, "weight_decay": weight_decay, "scale": None if gradient_scale == 1.0 else scale}
-
-    def apply(self, p: mx.array, g: mx.array, state: State, scalars: dict[str, Any]) -> tuple[mx.array, State]:
-        self.optimizer.state.update(scalars["state"])
-        self.optimizer.weight_decay = scalars["weight_decay"]
-        p, g = p.astype(mx.float32), g.astype(mx.float32)
-        if scalars["scale"] is not None:
-            g = g * scalars["scale"]
-        if p.ndim == 2:
-            state = dict(state)
-            return self.optimizer.apply_single(g, p, state), state
-        matrices = [self.apply(p[i], g[i], {"v": state["v"][i]}, {**scalars, "scale": None}) for i in range(p.shape[0])]
-        return mx.stack([p for p, _ in matrices]), {"v": mx.stack([state["v"] for _, state in matrices])}
-
-    def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
-        sizes = [math.prod(shape) for shape in shapes]
-        return 8 * min(sum(sizes), max(*sizes, piece_size() * num_streams()))
