@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,9 +58,34 @@ class Norm(nn.Module):
             plain = function(x.astype(mx.float32), None, *([None] if bias else []), self._eps)
             return (plain * weight[:, None]).astype(x.dtype)
         if self._kind.endswith("plus_one"):  # in bfloat16, 1 + weight would lose the weight's last bits
+            if x.dtype != mx.float32 and not cpu_math.on_cpu():
+                return _by_one_plus(function, self._eps)(x, weight, *bias)
             scale = 1.0 + weight.astype(mx.float32)
             return function(x.astype(mx.float32), scale, *(part.astype(mx.float32) for part in bias), self._eps).astype(x.dtype)
         return function(x, weight, *bias, self._eps)
+
+
+@cache
+def _by_one_plus(function: Callable[..., mx.array], eps: float) -> Callable[..., mx.array]:
+    """A norm whose output is multiplied by 1 + weight in float32, though all it reads and writes is in half precision, as a GPU's kernel
+    wants it. Only the gradient of what is normalised sees 1 + weight rounded."""
+
+    def normed(x: mx.array, *parameters: mx.array | None) -> mx.array:
+        return function(x, *parameters, eps)
+
+    @mx.custom_function
+    def by_one_plus(x: mx.array, weight: mx.array, *bias: mx.array) -> mx.array:
+        scaled = normed(x, None, *(None for _ in bias)) * (1.0 + weight.astype(mx.float32))
+        return sum(bias, scaled).astype(x.dtype)
+
+    @by_one_plus.vjp
+    def gradients(primals: tuple[mx.array, ...], gradient: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
+        x, weight, *bias = primals
+        weight = mx.depends([weight], [gradient])[0]  # else MLX saw the sum of the forward pass here, and kept it
+        scale = (1.0 + weight.astype(mx.float32)).astype(x.dtype)
+        return tuple(mx.vjp(normed, [x, scale, *bias], [gradient])[1])
+
+    return by_one_plus
 
 
 class HeadNorms(nn.Module):

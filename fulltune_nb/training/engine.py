@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.cpu import Kernels, evaluate
+from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.experts import RouterBalance
@@ -26,6 +26,17 @@ from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
 
 CHUNK_ELEMENTS = 2**23
 """Logits of a chunk where a kernel computes the loss: 32 MiB."""
+
+
+Sums = tuple[mx.array | None, Arrays]
+"""Of the micro-batches so far: their loss, None before the first, and their gradients."""
+
+
+def added(sums: Sums, loss: mx.array, gradients: Arrays) -> Sums:
+    """The sums with one micro-batch more; lazy."""
+    total, so_far = sums
+    add(so_far, gradients)
+    return loss if total is None else total + loss, so_far
 
 
 class WholeGraph:
@@ -55,26 +66,24 @@ class WholeGraph:
     def gradients(self, number: int, batches: Sequence[Batch]) -> WholeGradients:
         """The step's loss and gradients, evaluated; see `gradients.Engine`."""
         step_tokens = sum(batch.num_tokens for batch in batches)
-        total, gradients = mx.array(0.0), {}
+        sums: Sums = None, {}
         for batch in batches:
             # Each micro-batch is weighted by its tokens: the sum is the mean over all tokens, not a mean of means.
-            loss, more = (self._by_kernel if self._in_halves else self._by_graph)(batch, batch.weights / step_tokens)
-            total = total + loss
-            add(gradients, more)
-            del more
+            weights = batch.weights / step_tokens
+            sums = added(sums, *self._by_kernel(batch, weights)) if self._in_halves else self._by_graph(batch, weights, sums)
             # One micro-batch's activations at a time; and before the norm, in one graph with which the peak of `grad_checkpoint` doubles.
-            evaluate(total, gradients)
-        return WholeGradients(number, batches, total, gradients, self._kernels)
+            evaluate(*sums)
+        return WholeGradients(number, batches, *sums, self._kernels)
 
-    def _by_graph(self, batch: Batch, weights: np.ndarray) -> tuple[mx.array, Arrays]:
-        """A micro-batch's share of the mean loss, and its gradients; lazy."""
+    def _by_graph(self, batch: Batch, weights: np.ndarray, sums: Sums) -> Sums:
+        """The sums, to which a micro-batch's share of the mean loss and its gradients are added; lazy."""
         targets = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
         balance = balance_of(self._model, batch, self._balance * weights.sum()) or ()
-        return self._graph(parameters_of(self._model), inputs_of(batch, self._model), targets, *balance)
+        read = parameters_of(self._model), inputs_of(batch, self._model), targets, *balance
+        # On a CPU adding is no part of what may be compiled: so it was, and runs that began so go on to the same bits.
+        return added(sums, *self._graph((None, {}), *read)) if on_cpu() else self._graph(sums, *read)
 
-    def _whole(
-        self, parameters: Arrays, inputs: Arrays, targets: Arrays, *of_balance: Any
-    ) -> tuple[mx.array, Arrays]:
+    def _whole(self, sums: Sums, parameters: Arrays, inputs: Arrays, targets: Arrays, *of_balance: Any) -> Sums:
         balance = RouterBalance(*of_balance) if of_balance else None
 
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
@@ -84,7 +93,7 @@ class WholeGraph:
 
         with swapped_in(self._model, parameters):
             found, _, gradients = backward_through({"": self._model}, loss, [], mx.array(1.0))
-        return found, gradients
+        return added(sums, found, gradients)
 
     def _hidden_states(self, inputs: Arrays, balance: RouterBalance | None = None) -> mx.array:
         """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
@@ -103,8 +112,8 @@ class WholeGraph:
             hidden, _, gradients = backward_through(body, lambda: self._hidden_states(inputs), [], hidden_gradient)
         return hidden, gradients
 
-    def _by_kernel(self, batch: Batch, weights: np.ndarray) -> tuple[float, Arrays]:
-        """As `_by_graph`; evaluated."""
+    def _by_kernel(self, batch: Batch, weights: np.ndarray) -> tuple[mx.array, Arrays]:
+        """A micro-batch's share of the mean loss, and its gradients; evaluated."""
         # The second half reads what the kernel has written by then. NaN: what would be computed too early could not go unnoticed.
         hidden_gradient = mx.full((len(batch.targets), self._config.hidden_size), math.nan)
         mx.eval(hidden_gradient)
@@ -116,7 +125,7 @@ class WholeGraph:
         add(gradients, of_head)  # a tied one has both
         del of_head
         mx.eval(gradients)
-        return loss, gradients
+        return mx.array(loss), gradients
 
     def _head(self, hidden: mx.array, targets: np.ndarray, weights: np.ndarray, hidden_gradient: np.ndarray) -> tuple[float, Arrays]:
         """The loss, and the gradients of the head's trained arrays; that of `hidden` is written into `hidden_gradient`. Evaluated."""

@@ -71,28 +71,52 @@ def _loss_with_gradients(
     hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None
 ) -> tuple[mx.array, ...]:
     """Loss, then the gradients of `hidden` and of each array of `head`, in their order."""
-    loss = mx.array(0.0)
-    hidden_gradients = []
+    losses, hidden_gradients = [], []
     head_gradients: dict[str, mx.array] = {}
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
+    chunk_loss = _chunk_loss if on_cpu() else _chunk_loss_on_gpu
     for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
-        part = mx.depends([hidden[rows]], [loss, *hidden_gradients[-1:], *head_gradients.values()])[0]
-        logits = chunk_logits(part, head, cap)
-        exponentials, total_of_row, losses = _token_losses(logits, targets[rows])
-        loss = loss + (losses * weights[rows]).sum()
-        # d loss / d logits = weight (softmax - one_hot(target)) = share (exponentials - one_hot(target) total). The share is multiplied
-        # into what has D columns, not V.
-        share = (weights[rows, None] / total_of_row).astype(hidden.dtype)
-        at_target = mx.take_along_axis(exponentials, targets[rows, None], axis=1) - total_of_row
-        unscaled = mx.put_along_axis(exponentials, targets[rows, None], at_target, axis=1)
-        unscaled = (unscaled if cap is None else unscaled * cap_slope(logits, cap)).astype(hidden.dtype)
-        hidden_gradients.append((unscaled @ head["weight"]) * share)
-        more = {"weight": unscaled.T @ (part * share)}
-        if "bias" in head:
-            more["bias"] = (unscaled.T @ share)[:, 0]
+        part = mx.depends([hidden[rows]], [*losses[-1:], *hidden_gradients[-1:], *head_gradients.values()])[0]
+        loss, hidden_gradient, more = chunk_loss(part, head, targets[rows], weights[rows], cap)
+        losses.append(loss)
+        hidden_gradients.append(hidden_gradient)
         add(head_gradients, more)
-    return loss, mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
+    return sum(losses[1:], losses[0]), mx.concatenate(hidden_gradients), *(head_gradients[name] for name in head)
+
+
+def _chunk_loss(
+    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None
+) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    """A chunk's loss, and the gradients of `hidden` (n, D) and of the head's arrays."""
+    logits = chunk_logits(hidden, head, cap)
+    exponentials, total_of_row, losses = _token_losses(logits, targets)
+    # d loss / d logits = weight (softmax - one_hot(target)) = share (exponentials - one_hot(target) total). The share is multiplied
+    # into what has D columns, not V.
+    share = (weights[:, None] / total_of_row).astype(hidden.dtype)
+    at_target = mx.take_along_axis(exponentials, targets[:, None], axis=1) - total_of_row
+    unscaled = mx.put_along_axis(exponentials, targets[:, None], at_target, axis=1)
+    unscaled = (unscaled if cap is None else unscaled * cap_slope(logits, cap)).astype(hidden.dtype)
+    found = {"weight": unscaled.T @ (hidden * share)}
+    if "bias" in head:
+        found["bias"] = (unscaled.T @ share)[:, 0]
+    return (losses * weights).sum(), (unscaled @ head["weight"]) * share, found
+
+
+def _chunk_loss_on_gpu(
+    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None
+) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    """The same where few kernels count: the logits are read for the sum of their exponentials, and once more for their gradients."""
+    logits = chunk_logits(hidden, head, cap)
+    total = mx.logsumexp(logits, axis=1, keepdims=True)  # (n, 1)
+    losses = total - mx.take_along_axis(logits, targets[:, None], axis=1)
+    is_target = mx.arange(logits.shape[1]) == targets[:, None]  # (n, V), never written anywhere
+    gradients = (mx.exp(logits - total) - is_target) * weights[:, None]
+    gradients = (gradients if cap is None else gradients * cap_slope(logits, cap)).astype(hidden.dtype)
+    found = {"weight": gradients.T @ hidden}
+    if "bias" in head:
+        found["bias"] = gradients.sum(axis=0)
+    return (losses * weights[:, None]).sum(), gradients @ head["weight"], found
 
 
 def _token_losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,5 +1,7 @@
 """The chunked cross-entropy against MLX's plain one."""
 
+from contextlib import nullcontext
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,13 +9,21 @@ import pytest
 
 from fulltune_nb.training import loss as loss_module
 from fulltune_nb.training.loss import cross_entropy, cross_entropy_only
+from nbs_tests.gpu_like import gpu_like
 
 NUM_POSITIONS, HIDDEN, VOCAB = 70, 16, 97
 
 
 @pytest.fixture(params=[32, 10_000], ids=["three chunks", "one chunk"])
 def chunk_rows(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", request.param * VOCAB)
+    for name in ("CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(loss_module, name, request.param * VOCAB)
+
+
+@pytest.fixture(params=[nullcontext, gpu_like], ids=["on a CPU", "on a GPU"])
+def device(request):
+    with request.param():
+        yield
 
 
 def _problem(bias: bool):
@@ -37,7 +47,7 @@ def _distance(ours, reference):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_loss_and_all_gradients_equal_the_plain_ones(chunk_rows, bias):
+def test_loss_and_all_gradients_equal_the_plain_ones(chunk_rows, device, bias):
     hidden, head, targets, weights = _problem(bias)
     ours, (d_hidden, d_head) = mx.value_and_grad(lambda h, w: 3.0 * cross_entropy(h, w, targets, weights), argnums=(0, 1))(hidden, head)
     plain, (p_hidden, p_head) = mx.value_and_grad(lambda h, w: 3.0 * _plain(h, w, targets, weights), argnums=(0, 1))(hidden, head)
