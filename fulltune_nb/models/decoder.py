@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fulltune_nb.cpu import on_cpu
+from fulltune_nb.models.embedding import lookup
 from fulltune_nb.models.experts import MixtureOfExperts, RouterBalance
 from fulltune_nb.models.kv_cache import KVCache
 from fulltune_nb.models.layers import (
@@ -221,25 +222,6 @@ class Decoder(nn.Module):
                 made[key] = within_segments(causal_mask(length, offset, first, window), segments)
             masks.append(made[key])
         return masks
-
-
-def lookup(weight: mx.array, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
-    """Rows of an embedding (V, D) for ids (B, T), in `dtype` or the weight's own: (B, T, D)."""
-    if dtype is None or dtype == weight.dtype:
-        return weight[ids]
-    return _rows_in_float32(weight, ids) if dtype == mx.float32 else weight[ids].astype(dtype)
-
-
-@mx.custom_function
-def _rows_in_float32(weight: mx.array, ids: mx.array) -> mx.array:
-    return weight[ids].astype(mx.float32)
-
-
-@_rows_in_float32.vjp
-def _rows_in_float32_vjp(primals, cotangent, _output):
-    # Summed up in float32: in half precision a frequent token's gradient would lose what its later places add.
-    weight, ids = primals
-    return mx.zeros(weight.shape, dtype=mx.float32).at[ids].add(cotangent), mx.zeros_like(ids)
 
 
 def _checkpointed(

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.cpu import Kernels, fast_exp
+from fulltune_nb.models.embedding import sums_by_token
 from fulltune_nb.training.loss import Head, cap_slope, chunk_logits, chunks, losses_by_kernel
 
 RANGE_ELEMENTS = 2**24
@@ -98,8 +99,9 @@ def head_gradients(head: Head, inputs: list[HeadInput], rows: slice) -> dict[str
 def embedding_gradient(ids: np.ndarray, cotangent: mx.array, rows: slice) -> mx.array:
     """Gradient of a range of the embedding's rows (v, D): ids (M,) and the gradient of what was looked up for them (M, D)."""
     here = np.flatnonzero((ids >= rows.start) & (ids < rows.stop))
-    zeros = mx.zeros((rows.stop - rows.start, cotangent.shape[-1]), dtype=cotangent.dtype)
-    return zeros.at[mx.array(ids[here] - rows.start)].add(cotangent[mx.array(here)]) if here.size else zeros
+    if not here.size:
+        return mx.zeros((rows.stop - rows.start, cotangent.shape[-1]), dtype=cotangent.dtype)
+    return sums_by_token(mx.array(ids[here] - rows.start), cotangent[mx.array(here)], rows.stop - rows.start)
 
 
 def _only_pass(head: Head, one: HeadInput, kernels: Kernels) -> tuple[float, mx.array]:
