@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
-from fulltune_nb.errors import FulltuneError, TrainingError, nearest
+from fulltune_nb.errors import IN_LOADING, FulltuneError, TrainingError, device_errors, nearest
 from fulltune_nb.settings import as_typed
 
 
@@ -80,7 +80,8 @@ def add_fields(group: Any, cls: type) -> None:
 def run(work: Callable[[], int]) -> int:
     """Runs a command's work and turns what goes wrong into an exit code and one message on standard error."""
     try:
-        return work()
+        with device_errors(IN_LOADING):  # what else uses the device says so itself
+            return work()
     except FulltuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2

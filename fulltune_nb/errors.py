@@ -8,7 +8,9 @@
     ├── TrainingError          a step or a run that cannot go on
     │   ├── NonFiniteError     loss or gradient is NaN or inf; nothing was updated
     │   ├── TornStepError      a step failed when a part of the weights had been updated
-    │   └── MemoryLimitError   a run that would need more memory than the machine has
+    │   ├── MemoryLimitError   a run that would need more memory than the machine has
+    │   └── DeviceError        the device broke a computation off, in training or elsewhere
+    │       └── OutOfMemoryError   because memory ran out
     ├── CheckpointError        a checkpoint that cannot be written, read or resumed from
     ├── GenerationError        a prompt or a sampling setting that cannot be used
     └── MissingDependencyError an optional package is not installed; the message names the install command
@@ -19,9 +21,14 @@ Each message says what was expected, what was found and where, and what to do.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import os
 import re
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 
 class FulltuneError(Exception):
@@ -66,6 +73,20 @@ class TornStepError(TrainingError):
 
 class MemoryLimitError(TrainingError):
     """A run would need more memory than this machine has. The message says what would make it fit."""
+
+
+class DeviceError(TrainingError):
+    """The device broke a computation off: it took too long, or the driver failed. The message says what helps; MLX's error is the cause.
+
+    Attributes:
+        late: it was told of only when a result was waited for, so that what was sent to the GPU before may be what failed.
+    """
+
+    late: bool = False
+
+
+class OutOfMemoryError(DeviceError):
+    """The device broke a computation off because memory ran out."""
 
 
 class CheckpointError(FulltuneError, RuntimeError):
@@ -117,3 +138,89 @@ def listed(items: Sequence[object], most: int = 5, separator: str = ", ") -> str
     """The first `most` items and how many more there are: "a, b and 3 more"."""
     more = len(items) - most
     return separator.join(map(str, items[:most])) + (f" and {more:,} more" if more > 0 else "")
+
+
+# ---- what MLX says when a device breaks a computation off --------------------------------------------------------------------------
+
+IN_TRAINING = (
+    'a smaller batch_size (with more grad_accumulation_steps a step has as many rows) or max_seq_length, memory="lean"'
+    ' (backward="layerwise") or grad_checkpoint=True, optimizer="adamw8bit" or "adafactor", and weights="bfloat16"'
+)
+"""What takes less memory; `ft.preflight` counts how much."""
+IN_EVALUATION = "a smaller batch_size, and shorter rows (max_seq_length)"
+IN_GENERATION = "a shorter prompt, fewer max_tokens, a smaller batch_size where many are answered, and bfloat16 weights"
+IN_LOADING = 'dtype="bfloat16", a smaller model, and closing what else uses memory'
+_SHORTER = (
+    "On a Mac with a display the system ends what keeps the GPU from drawing. What helps: smaller pieces ({helps}), nothing else on the"
+    " GPU, and letting the display sleep (`caffeinate -i` keeps the Mac awake meanwhile): docs/howto/on_a_mac.md."
+)
+_MORE_MEMORY = "What helps: {helps}."
+_DEVICE_ERRORS: tuple[tuple[type[DeviceError], str, str, str], ...] = (  # class, pattern, what it means, what helps; the first that matches
+    (OutOfMemoryError, r"maximum allowed buffer size", "One array would be larger than the device allows", _MORE_MEMORY),
+    (
+        OutOfMemoryError, r"Resource limit \(\d+\) exceeded", "There are more arrays than Metal keeps",
+        "Restart Python (the kernel) and go on from the last checkpoint. If it comes again: compile=False, and {helps}.",
+    ),
+    (
+        OutOfMemoryError,
+        r"Insufficient Memory|OutOfMemory|Unable to allocate|out of memory|bad_alloc|ALLOC_FAILED|cublas.* failed with code: 3\b",
+        "Memory ran out", _MORE_MEMORY,
+    ),
+    (DeviceError, r"GPU Timeout|Impacting ?Interactivity|GPU Hang|launch timed out", "The GPU was stopped, as it took too long", _SHORTER),
+    (
+        DeviceError, r"\[METAL\] Command buffer execution failed|\[Event::\w+\]|\bcu(da|blas|dnn)?[A-Z]\w*\(.*\) failed",
+        "The GPU failed", "Restart Python (the kernel) and go on from the last checkpoint; a GPU that has failed often fails on.",
+    ),
+)  # fmt: skip
+_LATE = re.compile(r"Command buffer execution failed|\[Event::|\bcu\w*(Synchronize|Query|PeekAtLastError|Launch\w*)\(")
+
+
+def device_error(error: BaseException, helps: str) -> DeviceError | None:
+    """What MLX raised because of its device, as an error of ours that says what helps; None: it is something else.
+
+    Args:
+        error: MLX raises RuntimeError, MemoryError where C++ found no memory.
+        helps: what takes less memory in what was done, such as `IN_TRAINING`.
+
+    The texts are those of MLX 0.32 (`backend/metal/allocator.cpp`, `device.cpp`, `backend/cuda/allocator.cpp`, `utils.cpp`) and those that
+    Metal and CUDA put into them.
+    """
+    if isinstance(error, FulltuneError) or not isinstance(error, (RuntimeError, MemoryError)):
+        return None
+    text = str(error).strip().rstrip(".") or type(error).__name__
+    for kind, pattern, meaning, remedy in _DEVICE_ERRORS:
+        if re.search(pattern, text) or (text == "MemoryError" and meaning == "Memory ran out"):
+            found = kind(f"{meaning}: {text[:400]}. {remedy.format(helps=helps)}")
+            found.late = _LATE.search(text) is not None
+            return found
+    return None
+
+
+@contextmanager
+def device_errors(helps: str) -> Iterator[None]:
+    """Within the block, what MLX raises because of its device becomes a `DeviceError`; see `device_error`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        found = device_error(error, helps)
+        if found is None:
+            raise
+        traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error, and with it would keep all arrays of the step
+        raise found from error
+
+
+def tells_device_errors(helps: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`device_errors` around every call of a function, or of all that a generator function does."""
+
+    def around(function: Callable[..., Any]) -> Callable[..., Any]:
+        def iterate(*args: Any, **settings: Any) -> Iterator[Any]:
+            with device_errors(helps):
+                yield from function(*args, **settings)
+
+        def call(*args: Any, **settings: Any) -> Any:
+            with device_errors(helps):
+                return function(*args, **settings)
+
+        return functools.wraps(function)(iterate if inspect.isgeneratorfunction(function) else call)
+
+    return around

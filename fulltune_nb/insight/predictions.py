@@ -13,7 +13,7 @@ from fulltune_nb.chat_template import prompt_ids
 from fulltune_nb.cpu import softmax_statistics
 from fulltune_nb.data.example import Example, visible
 from fulltune_nb.data.split import check_ids
-from fulltune_nb.errors import ConfigError
+from fulltune_nb.errors import IN_EVALUATION, ConfigError, tells_device_errors
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.training.loss import chunks
@@ -85,6 +85,7 @@ class TokenStatistics:
         return np.exp(-self.losses)
 
 
+@tells_device_errors(IN_EVALUATION)
 def token_statistics(model: Decoder, rows: Sequence[np.ndarray], alternatives: int = ALTERNATIVES) -> list[TokenStatistics]:
     """One for each row of token ids, in their order. `alternatives=0` leaves out ranks and alternatives, and takes less time."""
     found: list[TokenStatistics | None] = [None] * len(rows)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fulltune_nb import svg
 from fulltune_nb.data.example import Example, token_texts, visible
-from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.errors import IN_EVALUATION, ConfigError, DataError, tells_device_errors
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, facts
 from fulltune_nb.insight.predictions import as_examples, predictions, ranking, short, text_example, trained_tokens
@@ -268,6 +268,7 @@ def _index(name: str, value: int, low: int, high: int) -> int:
 # -- a text's way through the decoder, a block at a time ---------------------------------------------------------------
 
 
+@tells_device_errors(IN_EVALUATION)
 def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
     """The embedding, then the output of each block before any final norm: L + 1 arrays (1, T, D), evaluated."""
     x = model.embed(mx.array(tokens.astype(np.int32))[None], model.compute_dtype)
@@ -279,6 +280,7 @@ def residual_stream(model: Decoder, tokens: np.ndarray) -> Iterator[mx.array]:
         yield x
 
 
+@tells_device_errors(IN_EVALUATION)
 def attention_of_block(model: Decoder, layer: int, x: mx.array) -> Iterator[np.ndarray]:
     """The attention maps of block `layer` (from 0) for its input x (1, T, D): those of one key/value head at a time, (H / K, T, T)."""
     block = model.layers[layer]
@@ -305,6 +307,7 @@ def lens_logits(model: Decoder, x: mx.array) -> mx.array:
     return model.head(model.norm(x)).astype(mx.float32)
 
 
+@tells_device_errors(IN_EVALUATION)
 def gradients(
     model: Decoder, tokens: np.ndarray, trained: np.ndarray, stream: Sequence[mx.array]
 ) -> tuple[float, dict[str, float], np.ndarray]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from fulltune_nb.cpu import on_cpu
-from fulltune_nb.errors import GenerationError
+from fulltune_nb.errors import IN_GENERATION, GenerationError, tells_device_errors
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.detokenizer import Detokenizer, StopStrings, make_detokenizer
 from fulltune_nb.models.kv_cache import KVCache, make_cache
@@ -154,6 +154,7 @@ def _prefill_tokens(model: Decoder, rows: int, length: int) -> int:
     return max(1, min(_FUSED_PREFILL_TOKENS if fused else _PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
 
 
+@tells_device_errors(IN_GENERATION)
 def decode(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
 ) -> Iterator[list[int | None]]:

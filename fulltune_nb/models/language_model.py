@@ -13,7 +13,16 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_template, prompt_ids
-from fulltune_nb.errors import ConfigError, GenerationError, TornStepError
+from fulltune_nb.errors import (
+    IN_LOADING,
+    IN_TRAINING,
+    ConfigError,
+    DeviceError,
+    GenerationError,
+    TornStepError,
+    device_errors,
+    tells_device_errors,
+)
 from fulltune_nb.files import is_empty
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
@@ -38,6 +47,7 @@ class LanguageModel:
         source: where it was loaded from: folder or hub id; None for random weights.
         generation_config: `generation_config.json` of the source, with the ends that were trained; None where there is neither.
         torn: why the weights cannot be used, when a training step was broken off half-way; else None.
+        update_under_way: a step's update was sent to the GPU and is not known to be through.
         trained_as: the tensors that its latest trainer trains, and their dtype; None before.
         trained_ends: token ids that end what the last trainer's rows train, first the one that ends a conversation's last answer; not
             stored. `save` makes it the tokenizer's EOS where that was not trained.
@@ -57,6 +67,7 @@ class LanguageModel:
         self.source = source
         self.generation_config = generation_config
         self.torn: str | None = None
+        self.update_under_way = False
         self.trained_as: tuple[frozenset[str], Any] | None = None
         self.trained_ends: tuple[int, ...] = ()
         self.dequantized: str | None = None
@@ -136,7 +147,7 @@ class LanguageModel:
         Raises:
             ConfigError: no list of texts, or a number that is none.
         """
-        self._check_whole()
+        self.check_whole()
         if isinstance(tokens, str) or not all(isinstance(token, str) and token for token in tokens):
             raise ConfigError(f'add_tokens: expected a list of texts such as ["<|im_start|>"], none of them empty, got {tokens!r:.80}.')
         multiple = 1 if pad_to_multiple_of is None else whole_number("pad_to_multiple_of", pad_to_multiple_of, low=1)
@@ -196,7 +207,7 @@ class LanguageModel:
         Raises:
             GenerationError: a prompt or a setting that cannot be used.
         """
-        self._check_whole()
+        self.check_whole()
         sampling, ends = self._with_ends(Sampling(max_tokens, temperature, top_p, top_k, min_p, stop, seed))
         return stream_answer(self.model, self.tokenizer, prompt_ids(self.tokenizer, prompt, self.config.vocab_size), sampling, ends)
 
@@ -243,7 +254,7 @@ class LanguageModel:
         Raises:
             GenerationError: messages the template refuses, or a setting that cannot be used.
         """
-        self._check_whole()
+        self.check_whole()
         sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
         tokens = self.chat_tokens(messages, tools)  # may give the tokenizer its template, which says where answers end
         return stream_answer(self.model, self.tokenizer, tokens, *self._with_ends(sampling, chat=True), continues=False)
@@ -261,7 +272,7 @@ class LanguageModel:
         Raises:
             GenerationError: a prompt or a setting that cannot be used; the message says which prompt.
         """
-        self._check_whole()
+        self.check_whole()
         if isinstance(prompts, str):
             raise GenerationError("generate_many takes a list of prompts, found one text. Use generate, or put it into a list.")
         tokens = _each(prompts, lambda prompt: prompt_ids(self.tokenizer, prompt, self.config.vocab_size), "prompts")
@@ -302,9 +313,24 @@ class LanguageModel:
         ids, strings = answer_end(self.tokenizer) if chat else ((), ())
         return replace(sampling, stop=(*sampling.stop, *self.stop_strings, *strings)), frozenset((*self.stop_ids, *ids))
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Returns when the weights are those of a whole step: a GPU may still be at the last update.
+
+        Raises:
+            TornStepError: they are not.
+        """
         if self.torn:
             raise TornStepError(self.torn)
+        try:
+            if self.update_under_way:
+                with device_errors(IN_TRAINING):
+                    mx.eval(self.model.parameters())
+        except DeviceError as error:
+            self.torn = (
+                f"The GPU failed in the middle of an update, by {type(error).__name__}: {error} Some weights may be new and some old, so"
+                " they are neither trained on, nor used, nor saved. Go back to a snapshot or checkpoint."
+            )
+            raise TornStepError(self.torn) from error
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes a complete Hugging Face folder that `transformers`, `mlx-lm` and `load_model` read.
@@ -319,7 +345,7 @@ class LanguageModel:
         Raises:
             ModelError: the folder is not empty, lies in the folder this model was loaded from, or cannot be written.
         """
-        self._check_whole()
+        self.check_whole()
         folder = Path(folder).expanduser()
         if not folder.is_dir() or is_empty(folder):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
@@ -370,6 +396,7 @@ def _each(items: Sequence[Any], convert: Callable[[Any], list[int]], name: str) 
     return converted
 
 
+@tells_device_errors(IN_LOADING)
 def load_model(
     path: str | os.PathLike, model_file: str | os.PathLike | None = None, dtype: str | None = None, dequantize: bool = False
 ) -> LanguageModel:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import ipywidgets as widgets
 
-from fulltune_nb.errors import FulltuneError
+from fulltune_nb.errors import IN_TRAINING, FulltuneError, device_error
 from fulltune_nb.html import NO_MATH, esc
 from fulltune_nb.panels.progress import in_kernel
 
@@ -29,7 +29,6 @@ _RULES = f"""<style>
 {_PLACE}.jupyter-widgets-disconnected::after {{ content: "{_GONE}"; padding: 4px 0 }}
 </style>"""
 
-_OUT_OF_MEMORY = "Memory ran out. Make the trainer anew with a smaller batch_size or max_seq_length, or with grad_checkpoint=True."
 _UNEXPECTED = (
     "panel.error holds the error with its traceback. If the model's state is in doubt, go back to the last checkpoint with Trainer.resume."
 )
@@ -263,13 +262,9 @@ def close_all(widget: widgets.Widget) -> None:
 
 def error_html(error: BaseException) -> str:
     """An error and what to do about it."""
+    error = device_error(error, IN_TRAINING) or error
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, FulltuneError):
-        advice = ""  # these say so themselves
-    elif isinstance(error, MemoryError) or any(words in text.lower() for words in ("out of memory", "malloc", "unable to allocate")):
-        advice = _OUT_OF_MEMORY
-    else:
-        advice = _UNEXPECTED
+    advice = "" if isinstance(error, FulltuneError) else _UNEXPECTED  # those say so themselves
     style = "border:1px solid #D55E00;border-left-width:6px;padding:6px 10px;margin:4px 0;white-space:pre-wrap;"
     style += "word-break:normal;overflow-wrap:anywhere;line-height:1.4"
     return f'<pre role="alert" class="{NO_MATH}" style="{style}">⚠ {esc(text, limit=4000)}{chr(10) if advice else ""}{esc(advice)}</pre>'

@@ -20,7 +20,7 @@ from fulltune_nb.data.batches import collate, evaluation_batches, evaluation_sha
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.read import SPLITS
 from fulltune_nb.data.split import check_ids
-from fulltune_nb.errors import DataError
+from fulltune_nb.errors import IN_EVALUATION, DataError, tells_device_errors
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.layers import soft_cap
 from fulltune_nb.training.gradients import add
@@ -176,6 +176,7 @@ def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
+@tells_device_errors(IN_EVALUATION)
 def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: int | None = None) -> tuple[float, int]:
     """Mean -log p over the split's trained tokens, in nats, and how many they are.
 

@@ -18,7 +18,7 @@ from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import Split
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.device import length_multiple
-from fulltune_nb.errors import ConfigError, DataError, MemoryLimitError
+from fulltune_nb.errors import IN_TRAINING, ConfigError, DataError, MemoryLimitError, tells_device_errors
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.parameters import in_dtype, put_trainable, swapped_in, trainable_of
 from fulltune_nb.training.config import TrainConfig
@@ -228,6 +228,7 @@ def plan_memory(work: Workload, backward: str | None = None, measure: Measure | 
     return plan(backward)
 
 
+@tells_device_errors(IN_TRAINING)
 def measured(plan: MemoryPlan, work: Workload, lm: Any, batches: StepBatches) -> MemoryPlan:
     """The plan with the peak of a real forward and backward pass. Each update's own bytes are counted still: none is made."""
     model, stored = lm.model, stored_dtype(work.config.weights, lm.dtype)

@@ -215,9 +215,9 @@ class RunDirectory:
         wait_for_removals()  # whoever opens it next would find folders half removed
         self.lock.release()
 
-    def has_checkpoints(self) -> bool:
-        """Whether the run was saved at all."""
-        return bool(list_checkpoints(self.path / "checkpoints"))
+    def last_checkpoint(self) -> Path | None:
+        """The newest, or None where the run was never saved."""
+        return next(reversed(list_checkpoints(self.path / "checkpoints")), None)
 
     def save_checkpoint(self, lm: LanguageModel, state: TrainerState, keep: int) -> Path:
         """Writes the checkpoint of a state whose weights the model holds, then removes all but the newest `keep`.

@@ -17,12 +17,22 @@ from typing import Any
 
 import mlx.core as mx
 
-from fulltune_nb.cpu import cap_cache
+from fulltune_nb.cpu import cap_cache, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet
 from fulltune_nb.data.example import Example
 from fulltune_nb.device import memory_limits
-from fulltune_nb.errors import CheckpointError, ConfigError, DataError, TornStepError, TrainingError
+from fulltune_nb.errors import (
+    IN_EVALUATION,
+    IN_TRAINING,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    TornStepError,
+    TrainingError,
+    device_errors,
+)
 from fulltune_nb.html import facts
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable, trainable_of
@@ -251,6 +261,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
+            DeviceError: the device broke it off, for lack of memory (OutOfMemoryError) or as it took too long; all is as before.
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
             CheckpointError: a later trainer of this process has taken the run up; or a report cannot be written.
         """
@@ -259,13 +270,14 @@ class Trainer:
                 self._check_whole()
                 if self._directory and not self._directory.lock.is_ours:
                     self._directory.lock.check()  # before the update: the later trainer may be training this very model
-                if self.step_count == 0 and self._directory and not self._directory.has_checkpoints():
+                if self.step_count == 0 and self._directory and self._directory.last_checkpoint() is None:
                     self.save()  # a run can always go back to where it began
                 started, rate = time.perf_counter(), self.learning_rate
                 mx.reset_peak_memory()
                 batches = self.batches.of_step(self.step_count)
                 try:
-                    loss, norm = self._take_step(self.step_count + 1, batches, rate)
+                    with self._last_checkpoint_named(), device_errors(IN_TRAINING):
+                        loss, norm = self._take_step(self.step_count + 1, batches, rate)
                 except BaseException as error:
                     self._step_failed(error)
                     raise
@@ -298,11 +310,13 @@ class Trainer:
         gradients = self.engine.gradients(number, batches)
         scale = 1.0 if limit is None else clip_scale(gradients.norm(), limit)
         gradients.check_finite()
+        self.lm.update_under_way = False  # the loss was computed from its weights
         self.optimizers.begin_step(learning_rate, scale)
         for piece in gradients.pieces(self.optimizers):  # one with all of them, or layer by layer
             self.optimizers.update_tensors(self.lm.model, piece.gradients, rows=piece.rows)
             del piece  # before the next one is computed
         self.optimizers.end_step()
+        self.lm.update_under_way = not on_cpu()
         return gradients.loss, gradients.norm()
 
     def _step_failed(self, error: BaseException) -> None:
@@ -328,14 +342,29 @@ class Trainer:
 
     def _torn(self, error: BaseException | None = None) -> str | None:
         """Why the weights are of no use, where a step was broken off (by `error`) between its first and its last update."""
-        if self.optimizers.step == self.step_count - self.optimizer_steps_before:
-            return None
+        if self.optimizers.step != self.step_count - self.optimizer_steps_before:
+            what = f"Step {self.step_count + 1} was broken off in the middle of its update"
+        elif self.lm.update_under_way and isinstance(error, DeviceError) and error.late:
+            what = f"The GPU failed before the update of step {self.step_count} was known to be whole"
+        else:
+            return self.lm.torn if self.lm.update_under_way else None
         why = f", by {type(error).__name__}{f': {error}' if str(error) else ''}" if error else ""
         back = f"Trainer.resume({str(self.run_dir)!r})" if self.run_dir else "trainer.restore(a snapshot), or a new trainer"
         return (
-            f"Step {self.step_count + 1} was broken off in the middle of its update{why}. Some weights are new and some old, so they are"
-            f" neither trained on, nor used, nor saved. What is on the disk is whole: go on with {back}."
+            f"{what}{why}. Some weights may be new and some old, so they are neither trained on, nor used, nor saved. What is on the disk"
+            f" is whole: go on with {back}."
         )
+
+    @contextmanager
+    def _last_checkpoint_named(self) -> Iterator[None]:
+        """Within the block a `DeviceError` says where the run can go on from."""
+        try:
+            yield
+        except DeviceError as error:
+            last = self._directory and self._directory.last_checkpoint()
+            there = f"The last checkpoint is {last}." if last else "There is no checkpoint of this run."
+            error.args = (f"{error} {there}",)
+            raise
 
     @contextmanager
     def rehearsal(self) -> Iterator[Callable[[float], float]]:
@@ -352,7 +381,8 @@ class Trainer:
         def step(learning_rate: float) -> float:
             nonlocal taken
             number, taken = self.step_count + taken, taken + 1
-            return self._take_step(number + 1, self.batches.of_step(number), learning_rate)[0]
+            with device_errors(IN_TRAINING):
+                return self._take_step(number + 1, self.batches.of_step(number), learning_rate)[0]
 
         try:
             yield step
@@ -361,6 +391,7 @@ class Trainer:
             self.optimizers.observers = observers
             self.optimizers.load_state_arrays(before.optimizer_arrays)
             put_parameters(self.lm.model, before.weights)
+            self.lm.update_under_way = False
             set_random_state(before.random)
 
     # -- many steps -----------------------------------------------------------------------------------------------
@@ -453,7 +484,9 @@ class Trainer:
         Raises:
             DataError: there is no such split.
         """
-        report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches)
+        self.lm.check_whole()
+        with self._last_checkpoint_named(), device_errors(IN_EVALUATION):
+            report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches)
         self.record(report)
         if self._result_step == self.step_count:
             self._write_result()  # such as a test after the end
@@ -573,6 +606,7 @@ class Trainer:
     def _take_state(self) -> TrainerState:
         """Where the run stands; the arrays are the trainer's own, which the next step changes."""
         self._check_whole()
+        self.lm.check_whole()
         origin = {
             "position": {"epoch": self.step_count // self.steps_per_epoch, "step_in_epoch": self.step_count % self.steps_per_epoch},
             "learning_rate": self.learning_rate,
@@ -618,7 +652,7 @@ class Trainer:
         mx.eval(self.lm.model.parameters())
         self.history[:] = state.history
         self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
-        self.lm.torn = None
+        self.lm.torn, self.lm.update_under_way = None, False
         self._failed = False
         self._rate.factor = state.rate_factor
         self.patience.load(state.patience)
