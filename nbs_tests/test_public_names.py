@@ -62,7 +62,7 @@ def test_type_checkers_are_told_the_same_names_and_places():
 
 def test_every_error_class_is_a_fulltune_error_and_stands_in_errors():
     classes = [c for c in vars(ft.errors).values() if inspect.isclass(c) and c.__module__ == "fulltune_nb.errors"]
-    assert len(classes) == 12 and all(issubclass(c, ft.FulltuneError) for c in classes)
+    assert len(classes) == 14 and all(issubclass(c, ft.FulltuneError) for c in classes)
 
 
 def test_importing_is_quiet_and_leaves_the_heavy_packages_alone():

@@ -325,6 +325,7 @@ class LanguageModel:
             if self.update_under_way:
                 with device_errors(IN_TRAINING):
                     mx.eval(self.model.parameters())
+                self.update_under_way = False
         except DeviceError as error:
             self.torn = (
                 f"The GPU failed in the middle of an update, by {type(error).__name__}: {error} Some weights may be new and some old, so"

@@ -363,7 +363,8 @@ class Trainer:
         except DeviceError as error:
             last = self._directory and self._directory.last_checkpoint()
             there = f"The last checkpoint is {last}." if last else "There is no checkpoint of this run."
-            error.args = (f"{error} {there}",)
+            if there not in str(error):
+                error.args = (f"{error} {there}",)
             raise
 
     @contextmanager
@@ -427,10 +428,11 @@ class Trainer:
         limits = nullcontext() if self._loops_open else memory_limits(plan.peak + plan.cache, plan.cache)
         self._loops_open, self._failed = self._loops_open + 1, False
         try:
-            with limits:
+            with self._last_checkpoint_named(), device_errors(IN_TRAINING), limits:
                 yield
-        except Exception:
+        except Exception as error:
             self._failed = True
+            self.lm.torn = self.lm.torn or self._torn(error)  # the last update may be what failed
             raise
         finally:
             self._loops_open -= 1

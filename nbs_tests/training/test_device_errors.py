@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 import fulltune_nb as ft
+from fulltune_nb import device
 from fulltune_nb.command_line import run
 from fulltune_nb.errors import IN_TRAINING, DeviceError, OutOfMemoryError, TornStepError, device_error
 from fulltune_nb.models.decoder import Decoder
@@ -101,8 +102,8 @@ def test_on_a_gpu_an_update_that_may_have_failed_unseen_makes_the_weights_unusab
         with monkeypatch.context() as patch, pytest.raises(DeviceError):
             patch.setattr(trainer.engine, "gradients", fails(text))
             trainer.step()  # no update was under way
-        trainer.step()
         snapshot = trainer.snapshot()
+        trainer.step()
         with monkeypatch.context() as patch, pytest.raises(TornStepError, match="before the update of step 1 was known to be whole"):
             patch.setattr(trainer.engine, "gradients", fails(text))
             trainer.step()
@@ -113,7 +114,19 @@ def test_on_a_gpu_an_update_that_may_have_failed_unseen_makes_the_weights_unusab
         with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError):
             patch.setattr(trainer.engine, "gradients", fails(MEMORY[1]))  # the host found no memory: nothing was sent
             trainer.step()
-        assert trainer.step().step == 2
+        assert trainer.step().step == 1
+
+
+def test_a_failure_that_is_found_when_a_run_ends_makes_them_unusable_too(make_trainer, monkeypatch):
+    with gpu_like():
+        trainer = make_trainer()
+        monkeypatch.setattr(device, "device_kind", lambda: "metal")
+        monkeypatch.setattr(mx, "set_wired_limit", lambda limit: 0)
+        monkeypatch.setattr(mx, "synchronize", fails(MEMORY[0]))
+        with pytest.raises(OutOfMemoryError):
+            trainer.run(1)
+        with pytest.raises(TornStepError, match="update of step 1"):
+            trainer.lm.generate("a")
 
 
 def test_whoever_uses_the_weights_first_finds_the_failed_update(make_trainer, monkeypatch):
