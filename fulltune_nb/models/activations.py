@@ -59,7 +59,7 @@ def gated(name: str, numbers: tuple[float, ...], gate: mx.array, up: mx.array) -
     """
     if cpu_math.on_cpu():
         return _gated(name, numbers, gate, up)
-    return _one_kernel(name, numbers)(gate, up)
+    return _few_kernels(name, numbers)(gate, up)
 
 
 def _gated(name: str, numbers: tuple[float, ...], gate: mx.array, up: mx.array) -> mx.array:
@@ -70,8 +70,24 @@ def _gated(name: str, numbers: tuple[float, ...], gate: mx.array, up: mx.array) 
 
 
 @cache
-def _one_kernel(name: str, numbers: tuple[float, ...]) -> Callable[[mx.array, mx.array], mx.array]:
-    return mx.compile(partial(_gated, name, numbers), shapeless=True)
+def _few_kernels(name: str, numbers: tuple[float, ...]) -> Callable[[mx.array, mx.array], mx.array]:
+    """One kernel, and for the gradient of each of the two one more, if they are compiled, which computes all again from gate and up: what
+    is between is neither written nor kept."""
+    whole = mx.compile(partial(_gated, name, numbers), shapeless=True)
+
+    @mx.custom_function
+    def function(gate: mx.array, up: mx.array) -> mx.array:
+        return whole(gate, up)
+
+    @function.vjp
+    def gradients(inputs: tuple[mx.array, mx.array], gradient: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
+        # Each waits for the gradient on its own: what MLX sees computed twice it computes once, and keeps.
+        (gate, fixed_up), (fixed_gate, up) = mx.depends(list(inputs), [gradient]), mx.depends(list(inputs), [gradient])
+        (to_gate,) = mx.vjp(lambda gate: whole(gate, fixed_up), [gate], [gradient])[1]
+        (to_up,) = mx.vjp(lambda up: whole(fixed_gate, up), [up], [gradient])[1]
+        return to_gate, to_up
+
+    return function
 
 
 class XIelu(nn.Module):

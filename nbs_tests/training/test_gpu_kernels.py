@@ -1,0 +1,76 @@
+"""Kernels that a compiled step's loss and gradients take on a GPU, beside mlx-lm's: counted in the graphs, `nbs_tests/kernel_counts.py`."""
+
+import importlib
+from unittest import mock
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.model_config import read_config
+from fulltune_nb.training import engine
+from fulltune_nb.training.gradients import norm_of
+from nbs_tests.kernel_counts import as_on_gpu, kernels
+from nbs_tests.models.parity import need
+from nbs_tests.training.conftest import random_batch
+
+ROWS, TOKENS = 4, 64
+SHAPE = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+}  # fmt: skip
+GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+CASES = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "gemma": {"model_type": "gemma", **GELU},
+}
+
+
+def of_ours(model: Decoder) -> int:
+    with mock.patch.object(engine, "evaluate") as evaluate, mock.patch.object(engine, "WholeGradients"):
+        engine.WholeGraph(model, compiled=True).gradients(1, [random_batch(SHAPE["vocab_size"], ROWS, TOKENS, 1)])
+    loss, gradients = evaluate.call_args.args
+    return kernels(loss, *gradients.values()).total()
+
+
+def of_mlx_lm(case: dict, dtype: mx.Dtype) -> int:
+    from mlx_lm.tuner.trainer import default_loss
+
+    module = importlib.import_module(f"mlx_lm.models.{case['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(SHAPE | case))
+    model.set_dtype(dtype)
+    own = dict(tree_flatten(model.parameters()))
+    mx.eval(own)
+    ids = mx.array(np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (ROWS, TOKENS + 1)))
+
+    def step(parameters: dict[str, mx.array], ids: mx.array, lengths: mx.array) -> tuple:
+        model.update(tree_unflatten(list(parameters.items())))
+        return nn.value_and_grad(model, default_loss)(model, ids, lengths)
+
+    found = mx.compile(step)(own, ids, mx.array([[0, TOKENS]] * ROWS))
+    return kernels(*(array for _, array in tree_flatten(found))).total()
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_take_no_more_than_in_mlx_lm(case, dtype):
+    need("mlx_lm", "pip install mlx-lm==0.32.2")
+    with as_on_gpu():
+        model = Decoder(read_config(SHAPE | CASES[case]))
+        model.set_dtype(dtype)
+        mx.eval(model.parameters())
+        ours, theirs = of_ours(model), of_mlx_lm(CASES[case], dtype)
+    assert ours <= theirs
+
+
+def test_norm_takes_few_a_tensor():
+    gradients = {str(size): mx.zeros((size, 8), dtype=mx.bfloat16) for size in range(1, 61)}
+    mx.eval(gradients)
+    with as_on_gpu():
+        assert kernels(norm_of(gradients)).total() <= 3 * len(gradients) + 7  # squares, their sums by row and of the rows
