@@ -4,11 +4,16 @@ import fulltune_nb  # noqa: F401, I001  first of all: it gives MLX its BLAS, whi
 import os
 import signal
 import sys
+from collections import Counter
 
 import pytest
 
+from nbs_tests import gpu_like, left_out
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, would ignore it
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it at its first product: on a GPU too, float32 is compared with float32
+
+WHY = pytest.StashKey()
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -24,13 +29,34 @@ naïve café, größer, Übung, 東京 and 日本, numbers 0 1 2 3 4 5 6 7 8 9, 
 """
 
 
+def pytest_addoption(parser):
+    machines = ", ".join(gpu_like.MACHINES)
+    parser.addoption("--device-like", metavar="MACHINE", help=f"have the package believe in another machine, one of: {machines}")
+
+
+def pytest_configure(config):
+    if machine := config.getoption("--device-like"):
+        gpu_like.believe(machine)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves the tests marked `ci` to CI, so that the command stays below ten minutes; pytest says how many it deselected."""
-    if os.environ.get("CI"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("ci")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("ci")]
+    """Leaves the tests marked `ci` to CI, so that the command stays below ten minutes; pytest says how many it deselected.
+
+    So do those that mean nothing on the machine that the package is to believe in; the reasons are said at the end.
+    """
+    machine = config.getoption("--device-like")
+    why = left_out.reasons(machine, [item.nodeid for item in items]) if machine else {}
+    config.stash[WHY] = Counter(why.values())
+    in_ci = bool(os.environ.get("CI")) and not machine  # the suites on other machines are beside that, and need to be shorter
+    deselected = [item for item in items if item.nodeid in why or (item.get_closest_marker("ci") and not in_ci)]
+    config.hook.pytest_deselected(items=deselected)
+    gone = set(deselected)
+    items[:] = [item for item in items if item not in gone]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for reason, tests in config.stash[WHY].items():
+        terminalreporter.write_line(f"LEFT OUT [{tests}] as on {config.getoption('--device-like')}: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,23 @@
-"""Has the package choose as it does on a GPU, while MLX computes on the CPU of this machine."""
+"""Has the package choose as it does on another machine, while MLX computes on the CPU of this one."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import platform
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import mlx.core as mx
+
+MACHINES = ("gpu", "darwin", "gpu,darwin")
+# What Python has on Linux and not on macOS.
+LINUX_ONLY = ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "POSIX_FADV_DONTNEED", "memfd_create", "posix_fallocate")
+# What decides by `sys.platform` when it is first imported, and so has to be imported before a system is made to seem another.
+FIRST = """asyncio ctypes.util hypothesis multiprocessing.pool numpy psutil resource selectors shutil signal subprocess tempfile
+torch transformers datasets pandas matplotlib.pyplot ipywidgets IPython mlx_lm""".split()
 
 
 def _gather_mm(a: mx.array, b: mx.array, *, of_float32=mx.gather_mm, **settings: object) -> mx.array:
@@ -14,21 +25,30 @@ def _gather_mm(a: mx.array, b: mx.array, *, of_float32=mx.gather_mm, **settings:
     return of_float32(a.astype(mx.float32), b.astype(mx.float32), **settings).astype(mx.result_type(a, b))
 
 
+def _gpu(memory: int, cuda: bool) -> list[tuple[object, str, object]]:
+    """What MLX says where its default device is the GPU of a Mac, or one of NVIDIA, with so many bytes of memory."""
+    info = {"device_name": "Apple M3 Max", "architecture": "applegpu_g15s", "memory_size": memory, "max_buffer_length": memory // 2}
+    info |= {"max_recommended_working_set_size": int(memory * 0.75), "resource_limit": 499_000}
+    if cuda:
+        info = {"device_name": "NVIDIA H200", "architecture": "sm_90", "total_memory": memory, "free_memory": memory}
+    stream = mx.default_stream(mx.default_device())
+    return [
+        (mx, "default_device", lambda: mx.Device(mx.gpu)),
+        (mx, "default_stream", lambda device=None: stream),
+        (mx, "device_info", lambda device=None: info),
+        (mx, "is_available", lambda device=None: True),
+        (mx.metal, "is_available", lambda: not cuda),
+        (mx.cuda, "is_available", lambda: cuda),
+        (mx, "gather_mm", _gather_mm),
+    ]
+
+
 @contextmanager
 def gpu_like(memory: int = 2**35, cuda: bool = False) -> Iterator[None]:
-    """Within the block MLX's default device seems to be the GPU of a Mac, or NVIDIA's, with so many bytes of memory."""
-    stream = mx.default_stream(mx.default_device())
-    info = {"device_name": "Apple M3 Max", "max_recommended_working_set_size": int(memory * 0.75), "memory_size": memory}
-    if cuda:
-        info = {"device_name": "NVIDIA H200", "total_memory": memory}
-    with (
-        mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)),
-        mock.patch.object(mx, "default_stream", lambda device=None: stream),
-        mock.patch.object(mx, "gather_mm", _gather_mm),
-        mock.patch.object(mx, "device_info", lambda device=None: info),
-        mock.patch.object(mx.metal, "is_available", lambda: not cuda),
-        mock.patch.object(mx.cuda, "is_available", lambda: cuda),
-    ):
+    """Within the block MLX's default device seems to be the GPU of a Mac (or one of NVIDIA) with so many bytes of memory."""
+    with ExitStack() as patched:
+        for module, name, value in _gpu(memory, cuda):
+            patched.enter_context(mock.patch.object(module, name, value))
         yield
 
 
@@ -47,3 +67,24 @@ def mac_limits(memory: int = 2**34, cache: int = 5 * 10**9) -> Iterator[dict[str
         mock.patch.object(mx, "set_cache_limit", lambda limit: set_limit("cache", limit)),
     ):
         yield found
+
+
+def believe(machine: str) -> None:
+    """From now on this process seems to run on one of MACHINES; "gpu" alone is one of NVIDIA under Linux, with "darwin" a Mac's."""
+    if machine not in MACHINES:
+        raise ValueError(f"--device-like: expected one of {', '.join(MACHINES)}, found {machine!r}")
+    darwin = "darwin" in machine
+    if "gpu" in machine:
+        for module, name, value in _gpu(2**35, cuda=not darwin):
+            setattr(module, name, value)
+    if darwin:
+        for name in FIRST:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                continue
+        sys.platform = "darwin"
+        platform.system, platform.machine = lambda: "Darwin", lambda: "arm64"
+        for name in LINUX_ONLY:
+            if hasattr(os, name):
+                delattr(os, name)

@@ -1,0 +1,43 @@
+"""What `pytest --device-like MACHINE` leaves out, and why: (machines for which it is, start of the test's name, reason)."""
+
+OTHER_PROCESSES = "processes of their own, which do not believe what this one does"
+OF_THE_CPU = "speaks of the CPU by itself: its kernels, its BLAS, its allocator, what it decides there"
+CPU_MEMORY = "bytes that MLX takes on a CPU, for what is computed otherwise on a GPU; for GPUs: test_gpu_step.py"
+
+THE_SAME = "texts, pictures and rows: nothing in them depends on the device"
+OF_MLX_LM = "mlx-lm makes a stream of its own for a device that is not there"
+
+ALL, GPU, DARWIN = ("gpu", "darwin"), ("gpu",), ("darwin",)
+LEFT_OUT = (
+    (ALL, "test_browser.py", OTHER_PROCESSES),
+    (ALL, "panels/test_browser", OTHER_PROCESSES),
+    (ALL, "panels/test_kernels", OTHER_PROCESSES),
+    (ALL, "insight/test_browser", OTHER_PROCESSES),
+    (ALL, "test_notebooks.py", OTHER_PROCESSES),
+    (ALL, "test_demo.py", OTHER_PROCESSES),
+    (ALL, "test_docs.py", THE_SAME),
+    (ALL, "test_layers.py", THE_SAME),
+    (GPU, "data/", THE_SAME),
+    (GPU, "tiny/", THE_SAME),
+    (GPU, "test_fuzz.py", THE_SAME),
+    (GPU, "test_svg.py", THE_SAME),
+    (GPU, "models/test_stops_elsewhere.py::test_mlx_lm_stops", OF_MLX_LM),
+    (ALL, "cpu/", OF_THE_CPU),
+    (GPU, "models/test_decoder.py::test_masks_allow_the_past_within_the_window", OF_THE_CPU),
+    (ALL, "training/test_kernels.py", OF_THE_CPU),
+    (GPU, "training/test_gpu_step.py::test_without_a_window_and_packing_attention_needs_no_array", OF_THE_CPU),
+    (GPU, "training/test_gpu_step.py::test_chunks_of_logits_are_few", OF_THE_CPU),
+    (GPU, "training/test_memory.py::test_a_containers_limit_counts", OF_THE_CPU),
+    (GPU, "training/test_loss.py::test_logits_of_all_positions_never_exist_at_once", CPU_MEMORY),
+    (GPU, "training/test_memory.py::test_what_is_counted_and_what_is_measured_beside_the_peak_of_a_run", CPU_MEMORY),
+    (GPU, "training/test_optimizers.py::test_an_update_needs_no_memory_of_its_own", CPU_MEMORY),
+    (GPU, "training/test_optimizers.py::test_the_others_need_memory_for_a_part_of_the_model_only", CPU_MEMORY),
+    (GPU, "training/test_update_tensors.py::test_weights_and_state_stay_in_their_memory_and_the_predicted_bytes", CPU_MEMORY),
+)
+
+
+def reasons(machine: str, names: list[str]) -> dict[str, str]:
+    """Of the tests with these names, those that are left out on a machine such as "gpu,darwin" -> why."""
+    kinds = set(machine.split(","))
+    starts = [(f"nbs_tests/{start}", reason) for kinds_of, start, reason in LEFT_OUT if kinds & set(kinds_of)]
+    return {name: reason for name in names for start, reason in starts if name.startswith(start)}
