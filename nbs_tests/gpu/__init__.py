@@ -1,0 +1,6 @@
+"""What needs a GPU: tests that it computes what the CPU computes, and a benchmark. On a machine with one, Apple's or NVIDIA's:
+
+    pytest nbs_tests/gpu                     # the tests; without a GPU they are skipped
+    python -m nbs_tests.gpu                  # the tests, then the benchmark's table in Markdown
+    python -m nbs_tests.gpu --dry            # the benchmark at tiny sizes on whatever is there, to try it itself
+"""
