@@ -22,6 +22,7 @@ LEFT_OUT = (
     (GPU, "test_fuzz.py", THE_SAME),
     (GPU, "test_svg.py", THE_SAME),
     (GPU, "models/test_stops_elsewhere.py::test_mlx_lm_stops", OF_MLX_LM),
+    (GPU, "gpu/test_benchmark.py", OF_MLX_LM),
     (ALL, "cpu/", OF_THE_CPU),
     (GPU, "models/test_decoder.py::test_masks_allow_the_past_within_the_window", OF_THE_CPU),
     (ALL, "training/test_kernels.py", OF_THE_CPU),

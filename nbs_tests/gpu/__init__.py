@@ -4,3 +4,5 @@
     python -m nbs_tests.gpu                  # the tests, then the benchmark's table in Markdown
     python -m nbs_tests.gpu --dry            # the benchmark at tiny sizes on whatever is there, to try it itself
 """
+
+import fulltune_nb  # noqa: F401  before mlx, which it gives its BLAS

@@ -2,6 +2,8 @@
 
 import importlib.util
 
+import mlx.core as mx
+
 from nbs_tests.gpu.__main__ import main
 
 
@@ -14,6 +16,7 @@ def test_a_dry_run_fills_the_whole_table(tmp_path, capsys):
     assert len(training) == 8 and len(generation) == 4
     if importlib.util.find_spec("mlx_lm") is None:
         assert all("not installed" in str(cells) for cells in rows if "mlx-lm" in cells)
-        training, generation = ([cells for cells in some if "mlx-lm" not in cells] for some in (training, generation))
+        training = [cells for cells in training if "mlx-lm" not in cells]
     assert all(int(tokens) > 0 and float(peak) >= 0 for *_, tokens, _, peak in training)
-    assert all(int(tokens) > 0 for *_, tokens in generation)
+    # mlx-lm generates on a stream of a GPU that is really there
+    assert all(int(tokens) > 0 for *_, way, _, tokens in generation if way == "fulltune_nb" or mx.is_available(mx.gpu))
