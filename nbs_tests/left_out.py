@@ -5,6 +5,7 @@ OF_THE_CPU = "speaks of the CPU by itself: its kernels, its BLAS, its allocator,
 CPU_MEMORY = "bytes that MLX takes on a CPU, for what is computed otherwise on a GPU; for GPUs: test_gpu_step.py"
 
 THE_SAME = "texts, pictures and rows: nothing in them depends on the device"
+AS_ELSEWHERE = "what training/test_gpu_step.py tries, and compiles less for it"
 OF_MLX_LM = "mlx-lm makes a stream of its own for a device that is not there"
 
 ALL, GPU, DARWIN = ("gpu", "darwin"), ("gpu",), ("darwin",)
@@ -23,6 +24,7 @@ LEFT_OUT = (
     (GPU, "test_svg.py", THE_SAME),
     (GPU, "models/test_stops_elsewhere.py::test_mlx_lm_stops", OF_MLX_LM),
     (GPU, "gpu/test_benchmark.py", OF_MLX_LM),
+    (GPU, "gpu/test_parity.py::test_every_family_is_trained_and_answers_as_on_the_cpu", AS_ELSEWHERE),
     (ALL, "cpu/", OF_THE_CPU),
     (GPU, "models/test_decoder.py::test_masks_allow_the_past_within_the_window", OF_THE_CPU),
     (ALL, "training/test_kernels.py", OF_THE_CPU),

@@ -27,7 +27,7 @@ import fulltune_nb as ft
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
-from fulltune_nb.training.engine import make_engine
+from fulltune_nb.training import engine
 from fulltune_nb.training.gradients import norm_of
 from fulltune_nb.training.optimizers import Optimizers
 from nbs_tests.graph_traffic import traffic
@@ -63,11 +63,13 @@ def batch_of(rows: int, tokens: int, vocab: int) -> Batch:
 def ours(config: dict, rows: int, tokens: int) -> Counts:
     model = in_bfloat16(Decoder(read_config(config)))
     batch, parameters = batch_of(rows, tokens, config["vocab_size"]), flat(model.parameters())
-    engine = make_engine(model, "whole", compiled=True)
-    loss, gradients = engine._by_graph(batch, batch.weights / batch.num_tokens)
-    found = {"loss and gradients": traffic([loss, gradients, norm_of(gradients)], parameters)}
+    with mock.patch.object(engine, "evaluate") as evaluate, mock.patch.object(engine, "WholeGradients"):
+        engine.WholeGraph(model, compiled=True).gradients(1, [batch])
+    loss, gradients = evaluate.call_args.args
+    found = {"loss and gradients": traffic([loss, gradients], parameters)}
     optimizers = Optimizers(model, ft.TrainConfig(optimizer="adamw"))
     gradients = {name: mx.zeros(array.shape, dtype=array.dtype) for name, array in gradients.items()}
+    found["norm"] = traffic(norm_of(gradients), flat(gradients))
     before = flat(gradients, parameters, optimizers.state_arrays())
     optimizers.update(model, gradients, 1e-5)
     found["update"] = traffic(flat(model.parameters(), optimizers.state_arrays()), before)
@@ -131,20 +133,21 @@ def main(kinds: bool) -> None:
         if sum(array.nbytes for array in flat(list(trees))) <= MOST:
             evaluate(*trees)
 
-    print("| GB | loss and gradients | update | step | beside mlx-lm |\n|---|---|---|---|---|")
+    lines = ["| GB | loss and gradients | norm | update | step | beside mlx-lm |", "|---|---|---|---|---|---|"]
     with as_on_gpu(), mock.patch.object(mx, "eval", only_small), mock.patch.object(mx, "async_eval", only_small):
         for name in MODELS:
             package, other, size = gigabytes(ours, name, kinds), gigabytes(theirs, name, kinds), parameters_of(name)
-            step = package["loss and gradients"] + package["update"]
-            rows = [
-                ("this package", package["loss and gradients"], package["update"], step),
-                ("mlx-lm", other["loss and gradients"], other["whole step"] - other["loss and gradients"], other["whole step"]),
-                ("least, moments in float32", package["products"], 22 * size, package["products"] + 22 * size),
-                ("least, moments in bfloat16", package["products"], 14 * size, package["products"] + 14 * size),
-            ]
-            for who, *parts in rows:
-                share = parts[-1] / other["whole step"] - 1
-                print(f"| {name}, {who} | " + " | ".join(f"{part:.1f}" for part in parts) + f" | {share:+.0%} |")
+            alone, whole = other["loss and gradients"], other["whole step"]
+            rows = {
+                "this package": [package["loss and gradients"], package["norm"], package["update"]],
+                "mlx-lm": [alone, 0.0, whole - alone],
+                "least, moments in float32": [package["products"], 0.0, 22 * size],
+                "least, moments in bfloat16": [package["products"], 0.0, 14 * size],
+            }
+            for who, parts in rows.items():
+                cells = [*(f"{part:.1f}" for part in (*parts, sum(parts))), f"{sum(parts) / whole - 1:+.0%}"]
+                lines.append(f"| {name}, {who} | {' | '.join(cells)} |")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
