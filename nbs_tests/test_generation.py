@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from fulltune_nb.errors import GenerationError
 from fulltune_nb.models import generation
@@ -133,6 +134,31 @@ def test_on_a_gpu_chunks_of_a_long_prompt_are_larger_where_no_scores_are_held(se
         found = prefill(decoder, ids, make_cache(decoder.config.windows))
     assert read == chunks
     assert mx.allclose(found, expected, atol=1e-5)
+
+
+def test_on_a_mac_the_weights_and_the_cache_are_wired_while_an_answer_is_made(llama, monkeypatch):
+    wired = [0]
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: (wired[-1], wired.append(limit))[0])
+    weights = sum(array.nbytes for _, array in tree_flatten(llama.model.parameters()))
+    with gpu_like():
+        pieces = llama.stream("The quick", max_tokens=30)
+        next(pieces)
+        assert weights < wired[-1] < 2**35
+        pieces.close()
+        assert wired[-1] == 0
+        llama.generate_many(["The quick", "a"], max_tokens=3)
+        assert wired[-1] == 0 and max(wired[-2:]) > weights
+
+
+def test_on_a_gpu_the_host_waits_once_a_token(llama, monkeypatch):
+    """For the token itself, which it reads; the next one's step is sent off before."""
+    waits, sent, wait, send = [], [], mx.eval, mx.async_eval
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(arrays), wait(*arrays)))
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (sent.append(arrays), send(*arrays)))
+    with gpu_like():
+        steps = decode(llama.model, [[5, 6, 7]], Sampling(max_tokens=20, temperature=0.7), [0])
+        assert len(list(steps)) == 20
+    assert not waits and len(sent) == 19
 
 
 def test_generate_is_the_joined_stream(llama):

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from fulltune_nb.cpu import on_cpu
+from fulltune_nb.device import memory_limits, recommended_working_set
 from fulltune_nb.errors import IN_GENERATION, GenerationError, tells_device_errors
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.detokenizer import Detokenizer, StopStrings, make_detokenizer
 from fulltune_nb.models.kv_cache import KVCache, make_cache
+from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.settings import Refused, SettingError, check_fields, described, number, optional, setting, whole
 
 if TYPE_CHECKING:
@@ -171,6 +174,25 @@ def decode(
     Raises:
         GenerationError: the model's output is NaN or inf.
     """
+    with _memory_limits(model, len(prompts), max(map(len, prompts)) + sampling.max_tokens):
+        yield from _decoded(model, prompts, sampling, seeds)
+
+
+def _memory_limits(model: Decoder, rows: int, tokens: int) -> AbstractContextManager[None]:
+    """On a Mac what answers of so many rows and tokens need at most is wired, and freed arrays are kept up to what they need besides
+    the weights."""
+    if not recommended_working_set():
+        return nullcontext()
+    config, weights = model.config, parameters_of(model)
+    size, at_once = model.embed_tokens.weight.itemsize, rows * _prefill_tokens(model, rows, tokens)
+    kept = rows * sum(min(window or tokens, tokens) for window in config.windows) * 2 * config.num_kv_heads * config.head_dim
+    needed = size * (kept + at_once * (4 * config.hidden_size + 3 * config.intermediate_size) + rows * config.vocab_size)
+    return memory_limits(sum(array.nbytes for array in weights.values()) + needed, needed)
+
+
+def _decoded(
+    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[list[int | None]]:
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     cache, sampler = make_cache(model.config.windows), Sampler(sampling, seeds)
     ids = mx.array([list(prompt[:shortest]) for prompt in prompts])
