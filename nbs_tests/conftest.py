@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for reason, tests in config.stash[WHY].items():
+    for reason, tests in config.stash.get(WHY, {}).items():
         terminalreporter.write_line(f"LEFT OUT [{tests}] as on {config.getoption('--device-like')}: {reason}")
 
 
