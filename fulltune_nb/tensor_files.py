@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors import safe_open
 
+from fulltune_nb.device import device_kind
 from fulltune_nb.errors import WeightsError, listed
 from fulltune_nb.files import Checksum, atomic_path, begin_checksum, no_key_twice, write_parts
 
@@ -40,6 +42,8 @@ _NUMPY = {  # dtype in a safetensors header -> in an npy header
 }  # fmt: skip
 _CODES = {np.dtype(descr).newbyteorder("="): code for code, descr in _NUMPY.items()}
 _CHUNK = 2**20  # bytes in memory at a time
+COPIED_BYTES = 2**26
+"""Of an array on a CUDA device that are copied at a time to be read."""
 _ALWAYS_UNPACKED, _MAX_RATIO = 2**26, 20  # bytes an npz may unpack to in any case, and times its own size
 
 
@@ -76,17 +80,35 @@ def check_ending(path: Path) -> None:
 def read_tensors(path: Path) -> dict[str, mx.array]:
     """The tensors of a `.safetensors` or `.npz` file, not evaluated yet.
 
+    float64, which no GPU computes in and MLX reads from no safetensors file, becomes float32 there; a warning tells.
+
     Raises:
         WeightsError: the file cannot be read, is damaged, or has another ending. Pickled objects in an npz are refused.
     """
-    open_tensors(path)  # before MLX sees the file: its own reader trusts what a header says
+    tensors = open_tensors(path)  # before MLX sees the file: its own reader trusts what a header says
+    doubles = {tensor.name for tensor in tensors if tensor.dtype == "F64"}
+    if doubles:
+        what = f"{len(doubles):,} tensors of {path} are float64 ({listed(sorted(doubles), 2)})"
+        warnings.warn(f"{what}: they are trained in float32 at most, with half of their digits.", stacklevel=3)
     with _reading(path):
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # MLX finds a wrong checksum only when the array is used
             if damaged is not None:
                 raise ValueError(f"the checksum of {damaged[:80]} is wrong")
+        if doubles and (path.suffix == ".safetensors" or device_kind() != "cpu"):  # MLX reads no float64 there
+            return {tensor.name: _in_float32(tensor) for tensor in tensors}
         return dict(mx.load(str(path)))
+
+
+def _in_float32(tensor: Tensor) -> mx.array:
+    """A tensor of a file, read; float64 becomes float32."""
+    data = b"".join(tensor.chunks())
+    if tensor.dtype == "BF16":
+        return mx.array(np.frombuffer(data, np.uint16).reshape(tensor.shape)).view(mx.bfloat16)
+    array = np.frombuffer(data, _NUMPY[tensor.dtype]).reshape(tensor.shape)
+    with np.errstate(over="ignore"):
+        return mx.array(array.astype(np.float32) if tensor.dtype == "F64" else array)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
@@ -98,7 +120,9 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
     check_ending(path)
     try:
         with atomic_path(path) as temporary:
-            if path.suffix == ".npz":
+            if path.suffix == ".npz" and device_kind() == "cuda":
+                write_npz(temporary, tensors_of(tensors))
+            elif path.suffix == ".npz":
                 mx.savez(str(temporary), **tensors)
             else:
                 write_safetensors(temporary, tensors_of(tensors), {**(metadata or {}), **FORMAT})
@@ -112,16 +136,32 @@ def begin_checksum_of(tensors: Mapping[str, mx.array]) -> Checksum:
 
 
 def tensors_of(arrays: Mapping[str, mx.array]) -> list[Tensor]:
-    """Arrays as tensors to be written, evaluated; their bytes are the arrays' own memory where that lies in C order."""
+    """Arrays as tensors to be written, evaluated; their bytes are the arrays' own memory where that lies in C order, on CUDA copies."""
     mx.eval(list(arrays.values()))
-    tensors = []
-    for name, array in arrays.items():
-        known = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # numpy knows no bfloat16
-        plain = np.ascontiguousarray(np.asarray(known))
-        code = "BF16" if array.dtype == mx.bfloat16 else _CODES[plain.dtype]
-        data = memoryview(plain.reshape(-1).view(np.uint8))
-        tensors.append(Tensor(name, code, tuple(array.shape), partial(iter, (data,))))
-    return tensors
+    chunks = _copied_bytes if device_kind() == "cuda" else _own_bytes
+    return [Tensor(name, _code_of(array), tuple(array.shape), chunks(array)) for name, array in arrays.items()]
+
+
+def _code_of(array: mx.array) -> str:
+    return "BF16" if array.dtype == mx.bfloat16 else _CODES[np.asarray(mx.zeros((), array.dtype)).dtype]
+
+
+def _own_bytes(array: mx.array) -> Callable[[], Iterator[memoryview]]:
+    known = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # numpy knows no bfloat16
+    data = memoryview(np.ascontiguousarray(np.asarray(known)).reshape(-1).view(np.uint8))
+    return partial(iter, (data,))
+
+
+def _copied_bytes(array: mx.array) -> Callable[[], Iterator[memoryview]]:
+    """Of copies, a piece at a time: whoever reads a CUDA array has MLX move it, for good, to memory shared with the host (`raw_ptr`)."""
+
+    def pieces() -> Iterator[memoryview]:
+        flat, size = array.reshape(-1), max(1, COPIED_BYTES // array.itemsize)
+        for begin in range(0, array.size, size):
+            piece = flat[begin : begin + size]
+            yield from _own_bytes(mx.where(mx.array(True), piece, piece))()  # a slice alone would share the array's memory
+
+    return pieces
 
 
 def open_tensors(path: Path) -> list[Tensor]:
