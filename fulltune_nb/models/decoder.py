@@ -71,8 +71,8 @@ class Block(nn.Module):
             normed = self.input_norm(x)
             return x + self.attention(normed, rotation, mask, cache) + self.mlp(normed)
         attended = self.attend(x, rotation, mask, cache)
-        balanced = {"balance": balance} if balance is not None and "experts" in self.mlp else {}
-        return self.add(attended, self.mlp(self.mlp_input(attended), **balanced))
+        of_experts = {"balance": balance, "stacks": cache and cache.stacks} if "experts" in self.mlp else {}
+        return self.add(attended, self.mlp(self.mlp_input(attended), **of_experts))
 
     def attend(self, x: mx.array, rotation: Rotation | None, mask: Mask, cache: KVCache | None = None) -> mx.array:
         """The first half of a block that is not parallel: the input (B, T, D), and what attention adds to it."""

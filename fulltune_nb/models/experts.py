@@ -110,7 +110,8 @@ class MixtureOfExperts(nn.Module):
         if config.correction:
             self.correction = Correction(config)
 
-    def __call__(self, x: mx.array, balance: RouterBalance | None = None) -> mx.array:
+    def __call__(self, x: mx.array, balance: RouterBalance | None = None, stacks: Stacks | None = None) -> mx.array:
+        """(B, T, D) -> (B, T, D). `stacks`: in generation, `KVCache.stacks`."""
         tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
         if on_cpu():
             routing = self.route(tokens, balance)
@@ -118,7 +119,7 @@ class MixtureOfExperts(nn.Module):
             chosen, outputs = routing.chosen, mx.concatenate(parts)[routing.places]
         else:
             chosen = self.choose(tokens, balance)
-            outputs = mixed_by_all(self.experts, tokens, chosen)
+            outputs = mixed_by_all(self.experts, tokens, chosen, stacks)
         return self.combine(tokens, outputs, chosen, balance).reshape(x.shape)
 
     def choose(self, tokens: mx.array, balance: RouterBalance | None = None) -> mx.array:
@@ -194,14 +195,38 @@ class MixtureOfExperts(nn.Module):
 # ---- all experts at once, for a GPU
 
 
-def mixed_by_all(experts: Sequence[MLP], tokens: mx.array, chosen: mx.array) -> mx.array:
-    """What each of a token's experts makes of it: tokens (M, D), indices of experts (M, k) -> (M, k, D); lazy."""
+FEWEST_SORTED = 64
+"""Rows: fewer are not worth sorting where an answer is made, as in mlx-lm."""
+
+Stacks = dict[tuple[int, str], tuple[list[mx.array], mx.array]]
+"""Which linear maps (by the first), weight or bias -> the experts' arrays and what they are parts of; see `stack_of`."""
+
+
+def mixed_by_all(experts: Sequence[MLP], tokens: mx.array, chosen: mx.array, stacks: Stacks | None = None) -> mx.array:
+    """What each of a token's experts makes of it: tokens (M, D), indices of experts (M, k) -> (M, k, D). With `stacks` no gradients."""
+    if stacks is not None and chosen.size < FEWEST_SORTED:
+        return experts[0].through(_Groups(experts, chosen.astype(mx.uint32), None, stacks).project, tokens[:, None])
     flat = chosen.reshape(-1)  # (R,)
     order = mx.argsort(flat)  # the choices, one expert's after the other's
     places = mx.argsort(order)  # where each choice stands among these
-    groups = _Groups(experts, flat[order].astype(mx.uint32), (flat[:, None] < mx.arange(len(experts) + 1)).sum(axis=0))
+    groups = _Groups(experts, flat[order].astype(mx.uint32), (flat[:, None] < mx.arange(len(experts) + 1)).sum(axis=0), stacks)
     outputs = experts[0].through(groups.project, _taken(tokens, order // chosen.shape[1], places))  # (R, D)
     return _taken(outputs, places, order).reshape(*chosen.shape, -1)
+
+
+def stack_of(maps: Sequence[nn.Module], name: str, stacks: Stacks) -> mx.array:
+    """The weights or biases of linear maps under one another, as one array of which theirs are parts from now on: copied once for an answer
+    and not for each of its tokens, and only once there. Whoever has changed them since gets another."""
+    key = id(maps[0]), name
+    parts, stack = stacks.get(key, ((), None))
+    if any(part is not one[name] for part, one in zip(parts, maps, strict=False)) or stack is None:
+        stack = mx.concatenate([one[name] for one in maps])
+        parts = mx.split(stack, len(maps))
+        mx.eval(stack, parts)
+        for one, part in zip(maps, parts, strict=True):
+            one[name] = part
+        stacks[key] = parts, stack
+    return stack
 
 
 def _taken(x: mx.array, rows: mx.array, places: mx.array) -> mx.array:
@@ -222,45 +247,54 @@ def _taken(x: mx.array, rows: mx.array, places: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Rows that stand expert by expert, and the experts."""
+    """Rows that stand expert by expert, or in generation in any order, and the experts."""
 
     experts: Sequence[MLP]
     of_row: mx.array
-    """(R,) uint32: the expert of each row, ascending."""
-    starts: mx.array
+    """(R,) uint32: the expert of each row, ascending. Without `starts` (M, k), of the rows (M, 1 or k, D)."""
+    starts: mx.array | None
     """(E + 1,) int32: where each expert's rows begin, and where all end."""
+    stacks: Stacks | None
 
     def project(self, names: Sequence[str], x: mx.array) -> list[mx.array]:
         """Each row's product with its expert's linear maps of these names, of one size: (R, D) -> a (R, O) for each."""
         maps = [expert[name] for expert in self.experts for name in names]
-        weights = [linear.weight for linear in maps]
-        output = self._product(x, *weights)  # (R, names * O)
+        output = self._product(maps, x)  # (R, names * O)
         if "bias" in maps[0]:
-            output = output + self._biases(*(linear.bias for linear in maps)).astype(output.dtype)
+            output = output + self._biases(maps).astype(output.dtype)
         return mx.split(output, len(names), axis=-1)
+
+    def _of_rows(self, x: mx.array, stack: mx.array) -> mx.array:
+        """Each row times its expert's matrix: (R, D) and (E, D, O) -> (R, O)."""
+        return mx.gather_mm(x[..., None, :], stack, rhs_indices=self.of_row, sorted_indices=self.starts is not None)[..., 0, :]
+
+    def _by_expert(self, stack: mx.array) -> mx.array:
+        return stack.reshape(len(self.experts), -1, *stack.shape[1:])
 
     def _stacked(self, arrays: Sequence[mx.array], after: mx.array) -> mx.array:
         """Of all experts' weights (O, D) or biases (O,) those of an expert under one another, (E, names * O, ...), made when `after` is
         there: so there is one block's copy at a time, and not one that is kept from the forward to the backward pass."""
-        return mx.concatenate(mx.depends(list(arrays), [after])).reshape(len(self.experts), -1, *arrays[0].shape[1:])
+        return self._by_expert(mx.concatenate(mx.depends(list(arrays), [after])))
 
-    def _product(self, x: mx.array, *weights: mx.array) -> mx.array:
-        def of_rows(x: mx.array, stack: mx.array) -> mx.array:
-            return mx.gather_mm(x[:, None], stack, rhs_indices=self.of_row, sorted_indices=True)[:, 0]
+    def _product(self, maps: Sequence[nn.Module], x: mx.array) -> mx.array:
+        if self.stacks is not None:
+            return self._of_rows(x, self._by_expert(stack_of(maps, "weight", self.stacks)).swapaxes(-1, -2))
 
         @mx.custom_function
         def product(x: mx.array, *weights: mx.array) -> mx.array:
-            return of_rows(x, self._stacked(weights, x).swapaxes(-1, -2))
+            return self._of_rows(x, self._stacked(weights, x).swapaxes(-1, -2))
 
         @product.vjp
         def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
             x, *weights = primals
-            return of_rows(cotangent, self._stacked(weights, cotangent)), *self._sums(cotangent, x, weights)
+            return self._of_rows(cotangent, self._stacked(weights, cotangent)), *self._sums(cotangent, x, weights)
 
-        return product(x, *weights)
+        return product(x, *(linear.weight for linear in maps))
 
-    def _biases(self, *biases: mx.array) -> mx.array:
+    def _biases(self, maps: Sequence[nn.Module]) -> mx.array:
         """Of each row's expert: (R, names * O)."""
+        if self.stacks is not None:
+            return self._by_expert(stack_of(maps, "bias", self.stacks))[self.of_row]
 
         @mx.custom_function
         def of_rows(*biases: mx.array) -> mx.array:
@@ -271,7 +305,7 @@ class _Groups:
             ones = mx.ones((len(cotangent), 1), dtype=cotangent.dtype)
             return tuple(self._sums(cotangent, ones, biases))
 
-        return of_rows(*biases)
+        return of_rows(*(linear.bias for linear in maps))
 
     def _sums(self, cotangent: mx.array, x: mx.array, like: Sequence[mx.array]) -> list[mx.array]:
         """Each expert's `cotangent.T @ x`, cut up as `_stacked` puts together; in a fixed order, which a scatter has not on a GPU."""
