@@ -3,14 +3,25 @@
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
 from fulltune_nb.models import experts
+from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.folder import save_folder
+from fulltune_nb.models.generation import Sampling, prefill
+from fulltune_nb.models.kv_cache import make_cache
+from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of
+from fulltune_nb.training.engine import WholeGraph
 from nbs_tests.gpu_like import gpu_like
-from nbs_tests.models.parity import relative_error
+from nbs_tests.kernel_counts import as_on_gpu, kernels
+from nbs_tests.models.model_cases import SMALL
+from nbs_tests.models.parity import need, relative_error
+from nbs_tests.models.test_decode_kernels import of_a_token, of_mlx_lms
 from nbs_tests.training.test_families_run import FAMILIES
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -77,3 +88,63 @@ def test_an_expert_that_no_token_goes_to_has_gradients_of_zero_and_one_that_is_f
     norms = [float(mx.linalg.norm(piece.gradients.get(f"layers.0.mlp.experts.{e}.up_proj.weight", mx.array([-1.0])))) for e in range(4)]
     assert norms[1] == 1.0 and "layers.0.mlp.experts.1.up_proj.weight" not in piece.gradients
     assert sum(norm == 0.0 for norm in norms) >= 1
+
+
+# -- kernels, beside mlx-lm's where that is installed -----------------------------------------------------------------------------------
+
+
+RAW = {**SMALL, **MIXTRAL, "num_local_experts": 8, "num_hidden_layers": 4, "tie_word_embeddings": False}
+
+
+def test_an_answer_copies_the_experts_together_once_and_again_when_they_have_changed(make_lm):
+    lm = make_lm(**MIXTRAL)
+    before = lm.generate("the quick", max_tokens=6)
+    with gpu_like():
+        cache = make_cache(lm.config.windows)
+        prefill(lm.model, mx.array([[3, 4, 5, 6, 7]]), cache)
+        made = {key: stack for key, (_, stack) in cache[0].stacks.items()}
+        first = lm.model(mx.array([[8]]), cache)
+        assert len(made) == 2 and all(cache[0].stacks[key][1] is stack for key, stack in made.items())
+        assert lm.generate("the quick", max_tokens=6) == before
+        for expert in lm.model.layers[0].mlp.experts:
+            expert.up_proj.weight = expert.up_proj.weight * 3
+        second = lm.model(mx.array([[8]]), cache)
+    assert not mx.allclose(first, second) and any(cache[0].stacks[key][1] is not stack for key, stack in made.items())
+
+
+@pytest.mark.ci
+def test_but_for_copying_the_experts_together_a_step_takes_no_more_kernels_than_mlx_lms(tmp_path):
+    need("mlx_lm", "pip install mlx-lm==0.32.2")
+    from mlx_lm.tuner.trainer import default_loss
+    from mlx_lm.utils import load_model
+
+    decoder, (rows, length) = Decoder(read_config(RAW)), (2, 64)
+    mx.eval(decoder.parameters())
+    save_folder(tmp_path / "model", decoder, None)
+    ids = mx.random.randint(0, RAW["vocab_size"], (rows, length + 1), key=mx.random.key(0))
+    with as_on_gpu():
+        inputs = {"ids": ids[:, :-1], "positions": mx.arange(rows * length)}
+        targets = {"targets": ids[:, 1:].reshape(-1), "weights": mx.ones(rows * length)}
+        graph = mx.compile(WholeGraph(decoder)._whole)
+        ours = kernels(*(array for _, array in tree_flatten(graph((None, {}), parameters_of(decoder), inputs, targets))))
+        model = load_model(tmp_path / "model")[0]
+        value_and_grad = nn.value_and_grad(model, default_loss)
+
+        def step(parameters):
+            model.update(parameters)
+            return value_and_grad(model, ids, mx.array([[0, length]] * rows))
+
+        theirs = kernels(*(array for _, array in tree_flatten(mx.compile(step)(model.parameters()))))
+    copies = decoder.config.num_layers * 2 * 3 * 8  # each expert's three matrices, for the forward and for the backward pass
+    assert ours.total() - copies <= theirs.total(), (ours, theirs)
+    assert ours["GatherMM"] < theirs["GatherMM"] and ours["SegmentedMM"] < theirs["SegmentedMM"] and ours["Scatter"] < theirs["Scatter"]
+
+
+@pytest.mark.ci
+def test_a_decoded_token_takes_no_more_kernels_than_mlx_lms(tmp_path):
+    need("mlx_lm", "pip install mlx-lm==0.32.2")
+    decoder = Decoder(read_config(RAW))
+    mx.eval(decoder.parameters())
+    save_folder(tmp_path / "model", decoder, None)
+    ours, theirs = of_a_token(decoder, Sampling()), of_mlx_lms(tmp_path / "model", Sampling())
+    assert ours.total() <= theirs.total(), (ours, theirs)
