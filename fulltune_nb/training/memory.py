@@ -271,6 +271,12 @@ class Workload:
         """Whether products take float32 copies of weights that are stored in 16 bits."""
         return on_cpu() and self.stored != mx.float32
 
+    def _copied(self, experts_apart: bool) -> int:
+        """Elements of a block's parameters that exist twice: in float32 on a CPU; its experts, under one another, on a GPU."""
+        if on_cpu():
+            return self._half_on_cpu * self._largest_group(self.parameters, experts_apart)
+        return self._largest_group([name for name in self.parameters if ".experts." in name])
+
     def _largest_group(self, names: Collection[str], experts_apart: bool = False) -> int:
         """Elements of the block that has most of these parameters; or of the expert, if each counts by itself."""
         sizes: dict[str, int] = {}
@@ -326,13 +332,13 @@ class Workload:
         gradients = self.num_trained
         head = min(self.model.vocab_size * self.model.hidden_size, gradients)
         before = gradients if self.config.grad_accumulation_steps > 1 else 0  # sums of the micro-batches before
-        copies = self._half_on_cpu * self._largest_group(self.parameters)
+        copies = self._copied(experts_apart=False)
         kept, ahead = self._kept(self._width), self._ahead(max(self._scores, self._width), self._hidden)
         below = self._hidden if self.config.grad_checkpoint else kept  # of each block below the one that is computed
         back = max(2 * kept, ahead + self._scores) if self.config.grad_checkpoint else 2 * kept
         stack, ends = max(depth - 1, 0) * below, 2 * self._hidden
         forward = stack + ahead + copies
-        if self.model.num_experts:  # the routing is read while the graph is made: of what was computed by then, MLX lets nothing go
+        if self.model.num_experts and on_cpu():  # read while the graph is made: of what was computed by then, MLX lets nothing go
             forward = depth * (kept + self._ahead(self._scores, self._width, 2 * self._hidden) + copies)
             forward *= 1 + self.config.grad_checkpoint
         found = self._in_bytes({
@@ -358,9 +364,9 @@ class Workload:
         model, several = self.model, self.config.grad_accumulation_steps
         hidden, targets = several * self._hidden, several * self.targets * model.hidden_size
         inputs = (model.num_layers + 1) * hidden + targets
-        piece = self._largest_group(self.trained, experts_apart=True)
-        copies = self._half_on_cpu * self._largest_group(self.parameters, experts_apart=True)
-        width = max(self._width // max(model.num_experts, 1), self.rows * self.tokens * model.shared_expert_size)  # one expert at a time
+        piece, copies = self._largest_group(self.trained, experts_apart=on_cpu()), self._copied(experts_apart=True)
+        apart = max(model.num_experts, 1) if on_cpu() else 1  # on a CPU it is one expert at a time
+        width = max(self._width // apart, self.rows * self.tokens * model.shared_expert_size)
         again, sums = self._ahead(max(self._scores, width), self._hidden) + copies, (several > 1) * piece
 
         range_rows = vocabulary.ranges(model.vocab_size, model.hidden_size)[0].stop
