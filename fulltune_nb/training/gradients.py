@@ -94,6 +94,13 @@ def global_norm(gradients: Mapping[str, mx.array], kernels: Kernels | None = Non
     return norm_of(gradients).item()
 
 
+def read(numbers: Sequence[float | mx.array]) -> list[float]:
+    """The values of numbers, some of which may still be on a GPU; all are waited for at once."""
+    arrays = [number for number in numbers if isinstance(number, mx.array)]
+    values = iter(mx.stack(arrays).tolist() if arrays else ())
+    return [next(values) if isinstance(number, mx.array) else number for number in numbers]
+
+
 def norm_of(gradients: Mapping[str, mx.array]) -> mx.array:
     """`global_norm` by MLX; lazy, float32."""
     if not on_cpu():

@@ -19,14 +19,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fulltune_nb.cpu import Kernels, on_cpu
+from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
 from fulltune_nb.models.experts import RouterBalance, Routing
 from fulltune_nb.models.parameters import Arrays, backward_through, lowest_trained_block, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training import vocabulary
-from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm
+from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm, read
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.vocabulary import HeadInput
 
@@ -39,11 +39,11 @@ def vjp(
     sums: Arrays,
     to_inputs: bool = True,
 ) -> list[mx.array | None]:
-    """`backward_through`, with the parameters' gradients added to `sums`; returns those of the inputs, if they are needed. Evaluated."""
+    """`backward_through`, with the parameters' gradients added to `sums`; returns those of the inputs, if needed. By `evaluate`."""
     found, of_parameters = backward_through(modules, function, inputs, cotangent)[1:]
     found = found if to_inputs else [None] * len(inputs)
     add(sums, of_parameters)
-    mx.eval(sums, found)
+    evaluate(sums, found)
     return found
 
 
@@ -277,9 +277,16 @@ class LayerwiseGradients:
         self._number, self._batches = number, batches
         self._trained = set(trainable_of(model))  # names only: who holds an array keeps its memory
         self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
+        self._losses: list[float | mx.array] = []
         self._norm: float | None = None
         self._streams: list[_Stream] | None = None
         self._forward_all()
+
+    @property
+    def loss(self) -> float:
+        """See above."""
+        self._losses = read(self._losses)
+        return sum(self._losses)
 
     def norm(self) -> float:
         """Of all gradients."""
@@ -293,7 +300,8 @@ class LayerwiseGradients:
         respect to the last block's output."""
         norm = self._norm
         if norm is None:
-            norm = mx.sqrt(sum(mx.square(stream.cotangent.astype(mx.float32)).sum() for stream in self._streams)).item()
+            norm = mx.sqrt(sum(mx.square(stream.cotangent.astype(mx.float32)).sum() for stream in self._streams))
+        *self._losses, norm = read([*self._losses, norm])
         check_finite(self._number, self.loss, norm, self._batches)
 
     def pieces(self, optimizers: Optimizers | None = None) -> Iterator[GradientPiece]:
@@ -311,6 +319,7 @@ class LayerwiseGradients:
         self._norm = math.sqrt(squares)
 
     def _sum_of_squares(self, piece: GradientPiece) -> float:
+        # The one time that a GPU is waited for: of two blocks' gradients only one block's exist.
         return global_norm(piece.gradients, self._kernels) ** 2
 
     def _forward_all(self) -> None:
@@ -318,7 +327,8 @@ class LayerwiseGradients:
         tokens = sum(batch.num_tokens for batch in self._batches)
         self._streams = [_forward_one(self._model, self._passes, batch, tokens, self._balance) for batch in self._batches]
         inputs = [stream.head for stream in self._streams]
-        self.loss, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
+        losses, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
+        self._losses = self._losses or losses  # a second pass has the same
         self._norm_gradients = self._through_final_norm(gradients)
 
     def _pieces(self, optimizers: Optimizers | None) -> Iterator[GradientPiece]:
@@ -376,7 +386,7 @@ class LayerwiseGradients:
                 stream.cotangent = None  # it would keep what it is computed from
             add(sums, {f"{name}.{path}": gradient for path, gradient in gradients.items()})
             del x, gradients
-            mx.eval(sums, stream.cotangent)
+            evaluate(sums, stream.cotangent)
         if sums:
             yield GradientPiece(sums)
 
@@ -388,7 +398,7 @@ class LayerwiseGradients:
             gradient = self._head_gradients(rows)["weight"] if head else 0.0
             if embedding:  # no name for the summands: the sum is written over one of them
                 gradient = self._embedding_gradient(rows) + gradient
-            mx.eval(gradient)
+            evaluate(gradient)
             yield GradientPiece({name: gradient}, rows if len(self._ranges) > 1 else None)
             del gradient
 
@@ -396,7 +406,7 @@ class LayerwiseGradients:
         if "lm_head.bias" not in self._trained:
             return None
         gradient = mx.concatenate([self._head_gradients(rows)["bias"] for rows in self._ranges])
-        mx.eval(gradient)
+        evaluate(gradient)
         return gradient
 
     def _head_gradients(self, rows: slice) -> Arrays:
@@ -411,7 +421,7 @@ class LayerwiseGradients:
             gradient = vocabulary.embedding_gradient(ids, stream.cotangent.reshape(ids.size, -1) * scale, rows)
             total = gradient if total is None else total + gradient
             del gradient
-            mx.eval(total)  # one stream's at a time
+            evaluate(total)  # one stream's at a time
         return total
 
 
@@ -430,7 +440,7 @@ def balance_of(model: Decoder, batch: Batch, coefficient: float) -> tuple[float,
 def _forward_one(
     model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int, balance_coefficient: float
 ) -> _Stream:
-    """A micro-batch from its tokens to the hidden states of its trained positions, with each block's input; evaluated."""
+    """A micro-batch from its tokens to the hidden states of its trained positions, with each block's input; by `evaluate`."""
     dtype = model.compute_dtype
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
@@ -440,12 +450,12 @@ def _forward_one(
     balance = RouterBalance(*of_balance) if of_balance else None
     x, inputs = model.embed(ids, dtype), []
     for block, context in zip(passes, contexts, strict=True):
-        mx.eval(x)
+        evaluate(x)
         inputs.append(x)
         x = block.forward(x, context, balance)
     inputs.append(x)
     positions = mx.array(batch.target_positions)
     hidden = model.norm(x).reshape(-1, x.shape[-1])[positions]  # (B, T, D) -> (N, D)
-    mx.eval(x, hidden)
+    evaluate(x, hidden)
     head = HeadInput(hidden, batch.targets, mx.array(batch.weights / step_tokens), model.config.logit_cap)
     return _Stream(batch.inputs.reshape(-1), contexts, inputs, positions, head, balance)

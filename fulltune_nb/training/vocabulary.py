@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.cpu import Kernels, fast_exp
+from fulltune_nb.cpu import Kernels, evaluate, fast_exp, on_cpu
 from fulltune_nb.models.embedding import sums_by_token
 from fulltune_nb.training.loss import Head, cap_slope, chunk_logits, chunks, losses_by_kernel
 
-RANGE_ELEMENTS = 2**24
-"""Weights of a range of rows: 64 MiB in float32."""
+RANGE_ELEMENTS, GPU_RANGE_ELEMENTS = 2**24, 2**26
+"""Weights of a range of rows on a CPU, 64 MiB in float32, and on a GPU, which few large kernels keep busier."""
 KEPT_ELEMENTS = 2**24
 """Logits of which something is kept between the passes, at most."""
 Chunk = tuple[int, int]
@@ -47,25 +47,25 @@ class HeadInput:
 
 
 def ranges(vocab_size: int, hidden_size: int) -> list[slice]:
-    """The rows of the vocabulary in ranges of about `RANGE_ELEMENTS` weights."""
-    size = max(1, RANGE_ELEMENTS // hidden_size)
+    """The rows of the vocabulary in ranges of about `RANGE_ELEMENTS` weights, or those of a GPU."""
+    size = max(1, (RANGE_ELEMENTS if on_cpu() else GPU_RANGE_ELEMENTS) // hidden_size)
     return [slice(begin, min(begin + size, vocab_size)) for begin in range(0, vocab_size, size)]
 
 
-def head_loss(head: Head, inputs: list[HeadInput], kernels: Kernels | None = None) -> tuple[float, list[mx.array]]:
-    """The weighted sum of -log p(target) of all inputs, and each one's gradient with respect to `hidden` (N, D); evaluated.
+def head_loss(head: Head, inputs: list[HeadInput], kernels: Kernels | None = None) -> tuple[list[float | mx.array], list[mx.array]]:
+    """Of each input the weighted sum of -log p(target), and its gradient with respect to `hidden` (N, D); by `evaluate`.
 
     Fills in `log_sums` and `kept` for `head_gradients`. With kernels, one pass is enough where it is kept for one range.
     """
-    total, gradients = 0.0, []
+    losses, gradients = [], []
     for one in inputs:
         keep = one.hidden.shape[0] * head["weight"].shape[0] <= KEPT_ELEMENTS
         if kernels is not None and keep and len(ranges(*head["weight"].shape)) == 1:
             loss, gradient = _only_pass(head, one, kernels)
-            total += loss
+            losses.append(loss)
             gradients.append(gradient)
             continue
-        total += _first_pass(head, one, keep)
+        losses.append(_first_pass(head, one, keep))
         gradient = mx.zeros_like(one.hidden)
         for rows in ranges(*head["weight"].shape):
             weight = head["weight"][rows].astype(one.hidden.dtype)
@@ -74,13 +74,13 @@ def head_loss(head: Head, inputs: list[HeadInput], kernels: Kernels | None = Non
                 if keep:
                     one.kept[rows.start, part.start] = logit_gradients
                 gradient[part] = gradient[part] + logit_gradients @ weight
-                mx.eval(gradient, one.kept)
+                evaluate(gradient, one.kept)
         gradients.append(gradient)
-    return total, gradients
+    return losses, gradients
 
 
 def head_gradients(head: Head, inputs: list[HeadInput], rows: slice) -> dict[str, mx.array]:
-    """Gradients of a range of the head's rows: "weight" (v, D), and "bias" (v,) where there is one; evaluated."""
+    """Gradients of a range of the head's rows: "weight" (v, D), and "bias" (v,) where there is one; by `evaluate`."""
     found: dict[str, mx.array] = {}
     for one in inputs:
         weight = None if one.kept else head["weight"][rows].astype(one.hidden.dtype)
@@ -92,7 +92,7 @@ def head_gradients(head: Head, inputs: list[HeadInput], rows: slice) -> dict[str
             if "bias" in head:
                 more["bias"] = logit_gradients.sum(axis=0)
             found = {name: found[name] + more[name] for name in more} if found else more
-            mx.eval(found)
+            evaluate(found)
     return found
 
 
@@ -116,7 +116,7 @@ def _only_pass(head: Head, one: HeadInput, kernels: Kernels) -> tuple[float, mx.
     return total, gradient
 
 
-def _first_pass(head: Head, one: HeadInput, keep: bool) -> float:
+def _first_pass(head: Head, one: HeadInput, keep: bool) -> mx.array:
     """Fills in `log_sums`, and `exponentials` where they are to be kept; returns the loss.
 
     The sum of exponentials is carried along with the largest logit so far.
@@ -136,12 +136,12 @@ def _first_pass(head: Head, one: HeadInput, keep: bool) -> float:
             position, target = _targets(one, rows, part)
             if position.size:
                 at_target[part.start + position] = logits[position, target]
-            mx.eval(largest, total, at_target, one.exponentials)
+            evaluate(largest, total, at_target, one.exponentials)
             del logits, exponentials  # before the next chunk's are computed
     one.log_sums = largest + mx.log(total)
     loss = ((one.log_sums - at_target) * one.weights).sum()
-    mx.eval(loss, one.log_sums)
-    return loss.item()
+    evaluate(loss, one.log_sums)
+    return loss
 
 
 def _logit_gradients(head: Head, weight: mx.array, one: HeadInput, rows: slice, part: slice) -> mx.array:

@@ -40,6 +40,35 @@ def test_the_host_waits_for_nothing_but_loss_and_norm(on_gpu, monkeypatch, optim
     assert not waits and sent
 
 
+@pytest.mark.parametrize("clipping", [None, 1.0])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_layer_by_layer_the_host_waits_once_a_block_and_pass(on_gpu, monkeypatch, optimizer, weights, clipping):
+    settings = {"optimizer": optimizer, "weights": weights, "max_grad_norm": clipping, "grad_accumulation_steps": 2}
+    trainer, waits = on_gpu(backward="layerwise", **settings), []
+
+    def counted(owner, name, waits_for):
+        function = getattr(owner, name)
+
+        def noted(*args, **more):
+            waits.extend([name] * waits_for(*args))
+            return function(*args, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    trainer.step()
+    counted(mx, "eval", lambda *_: True)
+    counted(mx.array, "item", lambda *_: True)
+    counted(mx.array, "tolist", lambda *_: True)
+    for name in ("array", "asarray"):
+        counted(np, name, lambda x, *_: isinstance(x, mx.array))
+    trainer.step()
+    monkeypatch.undo()
+    passes = 1 if clipping is None else 2
+    pieces = len(trainer.lm.model.layers) + 3  # final norm, head and embedding stand outside the blocks
+    assert 0 < len(waits) <= passes * pieces + 1  # once more for the loss
+
+
 @pytest.mark.parametrize(
     "settings",
     [*({"optimizer": optimizer} for optimizer in OPTIMIZERS), {"max_grad_norm": 0.1, "grad_accumulation_steps": 2}, {"packing": True}],
