@@ -37,6 +37,8 @@ from fulltune_nb.training.rounding import stored_dtype
 
 MARGIN = 0.3
 """What is counted is seldom more than the peak that is measured by a larger part of it, and hardly ever less."""
+NEAR = 0.8
+"""Of a GPU's limit: from here on what is counted is measured before a run begins."""
 AHEAD = {True: 16, False: 8}
 """Arrays of a size that MLX holds while it computes one of it, on a CPU, where exponentials are made of many operations, and elsewhere:
 it allocates ahead of what it computes."""
@@ -144,9 +146,11 @@ class MemoryPlan:
 
     @property
     def near_limit(self) -> bool:
-        """Whether it is counted not to fit, but may, and measuring that, for which there is no optimizer state yet, does fit."""
+        """Whether measuring is to tell if it fits, and itself, without an optimizer's state, does fit: where it is counted not to, but may,
+        and on a GPU, where memory that is short ends the process, also where it is counted to be near the limit."""
         may_fit = self.peak / (1 + MARGIN) + self.cache <= self.limit
-        return not self.measured and not self.fits and may_fit and self.peak - self.parts["optimizer state"] <= self.limit
+        near = not self.fits or (not on_cpu() and self.peak > NEAR * self.limit)
+        return not self.measured and near and may_fit and self.peak - self.parts["optimizer state"] <= self.limit
 
     def __repr__(self) -> str:
         verdict = "fits" if self.fits else "does not fit"

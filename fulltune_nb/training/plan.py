@@ -99,12 +99,7 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
             + "".join(f"\n  {sentence}" for sentence in _advice(lm, data, config))
         )
     kernels = kernels_for(work.num_trained)
-    operations = 6 * work.num_trained * total_steps * batches.tokens_per_step
-    if on_cpu():  # runs that began when grad_checkpoint could not be compiled go on as they began
-        pays = kernels is not None and operations >= COMPILING_PAYS_FROM and not (config.grad_checkpoint and memory.backward == "whole")
-    else:
-        pays = memory.backward == "whole"
-    compiles, note = _choose_compile(work, pays)
+    compiles, note = _choose_compile(work, memory.backward, 6 * work.num_trained * total_steps * batches.tokens_per_step)
     if note:
         notes.append(("compile", note))
     notes += _without_effect(config, data, total_steps) + _beyond_positions(lm, data)
@@ -160,9 +155,14 @@ def step_batches(split: Split, config: TrainConfig) -> StepBatches:
     )
 
 
-def _choose_compile(work: Workload, pays: bool) -> tuple[bool, str | None]:
-    """Whether a run is compiled, and what the user should hear about it. Left open, it is where that `pays`."""
+def _choose_compile(work: Workload, backward: str, operations: float) -> tuple[bool, str | None]:
+    """Whether a run of so many operations is compiled, and what the user should hear about it. Left open, it is where that pays."""
     config, reason = work.config, None
+    if on_cpu():  # runs that began when grad_checkpoint could not be compiled go on as they began
+        fast = kernels_for(work.num_trained) is not None and not (config.grad_checkpoint and backward == "whole")
+        pays = fast and operations >= COMPILING_PAYS_FROM
+    else:
+        pays = backward == "whole"
     if work.model.num_experts and on_cpu():
         reason = "how many tokens an expert gets is known only when the batch is there"
     elif lacks_compiler():
@@ -239,7 +239,8 @@ def measured(plan: MemoryPlan, work: Workload, lm: Any, batches: StepBatches) ->
             mx.eval(model.parameters())
             before, updating = mx.get_active_memory(), 0
             mx.reset_peak_memory()
-            engine = make_engine(model, plan.backward, work.config.grad_checkpoint, kernels=kernels_for(work.num_trained))
+            compiled = not on_cpu() and _choose_compile(work, plan.backward, 0)[0]
+            engine = make_engine(model, plan.backward, work.config.grad_checkpoint, compiled, kernels_for(work.num_trained))
             gradients = engine.gradients(1, batches.of_step(batches.widest_step()))
             for piece in gradients.pieces():
                 shapes = {name: array.shape for name, array in piece.gradients.items()}

@@ -3,6 +3,7 @@
     python nbs_tests/benchmarks/predicted_peaks.py                        # the fixed ones
     python nbs_tests/benchmarks/predicted_peaks.py --only layerwise       # those with this in their name
     python nbs_tests/benchmarks/predicted_peaks.py --random 40 --seed 1   # drawn ones, of all the same kinds
+    python nbs_tests/benchmarks/predicted_peaks.py --gpu --half           # as on a Mac's GPU (MLX computes on the CPU), in bfloat16
 
 Each takes three steps on random tokens in a process of its own; the run's peak is the largest `StepReport.peak_memory`. Exit code 1 where
 less is counted than 90% of it, or more than `MARGIN` above it, or what `preflight(..., measure=True)` says is 10% off. Nothing is left
@@ -17,6 +18,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import fulltune_nb as ft  # before mlx: it gives MLX its BLAS
@@ -31,6 +33,7 @@ from fulltune_nb.data import DataSet, DataSettings, Example, Split
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training.memory import MARGIN
+from nbs_tests.gpu_like import gpu_like
 
 TOO_LITTLE, MEASURED_ERROR = 0.10, 0.10
 STEPS = 3
@@ -201,8 +204,8 @@ def random_split(config: ft.TrainConfig, vocab: int, share: float) -> Split:
     return Split("train", "text", examples)
 
 
-def in_own_process(configuration: Configuration) -> tuple[int, int, int, int, str]:
-    command = [sys.executable, __file__, "--one", json.dumps(configuration)]
+def in_own_process(configuration: Configuration, gpu: bool) -> tuple[int, int, int, int, str]:
+    command = [sys.executable, __file__, "--one", json.dumps(configuration), *["--gpu"] * gpu]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{configuration} failed:\n{done.stderr[-2000:]}")
@@ -214,17 +217,21 @@ def main() -> int:
     parser.add_argument("--only", default="", help="fixed configurations with this in their name")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="so many drawn configurations instead")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn ones")
+    parser.add_argument("--gpu", action="store_true", help="the package believes in a Mac's GPU")
+    parser.add_argument("--half", action="store_true", help="weights in bfloat16")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one)))
+        with gpu_like(2**40) if args.gpu else nullcontext():
+            print(json.dumps(measure(args.one)))
         return 0
     chosen = drawn(args.random, args.seed) if args.random else ((name, c) for name, c in FIXED.items() if args.only in name)
     counted_errors, measured_errors, far = [], [], 0
     print("| configuration | parameters, M | counted, MB | error | measured, MB | error | of the run, MB | moment |")
     print("|---|---:|---:|---:|---:|---:|---:|---|")
     for name, configuration in chosen:
-        size, counted, measured, peak, moment = in_own_process(configuration)
+        configuration |= HALF if args.half else {}
+        size, counted, measured, peak, moment = in_own_process(configuration, args.gpu)
         error, other = counted / peak - 1, measured / peak - 1
         counted_errors.append(error)
         measured_errors.append(other)

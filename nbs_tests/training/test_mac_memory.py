@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from fulltune_nb.errors import NonFiniteError
-from fulltune_nb.training import memory
+from fulltune_nb.training import memory, plan
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.plan import preflight
+from fulltune_nb.training.trainer import Trainer
 from nbs_tests.gpu_like import mac_limits
 
 
@@ -30,10 +31,10 @@ def limits():
 
 def test_a_run_has_what_its_plan_says_and_gives_it_back(make_trainer, limits):
     trainer, before, watch = make_trainer(), dict(limits), Watch(limits)
-    plan = preflight(trainer.lm, trainer.data, trainer.config)
-    assert 0 < plan.cache == plan.peak - plan.parts["weights"] - plan.parts["optimizer state"]
+    needs = preflight(trainer.lm, trainer.data, trainer.config)
+    assert 0 < needs.cache == needs.peak - needs.parts["weights"] - needs.parts["optimizer state"]
     trainer.run(2, callbacks=[watch])
-    assert watch.seen == [{"wired": plan.peak + plan.cache, "cache": plan.cache}] * 2 and limits == before
+    assert watch.seen == [{"wired": needs.peak + needs.cache, "cache": needs.cache}] * 2 and limits == before
     trainer.step()
     assert limits == before
 
@@ -74,12 +75,27 @@ def test_two_runs_at_once_need_both(make_trainer, limits):
     assert limits == before
 
 
+@pytest.mark.parametrize(("room", "measured"), [(1.5, 0), (1.1, 1)])
+def test_near_the_limit_a_step_is_measured_before_the_run_begins(make_lm, make_data, monkeypatch, limits, room, measured):
+    config = TrainConfig(backward="whole", iters=3)
+    data = make_data(config=config)
+    straight = Trainer(make_lm(), data, config)
+    straight.run()
+    counted, calls, measure = preflight(make_lm(), data, config), [], plan.measured
+    monkeypatch.setattr(memory, "machine_limit", lambda: int(room * counted.peak))
+    monkeypatch.setattr(plan, "measured", lambda *args, **names: calls.append(args) or measure(*args, **names))
+    trainer = Trainer(make_lm(), data, config)
+    trainer.run()
+    assert len(calls) == measured
+    assert [step.loss for step in trainer.history.steps] == [step.loss for step in straight.history.steps]
+
+
 def test_freed_arrays_are_kept_where_there_is_room_for_them(make_lm, make_data, monkeypatch, limits):
     config = TrainConfig(backward="whole")
     lm, data = make_lm(), make_data(config=config)
-    plan = preflight(lm, data, config)
-    monkeypatch.setattr(memory, "machine_limit", lambda: plan.peak + 1000)
+    needs = preflight(lm, data, config)
+    monkeypatch.setattr(memory, "machine_limit", lambda: needs.peak + 1000)
     tight = preflight(lm, data, config)
-    assert (tight.peak, tight.cache, tight.fits) == (plan.peak, 1000, True)
-    monkeypatch.setattr(memory, "machine_limit", lambda: plan.peak - 1)
+    assert (tight.peak, tight.cache, tight.fits) == (needs.peak, 1000, True)
+    monkeypatch.setattr(memory, "machine_limit", lambda: needs.peak - 1)
     assert preflight(lm, data, config).cache == 0
