@@ -44,6 +44,10 @@ AHEAD = {True: 16, False: 8}
 it allocates ahead of what it computes."""
 
 
+LOGIT_BYTES = {"whole": 11, "layerwise": 9}
+"""Of a chunk on a GPU: a logit and what is computed from it, in either dtype, as the way of the backward pass has it."""
+
+
 @dataclass(frozen=True)
 class MemoryReading:
     """MLX's counters at one moment."""
@@ -322,12 +326,17 @@ class Workload:
         model = self.model
         heads = self.rows * self.tokens * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
         norms = len(BLOCK_NORMS[model.block]) * (2 if model.norm == "layer_no_params" else 3)
-        scores = self._scores * (1 + 2 * (model.score_cap is not None) + 2 * model.sinks)  # tanh's, and what is beside the sinks
+        of_cap = (2 if on_cpu() else 3) * (model.score_cap is not None)
+        scores = self._scores * (1 + of_cap + 2 * model.sinks)  # tanh's, and what is beside the sinks
         return scores + heads + (norms + 2 * model.num_experts_per_token) * self._hidden + (3 if model.mlp == "plain" else 4) * width
 
     def _ahead(self, *kinds: int) -> int:
         """What MLX holds beyond need while arrays of these sizes are computed."""
         return AHEAD[on_cpu()] * sum(kinds)
+
+    def _chunk(self, logits: int, backward: str) -> int:
+        """A chunk of so many logits, and what MLX holds of what is computed from them."""
+        return self._ahead(logits) if on_cpu() else LOGIT_BYTES[backward] * logits // self.stored.size
 
     # The moments of a step.
 
@@ -339,7 +348,9 @@ class Workload:
         copies = self._copied(experts_apart=False)
         kept, ahead = self._kept(self._width), self._ahead(max(self._scores, self._width), self._hidden)
         below = self._hidden if self.config.grad_checkpoint else kept  # of each block below the one that is computed
-        back = max(2 * kept, ahead + self._scores) if self.config.grad_checkpoint else 2 * kept
+        back = 2 * kept if on_cpu() else 3 * kept
+        if self.config.grad_checkpoint:
+            back = max(back, ahead + on_cpu() * self._scores)
         stack, ends = max(depth - 1, 0) * below, 2 * self._hidden
         forward = stack + ahead + copies
         if self.model.num_experts and on_cpu():  # read while the graph is made: of what was computed by then, MLX lets nothing go
@@ -362,7 +373,7 @@ class Workload:
         by_kernel = self._kernels and not self.model.num_experts
         rows = min(chunk_size(vocab, CHUNK_ELEMENTS if by_kernel else None), self.targets)
         heads = 1 + (rows < self.targets) + self._half_on_cpu
-        return (rows * vocab if by_kernel else self._ahead(rows * vocab)) + heads * vocab * hidden + 2 * self.targets * hidden
+        return (rows * vocab if by_kernel else self._chunk(rows * vocab, "whole")) + heads * vocab * hidden + 2 * self.targets * hidden
 
     def _layerwise(self) -> Moments:
         model, several = self.model, self.config.grad_accumulation_steps
@@ -380,11 +391,11 @@ class Workload:
         if self._kernels and kept and range_rows == model.vocab_size:
             chunk = logits  # they become their gradients in place
         else:
-            chunk = self._ahead(min(chunk_size(range_rows), self.targets) * range_rows)
+            chunk = self._chunk(min(chunk_size(range_rows), self.targets) * range_rows, "layerwise")
         chunk += self._half_on_cpu * range_weights
         ranges = 2 + (self._tied and several > 1)  # what is summed, and what is added to it
         found = self._in_bytes({
-            "loss": {"activations": inputs + targets, "logits": several * kept + chunk},
+            "loss": {"activations": inputs + targets, "logits": (several - (not on_cpu())) * kept + chunk},
             "block again": {"activations": inputs + again, "logits": several * kept, "gradients": sums},
             "block": {"activations": inputs + 2 * self._kept(width), "logits": several * kept, "gradients": sums + piece},
             "vocabulary": {"activations": targets + 3 * hidden, "logits": several * kept or chunk, "gradients": ranges * range_weights},

@@ -1,9 +1,15 @@
 """What the GPU of a Mac keeps wired and cached while a run goes on, and that it is put back however the run ends."""
 
+import gc
+import shutil
+
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from fulltune_nb.data import load_data
 from fulltune_nb.errors import NonFiniteError
+from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.training import memory, plan
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.plan import preflight
@@ -75,7 +81,7 @@ def test_two_runs_at_once_need_both(make_trainer, limits):
     assert limits == before
 
 
-@pytest.mark.parametrize(("room", "measured"), [(1.5, 0), (1.1, 1)])
+@pytest.mark.parametrize(("room", "measured"), [(1.5, 0), (1.24, 1)])
 def test_near_the_limit_a_step_is_measured_before_the_run_begins(make_lm, make_data, monkeypatch, limits, room, measured):
     config = TrainConfig(backward="whole", iters=3)
     data = make_data(config=config)
@@ -88,6 +94,21 @@ def test_near_the_limit_a_step_is_measured_before_the_run_begins(make_lm, make_d
     trainer.run()
     assert len(calls) == measured
     assert [step.loss for step in trainer.history.steps] == [step.loss for step in straight.history.steps]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="under this emulation MLX compiles for the CPU, with g++")
+@pytest.mark.parametrize("way", [{}, {"grad_checkpoint": True}, {"backward": "layerwise"}], ids=["whole", "checkpoint", "layerwise"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_what_is_counted_is_within_a_tenth_of_what_is_measured(tokenizer, limits, weights, way):
+    sizes = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_attention_heads": 4}
+    lm = LanguageModel.from_config({"model_type": "llama", **sizes, "tie_word_embeddings": True}, tokenizer, seed=1)
+    if weights == "bfloat16":
+        lm.model.set_dtype(mx.bfloat16)
+    config = TrainConfig(batch_size=2, weights=weights, max_seq_length=129, **way)
+    data = load_data({"train": [{"text": "a " * 500}] * 4}, tokenizer, config=config)
+    gc.collect()
+    measured = preflight(lm, data, config, measure=True).peak
+    assert preflight(lm, data, config).peak == pytest.approx(measured, rel=0.1)
 
 
 def test_freed_arrays_are_kept_where_there_is_room_for_them(make_lm, make_data, monkeypatch, limits):
