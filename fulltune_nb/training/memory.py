@@ -348,7 +348,7 @@ class Workload:
         copies = self._copied(experts_apart=False)
         kept, ahead = self._kept(self._width), self._ahead(max(self._scores, self._width), self._hidden)
         below = self._hidden if self.config.grad_checkpoint else kept  # of each block below the one that is computed
-        back = 2 * kept if on_cpu() else 3 * kept
+        back = 2 * kept + (not on_cpu()) * 3 * self._scores
         if self.config.grad_checkpoint:
             back = max(back, ahead + on_cpu() * self._scores)
         stack, ends = max(depth - 1, 0) * below, 2 * self._hidden
