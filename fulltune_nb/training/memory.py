@@ -44,7 +44,7 @@ AHEAD = {True: 16, False: 8}
 it allocates ahead of what it computes."""
 
 
-LOGIT_BYTES = {"whole": 11, "layerwise": 9}
+LOGIT_BYTES = {"whole": 11, "layerwise": 14}
 """Of a chunk on a GPU: a logit and what is computed from it, in either dtype, as the way of the backward pass has it."""
 
 
