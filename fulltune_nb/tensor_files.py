@@ -96,7 +96,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
                 damaged = archive.testzip()  # MLX finds a wrong checksum only when the array is used
             if damaged is not None:
                 raise ValueError(f"the checksum of {damaged[:80]} is wrong")
-        if doubles and (path.suffix == ".safetensors" or device_kind() != "cpu"):  # MLX reads no float64 there
+        if path.suffix == ".safetensors" or device_kind() != "cpu":  # MLX reads no float64 there
             return {tensor.name: _in_float32(tensor) for tensor in tensors}
         return dict(mx.load(str(path)))
 

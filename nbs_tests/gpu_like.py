@@ -31,10 +31,13 @@ def _gpu(memory: int, cuda: bool) -> list[tuple[object, str, object]]:
     info |= {"max_recommended_working_set_size": int(memory * 0.75), "resource_limit": 499_000}
     if cuda:
         info = {"device_name": "NVIDIA H200", "architecture": "sm_90", "total_memory": memory, "free_memory": memory}
-    stream = mx.default_stream(mx.default_device())
+    here = mx.default_device()
+    stream = mx.default_stream(here)
     return [
         (mx, "default_device", lambda: mx.Device(mx.gpu)),
         (mx, "default_stream", lambda device=None: stream),
+        # mlx-lm makes one for ever, when it is imported.
+        *((mx, name, lambda device, make=getattr(mx, name): make(here)) for name in ("new_stream", "new_thread_local_stream")),
         (mx, "device_info", lambda device=None: info),
         (mx, "is_available", lambda device=None: True),
         (mx.metal, "is_available", lambda: not cuda),
