@@ -37,7 +37,8 @@ def _gpu(memory: int, cuda: bool) -> list[tuple[object, str, object]]:
         (mx, "default_device", lambda: mx.Device(mx.gpu)),
         (mx, "default_stream", lambda device=None: stream),
         # mlx-lm makes one for ever, when it is imported.
-        *((mx, name, lambda device, make=getattr(mx, name): make(here)) for name in ("new_stream", "new_thread_local_stream")),
+        (mx, "new_stream", lambda device, make=mx.new_stream: make(here)),
+        (mx, "new_thread_local_stream", lambda device, make=mx.new_thread_local_stream: make(here)),
         (mx, "device_info", lambda device=None: info),
         (mx, "is_available", lambda device=None: True),
         (mx.metal, "is_available", lambda: not cuda),

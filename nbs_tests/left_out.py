@@ -6,6 +6,7 @@ CPU_MEMORY = "bytes that MLX takes on a CPU, for what is computed otherwise on a
 
 THE_SAME = "texts, pictures and rows: nothing in them depends on the device"
 AS_ELSEWHERE = "what training/test_gpu_step.py tries, and compiles less for it"
+BY_A_TABLE = "asks for cosines and sines, which MLX's kernel makes on a GPU; for GPUs: models/test_rope.py"
 PADDED = "asks for widths as they are; on a GPU they are padded"
 OF_MLX_LM = "mlx-lm makes a stream of its own for a device that is not there"
 
@@ -30,6 +31,10 @@ LEFT_OUT = (
     (GPU, "test_system_info.py::test_what_the_last_digits_depend_on_is_named", OF_THE_CPU),
     (GPU, "test_device.py::test_the_kind_of_device", OF_THE_CPU),
     (GPU, "test_device.py::test_other_devices_have_no_such_limits[False]", OF_THE_CPU),
+    (GPU, "models/test_embedding.py::test_on_a_cpu_it_is_that_of_mlx", OF_THE_CPU),
+    (GPU, "models/test_mechanisms.py::test_a_dynamic_base_grows", BY_A_TABLE),
+    (GPU, "models/test_mechanisms.py::test_longrope_stretches", BY_A_TABLE),
+    (GPU, "models/test_mechanisms.py::test_yarn_keeps_fast_dimensions", BY_A_TABLE),
     (GPU, "models/test_decoder.py::test_masks_allow_the_past_within_the_window", OF_THE_CPU),
     (ALL, "training/test_kernels.py", OF_THE_CPU),
     (GPU, "training/test_gpu_step.py::test_without_a_window_and_packing_attention_needs_no_array", OF_THE_CPU),

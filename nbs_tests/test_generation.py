@@ -55,8 +55,13 @@ class Scripted:
     """Stands for a model: says the given tokens, one after the other, whatever it reads."""
 
     def __init__(self, tokens, vocab_size=500):
-        self.config = SimpleNamespace(windows=(None,), ropes=(RopeConfig(1e4, 2),), by_length=False, vocab_size=vocab_size)
-        self._tokens = list(tokens)
+        kinds = {"windows": (None,), "ropes": (RopeConfig(1e4, 2),), "by_length": False, "score_cap": None, "sinks": False}
+        sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_kv_heads", "head_dim"), 1)
+        self.config = SimpleNamespace(**kinds, **sizes, vocab_size=vocab_size)
+        self.embed_tokens, self._tokens = SimpleNamespace(weight=mx.zeros((vocab_size, 1))), list(tokens)
+
+    def parameters(self):
+        return {"embed_tokens": {"weight": self.embed_tokens.weight}}
 
     def hidden_states(self, ids, cache):
         rows, length = ids.shape
