@@ -7,13 +7,8 @@ import numpy as np
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.errors import NonFiniteError
-from fulltune_nb.models.parameters import parameters_of
+from nbs_tests.training.promises import assert_a_resumed_run_has_the_same_bits, assert_nan_changes_nothing, weights_of
 from nbs_tests.training.test_families_run import FAMILIES
-
-
-def weights_of(trainer):
-    return {name: np.array(array.astype(mx.float32)) for name, array in parameters_of(trainer.lm.model).items()}
 
 
 def assert_near(found, expected, most):
@@ -43,16 +38,8 @@ def test_every_family_is_trained_and_answers_as_on_the_cpu(make_lm, make_data, o
 @pytest.mark.parametrize("settings", [{}, {"backward": "layerwise"}, {"grad_checkpoint": True}, {"optimizer": "adamw8bit"}], ids=str)
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_a_run_taken_up_again_goes_on_to_the_same_bits(make_trainer, make_data, tmp_path, weights, settings):
-    settings = {"weights": weights, "save_every": 3, "grad_accumulation_steps": 2, **settings}
-    straight, stopped = make_trainer(**settings), make_trainer(run_dir=tmp_path / "run", **settings)
-    straight.run()
-    stopped.run(5)
-    resumed = ft.Trainer.resume(tmp_path / "run", data=make_data(10, config=stopped.config))
-    assert resumed.step_count == 3
-    resumed.run()
-    assert [report.loss for report in resumed.history.steps] == [report.loss for report in straight.history.steps]
-    ours, theirs = weights_of(resumed), weights_of(straight)
-    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    settings = {"weights": weights, "grad_accumulation_steps": 2, **settings}
+    assert_a_resumed_run_has_the_same_bits(make_trainer, make_data, tmp_path / "run", **settings)
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
@@ -68,11 +55,4 @@ def test_a_steps_gradients_are_the_same_bits_each_time(make_trainer, weights):
 
 @pytest.mark.parametrize("backward", ["whole", "layerwise"])
 def test_a_loss_that_is_no_number_leaves_everything_as_it_was(make_trainer, backward):
-    trainer = make_trainer(backward=backward, max_grad_norm=1.0, grad_accumulation_steps=2)
-    trainer.step()
-    trainer.lm.model.norm.weight = trainer.lm.model.norm.weight * np.nan
-    before, state = weights_of(trainer), {name: np.array(array) for name, array in trainer.optimizers.state_arrays().items()}
-    with pytest.raises(NonFiniteError, match="nothing was updated"):
-        trainer.step()
-    assert all(np.array_equal(array, before[name], equal_nan=True) for name, array in weights_of(trainer).items())
-    assert all(np.array_equal(array, state[name]) for name, array in trainer.optimizers.state_arrays().items())
+    assert_nan_changes_nothing(make_trainer(backward=backward, max_grad_norm=1.0, grad_accumulation_steps=2))

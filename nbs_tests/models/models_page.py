@@ -17,8 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import mlx.core as mx
-
 from fulltune_nb import TrainConfig
 from fulltune_nb.html import human_bytes
 from fulltune_nb.models.decoder import Decoder
@@ -28,6 +26,7 @@ from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.training import memory
 from fulltune_nb.training.plan import preflight
+from nbs_tests.gpu_like import gpu_like
 from nbs_tests.models.family_cases import KNOWN, PUBLISHED
 from nbs_tests.models.real_configs import EXPECTED
 
@@ -105,7 +104,7 @@ def _mac_row(name: str, raw: dict[str, Any]) -> str:
     weights = sum(array.size for array in parameters_of(decoder).values())
     lm = SimpleNamespace(model=decoder, config=decoder.config, dtype="bfloat16")
     peaks = {}
-    with mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu, 0)), mock.patch.object(memory, "machine_limit", lambda: 2**60):
+    with gpu_like(), mock.patch.object(memory, "machine_limit", lambda: 2**60):
         for way, settings in SETTINGS.items():
             peaks[way] = preflight(lm, None, TrainConfig(batch_size=1, max_seq_length=TOKENS, **settings)).peak
     cells = [next((way for way, peak in peaks.items() if peak <= share * size * 2**30), "–") for size, share in MACS.items()]

@@ -5,20 +5,15 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
-from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.insight.updates import UpdateMeter
 from fulltune_nb.training.loss import chunk_size
 from nbs_tests.gpu_like import gpu_like
+from nbs_tests.training.promises import assert_a_resumed_run_has_the_same_bits, assert_nan_changes_nothing, weights_of
 from nbs_tests.training.test_families_run import FAMILIES
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "lion", "muon", "adafactor", "adamw8bit"]
-
-
-def weights_of(trainer):
-    return {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(trainer.lm.model.parameters())}
 
 
 @pytest.fixture
@@ -147,29 +142,12 @@ def test_micro_batches_of_bfloat16_are_added_in_float32(on_gpu):
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_a_loss_that_is_no_number_leaves_everything_as_it_was(on_gpu, weights):
-    trainer = on_gpu(weights=weights)
-    trainer.step()
-    trainer.lm.model.norm.weight = trainer.lm.model.norm.weight * np.nan
-    before, state = weights_of(trainer), {name: np.array(a) for name, a in trainer.optimizers.state_arrays().items()}
-    with pytest.raises(NonFiniteError, match="nothing was updated"):
-        trainer.step()
-    assert all(np.array_equal(array, before[name], equal_nan=True) for name, array in weights_of(trainer).items())
-    assert all(np.array_equal(array, state[name]) for name, array in trainer.optimizers.state_arrays().items())
-    assert trainer.step_count == 1
+    assert_nan_changes_nothing(on_gpu(weights=weights))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_run_taken_up_again_goes_on_to_the_same_bits(on_gpu, make_data, tmp_path, optimizer):
-    settings = {"optimizer": optimizer, "weights": "bfloat16", "save_every": 3}
-    straight, stopped = on_gpu(**settings), on_gpu(run_dir=tmp_path / "run", **settings)
-    straight.run()
-    stopped.run(5)
-    resumed = ft.Trainer.resume(tmp_path / "run", data=make_data(10, config=stopped.config))
-    assert resumed.step_count == 3
-    resumed.run()
-    assert [r.loss for r in resumed.history.steps] == [r.loss for r in straight.history.steps]
-    ours, theirs = weights_of(resumed), weights_of(straight)
-    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert_a_resumed_run_has_the_same_bits(on_gpu, make_data, tmp_path / "run", optimizer=optimizer, weights="bfloat16")
 
 
 def test_updates_are_measured(on_gpu):
