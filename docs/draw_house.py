@@ -1,4 +1,4 @@
-"""Draws the house from its imports: `python docs/draw_house.py` writes docs/images/house.svg. A test compares the two.
+"""Draws the house from its imports: `python -m docs.draw_house` writes docs/images/house.svg. A test compares the two.
 
 A floor is a layer of `nbs_tests/test_layers.py`; every module stands on it, with a number where `docs/architecture.md` reads it in
 that order. An arc on the right leads from a floor down to one that a module on it imports from.

@@ -59,7 +59,7 @@ def test_the_picture_of_the_house_is_what_the_imports_say():
     spec = importlib.util.spec_from_file_location("draw_house", DOCS / "draw_house.py")
     draw_house = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw_house)
-    assert draw_house.PICTURE.read_text("utf-8") == draw_house.draw(), "run python docs/draw_house.py"
+    assert draw_house.PICTURE.read_text("utf-8") == draw_house.draw(), "run python -m docs.draw_house"
 
 
 def test_the_index_lists_every_decision_by_its_title():

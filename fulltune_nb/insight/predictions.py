@@ -28,7 +28,9 @@ def as_examples(lm: LanguageModel, given: Any) -> list[Example]:
     Raises:
         ConfigError: something else.
         DataError: token ids that the model has not.
+        TornStepError: the model's weights are not those of a whole step.
     """
+    lm.check_whole()
     if isinstance(given, (str, Example)):
         given = [given]
     if not isinstance(given, Sequence) or not all(isinstance(one, (str, Example)) for one in given):
@@ -40,7 +42,8 @@ def as_examples(lm: LanguageModel, given: Any) -> list[Example]:
 
 
 def text_example(lm: LanguageModel, text: str | Sequence[int], number: int = 0) -> Example:
-    """A text, or token ids, as an example of its own."""
+    """A text, or token ids, as an example of its own, for a model that is whole."""
+    lm.check_whole()
     tokens = np.array(prompt_ids(lm.tokenizer, text, lm.config.vocab_size), dtype=np.int32)
     return Example(tokens, np.arange(len(tokens)) > 0, text, f"text:{number + 1}", 0, {"text": text}, lm.tokenizer)
 

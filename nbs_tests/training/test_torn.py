@@ -49,6 +49,8 @@ def test_a_step_that_fails_half_way_is_torn_until_the_trainer_goes_back(make_tra
     for use in (
         trainer.step, trainer.save, trainer.snapshot, trainer.run, trainer.fork, lambda: trainer.lm.generate("a"),
         lambda: trainer.lm.chat([]), lambda: trainer.lm.save(tmp_path / "export"),
+        lambda: ft.trace(trainer.lm, "a"), lambda: ft.trace(trainer.lm, [5]), lambda: ft.inspect(trainer, trainer.data.train[0]),
+        lambda: ft.token_losses(trainer.lm, trainer.data.train[0]),
     ):  # fmt: skip
         with pytest.raises(TornStepError, match="no more"):
             use()
