@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +26,11 @@ REMOVED_AT_ONCE = 2**26
 _SLICE = 2**23  # bytes handed to the system at a time
 FINDER_FILE = ".DS_Store"
 """What the Mac's Finder writes into a folder that somebody looks at."""
-_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what network and FUSE file systems say where folders have none
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # what fsync says where names may be lost; all else says that a folder has no fsync
+UNFINISHED = ".unfinished"
+"""In the name of what is still being written, so that nothing of anybody else has such a name."""
 _removals: list[threading.Thread] = []
+_not_removed: list[Path] = []
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
@@ -37,39 +39,72 @@ _removals: list[threading.Thread] = []
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, with its ending; renamed to it when the block ends well, removed when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _unfinished(path, path.stem, path.suffix) as temporary:
         yield temporary
         flush_to_disk(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a result is an ordinary one
         os.replace(temporary, path)
         flush_to_disk(path.parent)
+
+
+@contextmanager
+def unfinished_folder(place: Path) -> Iterator[Path]:
+    """A new folder beside `place`, to be moved there by `put_in_place`; what stands under its name when the block ends is removed."""
+    with _unfinished(place, place.name, "", is_folder=True) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _unfinished(place: Path, stem: str, suffix: str, is_folder: bool = False) -> Iterator[Path]:
+    """A file or folder that its writer holds by a lock, so that those of killed writers can be told from it; they are removed."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    left = re.compile(rf"\.{re.escape(stem)}-[0-9a-f]{{8}}{re.escape(UNFINISHED + suffix)}")
+    with suppress(OSError):  # a folder that can be written to, but not listed
+        for name in filter(left.fullmatch, os.listdir(place.parent)):
+            _remove_unless_held(place.parent / name)
+    path = place.parent / f".{stem}-{uuid.uuid4().hex[:8]}{UNFINISHED}{suffix}"
+    if is_folder:
+        path.mkdir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with suppress(OSError):  # where there are no locks, nothing is removed either
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield path
+        finally:
+            os.close(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(path)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _remove_unless_held(path: Path) -> None:
+    with suppress(OSError):  # somebody else's, or gone
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        finally:
+            os.close(descriptor)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on the disk; of a folder, where its file system can say so."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Returns when a file's content, or a folder's list of names, is on the disk; of a folder, where its file system can say so.
+
+    Raises:
+        OSError: it is not.
+    """
+    is_folder = path.is_dir()
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves the data in the disk's own memory
-            with suppress(OSError):  # not every file system can
-                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves the data in the disk's own memory
+                with suppress(OSError):  # not every file system can
+                    fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in _NO_FSYNC or not path.is_dir():
+        if not is_folder or error.errno in _LOST:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,10 +113,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line(path: Path, line: str, on_disk: bool = False) -> None:
     """One line at the end of a file, handed to the system at once; where not all of it fits, none of it stays.
 
-    A line that was cut short, because its writer was killed, is ended first.
+    A line that was cut short, because its writer was killed, is ended first. With `on_disk` the line is there when the machine fails too.
 
     Raises:
         OSError: it cannot be written.
@@ -94,6 +129,8 @@ def append_line(path: Path, line: str) -> None:
         try:
             if os.write(descriptor, data) < len(data):
                 raise OSError(28, "No space left on device")
+            if on_disk:
+                os.fsync(descriptor)
         except OSError:
             if os.fstat(descriptor).st_size > size:
                 os.ftruncate(descriptor, size)
@@ -167,7 +204,7 @@ def put_in_place(new: Path, place: Path) -> None:
     if not place.exists():
         os.rename(new, place)
     elif exchange_names(new, place):
-        os.rename(new, aside)
+        aside = new
     else:
         os.rename(place, aside)
         try:
@@ -178,7 +215,7 @@ def put_in_place(new: Path, place: Path) -> None:
     try:
         flush_to_disk(place.parent)
     finally:
-        _remove_files(aside)
+        _remove(aside)
 
 
 def exchange_names(one: Path, other: Path) -> bool:
@@ -196,30 +233,42 @@ def remove_folder(folder: Path) -> None:
     """Removes a folder; it loses its name first, so that a half-removed one is never taken for a whole one, nor brought back."""
     aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     os.rename(folder, aside)
-    _remove_files(aside)
+    _remove(aside)
 
 
-def _remove_files(folder: Path) -> None:
-    """Removes a folder that has lost its name already; a large one in a thread, as that takes a third of the time of writing it."""
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder that has lost its name; a large one in a thread, as that takes a third of the time of writing it."""
     try:
-        size = sum(path.lstat().st_size for path in folder.iterdir())
+        size = sum(inside.lstat().st_size for inside in path.iterdir())
     except OSError:  # no folder, or somebody else is removing it too
         size = 0
     if size <= REMOVED_AT_ONCE:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_now(path)
         return
-    thread = threading.Thread(target=shutil.rmtree, args=(folder, True), name="fulltune_nb removal")
+    thread = threading.Thread(target=_remove_now, args=(path,), name="fulltune_nb removal")
     thread.start()
     _removals.append(thread)
 
 
+def _remove_now(path: Path) -> None:
+    """What cannot be removed is tried again by `wait_for_removals`."""
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    except FileNotFoundError:  # somebody else is removing it too
+        pass
+    except OSError:
+        _not_removed.append(path)
+
+
 def wait_for_removals() -> None:
-    """Returns when everything that was removed is gone."""
+    """Returns when everything that was removed is gone, as far as the system lets it."""
     while _removals:
         _removals.pop().join()
+    for path in [_not_removed.pop() for _ in range(len(_not_removed))]:
+        _remove_now(path)
 
 
-_LEFT = re.compile(r"\.(?P<place>.+)-[a-z0-9_]{8}(?P<old>-old)?(?:\.[a-z]+)?")
+_LEFT = re.compile(r"\.(?P<place>.+)-[a-z0-9_]{8}(?P<old>-old)?(?:\.[a-z]+){0,2}")
 
 
 def tidy(folder: Path, ours: str) -> list[str]:

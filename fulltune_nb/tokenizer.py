@@ -51,6 +51,7 @@ class TokenizerFiles:
     read_otherwise: bool = field(default=False, init=False)
     """Whether transformers splits texts by a class of its own for the family, where the settings name none and `tokenizer.json` says
     otherwise; known after `as_written`."""
+    _as_written: _Written | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
@@ -64,23 +65,26 @@ class TokenizerFiles:
         """The `tokenizer_config.json`; empty where there is none."""
         return json.loads(self.files.get(CONFIG, b"{}"))
 
-    @cached_property
-    def as_written(self) -> _Written:
-        """What transformers writes of the tokenizer that it makes of the files."""
+    def as_written(self, place: Path) -> _Written:
+        """What transformers writes of the tokenizer that it makes of the files; `place` is a folder for what is written meanwhile."""
         from tokenizers import Tokenizer
 
-        with tempfile.TemporaryDirectory() as place, _without_warnings():  # they were given when it was loaded
+        if self._as_written is not None:
+            return self._as_written
+        with tempfile.TemporaryDirectory(dir=place) as temporary, _without_warnings():  # they were given when it was loaded
             for name, content in self.files.items():
-                (Path(place) / name).write_bytes(content)
+                (Path(temporary) / name).write_bytes(content)
             if self.model_config is not None:
-                (Path(place) / "config.json").write_bytes(self.model_config)
-            fresh = _from_folder(Path(place))
-            if TOKENIZER in self.files and self.config.get("tokenizer_class") in _GENERAL:
-                said = Tokenizer.from_str(self.files[TOKENIZER].decode("utf-8")).encode(_PROBE, add_special_tokens=False)
-                self.read_otherwise = said.ids != list(fresh.encode(_PROBE, add_special_tokens=False))
-            written = _Written.of(fresh)
-            written.files.pop(TOKENIZER, None)  # some have 30 MB; its checksum is enough
-            return written
+                (Path(temporary) / "config.json").write_bytes(self.model_config)
+            fresh = _from_folder(Path(temporary))
+        if TOKENIZER in self.files and self.config.get("tokenizer_class") in _GENERAL:
+            said = Tokenizer.from_str(self.files[TOKENIZER].decode("utf-8")).encode(_PROBE, add_special_tokens=False)
+            self.read_otherwise = said.ids != list(fresh.encode(_PROBE, add_special_tokens=False))
+        with _without_warnings():
+            written = _Written.of(fresh, place)
+        written.files.pop(TOKENIZER, None)  # some have 30 MB; its checksum is enough
+        self._as_written = written
+        return written
 
 
 @dataclass
@@ -96,13 +100,13 @@ class _Written:
     """One chat template, or several by name."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Written:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, place: Path) -> _Written:
         if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
             backend.no_padding()  # what the last call asked for is no part of the tokenizer
             backend.no_truncation()
-        with tempfile.TemporaryDirectory() as place:
-            tokenizer.save_pretrained(place)
-            files = {path.name: path.read_bytes() for path in Path(place).iterdir() if path.is_file()}
+        with tempfile.TemporaryDirectory(dir=place) as temporary:
+            tokenizer.save_pretrained(temporary)
+            files = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
         config = json.loads(files.pop(CONFIG, b"{}"))
         config = {key: value for key, value in config.items() if key not in (*_LOCAL_KEYS, "chat_template")}
         files.pop(TEMPLATE, None)
@@ -189,15 +193,29 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
         folder: where the files will stand.
         ends: token ids that a model was trained to end its turns with. The files name the first as `eos_token` where the tokenizer's own
             EOS is none of them and means nothing else: no template writes it, and `encode` puts it behind no text.
+
+    Raises:
+        OSError, ModelError: something cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = _files_of(tokenizer)
+    try:
+        files = _files_of(tokenizer, folder)
+    except OSError:
+        raise
+    except Exception as error:  # a full disk is a bare Exception of tokenizers
+        raise ModelError(f"the tokenizer could not be written into {folder}: {error}. Check free space and permissions.") from error
     if ends and tokenizer.eos_token_id not in ends and not _writes_eos(tokenizer):
         eos = tokenizer.convert_ids_to_tokens(ends[0])
         files |= {name: _with_eos(files[name], eos) for name in (CONFIG, _SPECIAL) if name in files}
     for name, content in files.items():
         (folder / name).write_bytes(content)
+
+
+def bytes_to_save(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Room that `save_tokenizer` needs on the disk, in bytes: its files, and as much meanwhile. 0 where it was read from none."""
+    source = getattr(tokenizer, "source_files", None)
+    return 2 * sum(map(len, source.files.values())) if source else 0
 
 
 def _writes_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -219,9 +237,10 @@ def _with_eos(content: bytes, eos: str) -> bytes:
     return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    now, source = _Written.of(tokenizer), _source_of(tokenizer)
-    fresh = source and source.as_written
+def _files_of(tokenizer: PreTrainedTokenizerBase, place: Path) -> dict[str, bytes]:
+    """By name; `place` is a folder for what is written meanwhile, so that no other disk can be full."""
+    now, source = _Written.of(tokenizer, place), _source_of(tokenizer)
+    fresh = source and source.as_written(place)
     if fresh and _same_tokens(now, fresh):
         # Where readers differ over a vocabulary, the tokenizer.json that is written says how it was read here.
         files = {name: content for name, content in now.files.items() if name == TOKENIZER} | source.files

@@ -102,7 +102,7 @@ def test_a_file_that_somebody_else_removes_from_it_meanwhile_is_no_error(tmp_pat
 
 
 def replace(place):
-    put_in_place(folder(place.with_name("new"), "new"), place)
+    put_in_place(folder(place.with_name(".place-12345678.unfinished"), "new"), place)
 
 
 THEN = {

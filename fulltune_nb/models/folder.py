@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from fulltune_nb.errors import ModelError, WeightsError, listed
-from fulltune_nb.files import Checksum, flush_to_disk, is_empty, is_within, write_text
+from fulltune_nb.files import Checksum, flush_to_disk, is_empty, is_within, put_in_place, unfinished_folder, write_text
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
 from fulltune_nb.models.families import FAMILIES, hf_names, to_hf
@@ -346,12 +346,11 @@ def save_folder(
     generation_config: dict | None = None,
     texts: Mapping[str, str] | None = None,
     ends: Sequence[int] = (),
-    with_checksums: bool = False,
-) -> dict[str, Checksum]:
+) -> None:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
-    `config.json` is the source's own, with the tying of the embeddings and the dtype written out. It comes last: without it, nothing
-    takes the folder for a model.
+    A new folder is written beside its place and moved there when it is whole. Into an empty one that is there the files are written, and
+    `config.json` comes last: without it, nothing takes the folder for a model.
 
     Args:
         folder: new or empty.
@@ -360,50 +359,79 @@ def save_folder(
         generation_config: written where given.
         texts: further files, by name.
         ends: token ids that were trained to end turns: the tokenizer's EOS is made one of them, as in `save_tokenizer`.
+
+    Raises:
+        ModelError: the folder is not empty or cannot be written.
+    """
+    if folder.exists() and not is_empty(folder):
+        begun = folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
+        what = ": it has weights but no config.json, as when a process that saves there is killed" if begun else ""
+        raise ModelError(f"{folder} is not an empty folder{what}. A model is saved into a new or empty one; nothing is overwritten.")
+    parts = (model, tokenizer, generation_config, texts, ends)
+    try:
+        if folder.exists():
+            _fill_or_empty(folder, *parts)
+        else:
+            with unfinished_folder(folder) as new:
+                fill_folder(new, *parts)
+                flush_to_disk(new)
+                put_in_place(new, folder)
+    except OSError as error:
+        raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
+
+
+def _fill_or_empty(folder: Path, *parts: Any) -> None:
+    try:
+        fill_folder(folder, *parts)
+    except BaseException:  # an interrupt too leaves no half-written model that looks like one
+        _remove_contents(folder)
+        raise
+
+
+def fill_folder(
+    folder: Path,
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: dict | None = None,
+    texts: Mapping[str, str] | None = None,
+    ends: Sequence[int] = (),
+    with_checksums: bool = False,
+) -> dict[str, Checksum]:
+    """Writes the files of `save_folder` into an empty folder, in place.
+
+    Args:
         with_checksums: whether they are computed; that holds the weights' memory until it is done.
 
     Returns:
         File name -> SHA-256 of the files with weights, each of which may still be being computed; empty without checksums.
 
     Raises:
-        ModelError: the folder is not empty or cannot be made.
+        OSError, ModelError, WeightsError: something cannot be written.
     """
-    if folder.exists() and not is_empty(folder):
-        raise ModelError(f"{folder} is not an empty folder. A model is saved into a new or empty one, so that nothing is overwritten.")
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = hf_tensors(model)
-        written = _write_shards(folder, tensors)
-        checksums = {name: begin_checksum_of(shard) for name, shard in written.items()} if with_checksums else {}
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, folder, ends)
-            for path in folder.iterdir():
-                if path.is_file() and path.name not in written:
-                    flush_to_disk(path)
-        if generation_config is not None:
-            write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
-        for name, text in (texts or {}).items():
-            write_text(folder / name, text)
-        config = _exported_config(model, next(iter(tensors.values())).dtype)
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        return checksums
-    except BaseException as error:  # an interrupt too leaves no half-written model that looks like one
-        _remove_contents(folder, and_itself=made)
-        if isinstance(error, OSError):
-            raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
-        raise
+    tensors = hf_tensors(model)
+    written = _write_shards(folder, tensors)
+    checksums = {name: begin_checksum_of(shard) for name, shard in written.items()} if with_checksums else {}
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder, ends)
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in written:
+                flush_to_disk(path)
+    if generation_config is not None:
+        write_text(folder / "generation_config.json", json.dumps(generation_config, indent=2) + "\n")
+    for name, text in (texts or {}).items():
+        write_text(folder / name, text)
+    config = _exported_config(model, next(iter(tensors.values())).dtype)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    return checksums
 
 
-def _remove_contents(folder: Path, and_itself: bool) -> None:
+def _remove_contents(folder: Path) -> None:
     with suppress(OSError):  # the error that led here is the one to report
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        if and_itself:
-            folder.rmdir()
 
 
 def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
-from fulltune_nb.files import FINDER_FILE, is_empty, write_text
+from fulltune_nb.files import FINDER_FILE, is_empty, put_in_place, unfinished_folder, write_text
 from fulltune_nb.models.folder import hf_tensors, read_json
 from fulltune_nb.models.language_model import LanguageModel, load_model, valid_ends
 from fulltune_nb.system_info import package_versions
@@ -181,19 +180,14 @@ def export_folder(lm: LanguageModel, wanted: Path, note: dict[str, Any]) -> Path
         ModelError: it cannot be written.
     """
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, since only within one file system a folder is moved in one go.
-        with tempfile.TemporaryDirectory(dir=wanted.parent, prefix=f".{wanted.name}-") as beside:
-            made = lm.save(Path(beside) / "new")
-            text = json.dumps({**note, "files": _sizes(made)}, indent=2) + "\n"
-            (made / EXPORT_NOTE).write_text(text, encoding="utf-8")
+        with unfinished_folder(wanted) as new:
+            lm.save(new)
+            write_text(new / EXPORT_NOTE, json.dumps({**note, "files": _sizes(new)}, indent=2) + "\n")
             place, number = wanted, 1
             while place.exists() and not _is_unchanged_export(place):
                 number += 1
                 place = wanted.with_name(f"{wanted.name}-{number}")
-            if place.exists():
-                place.rename(Path(beside) / "old")
-            made.rename(place)
+            put_in_place(new, place)
             return place
     except OSError as error:
         raise ModelError(f"{wanted} could not be written: {error}. Check free space and permissions.") from error

@@ -37,6 +37,7 @@ from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.lock import RunLock
 from fulltune_nb.training.plan import step_batches
 from fulltune_nb.training.state import (
+    BEST,
     FOLDER_NAME,
     TrainerState,
     checkpoint_name,
@@ -46,6 +47,7 @@ from fulltune_nb.training.state import (
     other_arithmetic,
     read_optimizer,
     set_aside,
+    set_by_hand_since,
     step_of,
     write_checkpoint,
 )
@@ -85,8 +87,8 @@ def check_holds_no_run(path: Path) -> None:
         )
 
 
-def read_metrics(path: Path) -> tuple[History, list[str]]:
-    """The reports in the `metrics.jsonl` of a run's folder, for whoever looks at runs; nothing is locked.
+def read_metrics(path: Path, name: str = METRICS_FILE) -> tuple[History, list[str]]:
+    """The reports in the `metrics.jsonl` of a run's folder (or the events, by its name), for whoever looks at runs; nothing is locked.
 
     Returns:
         The reports, none where there is no such file; and notes on what was passed over: a line cut off by a crash, damaged ones, or
@@ -94,7 +96,7 @@ def read_metrics(path: Path) -> tuple[History, list[str]]:
     """
     history, bad = History(), []
     try:
-        with (path / METRICS_FILE).open("rb") as file:
+        with (path / name).open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     history += History.from_jsonable([json.loads(line)] if line.strip() else [])
@@ -103,11 +105,11 @@ def read_metrics(path: Path) -> tuple[History, list[str]]:
     except FileNotFoundError:
         return history, []
     except OSError as error:
-        return history, [f"{METRICS_FILE} cannot be read: {error}"]
+        return history, [f"{name} cannot be read: {error}"]
     if not bad:
         return history, []
     what = "1 line is no report and was" if len(bad) == 1 else f"{len(bad):,} lines are no reports and were"
-    return history, [f"{METRICS_FILE}: {what} passed over (line {listed(bad)})"]
+    return history, [f"{name}: {what} passed over (line {listed(bad)})"]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -241,10 +243,10 @@ class RunDirectory:
             raise CheckpointError(f"{written} is written, but older checkpoints could not be removed: {error}") from error
         return written
 
-    def save_best(self, lm: LanguageModel) -> None:
-        """Makes the present weights the best ones."""
+    def save_best(self, lm: LanguageModel, step: int) -> None:
+        """Makes the present weights, those of a step, the best ones."""
         self.lock.check()
-        write_checkpoint(self.path / "best", lm)
+        write_checkpoint(self.path / BEST, lm, about={"step": step})
 
     def append(self, entry: Entry) -> None:
         """One line into `metrics.jsonl`, or `events.jsonl`, handed to the system at once; if not, with the next one that can be."""
@@ -253,7 +255,7 @@ class RunDirectory:
         while self._unwritten:
             path = self.path / (EVENTS_FILE if isinstance(self._unwritten[0], Event) else METRICS_FILE)
             try:
-                append_line(path, json.dumps(self._unwritten[0].to_dict(), allow_nan=False))
+                append_line(path, json.dumps(self._unwritten[0].to_dict(), allow_nan=False), on_disk=path.name == EVENTS_FILE)
             except OSError as error:
                 if not self.path.exists():
                     raise CheckpointError(
@@ -299,6 +301,7 @@ class StoredRun:
         directory: the folder.
         checkpoint: the checkpoint's folder.
         notes: what the user should hear about how it was found.
+        rates: learning rates that were set by hand after the checkpoint, by step count.
 
     Raises:
         CheckpointError: no whole checkpoint, or another process has the run in its hands.
@@ -313,7 +316,8 @@ class StoredRun:
             raise
         self._state["history"] += evaluated_since(self._state, read_metrics(self.directory.path)[0])
         self.notes, self._has_weights, self._other_template = list(self.directory.notes), True, False
-        self.notes += other_arithmetic(self._state["versions"])
+        self.rates, by_hand = set_by_hand_since(self._state, read_metrics(self.directory.path, EVENTS_FILE)[0].events)
+        self.notes += [*other_arithmetic(self._state["versions"]), *by_hand]
 
     def __enter__(self) -> StoredRun:
         return self

@@ -10,9 +10,7 @@ import math
 import os
 import platform
 import re
-import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,21 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.errors import CheckpointError, FulltuneError
-from fulltune_nb.files import check_space, flush_to_disk, is_empty, put_in_place, sha256_of, write_text
+from fulltune_nb.files import check_space, flush_to_disk, is_empty, put_in_place, remove_folder, sha256_of, unfinished_folder, write_text
 from fulltune_nb.html import facts, human_bytes
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.folder import check_not_source, load_folder_weights, save_folder
+from fulltune_nb.models.folder import check_not_source, fill_folder, load_folder_weights
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters
 from fulltune_nb.system_info import arithmetic, package_versions
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
-from fulltune_nb.training.history import EvalReport, History
+from fulltune_nb.tokenizer import bytes_to_save
+from fulltune_nb.training.history import EvalReport, Event, History
 
 OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "trainer.json", "manifest.json"
+BEST = "best"
 FOLDER_NAME = r"step-\d{6,}"
-_SMALL_FILES = 2**24  # bytes kept free for the tokenizer, the history and the like
+_SMALL_FILES = 2**24  # bytes kept free for the history and the like
 _MAX_JSON = 2**30  # bytes of a manifest or a state that are read
 
 
@@ -135,7 +135,8 @@ class TrainerState:
         random: MLX's random state.
         optimizer_steps_before: steps taken before the optimizer was begun anew, in a fork.
         origin: what the run was begun with, as JSON values: `config`, `model_source`, `dequantized` (how its weights had been quantized),
-            `data` (source and fingerprint), `versions`, `backward`; and for readers of the file, `position` and `learning_rate`.
+            `data` (source and fingerprint), `versions`, `backward`, `rates_to_come`; and for readers of the file, `position` and
+            `learning_rate`.
         optimizer_arrays: the optimizer's state by name.
         weights: by module path; empty where the model holds them.
     """
@@ -224,42 +225,55 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def write_checkpoint(folder: Path, lm: LanguageModel, state: TrainerState | None = None) -> None:
+def write_checkpoint(folder: Path, lm: LanguageModel, state: TrainerState | None = None, about: Mapping[str, Any] | None = None) -> None:
     """Writes a checkpoint under its final name, replacing one of the same name.
 
     Args:
         folder: where it will stand.
         lm: the weights, those of the state, and the tokenizer.
         state: the optimizer's arrays and everything else; None for the weights alone.
+        about: JSON values to keep with weights alone.
 
     Raises:
         CheckpointError: it cannot be written; what stood there before is untouched.
     """
-    partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     optimizer_arrays = state.optimizer_arrays if state else {}
     arrays = [*parameters_of(lm.model).values(), *optimizer_arrays.values()]
+    needed = sum(array.nbytes for array in arrays) + bytes_to_save(lm.tokenizer) + _SMALL_FILES
     try:
-        check_space(folder.parent, sum(array.nbytes for array in arrays) + _SMALL_FILES, "a checkpoint")
-        partial.mkdir(parents=True)
-        # The largest file's checksum takes longest, so it is begun before anything is written.
-        checksums = {OPTIMIZER_FILE: begin_checksum_of(optimizer_arrays)} if optimizer_arrays else {}
-        # What a run goes on from keeps the tokenizer as it is: another EOS might make other tokens of its data.
-        ends = () if state else lm.trained_ends
-        checksums |= save_folder(partial, lm.model, lm.tokenizer, lm.generation_config, ends=ends, with_checksums=True)
-        if optimizer_arrays:
-            write_tensors(partial / OPTIMIZER_FILE, optimizer_arrays)
-        write_text(partial / STATE_FILE, json.dumps(state.to_json() if state else {}, allow_nan=False))
-        manifest = {path.name: checksums[path.name]() if path.name in checksums else sha256_of(path) for path in sorted(partial.iterdir())}
-        write_text(partial / MANIFEST_FILE, json.dumps(manifest, indent=1))
-        flush_to_disk(partial)
-        put_in_place(partial, folder)
+        check_space(folder.parent, needed, "a checkpoint")
+        with unfinished_folder(folder) as partial:
+            _write_files(partial, lm, state, about or {}, optimizer_arrays)
+            flush_to_disk(partial)
+            put_in_place(partial, folder)
     except (OSError, FulltuneError) as error:
+        why = str(error).rstrip(".")
         raise CheckpointError(
-            f"checkpoint {folder} could not be written: {error}. Earlier checkpoints are untouched. Make room or correct the permissions;"
+            f"checkpoint {folder} could not be written: {why}. Earlier checkpoints are untouched. Make room or correct the permissions;"
             " then save again."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_files(folder: Path, lm: LanguageModel, state: TrainerState | None, about: Mapping[str, Any], optimizer_arrays: Arrays) -> None:
+    # The largest file's checksum takes longest, so it is begun before anything is written.
+    checksums = {OPTIMIZER_FILE: begin_checksum_of(optimizer_arrays)} if optimizer_arrays else {}
+    # What a run goes on from keeps the tokenizer as it is: another EOS might make other tokens of its data.
+    ends = () if state else lm.trained_ends
+    checksums |= fill_folder(folder, lm.model, lm.tokenizer, lm.generation_config, ends=ends, with_checksums=True)
+    if optimizer_arrays:
+        write_tensors(folder / OPTIMIZER_FILE, optimizer_arrays)
+    write_text(folder / STATE_FILE, json.dumps(state.to_json() if state else about, allow_nan=False))
+    manifest = {path.name: checksums[path.name]() if path.name in checksums else sha256_of(path) for path in sorted(folder.iterdir())}
+    write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=1))
+
+
+def best_is_older_than(step: int, run_dir: Path) -> bool:
+    """Whether a run's `best/` is not there, or says that its weights are of an earlier step. Earlier versions did not say."""
+    try:
+        there = _read_json(run_dir / BEST / STATE_FILE).get("step", step)
+    except (OSError, ValueError, AttributeError):
+        return True
+    return isinstance(there, int) and there < step
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -277,7 +291,10 @@ def step_of(folder: Path) -> int:
 def set_aside(folder: Path, why: str) -> Path:
     """Gives a checkpoint another name, `<why>-step-000100`, so that it counts no more; one of that name is removed."""
     place = folder.with_name(f"{why}-{folder.name}")
-    put_in_place(folder, place)
+    if place.exists():
+        remove_folder(place)
+    os.rename(folder, place)
+    flush_to_disk(place.parent)
     return place
 
 
@@ -348,6 +365,31 @@ def evaluated_since(state: Mapping[str, Any], written: History) -> list[dict[str
     return [entry for entry in map(EvalReport.to_dict, known) if entry not in state["history"]]
 
 
+_RATE_SET = re.compile(r"learning rate changed from \S+ to (\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+
+
+def set_by_hand_since(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[dict[int, float], list[str]]:
+    """What was set by hand after a checkpoint, and is not in its state; `events` are those in `events.jsonl`, oldest first.
+
+    Returns:
+        Learning rates, by the step count at which each was set; and notes.
+    """
+    rates = {int(step): rate for step, rate in state.get("rates_to_come", {}).items()}
+    known, notes, gone_back = History.from_jsonable(state["history"]).events, [], False
+    begin = 0 if not known else events.index(known[-1]) + 1 if known[-1] in events else len(events)
+    for event in events[begin:]:
+        rate = found[1] if event.kind == "learning_rate" and (found := _RATE_SET.fullmatch(event.message)) else None
+        if event.kind == "restore":
+            notes.append(f"after this checkpoint the run {event.message}; nothing of that was saved, so it goes on from the checkpoint")
+            rates, gone_back = {}, True
+        elif rate is not None and gone_back:
+            notes.append(f"the learning rate was set to {rate} by hand at step {event.step} of what was not saved: set it again")
+        elif rate is not None and event.step >= state["step"]:
+            rates = {step: other for step, other in rates.items() if step < event.step} | {event.step: float(rate)}
+    again = "by hand after this checkpoint: it is set so again there"
+    return rates, notes + [f"the learning rate was set to {rate!r} at step {step} {again}" for step, rate in rates.items()]
+
+
 def check_files(folder: Path) -> None:
     """Compares a checkpoint's files with its manifest.
 
@@ -402,6 +444,8 @@ def _state_problem(state: Any) -> str | None:
             return f"{name!r} is {str(state[name])[:60]!r}"
     if state["backward"] not in ("whole", "layerwise"):
         return f"'backward' is {state['backward'][:60]!r}"
+    if not _are_rates(state.get("rates_to_come", {})):
+        return f"'rates_to_come' is {str(state['rates_to_come'])[:60]!r}"
     if not isinstance(state.get("dequantized"), (str, type(None))):  # runs of earlier versions do not have it
         return f"'dequantized' is {str(state['dequantized'])[:60]!r}"
     if state["step"] < 0:
@@ -415,3 +459,9 @@ def _state_problem(state: Any) -> str | None:
     if not isinstance(patience.get("best_loss", ""), (int, float, type(None))) or not all(isinstance(count, int) for count in counts):
         return f"'patience' is {str(state['patience'])[:60]}"
     return None
+
+
+def _are_rates(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        step.isdecimal() and isinstance(rate, float) and 0 < rate < math.inf for step, rate in values.items()
+    )

@@ -52,6 +52,8 @@ from fulltune_nb.training.state import (
     Patience,
     Snapshot,
     TrainerState,
+    best_is_older_than,
+    checkpoint_name,
     copied,
     copy_of,
     other_arithmetic,
@@ -208,9 +210,11 @@ class Trainer:
         self._put_state(stored.state())
         stored.put_damaged_away()
         stored.directory.lock.keep()
-        self._saved_step = self.step_count
+        self._saved_step, self._rates_to_come = self.step_count, dict(stored.rates)
+        self._best_is_due = bool(best := self._best_step) and best_is_older_than(best, stored.directory.path)
         for note in (*stored.notes, f"resumed at step {self.step_count} from {stored.checkpoint}"):
             self.event("resume", note)
+        self._set_rate_to_come()
 
     # -- where it stands ------------------------------------------------------------------------------------------
 
@@ -271,7 +275,7 @@ class Trainer:
                 if self._directory and not self._directory.lock.is_ours:
                     self._directory.lock.check()  # before the update: the later trainer may be training this very model
                 if self.step_count == 0 and self._directory and self._directory.last_checkpoint() is None:
-                    self.save()  # a run can always go back to where it began
+                    self._try_to_write(self.save)  # a run can always go back to where it began
                 started, rate = time.perf_counter(), self.learning_rate
                 mx.reset_peak_memory()
                 batches = self.batches.of_step(self.step_count)
@@ -297,6 +301,7 @@ class Trainer:
                     cache_memory=mx.get_cache_memory(),
                 )
             self.record(report)  # a step that was taken by itself is over when it is told
+            self._set_rate_to_come()
         return report
 
     def _take_step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
@@ -502,13 +507,32 @@ class Trainer:
             loss = self.evaluate("valid", None if config.val_batches < 0 else config.val_batches).loss
         with interrupts_deferred():
             if loss is not None:
-                self._best_is_due = patience.improved(self.step_count, loss)
-                if not self._best_is_due and self.stopped_early:
+                if patience.improved(self.step_count, loss):
+                    self._best_is_due = self.step_count > 0
+                elif self.stopped_early:
                     message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
                     self.event("early_stop", message)
-            if self._best_is_due and patience.last_step == self.step_count and self.run_dir and self.step_count:
-                self._try_to_write(partial(self._directory.save_best, self.lm))
-                self._best_is_due = False
+            self._write_best_if_due()
+
+    def _write_best_if_due(self) -> None:
+        """The best weights, while they are those of now; where they could not be written in time, an event says so."""
+        if self.run_dir is None or not self._best_is_due:
+            return
+        best = self._best_step
+        if best == self.step_count:
+            self._best_is_due = not self._try_to_write(partial(self._directory.save_best, self.lm, best))
+            return
+        self._best_is_due = False
+        there = self.run_dir / "checkpoints" / checkpoint_name(best)
+        where = f" They are in {there}, while it is kept." if there.is_dir() else " They are kept nowhere."
+        lost = f"best/ has not the weights of step {best}, whose validation loss is the lowest: they could not be written.{where}"
+        self.event("save_failed", lost)
+
+    @property
+    def _best_step(self) -> int | None:
+        """The step of the best validation, None before the first."""
+        loss = self.patience.best_loss
+        return next((report.step for report in self.history.evals if report.split == "valid" and report.loss == loss), None)
 
     @property
     def learning_rate(self) -> float:
@@ -521,10 +545,19 @@ class Trainer:
         Raises:
             ConfigError: not a positive number, or the schedule has come to zero, which nothing can scale.
         """
+        self._set_rate(learning_rate)
+        self._rates_to_come = {}
+
+    def _set_rate(self, learning_rate: float, why: str = "") -> None:
         before = self.learning_rate
         self._rate.set(self.step_count, learning_rate)
         self._saved_step = -1  # the checkpoint of this step has another rate
-        self.event("learning_rate", f"learning rate changed from {before:.6g} to {learning_rate:.6g}")
+        self.event("learning_rate", f"learning rate changed from {before:.6g} to {float(learning_rate)!r}{why}")
+
+    def _set_rate_to_come(self) -> None:
+        """What was set by hand when the run was here before, and no checkpoint has."""
+        if (rate := self._rates_to_come.pop(self.step_count, None)) is not None:
+            self._set_rate(rate, ", as it was set by hand before the run was broken off")
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -540,6 +573,7 @@ class Trainer:
         path = self._directory.save_checkpoint(self.lm, self._take_state(), self.config.keep)
         self._saved_step = self.step_count
         self.tell("on_save", path)
+        self._write_best_if_due()
         return path
 
     def _save_if_due(self) -> None:
@@ -567,22 +601,25 @@ class Trainer:
         if self._directory is not None:
             self._try_to_write(partial(self._directory.write_result, self.result()))
 
-    def _try_to_write(self, write: Callable[[], Any]) -> None:
-        """Where `on_save_error` is "continue", an event tells that something cannot be written, once until something can."""
+    def _try_to_write(self, write: Callable[[], Any]) -> bool:
+        """Whether it was written. Where `on_save_error` is "continue", an event tells that it cannot be, once until something can."""
         try:
             write()
             self._told_failure = None
+            return True
         except CheckpointError as error:
             if self.config.on_save_error == "stop" or not self._directory.lock.is_ours:
                 raise
             if str(error) != self._told_failure:  # writing that very event may fail too
                 self._told_failure = str(error)
                 self.event("save_failed", str(error))
+            return False
 
     def _forget_what_is_written(self) -> None:
         """Of a run that goes back, what was written is not of the line that begins now."""
         self._saved_step = self._result_step = -1
         self._best_is_due = False  # it has not been written since the best evaluation
+        self._rates_to_come: dict[int, float] = {}  # by step count; see `_set_rate_to_come`
 
     def result(self) -> dict[str, Any]:
         """What came of the run so far, as the JSON values of `result.json`: losses in nats, seconds, bytes; None for what there is not."""
@@ -612,6 +649,7 @@ class Trainer:
         origin = {
             "position": {"epoch": self.step_count // self.steps_per_epoch, "step_in_epoch": self.step_count % self.steps_per_epoch},
             "learning_rate": self.learning_rate,
+            "rates_to_come": self._rates_to_come,
             "backward": self.backward,
             "config": self.config.to_dict(),
             "model_source": self.lm.source,

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import gc
+import json
 import os
 import resource
 import shutil
@@ -16,13 +17,13 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, FulltuneError, ModelError
 from fulltune_nb.models.model_file import export_folder, save_model_file
+from fulltune_nb.training import state
 from fulltune_nb.training.run import RunDirectory, read_metrics
 from fulltune_nb.training.state import list_checkpoints, read_state
 from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_resuming import MASKED
 
-CALLS = [(os, name) for name in ("fsync", "replace", "rename", "mkdir", "chmod", "write")]
-CALLS += [(tempfile, "mkstemp")]
+CALLS = [(os, name) for name in ("fsync", "replace", "rename", "mkdir", "open", "write")]
 
 
 @pytest.fixture
@@ -34,6 +35,8 @@ def fail_at(monkeypatch):
 
         def failing(function, name):
             def call(*arguments, **options):
+                if name == "open" and not arguments[1] & os.O_CREAT:
+                    return function(*arguments, **options)
                 count[0] += 1
                 if count[0] == n:
                     failed.append(name)
@@ -86,7 +89,7 @@ def test_whatever_write_of_a_checkpoint_fails_the_one_before_is_whole(make_train
             read_state(folder)
         for new in set(after) - set(before):  # its last flush failed: it is whole, but may not outlast a power cut
             shutil.rmtree(run / "checkpoints" / new)
-    assert n > 20 and {"fsync", "replace", "mkdir", "mkstemp", "write"} <= failures
+    assert n > 20 and {"fsync", "replace", "mkdir", "open", "write"} <= failures
 
 
 @pytest.mark.parametrize("name", ["best", "metrics", "result", "model file", "export", "new run", "snapshot"])
@@ -96,7 +99,7 @@ def test_whatever_other_write_fails_is_an_error_that_names_the_file(make_trainer
     trainer.run()
     counter, best = iter(range(10_000)), RunDirectory.create(tmp_path / "best", trainer.config)
     works = {
-        "best": lambda: best.save_best(trainer.lm),
+        "best": lambda: best.save_best(trainer.lm, 1),
         "metrics": lambda: trainer.evaluate("valid"),
         "result": lambda: trainer.evaluate("test"),
         "model file": lambda: save_model_file(tmp_path / "model.npz", trainer.lm),
@@ -180,6 +183,46 @@ def test_the_best_weights_that_could_not_be_written_are_written_when_the_run_goe
     assert ft.Trainer(best, trainer.data, trainer.config).evaluate("valid").loss == pytest.approx(trainer.patience.best_loss, rel=1e-6)
 
 
+def fails_at(monkeypatch, name):
+    """Checkpoints are written, but not into the folder of a name."""
+    real = state.put_in_place
+
+    def put(new, place):
+        if place.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(new, place)
+
+    monkeypatch.setattr(state, "put_in_place", put)
+
+
+def test_best_weights_that_could_not_be_written_are_by_the_next_save_or_a_resume(make_trainer, make_data, tmp_path, monkeypatch):
+    for again in ("save", "resume"):
+        run = tmp_path / again
+        trainer = make_trainer(run_dir=run, steps_per_eval=2, save_every=2, on_save_error="continue")
+        with monkeypatch.context() as patch:
+            fails_at(patch, "best")
+            trainer.run(2)
+        assert not (run / "best").exists()
+        if again == "save":
+            trainer.save()
+        else:
+            del trainer
+            gc.collect()
+            next(ft.Trainer.resume(run, data=make_data(10, **MASKED)).steps())
+        assert json.loads((run / "best" / "trainer.json").read_text())["step"] == 2
+        first, best = (run / place / "model.safetensors" for place in ("checkpoints/step-000002", "best"))
+        assert first.read_bytes() == best.read_bytes()
+
+
+def test_best_weights_that_are_gone_when_there_is_room_are_told(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(run_dir=tmp_path / "run", steps_per_eval=2, iters=4, on_save_error="continue")
+    with monkeypatch.context() as patch:
+        fails_at(patch, "best")
+        trainer.run(3)
+    told = [event.message for event in trainer.history.events if event.kind == "save_failed"]
+    assert len(told) == 2 and told[1].startswith("best/ has not the weights of step 2, whose validation loss is the lowest")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_metrics_that_cannot_be_written_are_told_and_written_later(make_trainer, tmp_path, policy):
@@ -201,6 +244,21 @@ def test_metrics_that_cannot_be_written_are_told_and_written_later(make_trainer,
     trainer.run(1)
     written = sum(report.kind_of_report != "event" for report in trainer.history)
     assert len(path.read_text().splitlines()) == written
+
+
+def test_a_tokenizer_that_cannot_be_written_is_told_and_the_run_goes_on_as_configured(make_lm, make_data, tmp_path, monkeypatch):
+    lm, data = make_lm(), make_data(10, **MASKED)
+    config = ft.TrainConfig(iters=2, batch_size=4, mask_prompt=True, on_save_error="continue")
+    trainer = ft.Trainer(lm, data, config, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lm.tokenizer), "save_pretrained", raising(Exception("No space left on device (os error 28)")))
+        trainer.run()
+        with pytest.raises(CheckpointError, match=r"step-000002 could not be written: the tokenizer could not be written .*No space left"):
+            trainer.save()
+        with pytest.raises(ModelError, match="the tokenizer could not be written .*No space left"):
+            lm.save(tmp_path / "out")
+    assert trainer.done and os.listdir(tmp_path) == ["run"] and not litter(tmp_path)
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == [] and trainer.save().is_dir()
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(make_trainer, tmp_path, monkeypatch):
@@ -306,7 +364,7 @@ def test_a_full_disk_refuses_to_go_back_or_to_resume_before_anything_is_changed(
     trainer.save()
     trainer.run(1)
     for refused in (lambda: trainer.restore(start), lambda: ft.Trainer.resume(tmp_path / "run", trainer.lm, trainer.data)):
-        monkeypatch.setattr(tempfile, "mkstemp", fail_with(errno.ENOSPC))
+        monkeypatch.setattr(os, "fsync", fail_with(errno.ENOSPC))
         with pytest.raises(CheckpointError, match="metrics.jsonl could not be written"):
             refused()
         monkeypatch.undo()
@@ -318,7 +376,11 @@ def test_a_full_disk_refuses_to_go_back_or_to_resume_before_anything_is_changed(
 
 
 def fail_with(number):
+    return raising(OSError(number, os.strerror(number)))
+
+
+def raising(error):
     def call(*arguments, **options):
-        raise OSError(number, os.strerror(number))
+        raise error
 
     return call
