@@ -18,9 +18,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.cpu import ensure_fast_blas
+from fulltune_nb.cpu import ensure_fast_blas, ensure_kernel_folder
 
-ensure_fast_blas()  # before anything imports mlx.core: afterwards is too late
+ensure_fast_blas()  # both before anything imports mlx.core: afterwards is too late
+ensure_kernel_folder()
 
 from fulltune_nb.errors import (  # noqa: E402
     CheckpointError,

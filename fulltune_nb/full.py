@@ -65,7 +65,10 @@ class Options:
         False, flag,
         "Go on with the run in run_dir exactly where it stopped, with its settings and model, and its data unless data is given.",
     )  # fmt: skip
-    force: bool = setting(False, flag, "Train even where the memory that is predicted is more than there is.")
+    force: bool = setting(
+        False, flag,
+        "Train even where too much memory is predicted; with resume, go on even where data, model or settings are not the run's.",
+    )  # fmt: skip
 
     def __post_init__(self):
         check_fields(self)
@@ -251,7 +254,8 @@ def resumed_trainer(settings: Settings) -> Trainer:
     """
     from fulltune_nb.training.trainer import Trainer
 
-    trainer = Trainer.resume(settings.options.run_dir, data=settings.options.data if "data" in settings.given else None)
+    options = settings.options
+    trainer = Trainer.resume(options.run_dir, data=options.data if "data" in settings.given else None, force=options.force)
     check_outputs(settings, trainer.lm)
     print(f"Model: {trainer.lm!r}")
     show_data(trainer.data)

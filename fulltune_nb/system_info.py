@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fulltune_nb.cpu import BlasInfo, ensure_fast_blas
+from fulltune_nb.cpu.blas import processor_kernels
 from fulltune_nb.html import facts, human_bytes
 
 MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied
@@ -30,6 +31,8 @@ class SystemInfo:
         memory_total: bytes of main memory (on Apple silicon the GPU shares it).
         blas: what computes float32 matrix products on the CPU.
         compiler: path of the g++ that kernels for the CPU are compiled with; None: there is none.
+        kernel_folder: where these stand; None: where MLX puts them, or nowhere.
+        compile_problem: why nothing is compiled although there is a compiler; None: it is.
         arithmetic: see `arithmetic`.
         matmul_gflops: measured 10^9 floating point operations a second of a float32 product on the default device; None
             when not measured.
@@ -45,6 +48,8 @@ class SystemInfo:
     memory_total: int
     blas: BlasInfo
     compiler: str | None
+    kernel_folder: str | None
+    compile_problem: str | None
     arithmetic: dict[str, str]
     matmul_gflops: float | None = None
 
@@ -64,6 +69,7 @@ class SystemInfo:
             ("memory", human_bytes(self.memory_total) + ("" if limit is None else f", of which training may take {human_bytes(limit)}")),
             ("BLAS", blas),
             ("C++ compiler", self.compiler or "none"),
+            ("compiled kernels", f"none: {self.compile_problem}" if self.compile_problem else self.kernel_folder or "MLX's"),
             ("float32 matmul", speed),
         ]
 
@@ -83,8 +89,9 @@ def system_info(measure: bool = False) -> SystemInfo:
     import mlx.core as mx
     import psutil
 
-    from fulltune_nb.cpu import available_cores, compiler
+    from fulltune_nb.cpu import available_cores, compiler, ensure_kernel_folder
 
+    kernels = ensure_kernel_folder()
     versions = package_versions(("fulltune_nb", "transformers"))
     return SystemInfo(
         version=versions["fulltune_nb"],
@@ -97,6 +104,8 @@ def system_info(measure: bool = False) -> SystemInfo:
         memory_total=psutil.virtual_memory().total,
         blas=ensure_fast_blas(),
         compiler=compiler(),
+        kernel_folder=None if kernels.path is None else str(kernels.path),
+        compile_problem=kernels.problem,
         arithmetic=arithmetic(),
         matmul_gflops=matmul_gflops() if measure else None,
     )
@@ -112,15 +121,21 @@ def _device() -> str:
 def arithmetic() -> dict[str, str]:
     """What the last digits of a run's numbers depend on besides versions, by name.
 
-    The device; of a GPU, how float32 products are made; of a CPU, the BLAS with its threads, and whose kernels compute.
+    The device; of a GPU, how float32 products are made; of a CPU, the BLAS with its threads and the processor that it computes for,
+    whose kernels compute, and whether MLX compiles.
     """
-    from fulltune_nb.cpu import available_cores, may_use_kernels, on_cpu
+    from fulltune_nb.cpu import available_cores, compiles, may_use_kernels, on_cpu
 
     found = {"device": _device()}
     if not on_cpu():
         return found | {"float32 products": "float32" if keeps_float32(found["device"]) else "TF32"}
     threads = next((count for name in _THREADS if (count := os.environ.get(name))), available_cores())
-    return found | {"BLAS": f"{ensure_fast_blas().name}, threads: {threads}", "kernels": "fulltune_nb's" if may_use_kernels() else "MLX's"}
+    return found | {
+        "BLAS": f"{ensure_fast_blas().name}, threads: {threads}",
+        "BLAS kernels": processor_kernels() or "the BLAS's own",
+        "kernels": "fulltune_nb's" if may_use_kernels() else "MLX's",
+        "mx.compile": "on" if compiles() else "off",
+    }
 
 
 @functools.cache

@@ -29,6 +29,8 @@ LEFT_OUT = (
     (GPU, "gpu/test_parity.py::test_every_family_is_trained_and_answers_as_on_the_cpu", AS_ELSEWHERE),
     (ALL, "cpu/", OF_THE_CPU),
     (GPU, "test_system_info.py::test_what_the_last_digits_depend_on_is_named", OF_THE_CPU),
+    (GPU, "test_system_info.py::test_the_processor_that_the_blas_computes_for_is_named", OF_THE_CPU),
+    (GPU, "training/test_engine.py::test_where_no_folder_for_kernels_was_found", OF_THE_CPU),
     (GPU, "test_device.py::test_the_kind_of_device", OF_THE_CPU),
     (GPU, "test_device.py::test_other_devices_have_no_such_limits[False]", OF_THE_CPU),
     (GPU, "models/test_embedding.py::test_on_a_cpu_it_is_that_of_mlx", OF_THE_CPU),

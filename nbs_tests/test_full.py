@@ -277,6 +277,18 @@ def test_a_run_directory_is_resumed_exactly(base, data, here, capsys):
     assert "iters is 4 here and 3 in the run" in capsys.readouterr().err
 
 
+def test_a_run_whose_data_has_changed_is_resumed_only_when_forced(base, data, here, capsys):
+    flags = ["--model", str(base), "--data", str(data), "--train", *QUICK, "--save-every", "2", "--no-export"]
+    lm = load_model(base)
+    Trainer(lm, load_data(data, lm.tokenizer), settings_of(*flags).config, "run").run(2)
+    with (data / "train.jsonl").open("a") as file:
+        file.write((data / "train.jsonl").read_text().splitlines()[0] + "\n")
+    resume = ["--train", "--run-dir", "run", "--resume", "--no-export"]
+    assert main(resume) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*resume, "--force"]) == 0
+
+
 def test_without_a_run_directory_the_weights_are_saved_on_the_way(base, data, here, monkeypatch):
     saved = []
     monkeypatch.setattr("fulltune_nb.full.save_weights", lambda trainer, path: saved.append(trainer.step_count))

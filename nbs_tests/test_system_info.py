@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
+import pytest
 
-from fulltune_nb.cpu import ensure_fast_blas
+from fulltune_nb.cpu import ensure_fast_blas, kernel_folder
 from fulltune_nb.doctor import main
 from fulltune_nb.system_info import arithmetic, keeps_float32, system_info
 from nbs_tests.gpu_like import gpu_like
@@ -32,6 +37,16 @@ def test_what_the_last_digits_depend_on_is_named(monkeypatch):
     assert named["device"] == system_info().device and named["BLAS"] == f"{ensure_fast_blas().name}, threads: 7"
     monkeypatch.setenv("FULLTUNE_KERNELS", "off")
     assert arithmetic()["kernels"] == "MLX's"
+    monkeypatch.setattr(kernel_folder, "_found", kernel_folder.KernelFolder(None, "no room"))
+    assert arithmetic()["mx.compile"] == "off" and "none: no room" in repr(system_info())
+
+
+@pytest.mark.skipif("OpenBLAS" not in ensure_fast_blas().name, reason="only an OpenBLAS can be told for which processor to compute")
+def test_the_processor_that_the_blas_computes_for_is_named():
+    code = "from fulltune_nb.system_info import arithmetic; print(arithmetic()['BLAS kernels'])"
+    other = {"x86_64": "Nehalem", "aarch64": "ARMV8"}[platform.machine()]
+    named = subprocess.check_output([sys.executable, "-c", code], text=True, env={**os.environ, "OPENBLAS_CORETYPE": other})
+    assert named.strip().upper() == other.upper() and arithmetic()["BLAS kernels"]
 
 
 def test_a_gpu_names_how_float32_products_are_made(monkeypatch):

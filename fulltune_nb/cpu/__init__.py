@@ -1,7 +1,8 @@
 """The door to what MLX needs on a CPU: a fast BLAS, kernels, streams for its cores, exponentials, memory that is used again.
 
 Everything takes and gives plain arrays, and does what MLX does on other devices; what else depends on the device asks `on_cpu`.
-Importing the door imports no mlx, because the BLAS has to be loaded before mlx; the other names load when they are first used.
+Importing the door imports no mlx, because the BLAS and the folder of compiled kernels come before mlx; the other names load when they
+are first used.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.cpu.blas import BlasInfo, BlasWarning, ensure_fast_blas
+from fulltune_nb.cpu.kernel_folder import CompileWarning, KernelFolder, ensure_kernel_folder
 
 if TYPE_CHECKING:
     from fulltune_nb.cpu.allocator import cache_limit, cap_cache
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         Kernels,
         available_cores,
         compiler,
+        compiles,
         kernels_for,
         lacks_compiler,
         may_use_kernels,
@@ -28,9 +31,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "AdamUpdate", "BlasInfo", "BlasWarning", "Kernels", "available_cores", "cache_limit", "cap_cache", "compiler", "ensure_fast_blas",
-    "evaluate", "exp_and_sum", "fast_exp", "kernels_for", "lacks_compiler", "may_use_kernels", "num_streams", "on_cpu",
-    "softmax_statistics", "sole", "streams_for",
+    "AdamUpdate", "BlasInfo", "BlasWarning", "CompileWarning", "KernelFolder", "Kernels", "available_cores", "cache_limit", "cap_cache",
+    "compiler", "compiles", "ensure_fast_blas", "ensure_kernel_folder", "evaluate", "exp_and_sum", "fast_exp", "kernels_for",
+    "lacks_compiler", "may_use_kernels", "num_streams", "on_cpu", "softmax_statistics", "sole", "streams_for",
 ]  # fmt: skip
 
 _ALLOCATOR, _FAST_MATH = ("cache_limit", "cap_cache"), ("evaluate", "exp_and_sum", "fast_exp", "on_cpu", "softmax_statistics")

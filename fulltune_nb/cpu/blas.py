@@ -70,14 +70,15 @@ def _not_needed() -> BlasInfo | None:
         return BlasInfo("MLX's own", None, f"nothing to do on {sys.platform}")
     if importlib.util.find_spec("mlx") is None:
         return BlasInfo("none", None, "mlx is not installed")
-    if cuda := _installed_cuda_backend():
+    if cuda := installed_cuda_backend():
         return BlasInfo("MLX's own", None, f"nothing to do: {cuda} is installed")
     if os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "none"):
         return BlasInfo(_BUNDLED, None, f"{VARIABLE}=off")
     return None
 
 
-def _installed_cuda_backend() -> str | None:
+def installed_cuda_backend() -> str | None:
+    """Name and version of MLX's package for CUDA; None: there is none."""
     from importlib import metadata
 
     for package in MLX_CUDA_PACKAGES:
@@ -88,6 +89,20 @@ def _installed_cuda_backend() -> str | None:
     return None
 
 
+def processor_kernels() -> str | None:
+    """The processor whose kernels the BLAS has chosen, such as "Haswell"; None where it is no OpenBLAS."""
+    info = ensure_fast_blas()
+    if info.path is None:
+        return None
+    try:
+        library = ctypes.CDLL(info.path)
+        name = getattr(library, "openblas_get_corename", None) or library.scipy_openblas_get_corename
+    except (OSError, AttributeError):
+        return None
+    name.restype = ctypes.c_char_p
+    return (name() or b"").decode(errors="replace") or None
+
+
 def _find_and_load() -> BlasInfo:
     # OpenBLAS's threads spin for a while after each product, in case another follows. Read when it is loaded; at its default the
     # spinning takes the cores that element-wise work on other streams needs (`kernels.py`).
@@ -95,7 +110,7 @@ def _find_and_load() -> BlasInfo:
     if present := _already_global():
         return present
     if "mlx.core" in sys.modules:
-        _warn(
+        warn_caller(
             "mlx was imported before fulltune_nb, too late to give it a fast BLAS: float32 matrix products on the CPU will run "
             "about 30 times slower than they could. Restart Python (the kernel) and `import fulltune_nb` before `mlx`."
         )
@@ -105,20 +120,20 @@ def _find_and_load() -> BlasInfo:
         if info := source(tried):
             return info
     details = f" Tried in vain: {'; '.join(tried)}." if tried else ""
-    _warn(
+    warn_caller(
         "No fast BLAS was found: MLX's CPU package brings a reference BLAS, and float32 matrix products will run about 30 times "
         f"slower than they could. Install one with {HOW_TO_INSTALL}, then restart Python (the kernel).{details}"
     )
     return BlasInfo(_BUNDLED, None, "no other was found")
 
 
-def _warn(message: str) -> None:
+def warn_caller(message: str, category: type[Warning] = BlasWarning) -> None:
     """Warn in the name of the line that imported the package, past this package's and the import system's own frames."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((package, "<frozen importlib")):
         frame = frame.f_back
-    warnings.warn_explicit(message, BlasWarning, frame.f_code.co_filename, frame.f_lineno)
+    warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno)
 
 
 def _already_global() -> BlasInfo | None:
@@ -141,7 +156,7 @@ def _from_variable(tried: list[str]) -> BlasInfo | None:
         return None
     info = _load(path, f"{VARIABLE}={path}", tried)
     if info is None:
-        _warn(f"{VARIABLE} names a library that cannot be used as a BLAS, so another is looked for: {tried[-1]}.")
+        warn_caller(f"{VARIABLE} names a library that cannot be used as a BLAS, so another is looked for: {tried[-1]}.")
     return info
 
 

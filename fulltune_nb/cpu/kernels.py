@@ -26,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.cpu.fast_math import on_cpu
+from fulltune_nb.cpu.kernel_folder import compiler_environment, ensure_kernel_folder
 
 VARIABLE = "FULLTUNE_KERNELS"
 """Environment variable; "off" leaves everything to MLX."""
@@ -96,6 +97,11 @@ def lacks_compiler() -> bool:
     return on_cpu() and sys.platform != "darwin" and compiler() is None
 
 
+def compiles() -> bool:
+    """Whether `mx.compile` has an effect here."""
+    return not lacks_compiler() and (not on_cpu() or ensure_kernel_folder().problem is None)
+
+
 def kernels_for(num_elements: int) -> Kernels | None:
     """The kernels for a model with so many trained elements; None where MLX does the work."""
     return compiled_kernels() if may_use_kernels() and num_elements >= SMALLEST_MODEL else None
@@ -105,7 +111,7 @@ def may_use_kernels() -> bool:
     """Whether a model that is large enough is trained with the kernels here."""
     # With a GPU there, arrays may lie where only MLX can write.
     usable = sys.platform == "linux" and on_cpu() and not mx.is_available(mx.gpu) and compiler() is not None
-    return usable and os.environ.get(VARIABLE, "").strip().lower() not in ("off", "0", "none")
+    return usable and ensure_kernel_folder().path is not None and os.environ.get(VARIABLE, "").strip().lower() not in ("off", "0", "none")
 
 
 class AdamUpdate(NamedTuple):
@@ -231,14 +237,15 @@ def _run_all(share: Sequence[Callable[[], None]]) -> None:
 
 @cache
 def compiled_kernels() -> Kernels | None:
-    """Compiled in a folder that only this user can reach, loaded, and removed."""
-    if (path := compiler()) is None:
+    """Compiled in the folder of kernels, which only this user can write to, loaded, and removed."""
+    path, place = compiler(), ensure_kernel_folder().path
+    if path is None or place is None:
         return None
     source = Path(__file__).with_name("kernels.cpp")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder, "kernels.so")
-            subprocess.run([path, *_FLAGS, "-o", library, source], check=True, capture_output=True, timeout=60)
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            library, environment = Path(folder, "kernels.so"), compiler_environment(place)
+            subprocess.run([path, *_FLAGS, "-o", library, source], check=True, capture_output=True, timeout=60, env=environment)
             return Kernels(ctypes.CDLL(str(library)))
     except (OSError, subprocess.SubprocessError):
         return None

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb import html
-from fulltune_nb.cpu import Kernels, kernels_for, lacks_compiler, on_cpu
+from fulltune_nb.cpu import Kernels, ensure_kernel_folder, kernels_for, lacks_compiler, on_cpu
 from fulltune_nb.data.batches import StepBatches
 from fulltune_nb.data.dataset import Split
 from fulltune_nb.data.settings import DataSettings
@@ -167,6 +167,8 @@ def _choose_compile(work: Workload, backward: str, operations: float) -> tuple[b
         reason = "how many tokens an expert gets is known only when the batch is there"
     elif lacks_compiler():
         reason = "MLX compiles with g++ here, and there is none. On Debian or Ubuntu: apt-get install g++"
+    elif on_cpu():
+        reason = ensure_kernel_folder().problem
     if config.compile:
         return reason is None, reason and f"compile=True has no effect: {reason}"
     if config.compile is False or reason or not pays:

@@ -345,7 +345,7 @@ class StoredRun:
         if matters and not self._force:
             raise CheckpointError(
                 f"{place} has changed in a way that matters since the run was last saved: {'; '.join(matters)}. Put it back, give"
-                " force=True to go on with the new settings, or begin a run of its own with trainer.fork(run_dir, ...)."
+                " force=True (--force) to go on with the new settings, or begin a run of its own with trainer.fork(run_dir, ...)."
             )
         if changed:
             self.notes.append(f"settings changed in {CONFIG_FILE if given is None else 'the config given'}: {'; '.join(changed.values())}")
@@ -371,7 +371,7 @@ class StoredRun:
         if differences:
             message = f"the model given is not the one of the run: {'; '.join(differences)}"
             if not self._force:
-                raise CheckpointError(f"{message}. Give the same model or none, or force=True to go on with this one.")
+                raise CheckpointError(f"{message}. Give the same model or none, or force=True (--force) to go on with this one.")
             self.notes.append(message)
         self._has_weights = False
         return lm
@@ -496,5 +496,5 @@ def check_same_data(data: DataSet, stored: Mapping[str, Any], force: bool, why: 
         return []
     message = f"the data differs from what the run began with (fingerprint {data.fingerprint[:12]}, then {stored['fingerprint'][:12]}){why}"
     if not force:
-        raise CheckpointError(f"{message}. Give the same rows, settings and tokenizer, or force=True to go on with these.")
+        raise CheckpointError(f"{message}. Give the same rows, settings and tokenizer, or force=True (--force) to go on with these.")
     return [message]

@@ -47,7 +47,9 @@ def other_arithmetic(then: Mapping[str, Any]) -> list[str]:
     """A note where versions or arithmetic are not those of a state, its `versions`; else nothing."""
     now = versions()
     changed = [f"{name} was {str(then[name])[:100]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
-    what = "not the same versions or arithmetic as when this was saved, so its numbers may differ in the last digits"
+    in_tf32, was_in_tf32 = (state.get("float32 products") == "TF32" for state in (now, then))
+    digits = "in the last digits" if in_tf32 == was_in_tf32 else "from the fourth digit on"
+    what = f"not the same versions or arithmetic as when this was saved, so its numbers may differ {digits}, and ever more as steps add up"
     return [f"{what}: {'; '.join(changed)}"] if changed else []
 
 

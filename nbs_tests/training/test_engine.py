@@ -8,6 +8,7 @@ import pytest
 from mlx.utils import tree_map
 
 import fulltune_nb as ft
+from fulltune_nb.cpu import KernelFolder
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of
@@ -204,6 +205,12 @@ def test_without_a_compiler_the_event_says_what_to_install(make_trainer, monkeyp
     monkeypatch.setattr(plan, "lacks_compiler", lambda: True)
     (message,) = compile_events(make_trainer(compile=True))
     assert "apt-get install g++" in message
+
+
+def test_where_no_folder_for_kernels_was_found_the_event_says_why(make_trainer, monkeypatch):
+    monkeypatch.setattr(plan, "ensure_kernel_folder", lambda: KernelFolder(None, "the disk is full"))
+    (message,) = compile_events(make_trainer(compile=True))
+    assert "compile=True has no effect" in message and "the disk is full" in message
 
 
 def test_left_to_the_trainer_long_runs_are_compiled_and_short_ones_not(kernels, make_trainer, monkeypatch):

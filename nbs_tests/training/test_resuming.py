@@ -180,9 +180,10 @@ def test_other_versions_are_told(run, make_data):
     [
         ({"device": "gpu Apple M3 Max", "float32 products": "TF32"}, "device was gpu Apple M3 Max, is cpu"),
         ({"BLAS": "MKL 2026.0, threads: 64"}, "BLAS was MKL 2026.0, threads: 64, is "),
+        ({"BLAS kernels": "Z80"}, "BLAS kernels was Z80, is "),
         ({"kernels": "somebody's"}, "kernels was somebody's, is "),
     ],
-    ids=["another device", "another BLAS", "other kernels"],
+    ids=["another device", "another BLAS", "another processor", "other kernels"],
 )
 def test_other_arithmetic_is_told_by_a_resume_and_by_a_restore(run, make_data, make_trainer, capsys, there, told):
     checkpoint = run / "checkpoints" / "step-000003"
@@ -191,6 +192,8 @@ def test_other_arithmetic_is_told_by_a_resume_and_by_a_restore(run, make_data, m
     restored.restore(checkpoint)
     resumed = ft.Trainer.resume(run, data=make_data(10, **MASKED))
     assert all(sum(told in event.message for event in trainer.history.events) == 1 for trainer in (restored, resumed))
+    digits = "from the fourth digit on" if "float32 products" in there else "in the last digits"
+    assert any(f"may differ {digits}" in event.message for event in resumed.history.events)
     resumed.run(1)
     assert told in capsys.readouterr().out  # where no notebook is, a line on the screen
 
