@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from fulltune_nb.chat_template import ChatRenderer, LimitReached, answer_end, end_tokens
@@ -17,6 +18,7 @@ from fulltune_nb.data.example import Example, runs
 from fulltune_nb.data.masks import TOOLS, WAYS_OUT, Conversation, Span, Word, is_written, words_of
 from fulltune_nb.data.rows import RowError, row_format, template_unusable
 from fulltune_nb.data.settings import DataSettings
+from fulltune_nb.data.skeleton import Skeleton
 from fulltune_nb.data.split import ExampleTable, Split, TableWriter
 from fulltune_nb.errors import ConfigError
 
@@ -34,6 +36,7 @@ HELP = {
 """What helps where a template leaves something out."""
 
 _OWN_KINDS = ("content", "reasoning", "calls")
+_FORMS_KNOWN = 4096  # of conversations; rows may have as many forms as there are rows
 
 
 @dataclass
@@ -65,6 +68,7 @@ class ChatRows:
     def __init__(self, renderer: ChatRenderer, format: str, settings: DataSettings):
         self._renderer, self._format, self._settings = renderer, format, settings
         self._written: set[tuple] = set()  # places of a conversation whose words the template has been seen to write
+        self._known: dict[tuple, tuple[Skeleton | None, Rendered]] = {}  # form of a conversation -> what was found of the latest such row
 
     def render(self, row: Mapping[str, Any]) -> Rendered:
         """The row's text and what is trained of it.
@@ -82,15 +86,35 @@ class ChatRows:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [i for i in (answers[-1:] if self._settings.mask_prompt == "last" else answers) if i not in untrained]
         talk = Conversation(self._renderer, messages, tools, words_of(messages, tools))
+        roles, words = [message["role"] for message in messages], [(word.message, word.kind, word.spaces) for word in talk.words]
+        form = tuple(roles), tuple(words), tuple(wanted), tuple(untrained)
+        skeleton, found = self._known.get(form, (None, None))
+        if skeleton is not None and (places := skeleton.places_in(talk)) is not None:
+            spans = None if found.spans is None else list(zip(places[::2], places[1::2], strict=True))
+            return replace(found, text=talk.text, spans=spans)
+        rendered = self._looked_at(talk, wanted, untrained, answers[-1:])
+        if rendered.spans is not None or rendered.left_out:  # else one rendering was enough
+            self._learn(form, talk, rendered)
+        return rendered
+
+    def _learn(self, form: tuple, talk: Conversation, rendered: Rendered) -> None:
+        """Keeps what was found of a row for others of its form. For a new form this may take one rendering more, the marked one."""
+        if "marked" not in vars(talk) and (form in self._known or len(self._known) >= _FORMS_KNOWN):
+            return
+        skeleton = Skeleton.of(talk, list(chain.from_iterable(rendered.spans or ())))
+        self._known[form] = skeleton, replace(rendered, text="")
+
+    def _looked_at(self, talk: Conversation, wanted: list[int], untrained: list[int], last: list[int]) -> Rendered:
+        """What is found of a row by itself, by further renderings."""
         left_out = self._left_out(talk, wanted)
         if not self._settings.mask_prompt:
             return Rendered(talk.text, self._all_but(talk, untrained), left_out=left_out)
         if (spans := talk.generated(wanted)) is not None:
-            marked = talk.marked()
+            marked = talk.marked
             if marked is not None and any(word.message in wanted and marked.is_beside(n, spans) for n, word in enumerate(talk.words)):
                 left_out.append(UNMARKED)
             return Rendered(talk.text, spans, True, left_out)
-        return Rendered(talk.text, self._spans(talk, wanted, answers[-1:]), left_out=left_out)
+        return Rendered(talk.text, self._spans(talk, wanted, last), left_out=left_out)
 
     def _spans(self, talk: Conversation, wanted: list[int], last: list[int]) -> list[Span]:
         try:
@@ -122,7 +146,7 @@ class ChatRows:
         # A string can stand in the text by chance, so the first of its kind is marked; then it is enough to look for the others.
         places = {(_role(talk, word), word.kind, word.message > asked) for word in talk.words}
         is_marked_anyway = self._settings.mask_prompt and len(wanted) > 1
-        marked = talk.marked() if is_marked_anyway or not places <= self._written else None
+        marked = talk.marked if is_marked_anyway or not places <= self._written else None
         if marked is None:
             missing = [word for word in talk.words if not is_written(word.text, talk.text)]
         else:
@@ -295,7 +319,7 @@ def _tokenize_chunk(
             elif format == "text":
                 spans = [(_tokens_before(item.spans[0][0], encoding, number, item.text, tokenizer), len(tokens))]
             elif encoding.encodings is not None:
-                spans = _token_spans(encoding.encodings[number].offsets, item)
+                spans = _token_spans(encoding.encodings[number], item)
             else:
                 spans = _token_spans_by_prefixes(tokens, item, tokenizer)
         except RowError as error:
@@ -311,12 +335,20 @@ def _tokenize(tokenizer, texts: list[str], add_special_tokens: bool):
     return tokenizer(texts, add_special_tokens=add_special_tokens, **options) if texts else {"input_ids": []}
 
 
-def _token_spans(offsets: Sequence[tuple[int, int]], item: Rendered) -> list[Span]:
+def _token_spans(encoding, item: Rendered) -> list[Span]:
     """Token positions [start, end) of the spans. Several tokens can make one character, and one token many."""
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     if item.is_marked_by_template:
+        starts, ends = zip(*encoding.offsets, strict=True) if len(encoding) else ((), ())
         return [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in item.spans]
-    return [(bisect_right(ends, start), bisect_right(ends, end)) for start, end in item.spans]
+    return [(_tokens_up_to(start, encoding, item.text), _tokens_up_to(end, encoding, item.text)) for start, end in item.spans]
+
+
+def _tokens_up_to(place: int, encoding, text: str) -> int:
+    """How many tokens end at a character or before it."""
+    if place == len(text):
+        return len(encoding)
+    found = encoding.char_to_token(place)  # without the list of all offsets, which takes a tenth of the time of tokenizing
+    return bisect_right([end for _, end in encoding.offsets], place) if found is None else found
 
 
 def _tokens_before(place: int, encoding, number: int, text: str, tokenizer) -> int:

@@ -16,6 +16,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from fulltune_nb.chat_template import ChatRenderer, TemplateRefused
@@ -45,6 +46,7 @@ class Word(NamedTuple):
     message: int  # index of its message, or `TOOLS`
     kind: str  # "content", "reasoning", "calls", "tools", or the message's key
     text: str  # without the spaces around it, not empty
+    spaces: str = ""  # those around it, "\0" standing for the text; empty where there are none
 
 
 Visit = Callable[[int, str, str], str]
@@ -107,7 +109,7 @@ def words_of(messages: Sequence[Mapping[str, Any]], tools: Any) -> list[Word]:
 
     def visit(message: int, kind: str, text: str) -> str:
         if stripped := text.strip():
-            words.append(Word(message, kind, stripped))
+            words.append(Word(message, kind, stripped, "" if len(stripped) == len(text) else text.replace(stripped, "\0", 1)))
         return text
 
     visited(messages, tools, visit)
@@ -199,14 +201,14 @@ class Conversation:
             self.text = renderer.render(messages, tools)
         except TemplateRefused as error:
             raise RowError(f"the chat template refuses this row: {error}") from error
-        self._marked: list[Turns | None] = []  # when it was asked for
 
+    @cached_property
     def marked(self) -> Turns | None:
         """The turns as the marked words show them; None where the template writes another text with marks."""
-        if not self._marked and (marks := free_marks(self.text, self.words)):
-            turns = Turns(self._renderer, *with_marks(self.messages, self._tools, marks), self.words, marks)
-            self._marked.append(turns if turns.text == self.text else None)
-        return self._marked[0] if self._marked else None
+        if not (marks := free_marks(self.text, self.words)):
+            return None
+        turns = Turns(self._renderer, *with_marks(self.messages, self._tools, marks), self.words, marks)
+        return turns if turns.text == self.text else None
 
     def generated(self, turns: Sequence[int]) -> list[Span] | None:
         """Character places that the template itself says are the assistant's (`{% generation %}`) in these turns; None if it says nothing.
@@ -252,10 +254,10 @@ class Conversation:
                 return way(turns)
             except RowError as error:
                 errors[way] = error
-        raise errors[self._by_prefixes if self.marked() is None else self._by_marks] from None
+        raise errors[self._by_prefixes if self.marked is None else self._by_marks] from None
 
     def _by_marks(self, turns: Sequence[int]) -> list[Span]:
-        if (marked := self.marked()) is None:
+        if (marked := self.marked) is None:
             raise RowError("mask_prompt: the chat template writes another text where the words carry marks")
         return [marked.span(i) for i in turns]
 
@@ -276,12 +278,12 @@ class Turns:
     ):
         self._renderer, self._messages, self._tools, self._words, self._characters = renderer, messages, tools, words, marks
         whole = self._render(len(messages), False) if text is None else Marked(text, [])
-        self.text, self._marks = ("", []) if whole is None else (whole.text, whole.marks)
-        self._positions = [position for position, _ in self._marks]
-        self._word_at = {position: words[word].text for position, word in self._marks}
+        self.text, self.marks = ("", []) if whole is None else (whole.text, whole.marks)
+        self._positions = [position for position, _ in self.marks]
+        self._word_at = {position: words[word].text for position, word in self.marks}
         self._first: dict[int, int] = {}  # word -> where it stands first
         self._own: dict[int, list[int]] = {}  # message -> where its words end
-        for position, word in self._marks:
+        for position, word in self.marks:
             if word not in self._first:
                 self._first[word] = position
                 self._own.setdefault(words[word].message, []).append(position)
@@ -295,7 +297,7 @@ class Turns:
             return True
         before = bisect_left(self._positions, end)
         start = self._positions[before - 1] if before else 0
-        return self._start_of_word(end) is None and not is_written(self._words[word].text, self.text, start, end)
+        return self.start_of_word(end) is None and not is_written(self._words[word].text, self.text, start, end)
 
     def is_beside(self, word: int, spans: Sequence[Span]) -> bool:
         """Whether a word is written and ends within none of the spans."""
@@ -313,11 +315,11 @@ class Turns:
         """
         own = self._own.get(i, [])
         at, holder = self._words_before(i, min(own, default=None))
-        start = self._start(i, at, holder, self._start_of_word(min(own, default=None)))
+        start = self._start(i, at, holder, self.start_of_word(min(own, default=None)))
         end = self._end(i, start, max(own, default=at))
         if not start <= end or any(not start < position <= end for position in own):
             raise RowError(f"mask_prompt: the words of {self._name(i)} do not stand together. {WAYS_OUT}")
-        within = self._marks[bisect_left(self._positions, start + 1) : bisect_left(self._positions, end + 1)]
+        within = self.marks[bisect_left(self._positions, start + 1) : bisect_left(self._positions, end + 1)]
         if any(self._words[word].message != i and position == self._first[word] for position, word in within):
             raise RowError(f"mask_prompt: words of another message stand within {self._name(i)}. {WAYS_OUT}")
         return start, end
@@ -354,7 +356,7 @@ class Turns:
             return None
         if self.text.startswith(rests[0], at):
             return at + len(rests[0])
-        if self._messages[i]["role"] != "assistant" or not self._marks:
+        if self._messages[i]["role"] != "assistant" or not self.marks:
             return None
         if len(rests) == 1:
             rests.append(self._rest(i, False))
@@ -379,12 +381,12 @@ class Turns:
         if first is None:
             first = 1 + max((max(self._own[j]) for j in range(i) if j in self._own), default=-1)
         for number in range(bisect_left(self._positions, first) - 1, -1, -1):
-            position, word = self._marks[number]
+            position, word = self.marks[number]
             if self._words[word].message != i:
                 return position, self._words[word].message
         return 0, -1
 
-    def _start_of_word(self, end: int | None) -> int | None:
+    def start_of_word(self, end: int | None) -> int | None:
         """Where the word starts that ends there; None where the template has changed it."""
         if end is None:
             return None
@@ -414,10 +416,10 @@ class Turns:
 
     def _words_after(self, i: int, last: int) -> tuple[int, int]:
         """Where the next word of a later message starts, and its message; (0, -1) where that cannot be told."""
-        for number in range(bisect_left(self._positions, last + 1), len(self._marks)):
-            position, word = self._marks[number]
+        for number in range(bisect_left(self._positions, last + 1), len(self.marks)):
+            position, word = self.marks[number]
             if self._words[word].message > i:
-                start = self._start_of_word(position)
+                start = self.start_of_word(position)
                 return (0, -1) if start is None else (start, self._words[word].message)
         return 0, -1
 
@@ -431,7 +433,7 @@ class Turns:
         rest, prompt = self._rest(i + 1, True, i), self._generation_prompt()
         if rest is None or (prompt is not None and rest.endswith(prompt)):
             return None if rest is None else rest[: len(rest) - len(prompt)]
-        if at_end is None or not self._marks:
+        if at_end is None or not self.marks:
             return None
         # Behind the turn come the next header, a generation prompt or an end of all. The three may begin alike, with a tag's `<|`.
         shared = os.path.commonprefix([rest, at_end, self.text[last : last + len(rest)]])
