@@ -23,6 +23,7 @@ from fulltune_nb.cpu import ensure_fast_blas, ensure_kernel_folder
 ensure_fast_blas()  # both before anything imports mlx.core: afterwards is too late
 ensure_kernel_folder()
 
+from fulltune_nb.data.watching import watchers  # noqa: E402
 from fulltune_nb.errors import (  # noqa: E402
     CheckpointError,
     ConfigError,
@@ -134,5 +135,13 @@ def _show_progress() -> Any:
     return progress()
 
 
+def _show_loading(what: str, total: int) -> Any:
+    """What `load_data` shows where it takes long."""
+    from fulltune_nb.panels.progress import LoadingProgress
+
+    return LoadingProgress(what, total)
+
+
 if not any(make.__name__ == _show_progress.__name__ for make in default_callbacks):  # the module may be run again (autoreload)
     default_callbacks.append(_show_progress)
+    watchers.append(_show_loading)

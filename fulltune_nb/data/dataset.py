@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from fulltune_nb.chat_template import ensure_chat_template, writes_date
+from fulltune_nb.data.cache import with_cache
 from fulltune_nb.data.conform import conform
 from fulltune_nb.data.encode import HELP, Ends, encode_rows, trained_ends
 from fulltune_nb.data.example import Lens, SpecialTokenCheck, check_special_tokens, special_token_notes
@@ -214,9 +215,10 @@ def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: l
     for source, row in raw.rows:
         problem = row_problem(row, format, settings)
         good.append((source, row)) if problem is None else problems.append(f"{source}: {problem}")
-    encoded = encode_rows(good, format or "text", tokenizer, settings)
+    format = format or "text"
+    encoded = with_cache(good, format, tokenizer, settings, lambda: encode_rows(good, format, tokenizer, settings, name))
     problems = sorted(problems + encoded.problems, key=_line_number)
-    split = Split(name, format or "text", encoded.examples, raw.blank_lines, problems)
+    split = Split(name, format, encoded.examples, raw.blank_lines, problems)
     notes += raw.notes + _left_out(split, encoded.left_out, settings)
     return split
 

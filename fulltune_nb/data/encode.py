@@ -20,6 +20,7 @@ from fulltune_nb.data.rows import RowError, row_format, template_unusable
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.data.skeleton import Skeleton
 from fulltune_nb.data.split import ExampleTable, Split, TableWriter
+from fulltune_nb.data.watching import watched
 from fulltune_nb.errors import ConfigError
 
 # ---- chat and completions rows: their text, what of it is trained on, and what the template leaves out
@@ -230,12 +231,15 @@ class Encoded:
     """What the chat template does not write into the text -> the sources of the rows that have it."""
 
 
-def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, tokenizer, settings: DataSettings) -> Encoded:
+def encode_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, tokenizer, settings: DataSettings, name: str = "rows"
+) -> Encoded:
     """Tokens and masks of rows that fit `format`.
 
     Args:
         rows: (source, row) pairs.
         format: "chat", "completions" or "text".
+        name: of what is encoded, for who watches it.
 
     Returns:
         The examples in the rows' order, and a line for each row that could not be encoded.
@@ -245,16 +249,18 @@ def encode_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], format: str, toke
     """
     rows, writer, renderer = list(rows), TableWriter(settings, tokenizer), ChatRenderer(tokenizer, settings.template_date)
     chats, problems, left_out = ChatRows(renderer, format, settings), [], {}
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = rows[start : start + CHUNK_ROWS]
-        if format == "text":
-            rendered = _checked(_texts(chunk, settings, problems), problems)
-        else:
-            with renderer.limits():
-                rendered = _checked(_render_chunk(chunk, chats, problems), problems)
-        for source, item in _tokenize_chunk(rendered, format, tokenizer, writer, problems):
-            for what in item.left_out:
-                left_out.setdefault(what, []).append(source)
+    with watched(f"{name}: tokenizing", len(rows)) as update:
+        for start in range(0, len(rows), CHUNK_ROWS):
+            update(start)
+            chunk = rows[start : start + CHUNK_ROWS]
+            if format == "text":
+                rendered = _checked(_texts(chunk, settings, problems), problems)
+            else:
+                with renderer.limits():
+                    rendered = _checked(_render_chunk(chunk, chats, problems), problems)
+            for source, item in _tokenize_chunk(rendered, format, tokenizer, writer, problems):
+                for what in item.left_out:
+                    left_out.setdefault(what, []).append(source)
     return Encoded(writer.table(), problems, left_out)
 
 

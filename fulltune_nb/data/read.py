@@ -31,11 +31,13 @@ from fulltune_nb.data.rows import (
     split_named,
     whole_file_problem,
 )
+from fulltune_nb.data.watching import watched
 from fulltune_nb.errors import DataError, closest, listed
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is reported and skipped without being held in memory. As text it would be some four million tokens."""
+_ROWS_BETWEEN = 4096  # of which reading is told
 
 _FOLDER_LAYOUT = "a folder with train.jsonl, valid.jsonl and test.jsonl (any of them)"
 
@@ -263,9 +265,13 @@ def read_file(name: str, path: Path) -> RawSplit:
             begin = 3 if start.startswith(b"\xef\xbb\xbf") else 0
             if problem := whole_file_problem(*_first_and_last_line(file, begin)):
                 return split.or_problem(problem)
-            file.seek(begin)
-            for number, line, size in _lines(file):
-                _read_line(split, f"{split.label}:{number}", line, size)
+            done = file.seek(begin)
+            with watched(f"{name}: reading", os.fstat(file.fileno()).st_size) as update:
+                for number, line, size in _lines(file):
+                    _read_line(split, f"{split.label}:{number}", line, size)
+                    done += size
+                    if number % _ROWS_BETWEEN == 0:
+                        update(done)
     except OSError as error:
         split.problems.append(f"{path.name}: cannot be read: {error.strerror or error}")
     found = f"only {split.blank_lines} blank lines" if split.blank_lines else "an empty file"

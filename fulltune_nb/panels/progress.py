@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from fulltune_nb.training.history import StepReport
 VARIABLE = "FULLTUNE_PROGRESS"
 REFRESH_SECONDS = 1.0  # a notebook's output changes no more often
 SILENCE_SECONDS = 60.0  # with slow steps, a plain line comes at the latest after so long
+LOADING_SECONDS = 3.0  # loading that takes no longer shows nothing
+LOG_SECONDS = 15.0  # between two lines of a log about loading
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits into 80 columns
 _SHOWN = 8  # evaluations, and events, that the notebook's record lists
 
@@ -34,14 +37,18 @@ def progress() -> Any:
     Raises:
         ConfigError: `FULLTUNE_PROGRESS` is set to something unknown.
     """
-    shapes = {"terminal": TerminalProgress, "notebook": NotebookProgress, "plain": PlainProgress, "off": object}
+    return _SHAPES[_shape()]()
+
+
+def _shape() -> str:
+    """The name of the shape that suits the place."""
     wanted = os.environ.get(VARIABLE, "").strip().lower() or "auto"
     if wanted == "auto":
         is_terminal = getattr(sys.stderr, "isatty", lambda: False)()
         wanted = "notebook" if in_kernel() else "terminal" if is_terminal else "plain"
-    if wanted not in shapes:
-        raise ConfigError(f"{VARIABLE}: expected auto, {', '.join(shapes)}, got {wanted!r}. Set it to one of these, or unset it.")
-    return shapes[wanted]()
+    if wanted not in _SHAPES:
+        raise ConfigError(f"{VARIABLE}: expected auto, {', '.join(_SHAPES)}, got {wanted!r}. Set it to one of these, or unset it.")
+    return wanted
 
 
 def in_kernel() -> bool:
@@ -288,3 +295,50 @@ class NotebookProgress(_Progress):
             ("speed", f"{self.pace.tokens_per_second:,.0f} tokens/s"),
             ("peak memory", memory_size(self.peak)),
         ]
+
+
+_SHAPES = {"terminal": TerminalProgress, "notebook": NotebookProgress, "plain": PlainProgress, "off": object}
+
+
+class LoadingProgress:
+    """How far rows are read or tokenized, and the time left: a line that changes, in a log one now and then. Short loading shows nothing.
+
+    Args:
+        what: is done.
+        total: how much of it there is, in any unit.
+    """
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._handle = _one_line(what), max(total, 1), None
+        self._started = time.monotonic()
+        self._due = self._started + LOADING_SECONDS
+
+    def update(self, done: int) -> None:
+        """Tells how much is done."""
+        if (now := time.monotonic()) < self._due:
+            return
+        shape, seconds = _shape(), now - self._started
+        self._due = now + (LOG_SECONDS if shape == "plain" else REFRESH_SECONDS)
+        left = clock(seconds / done * (self._total - done)) if done else "?"
+        self._show(shape, f"{self._what}: {100 * done / self._total:.0f}%, {clock(seconds)} so far, {left} left")
+
+    def end(self) -> None:
+        """It is done, or has failed."""
+        if self._handle is not None:
+            self._show(_shape(), f"{self._what}: {clock(time.monotonic() - self._started)}", is_last=True)
+
+    def _show(self, shape: str, text: str, is_last: bool = False) -> None:
+        if shape == "plain":
+            print(text, flush=True)
+        elif shape == "terminal":  # the line goes when loading ends
+            columns = shutil.get_terminal_size().columns - 1
+            print(f"\r{'' if is_last else text[:columns]:{columns}}", end="\r" if is_last else "", file=sys.stderr, flush=True)
+        elif shape == "notebook":
+            from IPython.display import display
+
+            bundle = {"text/plain": text, "text/html": f"<div>{esc(text)}</div>"}
+            if self._handle is None:
+                self._handle = display(bundle, raw=True, display_id=True)
+            else:
+                self._handle.update(bundle, raw=True)
+        self._handle = self._handle or shape

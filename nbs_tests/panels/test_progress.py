@@ -380,3 +380,68 @@ def test_in_a_kernel_the_cell_keeps_one_output_that_needs_no_kernel(monkeypatch)
     page = output.data["text/html"]
     assert output.output_type == "display_data"
     assert "step 3 of 3: done after" in page and "Evaluations" in page and page.count("<td") > 10
+
+
+# -- loading ------------------------------------------------------------------------------------------------------
+
+
+def watch(moment, seconds, what="train: tokenizing", steps=40):
+    watcher = module.LoadingProgress(what, 4000)
+    for step in range(steps):
+        watcher.update(100 * step)
+        moment.now += seconds / steps
+    watcher.end()
+
+
+@pytest.mark.parametrize("shape", ["plain", "terminal", "notebook"])
+def test_short_loading_shows_nothing(moment, shown, capsys, monkeypatch, shape):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", shape)
+    watch(moment, 2.5)
+    assert capsys.readouterr() == ("", "") and not shown.bundles
+
+
+def test_long_loading_is_a_line_now_and_then_in_a_log(moment, capsys, monkeypatch):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "plain")
+    watch(moment, 40)
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["train: tokenizing: 8%, 0:03 so far, 0:37 left", "train: tokenizing: 45%, 0:18 so far, 0:22 left"]
+    assert out[3:] == ["train: tokenizing: 0:40"]
+
+
+def test_long_loading_is_one_line_of_a_terminal_that_goes(moment, capsys, monkeypatch):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "terminal")
+    monkeypatch.setenv("COLUMNS", "50")
+    watch(moment, 40)
+    out, err = capsys.readouterr()
+    assert out == "" and "\rtrain: tokenizing: 50%, 0:20 so far, 0:20 left" in err and max(map(len, err.split("\r"))) < 50
+    assert "\n" not in err and not err.split("\r")[-2].strip() and err.endswith("\r")
+
+
+def test_long_loading_is_one_output_of_a_cell_with_foreign_text_escaped(moment, shown, monkeypatch):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "notebook")
+    watch(moment, 40, "<b>a</b>\x1b[31m/train: reading")
+    texts = [bundle["text/plain"] for bundle in shown.bundles]
+    assert len(texts) == 38 and texts[-1].endswith("train: reading: 0:40") and "&lt;b&gt;" in shown.bundles[0]["text/html"]
+
+
+def test_loading_can_be_quiet(moment, shown, capsys, monkeypatch):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "off")
+    watch(moment, 40)
+    assert capsys.readouterr() == ("", "") and not shown.bundles
+
+
+def test_loading_tells_its_progress_and_can_be_interrupted(tokenizer, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("FULLTUNE_PROGRESS", "plain")
+    monkeypatch.setattr(module, "LOADING_SECONDS", 0.0)
+    monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
+    (tmp_path / "train.jsonl").write_text('{"text": "the quick brown fox"}\n' * 5000)
+    ft.load_data(tmp_path, tokenizer)
+    out = capsys.readouterr().out
+    assert "train: reading: 82%" in out and re.search(r"train: tokenizing: 51%, 0:00 so far, 0:00 left", out)
+
+    def interrupt(self, done):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.LoadingProgress, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ft.load_data(tmp_path, tokenizer)
