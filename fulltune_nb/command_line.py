@@ -1,6 +1,6 @@
 """What the command modules share: argument parsing and exit codes.
 
-Exit codes: 0 done, 1 the work failed on the way, 2 bad input, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 the work failed on the way, 2 bad input, 130 interrupted, 143 terminated, 129 hung up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from fulltune_nb.errors import IN_LOADING, FulltuneError, TrainingError, device_errors, nearest
 from fulltune_nb.settings import as_typed
+from fulltune_nb.training.signals import ENDING, leave_closed_outputs
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,20 +96,22 @@ def run(work: Callable[[], int]) -> int:
 
 @contextmanager
 def termination_exits() -> Iterator[None]:
-    """Within the block SIGTERM raises SystemExit with the exit code that shells give it, so that what is open can be closed."""
+    """Within the block SIGTERM and SIGHUP raise SystemExit with the exit code that shells give them, so that what is open can be closed."""
 
     def leave(number: int, frame: Any) -> NoReturn:
+        if number == signal.SIGHUP:
+            leave_closed_outputs()
         raise SystemExit(128 + number)
 
     on_main_thread = threading.current_thread() is threading.main_thread()
-    if not on_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
+    taken = [number for number in ENDING if on_main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def start(main: Callable[[], int]) -> NoReturn:

@@ -76,6 +76,29 @@ def _unfinished(place: Path, stem: str, suffix: str, is_folder: bool = False) ->
         _remove(path)
 
 
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Within the block the file is locked, made if need be; False where another process, or thread, has it. It ends with the process.
+
+    Where the file system has no locks, it is True.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        ours = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            ours = False
+        except OSError:
+            pass
+        yield ours
+    finally:
+        os.close(descriptor)
+
+
 def _remove_unless_held(path: Path) -> None:
     with suppress(OSError):  # somebody else's, or gone
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)

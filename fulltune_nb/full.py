@@ -293,7 +293,7 @@ def train(settings: Settings) -> Trainer:
     trainer = resumed_trainer(settings) if settings.options.resume else new_trainer(settings)
     try:
         trainer.run(callbacks=[SaveModelFile(settings.model_file)])
-    except SystemExit:  # SIGTERM: the run has paused at a whole step, like at an interrupt
+    except SystemExit:  # SIGTERM or SIGHUP: the run has paused at a whole step, like at an interrupt
         save_and_tell(settings, trainer)
         raise
     save_and_tell(settings, trainer)

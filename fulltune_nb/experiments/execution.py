@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fulltune_nb.errors import ConfigError, FulltuneError, TrainingError
 from fulltune_nb.files import write_text
 
 REQUEST, OUTCOME = "request.json", "outcome.json"
+_SECONDS_TO_SAVE = 60  # that a kernel has from SIGTERM on
 _STARTS = 3  # attempts to start a kernel; no cell has run by the time one fails
 _NOT_STARTED = "Kernel died before replying to kernel_info"
 
@@ -166,5 +171,19 @@ def main(folder: Path) -> int:
     return 0 if outcome["status"] == "done" else 1
 
 
+def end_with_the_sweep() -> None:
+    """Waits until standard input is closed, by the sweep or because that is gone; then the run pauses and is saved, and all end."""
+    os.read(0, 1)
+    below = psutil.Process().children(recursive=True)
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(below, _SECONDS_TO_SAVE)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_with_the_sweep, daemon=True).start()
     sys.exit(main(Path(sys.argv[1])))

@@ -127,6 +127,8 @@ class Run:
     def begin(self, notebook: Path, notebook_sha256: str, known: list[str], date: str, temporary: Path | None = None) -> subprocess.Popen:
         """Starts a process that executes the notebook in a kernel of its own; both write into a new attempt's folder.
 
+        It ends when its standard input is closed, so also with this process, whatever that ends by.
+
         Args:
             notebook: the file.
             notebook_sha256: of its content.
@@ -150,7 +152,8 @@ class Run:
             environment["TMPDIR"] = str(temporary)
         with (attempt / "log.txt").open("wb") as log:
             command = [sys.executable, "-m", "fulltune_nb.experiments.execution", str(attempt)]
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            own = {"start_new_session": True}  # a terminal's signals reach the sweep, which ends its runs
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, **own)
 
     def finish(self, code: int, started: float) -> None:
         """Takes in how the process ended; `started` is the time by `time.monotonic`."""

@@ -7,19 +7,21 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.files import write_text
+from fulltune_nb.files import held, write_text
 
 if TYPE_CHECKING:
     from fulltune_nb.experiments.runs import Run, Sweep
 
+LOCK = "sweep.lock"
+"""In the folder of a sweep; locked while it is under way."""
 _REDRAW_SECONDS = 1.0
 
 
@@ -48,7 +50,8 @@ def sweep(
         The runs, sorted by test loss.
 
     Raises:
-        ConfigError: the notebook, the parameters (an unknown name, say) or `jobs` cannot be used; nothing was run then.
+        ConfigError: the notebook, the parameters (an unknown name, say) or `jobs` cannot be used, or another sweep is under way in
+            `out_dir`; nothing was run then.
     """
     from fulltune_nb.experiments.parameters import check_names, folder_name, label, parameter_names, points_of, varied
     from fulltune_nb.experiments.runs import Run, Sweep
@@ -60,20 +63,30 @@ def sweep(
     check_names(points, known, notebook)
     names = varied(points)
     runs = [Run(point, out_dir / folder_name(point), label(point, names)) for point in points]
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"sweep: out_dir {out_dir} cannot be made: {error}.") from error
-    for run in runs:
-        run.recall()
     sha256 = hashlib.sha256(notebook.read_bytes()).hexdigest()
-    progress = progress_of(runs)
-    _run_all([run for run in runs if run.status != "done"], notebook, sha256, known, jobs, stop_on_failure, progress, _first_day(out_dir))
+    with _own(out_dir):
+        for run in runs:
+            run.recall()
+        progress, waiting = progress_of(runs), [run for run in runs if run.status != "done"]
+        _run_all(waiting, notebook, sha256, known, jobs, stop_on_failure, progress, _first_day(out_dir))
     stale = sum(run.status == "done" and run.notebook_sha256 != sha256 for run in runs)
     notes = [f"{stale} runs were done with another version of the notebook; a new out_dir repeats them."] if stale else []
     result = Sweep(runs, out_dir, notes)
     progress.end(result)
     return result
+
+
+@contextmanager
+def _own(out_dir: Path) -> Iterator[None]:
+    """Within the block no other sweep writes into the folder, which is made if need be."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with held(out_dir / LOCK) as ours:
+            if not ours:
+                raise ConfigError(f"sweep: another sweep is under way in out_dir {out_dir}. Wait for its end, or give another out_dir.")
+            yield
+    except OSError as error:
+        raise ConfigError(f"sweep: out_dir {out_dir} cannot be written to: {error}.") from error
 
 
 def _find(notebook: Path) -> Path:
@@ -108,7 +121,7 @@ def _run_all(
         process = run.begin(notebook, sha256, known, date, own)
         while process.poll() is None:
             if stopping.wait(0.05):
-                process.terminate()  # its kernel ends itself when its parent is gone
+                process.stdin.close()  # by which it notices; the run in its kernel pauses and is saved
                 process.wait()
         run.finish(process.returncode, started)
         if stopping.is_set() and run.status == "failed":

@@ -329,7 +329,7 @@ class TrainLoop(Background):
         except Exception as error:
             self.error = error
         self.tell_change()
-        self._termination.leave()  # last: SIGTERM, if it has arrived, takes effect
+        self._termination.leave()  # last: SIGTERM or SIGHUP, if one has arrived, takes effect
 
     def step(self, n: int = 1) -> StepReport | None:
         """Takes `n` steps here and now, with evaluations and checkpoints when due; returns the last report, None when done.

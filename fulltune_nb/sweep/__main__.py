@@ -1,6 +1,6 @@
 """`python -m fulltune_nb.sweep sweep.yaml`: runs a notebook with many parameters.
 
-Exit codes: 0 all runs are done, 1 some failed, 2 bad input, 130 interrupted.
+Exit codes: 0 all runs are done, 1 some failed, 2 bad input, 130 interrupted, 143 terminated, 129 hung up.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.command_line import Parser, run, start
+from fulltune_nb.command_line import Parser, run, start, termination_exits
 from fulltune_nb.errors import ConfigError, nearest
 from fulltune_nb.experiments.sweep import sweep
 from fulltune_nb.files import write_text
@@ -93,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         settings = read_sweep(Path(arguments.file).expanduser())
         given = {name: getattr(arguments, name) for name in ("jobs", "out_dir") if getattr(arguments, name) is not None}
-        result = sweep(**{**settings, **given})
+        with termination_exits():
+            result = sweep(**{**settings, **given})
         print(f"page: {write_page(result)}")
         return 0 if len(result.done) == len(result) else 1
 

@@ -1,17 +1,22 @@
 """Signals that end a run: held back until the step they arrive in is whole.
 
 SIGINT (Ctrl-C, the notebook's stop button) pauses a run at the end of the step; a second one stops at once. SIGTERM, which
-schedulers send before they kill, pauses and saves like the first SIGINT, and is then passed on to whoever was to get it.
+schedulers send before they kill, and SIGHUP, which comes when a connection drops, pause and save like the first SIGINT, and are then passed
+on to whoever was to get them.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""They end a process that does not handle them."""
 
 
 class StoppedAtOnce(KeyboardInterrupt):
@@ -30,6 +35,7 @@ class _Deferral:
         self.arrived = True
 
 
+_OTHERS_END = 50  # milliseconds in which other processes that got the same SIGHUP, such as tee, have ended
 _block: _Deferral | None = None  # of the outermost block that is under way on the main thread
 
 
@@ -38,7 +44,7 @@ def interrupts_deferred() -> Iterator[None]:
     """Raises KeyboardInterrupt at the block's end when SIGINT arrived inside; a second SIGINT raises `StoppedAtOnce` at once.
 
     Of blocks within each other the outermost raises. Only the main thread gets signals; elsewhere this does nothing, and where
-    somebody has turned SIGINT off, only SIGTERM counts.
+    somebody has turned SIGINT off, only those of `ENDING` count.
     """
     global _block
     if threading.current_thread() is not threading.main_thread() or _block is not None:
@@ -60,33 +66,34 @@ def interrupts_deferred() -> Iterator[None]:
 
 
 class Termination:
-    """SIGTERM while a run goes on: pauses it, and is passed on when the run has been saved.
+    """SIGTERM or SIGHUP while a run goes on: pauses it, and is passed on when the run has been saved.
 
     Args:
-        on_arrival: called when it arrives outside a block of `interrupts_deferred`; raises KeyboardInterrupt where left out.
+        on_arrival: called when one arrives outside a block of `interrupts_deferred`; raises KeyboardInterrupt where left out.
 
     Attributes:
-        arrived: whether it has.
+        arrived: the first that has, or None.
     """
 
     def __init__(self, on_arrival: Callable[[], Any] | None = None):
-        self.arrived = False
+        self.arrived: int | None = None
         self._on_arrival = on_arrival
-        self._previous: Any = None
-        self._watching = False
+        self._previous: dict[int, Any] = {}
 
     def watch(self) -> None:
-        """Takes SIGTERM over, unless it is already, or turned off. Only the main thread can; elsewhere nothing happens."""
-        if self._watching or threading.current_thread() is not threading.main_thread():
+        """Takes those over that are not yet, nor turned off (as by nohup). Only the main thread can; elsewhere nothing happens."""
+        if self._previous or threading.current_thread() is not threading.main_thread():
             return
-        previous = signal.getsignal(signal.SIGTERM)
-        if previous in (None, signal.SIG_IGN) or isinstance(previous, Termination):
-            return
-        self.arrived, self._previous, self._watching = False, previous, True
-        signal.signal(signal.SIGTERM, self)
+        self.arrived = None
+        for number in ENDING:
+            previous = signal.getsignal(number)
+            if previous not in (None, signal.SIG_IGN) and not isinstance(previous, Termination):
+                self._previous[number] = signal.signal(number, self)
 
     def __call__(self, number: int, frame: object) -> None:
-        again, self.arrived = self.arrived, True
+        again, self.arrived = self.arrived is not None, self.arrived or number
+        if number == signal.SIGHUP:
+            leave_closed_outputs()
         if self._on_arrival is not None:
             self._on_arrival()
         elif again:
@@ -97,18 +104,29 @@ class Termination:
             raise KeyboardInterrupt
 
     def leave(self) -> None:
-        """Puts back the handler from before, and has it called if SIGTERM has arrived: usually this ends the process."""
-        if not self._watching:
+        """Puts back the handlers from before, and has that of the signal called that has arrived: usually this ends the process."""
+        if not self._previous:
             return
-        self._watching = False
-        signal.signal(signal.SIGTERM, self._previous)
+        while self._previous:
+            signal.signal(*self._previous.popitem())
         if self.arrived:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.arrived)
+
+
+def leave_closed_outputs() -> None:
+    """Has standard output and error go nowhere where whoever read them is gone: printing there would end the run before it is saved."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, 0)  # told are errors only
+    for descriptor, _ in outputs.poll(_OTHERS_END):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
 
 
 @contextmanager
 def termination_pauses() -> Iterator[Termination]:
-    """Within the block, SIGTERM raises KeyboardInterrupt at the end of the step; when the block has ended, it is passed on."""
+    """Within the block, SIGTERM and SIGHUP raise KeyboardInterrupt at the end of the step; when it has ended, they are passed on."""
     termination = Termination()
     termination.watch()
     try:

@@ -446,8 +446,8 @@ class Trainer:
         """Trains to the end of the run, or `n` more steps; returns at once when the run is done.
 
         An interrupt (Ctrl-C, the notebook's stop button) pauses at the end of the step and saves: `interrupted` is True then, and
-        `run()` goes on from there. A second one stops at once: then the last checkpoint is what is whole. SIGTERM pauses and
-        saves too, before it takes effect.
+        `run()` goes on from there. A second one stops at once: then the last checkpoint is what is whole. SIGTERM and SIGHUP
+        (a dropped connection) pause and save too, before they take effect.
 
         Args:
             n: steps; None for all that are left.

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 import fulltune_nb as ft
@@ -178,6 +179,34 @@ def test_an_interrupt_ends_what_is_running_and_the_next_call_begins_it_anew(tmp_
     process.communicate(timeout=30)
     state = json.loads(next((tmp_path / "out").glob("x=1*/state.json")).read_text())
     assert state["status"] == "failed" and state["reason"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.ci)])
+def test_a_sweep_that_ends_has_its_runs_saved_and_takes_them_with_it(tmp_path, number):
+    code = """
+import os, pathlib, psutil, signal, time
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(run_dir + ".saved").touch(), os._exit(0)))
+pathlib.Path(run_dir + ".pids").write_text(f"{os.getpid()} {os.getppid()}")
+time.sleep(60)
+"""
+    notebook = notebook_of(tmp_path / "n.ipynb", code)
+    (tmp_path / "sweep.yaml").write_text(f"notebook: {notebook}\nout_dir: {tmp_path}/out\ngrid: {{x: [1, 2]}}\n")
+    process = subprocess.Popen([sys.executable, "-m", "fulltune_nb.sweep", str(tmp_path / "sweep.yaml")], stdout=subprocess.DEVNULL)
+    wait_for(lambda: list((tmp_path / "out").glob("x=1*/1/run.pids")))
+    pids = [int(pid) for pid in next((tmp_path / "out").glob("x=1*/1/run.pids")).read_text().split()]
+    with pytest.raises(ft.ConfigError, match="another sweep is under way in out_dir"):
+        ft.sweep(notebook, {"x": [3]}, tmp_path / "out")
+    process.send_signal(number)
+    assert process.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert list((tmp_path / "out").glob("x=1*/1/run.saved")) and not list((tmp_path / "out").glob("x=2*/1"))
+
+
+def wait_for(what, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

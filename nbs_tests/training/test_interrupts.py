@@ -1,9 +1,15 @@
 """Signals during a run: it ends at a whole step, saved; a second one stops at once and leaves what is on the disk whole."""
 
+import contextlib
+import fcntl
+import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +17,9 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import TrainingError
-from fulltune_nb.training.signals import StoppedAtOnce, Termination, interrupts_deferred
+from fulltune_nb.training.signals import ENDING, StoppedAtOnce, Termination, interrupts_deferred
 from fulltune_nb.training.state import list_checkpoints, read_state
+from nbs_tests.training.conftest import make_rows
 from nbs_tests.training.test_resuming import MASKED
 from nbs_tests.training.test_trainer import weights_of
 
@@ -31,19 +38,24 @@ class AtStep:
 
 @pytest.fixture
 def terminations():
-    """Where SIGTERM goes when a run has let go of it."""
+    """Where SIGTERM and SIGHUP go when a run has let go of them."""
     arrived = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    before = {number: signal.signal(number, lambda number, frame: arrived.append(number)) for number in ENDING}
     yield arrived
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def newest(run_dir):
     return list_checkpoints(run_dir / "checkpoints")[-1].name
 
 
-@pytest.mark.parametrize("sigint", [signal.default_int_handler, signal.SIG_IGN], ids=["SIGINT heard", "SIGINT turned off"])
-def test_sigterm_ends_the_run_at_a_whole_step_saves_and_is_passed_on(make_trainer, make_data, tmp_path, terminations, sigint):
+@pytest.mark.parametrize(
+    ("number", "sigint"),
+    [(signal.SIGTERM, signal.default_int_handler), (signal.SIGTERM, signal.SIG_IGN), (signal.SIGHUP, signal.default_int_handler)],
+    ids=["SIGTERM", "SIGTERM, SIGINT turned off", "SIGHUP"],
+)
+def test_a_signal_that_ends_processes_ends_the_run_at_a_whole_step_saved(make_trainer, make_data, tmp_path, terminations, number, sigint):
     straight, trainer = make_trainer(), make_trainer(run_dir=tmp_path / "run")
     straight.run()
     at_save, before = [], signal.signal(signal.SIGINT, sigint)
@@ -53,24 +65,25 @@ def test_sigterm_ends_the_run_at_a_whole_step_saves_and_is_passed_on(make_traine
             at_save.append((path.name, list(terminations)))
 
     try:
-        trainer.run(callbacks=[AtStep(3, signal.SIGTERM, signal.SIGTERM), Saved()])
+        trainer.run(callbacks=[AtStep(3, number, number), Saved()])
     finally:
         signal.signal(signal.SIGINT, before)
     assert trainer.interrupted and trainer.step_count == 3 and newest(tmp_path / "run") == "step-000003"
-    assert at_save[-1] == ("step-000003", []) and terminations == [signal.SIGTERM]  # only when it is saved
+    assert at_save[-1] == ("step-000003", []) and terminations == [number]  # only when it is saved
     resumed = ft.Trainer.resume(tmp_path / "run", data=make_data(10, **MASKED))
     resumed.run()
     assert [r.loss for r in resumed.history.steps] == [r.loss for r in straight.history.steps]
 
 
-def test_sigterm_that_somebody_has_turned_off_stays_off(make_trainer):
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_that_somebody_has_turned_off_stays_off(make_trainer, number):
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does with SIGHUP
     try:
         trainer = make_trainer()
-        trainer.run(callbacks=[AtStep(3, signal.SIGTERM)])
-        assert trainer.done and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        trainer.run(callbacks=[AtStep(3, number)])
+        assert trainer.done and signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def test_a_second_sigint_stops_at_once_and_a_broken_step_is_never_saved(make_trainer, make_data, tmp_path):
@@ -149,27 +162,48 @@ def test_an_interrupt_between_deferral_and_its_end_is_not_lost():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_the_command_saves_the_model_file_too_at_sigterm(make_lm, tmp_path):
-    import json
-
-    from nbs_tests.training.conftest import make_rows
-
+@pytest.mark.parametrize("number", ENDING)
+def test_the_command_saves_the_model_file_too_when_it_is_ended(make_lm, tmp_path, number):
     base = make_lm().save(tmp_path / "base")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(10)))
     command = [sys.executable, "-m", "fulltune_nb.full", "--train", "--model", str(base), "--data", "data", "--iters", "1000000"]
     command += ["--run-dir", "run", "--steps-per-report", "1"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FULLTUNE_PROGRESS": "plain"}
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
-        seen = ""
-        while "step 3/" not in seen and process.poll() is None:
-            seen += process.stdout.read(1)
-        process.send_signal(signal.SIGTERM)
-        rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, rest
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, preexec_fn=partial(take_terminal, theirs)
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while b"step 3/" not in seen and process.poll() is None:
+            seen += os.read(ours, 1000)
+        if number == signal.SIGHUP:
+            os.close(ours)  # the connection drops: the system sends SIGHUP, and what is printed from then on is an error
+            rest = "--resume goes on from here"
+        else:
+            process.send_signal(number)
+            rest = read_to_end(ours)
+        process.wait(60)
+    assert process.returncode == 128 + number, rest
     assert "--resume goes on from here" in rest and (tmp_path / "model.npz").exists()
     newest_folder = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert read_state(newest_folder)["step"] >= 3
+
+
+def take_terminal(descriptor):
+    """Makes it the terminal of a session of this process."""
+    os.setsid()
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+
+
+def read_to_end(terminal):
+    parts = []
+    with contextlib.suppress(OSError):  # Linux's way to say that nobody writes there any more
+        while part := os.read(terminal, 1000):
+            parts.append(part)
+    os.close(terminal)
+    return b"".join(parts).decode()
 
 
 def run_script(name, *arguments):
