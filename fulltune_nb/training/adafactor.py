@@ -9,7 +9,7 @@ A stack of matrices (E, R, C), as of experts, is E parameters, each with means a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -118,7 +118,7 @@ class Adafactor(Rule):
         found = super().pieces([tensor for tensor in tensors if tensor.array.ndim < 2], scalars)
         for tensor in (tensor for tensor in tensors if tensor.array.ndim >= 2):
             for own in self._cut(tensor, scalars):
-                self._observe_whole(own)
+                self._check_observed(own)
                 found += own
         return found
 
@@ -135,6 +135,15 @@ class Adafactor(Rule):
         row_weights, column_weights = matrix.weights(piece.rows)
         weights = row_weights[:, None] * column_weights
         return self._descended(piece.weight, piece.gradient, weights, moment, matrix.rate, matrix.factor, piece.scalars)
+
+    def update(self, pieces: Sequence[Piece], before: Callable[[list[Piece]], None], after: Callable[[list[Piece]], None]) -> None:
+        def observed(batch: list[Piece]) -> None:
+            for piece in batch:
+                if piece.rows is not None:
+                    self._observe_rest(piece)
+            before(batch)
+
+        super().update(pieces, observed, after)
 
     def update_batch(self, batch: Sequence[Piece]) -> None:
         for piece in batch:
@@ -167,34 +176,39 @@ class Adafactor(Rule):
 
     # -- the passes -----------------------------------------------------------------------------------------------
 
-    def _observe_whole(self, pieces: Sequence[Piece]) -> None:
-        """The passes over a matrix that are left, where these pieces are all of it."""
-        step, tensor, rows = pieces[0].scalars, pieces[0].tensor, slice(pieces[0].rows.start, pieces[-1].rows.stop)
-        matrix = step.matrix(tensor, rows)
-        if matrix.seen == 0 and rows.stop - rows.start == tensor.array.shape[-2]:
-            while matrix.passes < self.passes:
-                for piece in pieces:
-                    self._observe(piece)
-        if matrix.passes < self.passes:
+    def _check_observed(self, pieces: Sequence[Piece]) -> None:
+        """Refuses pieces of a matrix that are not all of it, unless all rows were observed before."""
+        tensor, rows = pieces[0].tensor, slice(pieces[0].rows.start, pieces[-1].rows.stop)
+        matrix = pieces[0].scalars.matrix(tensor, rows)
+        is_whole = matrix.seen == 0 and rows.stop - rows.start == tensor.array.shape[-2]
+        if matrix.passes < self.passes and not is_whole:
             raise TrainingError(
                 f"rows of {tensor.name}: adafactor has to observe the gradients of all rows, {self.passes} times, before some can be"
                 " updated. Call observe(...) for all of them first, or give the whole gradient."
             )
 
+    def _observe_rest(self, piece: Piece) -> None:
+        """The passes that are left over the matrix that a piece is of."""
+        matrix, (*_, rows, columns) = piece.scalars.matrix(piece.tensor, piece.rows), piece.shape
+        while matrix.passes < self.passes:
+            for part in cut(slice(matrix.first_row, matrix.first_row + rows), columns):
+                self._observe(Piece(piece.tensor, part, self, piece.scalars))
+
     def _observe(self, piece: Piece) -> None:
         """Takes in some rows: each once in a pass, in any order."""
         matrix, g, (*_, rows, columns) = piece.scalars.matrix(piece.tensor, piece.rows), piece.gradient, piece.shape
         first, squares = piece.rows.start, _squares(g, mx.array(piece.scalars.scale))
+        wait = evaluate if g.shape[0] == rows else mx.eval  # else a GPU would hold the squares of many pieces
         if matrix.passes == 0:
             matrix.row_sums[first] = squares.sum(axis=1)
             matrix.column_sums = matrix.column_sums + squares.sum(axis=0)
             if self.scale_parameter:
                 matrix.parameter_squares[first] = mx.square(piece.weight.astype(mx.float32)).sum(axis=1)
-            evaluate(matrix.row_sums[first], matrix.column_sums, matrix.parameter_squares)
+            wait(matrix.row_sums[first], matrix.column_sums, matrix.parameter_squares)
         else:
             row_weights, column_weights = matrix.weights(piece.rows)
             matrix.update_squares[first] = (squares * mx.square(column_weights)).sum(axis=1) * mx.square(row_weights)
-            evaluate(matrix.update_squares[first])
+            wait(matrix.update_squares[first])
         matrix.seen += g.shape[0]
         if matrix.seen > rows:
             raise TrainingError(f"{matrix.seen} rows of a matrix with {rows} were observed in one pass: each must come once.")

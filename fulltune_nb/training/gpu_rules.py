@@ -17,12 +17,14 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.training import rules
-from fulltune_nb.training.rules import SGD, Adam, Lion, Piece, Rule, Shape, Slot, State, Tensor, piece_size
+from fulltune_nb.training.rules import SGD, Adam, Lion, Piece, Rule, Shape, Slot, State, Tensor, at_a_time
 
 
 class WholeTensors(Rule):
     """Beside a rule by rows: nothing is cut. Of the tensors that are updated together only what two kernels read needs more memory,
     and in bfloat16 the float32 parameter with what it is rounded to."""
+
+    two_at_a_time = False  # what they need is little, and the host is to wait for nothing
 
     def read_twice(self, decayed: bool) -> int:
         """Bytes of an element of what two kernels read, in float32. `decayed`: the gradient is, by the parameter."""
@@ -36,8 +38,7 @@ class WholeTensors(Rule):
         ]
 
     def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
-        scalars, sizes = self.begin(1, 0.0, weight_decay, 1.0), [math.prod(shape) for shape in shapes]
-        most = min(sum(sizes), max(*sizes, piece_size()))
+        scalars, most = self.begin(1, 0.0, weight_decay, 1.0), at_a_time([math.prod(shape) for shape in shapes], whole=True)
         return (self.read_twice(scalars.get("l2") is not None) + 6 * (dtype != mx.float32)) * most
 
 

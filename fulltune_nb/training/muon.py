@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers
 
-from fulltune_nb.cpu import num_streams
-from fulltune_nb.training.rules import Rule, Shape, Slot, State, piece_size, scalars_of
+from fulltune_nb.cpu import on_cpu
+from fulltune_nb.training.rules import Rule, Shape, Slot, State, at_a_time, scalars_of
 
 
 class Muon(Rule):
@@ -43,5 +43,6 @@ class Muon(Rule):
         return mx.stack([p for p, _ in matrices]), {"v": mx.stack([state["v"] for _, state in matrices])}
 
     def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
-        sizes = [math.prod(shape) for shape in shapes]
-        return 8 * min(sum(sizes), max(*sizes, piece_size() * num_streams()))
+        # A GPU is sent all of the iteration at once, and what is computed on the way is there until it has computed it.
+        of_element = 8 if on_cpu() else 24 + 12 * self.optimizer.ns_steps + 10 * (dtype != mx.float32)
+        return of_element * at_a_time([math.prod(shape) for shape in shapes], whole=True)

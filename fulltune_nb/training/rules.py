@@ -192,9 +192,14 @@ def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def at_a_time(sizes: Sequence[int]) -> int:
-    """Elements, at most, that are updated together of tensors of these sizes which are worked on in pieces."""
-    return min(sum(sizes), piece_size() * num_streams())
+def at_a_time(sizes: Sequence[int], whole: bool = False) -> int:
+    """Elements, at most, that are updated together of tensors of these sizes: those of a batch, and on a GPU of two.
+
+    `whole`: the tensors are not worked on in pieces.
+    """
+    batch = piece_size() * num_streams()
+    batch = max(*sizes, batch) if whole else batch
+    return min(sum(sizes), batch if on_cpu() else 2 * batch)
 
 
 class Rule(ABC):
@@ -208,6 +213,8 @@ class Rule(ABC):
     change: Callable[[mx.array, mx.array, State, Scalars], mx.array] | None = None
     """p, g, state, scalars -> what `apply` adds to a float32 p, before any rounding; float32, lazy. Any rows of the tensors will do.
     None: only the difference of float32 numbers is known."""
+    two_at_a_time = True
+    """The host waits for a batch when the next one is sent, so that what a GPU computes on the way is of two at most."""
     temporary_bytes = (0, 0)
     """Of an element that is worked on, for float32 and for bfloat16 parameters: arrays on the way to the new ones, as measured."""
 
@@ -245,10 +252,14 @@ class Rule(ABC):
 
     def update(self, pieces: Sequence[Piece], before: Callable[[list[Piece]], None], after: Callable[[list[Piece]], None]) -> None:
         """Update parameters and state, by `evaluate`. `before` and `after` are told of the pieces that are updated together."""
+        sent: list[Piece] = []
         for batch in batches(pieces):
             before(batch)
             self.update_batch(batch)
             after(batch)
+            if sent and self.two_at_a_time:
+                mx.eval([piece.tensor.array for piece in sent])
+            sent = batch
 
     def update_batch(self, batch: Sequence[Piece]) -> None:
         """Update some pieces at the same time, by MLX."""
@@ -262,17 +273,19 @@ class Rule(ABC):
         arrays = batch[0].tensor.rounding.round_all([results.pop(0)[0] for _ in batch], places, streams)
         whole, parts = [], []
         for piece, array, state in zip(batch, arrays, states, strict=True):
-            if piece.rows is None:
+            if piece.size == piece.tensor.array.size:
                 # Model and state take the new arrays before anything is evaluated: only their graph then holds the old ones, so that
                 # evaluation may write into these.
-                piece.tensor.holder[piece.tensor.key] = array
-                piece.tensor.state.update(state)
+                piece.tensor.holder[piece.tensor.key] = array.reshape(piece.shape)
+                piece.tensor.state.update({slot: new.reshape(piece.tensor.state[slot].shape) for slot, new in state.items()})
                 whole.append(piece.tensor)
             else:
                 parts.append((piece, array, state))
         # The parameters first: Lion's new one reads the old moment, whose memory is free only after that.
         evaluate([tensor.array for tensor in whole], [new for _, new, _ in parts])
         evaluate([tensor.state for tensor in whole], [state for *_, state in parts])
+        if parts:  # a GPU would copy a tensor, of which it has yet to read rows, to change some
+            mx.eval([(new, state) for _, new, state in parts])
         for piece, new, state in parts:
             tensor, rank = piece.tensor, piece.tensor.array.ndim
             tensor.holder[tensor.key] = put(tensor.array, rank, piece.rows, new)
@@ -282,14 +295,15 @@ class Rule(ABC):
     def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
         """Bytes that an update of tensors in this dtype needs besides parameters, gradients and state, at most.
 
-        None in place. Else the new parameters of all pieces of a batch, and some float32 arrays for a piece on each stream.
+        None in place. Else the new parameters of all pieces of a batch, and some float32 arrays for a piece on each stream; on a GPU,
+        which is sent all at once, for all pieces.
         """
         dtypes = {dtype, *(slot.dtype for shape in shapes for slot in self.slots(shape).values())}
         if dtypes == {mx.float32} and self.in_place(self.begin(1, 0.0, weight_decay, 1.0)):
             return 0
         piece, streams, sizes = piece_size(), num_streams(), [math.prod(shape) for shape in shapes]
         pieces = (min(piece, size - begin) for size in sizes for begin in range(0, size, piece)[:streams])
-        in_work = sum(sorted(pieces, reverse=True)[:streams])
+        in_work = sum(sorted(pieces, reverse=True)[:streams]) if on_cpu() else at_a_time(sizes)
         return 2 * at_a_time(sizes) + self.temporary_bytes[dtype != mx.float32] * in_work
 
     def result(self, piece: Piece) -> tuple[mx.array, State]:

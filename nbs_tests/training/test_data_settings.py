@@ -49,7 +49,7 @@ def test_load_data_reads_a_config_and_fills_what_that_leaves_out(make_data):
 
 def test_preflight_plans_for_the_rows_as_they_were_cut(make_lm, make_data):
     packed = ft.TrainConfig(packing=True)
-    assert ft.preflight(make_lm(), make_data(max_seq_length=16), packed).peak < ft.preflight(make_lm(), make_data(), packed).peak
+    assert ft.preflight(make_lm(), make_data(60, max_seq_length=16), packed).peak < ft.preflight(make_lm(), make_data(60), packed).peak
     rows_of_2048 = ft.preflight(make_lm(), None, ft.TrainConfig()).peak
     assert rows_of_2048 == ft.preflight(make_lm(), None, ft.TrainConfig(max_seq_length=2048)).peak
 

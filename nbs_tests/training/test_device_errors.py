@@ -82,7 +82,7 @@ def test_a_step_names_the_last_checkpoint_and_changes_nothing(make_trainer, tmp_
     trainer = make_trainer(run_dir=tmp_path / "run", save_every=2)
     trainer.run(3)
     with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match=r"The last checkpoint is .*run/checkpoints/step-000002\."):
-        patch.setattr(trainer.engine, "gradients", fails(MEMORY[0]))
+        patch.setattr(trainer.engine, "gradients", fails(MEMORY[1]))
         trainer.step()
     assert trainer.state == "failed" and trainer.lm.torn is None
     trainer.run()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from fulltune_nb.training.config import optimizer_settings
-from fulltune_nb.training.eight_bit import ROOT_CODE, SIGNED_CODE, EightBit, block_size
+from fulltune_nb.training.eight_bit import ROOT_CODE, SIGNED_CODE, block_size
 from fulltune_nb.training.optimizers import make_rule
 
 
@@ -67,7 +67,7 @@ def test_a_block_divides_a_row(columns, block):
 
 
 def test_small_tensors_vectors_and_rows_without_a_block_keep_float32():
-    rule = EightBit(make_rule("adamw", optimizer_settings("adamw", {})))
+    rule = make_rule("adamw8bit", optimizer_settings("adamw8bit", {}))
     assert rule.slots((64, 256))["m"].dtype == mx.uint8 and rule.slots((64, 256))["v_scale"].shape == (64, 1)
     assert rule.slots((4, 16, 512))["m_scale"].shape == (4, 16, 2)
     for shape in ((100_000,), (15, 256), (8192, 257)):

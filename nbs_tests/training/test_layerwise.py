@@ -8,6 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
+from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import TornStepError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
@@ -105,7 +106,10 @@ def test_every_setting_means_the_same(settings, make_lm, make_data, ranges):
 
 @pytest.mark.parametrize("part", ["*", "*.experts.*", "*.experts.1.w2.*", "*.gate.*", "post_attention*", "self_attn.*"])
 def test_a_lowest_trained_block_with_experts_gives_no_gradient_to_its_input(part, make_lm, make_data, monkeypatch):
-    """Nothing below it is trained; whichever part of it is, the weights are those of the whole graph."""
+    """Nothing below it is trained; whichever part of it is, the weights are those of the whole graph.
+
+    A CPU goes through its experts one by one.
+    """
     works = []
 
     def remember(block, name, work, to_input):
@@ -123,7 +127,7 @@ def test_a_lowest_trained_block_with_experts_gives_no_gradient_to_its_input(part
     (expected, reference), (losses, after) = results
     assert losses == pytest.approx(expected, rel=1e-5)
     assert max(relative(after[name], reference[name]) for name in reference) < 2e-5
-    assert {(name, to_input) for name, to_input, _ in works} == {("layers.1", False)}
+    assert {(name, to_input) for name, to_input, _ in works} == ({("layers.1", False)} if on_cpu() else set())
     assert all(one.cotangent is None for _, _, work in works for one in work)
 
 

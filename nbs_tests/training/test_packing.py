@@ -10,7 +10,9 @@ from mlx.utils import tree_flatten
 
 import fulltune_nb as ft
 from fulltune_nb.data import Example, Split, StepBatches, collate
+from fulltune_nb.data.batches import padded_to
 from fulltune_nb.data.settings import DataSettings
+from fulltune_nb.device import length_multiple
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.layers import causal_mask, within_segments
@@ -231,14 +233,18 @@ def test_preflight_counts_the_widest_packed_row(monkeypatch):
     lm = SimpleNamespace(model=Decoder(config), config=config, dtype="float32", tokenizer=None)
     split = random_split(config.vocab_size, [40, 30, 30, 20, 10, 10])
     data = SimpleNamespace(train=split, splits={"train": split}, settings=DataSettings())
+
+    def width(tokens):
+        return padded_to(tokens, length_multiple())
+
     # 40 + 20, 30 + 30, 10 + 10: widths 58, 58 and 18
     words = preflight(lm, data, ft.TrainConfig(packing=True, batch_size=8, max_seq_length=60)).workload
-    assert words.startswith("3 packed rows of 58 tokens in a micro-batch")
+    assert words.startswith(f"3 packed rows of {width(58)} tokens in a micro-batch")
     words = preflight(lm, data, ft.TrainConfig(packing=True, batch_size=1, max_seq_length=200)).workload
-    assert words.startswith("1 packed row of 134 tokens")
+    assert words.startswith(f"1 packed row of {width(134)} tokens")
     # Shorter rows, which advice may try, cut the examples: 25 + 10, 25 + 10, 25 + ..., never more than 35 tokens.
     words = preflight(lm, data, ft.TrainConfig(packing=True, batch_size=1, max_seq_length=35)).workload
-    assert words.startswith("1 packed row of 34 tokens")
+    assert words.startswith(f"1 packed row of {width(34)} tokens")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

