@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from fulltune_nb.errors import IN_LOADING, FulltuneError, TrainingError, device_errors, nearest
+from fulltune_nb.html import printable
 from fulltune_nb.settings import as_typed
 from fulltune_nb.training.signals import ENDING, leave_closed_outputs
 
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2 and one line."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}\n"))
 
 
 class FlagOrWord(argparse.Action):
@@ -84,7 +85,7 @@ def run(work: Callable[[], int]) -> int:
         with device_errors(IN_LOADING):  # what else uses the device says so itself
             return work()
     except FulltuneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import WeightsError
 from fulltune_nb.files import atomic_path
-from fulltune_nb.html import human_bytes
+from fulltune_nb.html import human_bytes, printable
 from fulltune_nb.models.model_file import metadata_path, read_metadata, write_metadata
 from fulltune_nb.tensor_files import FORMAT, check_ending, open_tensors, write_npz, write_safetensors
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         count, size = convert(arguments.source, arguments.target, arguments.force)
-        print(f"Wrote {arguments.target}: {count} tensors, {human_bytes(size)}.")
+        print(printable(f"Wrote {arguments.target}: {count} tensors, {human_bytes(size)}."))
         return 0
 
     return run(work)

@@ -17,7 +17,7 @@ from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.experiments.execution import execute, find_notebook, write_html
 from fulltune_nb.files import is_empty
-from fulltune_nb.html import human_bytes
+from fulltune_nb.html import human_bytes, printable
 
 NOTEBOOK = "00_quickstart.ipynb"
 DEFAULT_OUT = "demo_output"
@@ -56,7 +56,7 @@ def _demo(args: argparse.Namespace) -> int:
     parameters = {name: value for name, value in vars(args).items() if value is not None and name not in ("out", "notebook")}
     out = out_folder(args.out)
     executed, page, result = out / "quickstart.ipynb", out / "quickstart.html", out / "result.json"
-    print(f"Executing {notebook}; all that is written goes to {out}", flush=True)
+    print(printable(f"Executing {notebook}; all that is written goes to {out}"), flush=True)
     try:
         execute(notebook, executed, {**parameters, "out": str(out), "result": str(result)})
     finally:
@@ -64,8 +64,9 @@ def _demo(args: argparse.Namespace) -> int:
             write_html(executed, page)
     print()
     for name, value in summary(json.loads(result.read_text(encoding="utf-8"))):
-        print(f"{name:<21}{value}")
-    print(f"{'executed notebook':<21}{executed}\n{'HTML copy':<21}{page}\n{'time in all':<21}{time.monotonic() - started:.0f} s")
+        print(printable(f"{name:<21}{value}"))
+    places = f"{'executed notebook':<21}{executed}\n{'HTML copy':<21}{page}\n{'time in all':<21}{time.monotonic() - started:.0f} s"
+    print(printable(places))
     return 0
 
 

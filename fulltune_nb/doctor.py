@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 from fulltune_nb.command_line import Parser, run, start
+from fulltune_nb.html import printable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 
         info, limit = system_info(measure=True), machine_limit()
         if arguments.json:
-            print(json.dumps({**dataclasses.asdict(info), "memory_limit": limit}))
+            print(printable(json.dumps({**dataclasses.asdict(info), "memory_limit": limit})))
         else:
-            print("\n".join(f"{name:18}{value}" for name, value in info.facts(limit)))
+            print(printable("\n".join(f"{name:18}{value}" for name, value in info.facts(limit))))
         return 0
 
     return run(work)

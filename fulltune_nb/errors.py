@@ -25,14 +25,43 @@ import functools
 import inspect
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from fulltune_nb.html import printable
 
 
 class FulltuneError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Its text, and that of the errors that led to it, is safe on a terminal, whatever names and rows it quotes: see `html.printable`.
+    """
+
+    def __init__(self, *parts: object):
+        super().__init__(*(printable(part) if isinstance(part, str) else part for part in parts))
+        _make_printable(sys.exc_info()[1])  # a traceback shows it above this one
+
+
+def _make_printable(error: BaseException | None) -> None:
+    """Spells what a terminal would act on in the texts of an error of others, and of those that led to it."""
+    waiting, seen = [error], set()
+    while waiting:
+        error = waiting.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        waiting += [error.__cause__, error.__context__]
+        with suppress(Exception):  # classes of others may compute their text, and refuse new parts
+            safe = printable(error)
+            if isinstance(error, FulltuneError) or safe == str(error):
+                continue
+            error.args = tuple(printable(part) if isinstance(part, str) else part for part in error.args)
+            vars(error).update({name: printable(value) for name, value in vars(error).items() if isinstance(value, str)})
+            if str(error) != safe:
+                error.args = (safe,)
 
 
 class ConfigError(FulltuneError, ValueError):
@@ -48,7 +77,7 @@ class DataError(FulltuneError, ValueError):
 
     def __init__(self, message: str, problems: list[str] | None = None):
         super().__init__(message)
-        self.problems = list(problems or [])
+        self.problems = [printable(problem) for problem in problems or []]
 
 
 class ModelError(FulltuneError, ValueError):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.command_line import Parser, add_fields, run, start, termination_exits
 from fulltune_nb.errors import ConfigError, DataError
-from fulltune_nb.html import human_bytes
+from fulltune_nb.html import human_bytes, printable
 from fulltune_nb.settings import SettingError, check_fields, described, flag, names_of, optional, read_yaml, setting, text
 from fulltune_nb.training.config import TrainConfig
 
@@ -106,7 +106,7 @@ def work(flags: Mapping[str, Any]) -> int:
         if trainer.interrupted:
             return 130
     if settings.options.test:
-        print(test_line(test_loss(settings, trainer)))
+        print(printable(test_line(test_loss(settings, trainer))))
     return 0
 
 
@@ -179,13 +179,13 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
     exists = path.is_file()
     if exists:
         again = "For a fresh start, remove it or name another --model-file."
-        print(f"Training goes on from the weights in {path}. {again}" if options.train else f"Weights: {path}")
+        print(printable(f"Training goes on from the weights in {path}. {again}" if options.train else f"Weights: {path}"))
     elif not options.train:
-        print(f"There is no {path}: the model is tested as it is.")
+        print(printable(f"There is no {path}: the model is tested as it is."))
     lm = load_with_model_file(options.model, path if exists else None, options.dtype, options.dequantize)
-    print(f"Model: {lm!r}")
+    print(printable(f"Model: {lm!r}"))
     if lm.dequantized:
-        print(f"The base is quantized ({lm.dequantized}). It is ordinary weights now, and is saved as such: --dequantize.")
+        print(printable(f"The base is quantized ({lm.dequantized}). It is ordinary weights now, and is saved as such: --dequantize."))
     stored = lm.config.raw.get("dtype") or lm.config.raw.get("torch_dtype")
     if stored == "float16" and options.dtype is None and options.train:
         print("The checkpoint is float16, in which updates underflow: it is trained in float32. --dtype bfloat16 takes half the memory.")
@@ -201,9 +201,9 @@ def load(settings: Settings) -> tuple[LanguageModel, DataSet]:
 
 def show_data(data: DataSet) -> None:
     """The data's size and notes, a line each."""
-    print(f"Data: {data!r}")
+    print(printable(f"Data: {data!r}"))
     for note in data.notes:
-        print(note)
+        print(printable(note))
     data.notes_shown = True
 
 
@@ -213,11 +213,11 @@ def show_other_mask(path: Path, mask_prompt: bool | str) -> None:
 
     before = read_metadata(path).get("mask_prompt")
     if before in ("true", "last") and not mask_prompt:
-        print(f"{path} was trained on the answers only, and here the prompts count too: --mask-prompt leaves them out.")
+        print(printable(f"{path} was trained on the answers only, and here the prompts count too: --mask-prompt leaves them out."))
     elif before == "false" and mask_prompt:
-        print(f"{path} was trained on the prompts too, and here only the answers count: --no-mask-prompt counts both.")
+        print(printable(f"{path} was trained on the prompts too, and here only the answers count: --no-mask-prompt counts both."))
     elif before not in (None, str(mask_prompt).lower()):
-        print(f"{path} was trained with mask_prompt {before}, and here it is {str(mask_prompt).lower()}: other answers count.")
+        print(printable(f"{path} was trained with mask_prompt {before}, and here it is {str(mask_prompt).lower()}: other answers count."))
 
 
 def check_outputs(settings: Settings, lm: LanguageModel) -> None:
@@ -242,7 +242,7 @@ def new_trainer(settings: Settings) -> Trainer:
     lm, data = load(settings)
     check_outputs(settings, lm)
     plan = preflight(lm, data, settings.config)
-    print(f"Memory: about {human_bytes(plan.peak)} at the peak, of {human_bytes(plan.limit)}.")
+    print(printable(f"Memory: about {human_bytes(plan.peak)} at the peak, of {human_bytes(plan.limit)}."))
     return Trainer(lm, data, settings.config, settings.options.run_dir, settings.options.force)
 
 
@@ -257,7 +257,7 @@ def resumed_trainer(settings: Settings) -> Trainer:
     options = settings.options
     trainer = Trainer.resume(options.run_dir, data=options.data if "data" in settings.given else None, force=options.force)
     check_outputs(settings, trainer.lm)
-    print(f"Model: {trainer.lm!r}")
+    print(printable(f"Model: {trainer.lm!r}"))
     show_data(trainer.data)
     asked = settings.config.fill_from(trainer.config)
     for name in sorted(settings.given.intersection(names_of(TrainConfig))):
@@ -299,17 +299,18 @@ def train(settings: Settings) -> Trainer:
     save_and_tell(settings, trainer)
     if not trainer.interrupted and settings.options.export:
         note = {"data_format": trainer.data.train.format, "base_model": trainer.lm.source, "steps": trainer.step_count}
-        print(f"Model folder: {export_folder(trainer.lm, settings.export_dir, note)}")
+        print(printable(f"Model folder: {export_folder(trainer.lm, settings.export_dir, note)}"))
     return trainer
 
 
 def save_and_tell(settings: Settings, trainer: Trainer) -> None:
     """Writes the model file, and says how to go on where the run is not done."""
     save_weights(trainer, settings.model_file)
-    print(f"Weights after step {trainer.step_count}: {settings.model_file}")
+    print(printable(f"Weights after step {trainer.step_count}: {settings.model_file}"))
     if not trainer.done:
         exactly = " --resume" if settings.options.run_dir else ""
-        print(f"Interrupted after step {trainer.step_count} of {trainer.total_steps}. The same command{exactly} goes on from here.")
+        again = f"The same command{exactly} goes on from here."
+        print(printable(f"Interrupted after step {trainer.step_count} of {trainer.total_steps}. {again}"))
 
 
 def test_loss(settings: Settings, trainer: Trainer | None) -> float:

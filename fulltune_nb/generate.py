@@ -1,6 +1,6 @@
 """`python -m fulltune_nb.generate`: a model's answer to a prompt, as it comes.
 
-The answer alone goes to standard output; everything else to standard error.
+The answer alone goes to standard output, with what a terminal would act on spelled (`\\x1b`); everything else to standard error.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from fulltune_nb.chat_template import ensure_chat_template
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import ConfigError, GenerationError
+from fulltune_nb.html import printable
 
 EPILOG = """\
 chat or raw: what the weights were trained on decides, where the model file or folder tells: rows of the chat and completions
@@ -97,7 +98,7 @@ def answer(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         for piece in answer(arguments):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return 0
 

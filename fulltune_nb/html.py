@@ -1,6 +1,7 @@
-"""Small, safe HTML for `_repr_html_`: one escape helper, tables and facts.
+"""What is shown, made safe: small HTML for `_repr_html_`, and text for terminals.
 
-Everything that comes from outside (rows, model output, file names, exception texts) passes through `esc`.
+Everything that comes from outside (rows, model output, file names, exception texts) passes through `esc` on its way into HTML, and through
+`printable` on its way to a terminal: printed lines, errors, warnings, `repr` and `str` of objects.
 Colours are from Okabe and Ito's colour-blind safe palette; text takes the notebook theme's own colour, so light and
 dark themes both read well.
 """
@@ -39,7 +40,18 @@ def esc(text: object, limit: int | None = None) -> str:
         limit: characters shown at most; what was cut is counted in the result.
     """
     text = str(text) if limit is None else cut(str(text), limit)
-    return _html.escape(_UNSEEN.sub(_spelled, text), quote=True)
+    return _html.escape(printable(text), quote=True)
+
+
+def printable(text: object) -> str:
+    """Text made safe to stand on a terminal: what one acts on, and what reorders or hides text, is spelled, such as `\\x1b`.
+
+    Line breaks, tabs and letters of all languages stay.
+
+    Args:
+        text: anything; `str()` is taken of it.
+    """
+    return _UNSEEN.sub(_spelled, str(text))
 
 
 def cut(text: str, limit: int = 300) -> str:

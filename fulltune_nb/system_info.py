@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fulltune_nb.cpu import BlasInfo, ensure_fast_blas
 from fulltune_nb.cpu.blas import processor_kernels
-from fulltune_nb.html import facts, human_bytes
+from fulltune_nb.html import facts, human_bytes, printable
 
 MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied
 _TRIED_SIZE = 512  # large enough for the units that compute in TF32
@@ -74,7 +74,7 @@ class SystemInfo:
         ]
 
     def __repr__(self) -> str:
-        return f"SystemInfo({', '.join(f'{name}: {value}' for name, value in self.facts())})"
+        return printable(f"SystemInfo({', '.join(f'{name}: {value}' for name, value in self.facts())})")
 
     def _repr_html_(self) -> str:
         return facts("System", self.facts())

@@ -30,6 +30,7 @@ from safetensors import safe_open
 from fulltune_nb.device import device_kind
 from fulltune_nb.errors import WeightsError, listed
 from fulltune_nb.files import Checksum, atomic_path, begin_checksum, no_key_twice, write_parts
+from fulltune_nb.html import printable
 
 ENDINGS = (".npz", ".safetensors")
 """Of weights files."""
@@ -89,7 +90,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     doubles = {tensor.name for tensor in tensors if tensor.dtype == "F64"}
     if doubles:
         what = f"{len(doubles):,} tensors of {path} are float64 ({listed(sorted(doubles), 2)})"
-        warnings.warn(f"{what}: they are trained in float32 at most, with half of their digits.", stacklevel=3)
+        warnings.warn(printable(f"{what}: they are trained in float32 at most, with half of their digits."), stacklevel=3)
     with _reading(path):
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:

@@ -11,16 +11,20 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ModelError
+from fulltune_nb.html import printable
+from fulltune_nb.model_json import checked_value, each, read_json, switch
+from fulltune_nb.settings import Check, Refused, choice, number, text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,21 +125,53 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not any((folder / name).exists() for name in VOCABULARIES):  # transformers would make some an empty tokenizer
         raise ModelError(f"{folder}: there is no tokenizer. The folder needs one of {', '.join(VOCABULARIES)}.")
+    if (folder / CONFIG).exists():
+        for key, value in read_json(folder / CONFIG).items():
+            checked_value(_KINDS, key, value, str(folder / CONFIG))
     try:
-        tokenizer = _from_folder(folder)
+        with _printable_logs():
+            tokenizer = _from_folder(folder)
+            tokenizer.decode(tokenizer.encode("a"))  # settings of a wrong kind may be found when they are used
     except Exception as error:  # transformers raises many kinds here; all mean the same to the reader
         for name, packages in _NEEDED.items():
             missing = [package for package, module in packages.items() if not _installed(module)]
             if (folder / name).exists() and not (folder / TOKENIZER).exists() and missing:
                 found = f"{folder}: its tokenizer is a {name} and no {TOKENIZER}."
                 raise ModelError(f"{found} To read it: pip install {' '.join(missing)}") from error
-        raise ModelError(f"{folder}: the tokenizer could not be loaded: {error}") from error
+        raise ModelError(f"{folder}: the tokenizer could not be loaded: {str(error)[:300]}") from error
     tokenizer.source_files = TokenizerFiles.read(folder)
     if SENTENCEPIECE in tokenizer.source_files.files and TOKENIZER not in tokenizer.source_files.files:
         _compare_with_sentencepiece(tokenizer, folder)
     return tokenizer
 
 
+def _special_token(value: Any) -> str | Mapping[str, Any]:
+    """A token's text, or an object with it."""
+    content = value.get("content") if isinstance(value, Mapping) else value
+    if not isinstance(content, str):
+        raise Refused("a text, or an object with a text as its content")
+    return value
+
+
+def _template(value: Any) -> str | list[Any] | Mapping[str, Any]:
+    """A chat template, or several with a name each."""
+    several = [{"name": name, "template": one} for name, one in value.items()] if isinstance(value, Mapping) else value
+    one_each = several if isinstance(several, list) else [{"name": "", "template": value}]
+    if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str) for one in one_each):
+        raise Refused("a text, or a list of objects with a name and a template")
+    return value
+
+
+_KINDS: dict[str, Check] = {
+    "model_max_length": number(above=0),
+    **dict.fromkeys(("padding_side", "truncation_side"), choice("left", "right")),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "split_special_tokens", "add_bos_token", "add_eos_token", "legacy"), switch),
+    **dict.fromkeys((f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")), _special_token),
+    "tokenizer_class": text,
+    "model_input_names": each(text, "names"),
+    "chat_template": _template,
+}
+"""Keys of `tokenizer_config.json`."""
 _NEEDED = {  # vocabulary -> package: module, which transformers reads it with
     SENTENCEPIECE: {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
     TEKKEN: {"mistral-common": "mistral_common"},
@@ -147,9 +183,9 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     tekken = (folder / TEKKEN).exists()
     options = {"mistral_format": False} if tekken else {}
     tokenizer = from_transformers("AutoTokenizer").from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
-    for name, text in (("bos_token", "<s>"), ("eos_token", "</s>")):  # which transformers takes from no tekken.json
-        if tekken and getattr(tokenizer, name) is None and text in tokenizer.get_vocab():
-            setattr(tokenizer, name, text)
+    for name, token in (("bos_token", "<s>"), ("eos_token", "</s>")):  # which transformers takes from no tekken.json
+        if tekken and getattr(tokenizer, name) is None and token in tokenizer.get_vocab():
+            setattr(tokenizer, name, token)
     return tokenizer
 
 
@@ -166,8 +202,10 @@ def _compare_with_sentencepiece(tokenizer: PreTrainedTokenizerBase, folder: Path
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
         a, b = (tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (ours, theirs))
         warnings.warn(
-            f"{folder}: transformers does not split texts as SentencePiece does with this {SENTENCEPIECE}: {a} instead of {b}, on which"
-            f" the model was trained. Get the model's {TOKENIZER}, which is read in its place; many repositories have both.",
+            printable(
+                f"{folder}: transformers does not split texts as SentencePiece does with this {SENTENCEPIECE}: {a} instead of {b}, on which"
+                f" the model was trained. Get the model's {TOKENIZER}, which is read in its place; many repositories have both."
+            ),
             stacklevel=3,
         )
 
@@ -325,6 +363,24 @@ def _without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextmanager
+def _printable_logs() -> Iterator[None]:
+    """Within it what transformers logs, where it quotes files, is safe on a terminal."""
+
+    def spell(record: LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
+
+    handlers = list(getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(spell)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(spell)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

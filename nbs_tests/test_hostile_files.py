@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import resource
@@ -22,7 +23,8 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, FulltuneError, GenerationError, ModelError, WeightsError
-from fulltune_nb.models.folder import load_decoder, read_json, weight_files
+from fulltune_nb.model_json import read_json
+from fulltune_nb.models.folder import load_decoder, weight_files
 from fulltune_nb.settings import read_yaml
 from fulltune_nb.tensor_files import open_npz, open_safetensors, read_tensors
 from nbs_tests.models.conftest import model_folder  # noqa: F401  a fixture
@@ -314,15 +316,37 @@ CONFIGS = {
     "an activation that is a list": (config(hidden_act=["silu"]), ""),
     "an epsilon that is a text": (config(rms_norm_eps="tiny"), ""),
     "rope that is a text": (config(rope_parameters="yes", rope_scaling="yes"), ""),
-    "a theta that is a list": (config(rope_theta=[1]), ""),
-}
+    "a theta that is a list": (config(rope_theta=[1]), "rope_theta must be"),
+    "a key twice": ('{"model_type": "llama", "model_type": "gemma"}', "'model_type' is given twice"),
+    "UTF-16": (config().encode("utf-16"), "cannot be read as JSON"),
+    "a byte order mark": (b"\xef\xbb\xbf" + config().encode(), "cannot be read as JSON"),
+    "a billion experts": (config(model_type="granitemoe", num_local_experts=10**9), "num_local_experts is 1,000,000,000"),
+    "a truth that is a text": (config(tie_word_embeddings="false"), "tie_word_embeddings must be true or false"),
+    "a truth that is a number": (config(attention_bias=7), "attention_bias must be true or false"),
+    "an epsilon that is not a number": (config(rms_norm_eps=math.nan), "rms_norm_eps must be"),
+    "more positions than there are": (config(max_position_embeddings=10**30), "max_position_embeddings must be"),
+    "a padding that is a text": (config(pad_token_id="<pad>"), "pad_token_id must be"),
+    "more than all dimensions rotated": (config(partial_rotary_factor=2), "partial_rotary_factor must be"),
+    "rope of a negative factor": (config(rope_scaling={"rope_type": "linear", "factor": -1}), "factor must be"),
+    "rope of an endless factor": (config(rope_scaling={"rope_type": "dynamic", "factor": math.inf}), "factor must be"),
+    "rope of a huge factor": (config(rope_scaling={"rope_type": "linear", "factor": 10**400}), "factor must be"),
+    "rope of a text": (config(rope_scaling={"rope_type": "linear", "factor": "2"}), "factor must be"),
+    "rope of a theta of nothing": (config(rope_theta=0), "rope_theta must be"),
+    "rope that blends nothing": (
+        config(rope_scaling={"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}), "must be smaller than",
+    ),
+    **{f"{key} of a billion": (config(**{key: 10**9}), " no tensor of the weights has so many numbers") for key in (
+        "head_dim", "vocab_size", "intermediate_size")},
+    "a billion heads": (config(num_attention_heads=10**9, head_dim=8), "no tensor of the weights"),
+    "layers' kinds that are numbers": (config(layer_types=[1, 2]), "layer_types"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_config_that_cannot_be_is_refused(case, model_folder):  # noqa: F811
     text, said = CONFIGS[case]
     path = model_folder()
-    (path / "config.json").write_text(text)
+    (path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ModelError) as error:
         load_decoder(path)
     says(error, path / "config.json", said)

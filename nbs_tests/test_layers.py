@@ -16,7 +16,7 @@ ROOT = Path(fulltune_nb.__file__).parent
 # From left to right. A module may import what stands left of it, and its own group. A new one needs a place here.
 LAYERS = [
     ["errors", "html", "frames", "svg"],
-    ["files", "cpu", "device", "chat_template", "settings", "system_info", "tensor_files", "tokenizer"],
+    ["files", "cpu", "device", "chat_template", "model_json", "settings", "system_info", "tensor_files", "tokenizer"],
     ["models"],
     ["data"],
     ["training"],
@@ -112,6 +112,20 @@ def test_the_core_never_prints(path):
 def writes(node: ast.expr) -> bool:
     text = ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
     return text in ("print", "sys.stdout", "sys.stderr")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_is_printed_or_warned_of_is_made_printable(path):
+    shows = ("print", "warnings.warn", "self._bar.write")
+    calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if ast.unparse(call.func) in shows]
+    wrong = [call.lineno for call in calls if not all(isinstance(text, ast.Constant) or spelled(text) for text in call.args[:1])]
+    assert not wrong, f"{name_of(path)}, lines {wrong}: what comes from rows and files goes through html.printable"
+
+
+def spelled(text: ast.expr) -> bool:
+    is_ours = isinstance(text, ast.Name) and text.id.isupper()  # a constant of the module
+    return is_ours or isinstance(text, ast.Call) and ast.unparse(text.func) in ("printable", "html.printable", "_one_line")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

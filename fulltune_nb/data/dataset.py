@@ -21,6 +21,7 @@ from fulltune_nb.data.rows import SPLITS, RawSplit, bad_rows_error, detect_forma
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings, with_date
 from fulltune_nb.data.split import Split, with_valid
 from fulltune_nb.errors import ConfigError, DataError
+from fulltune_nb.html import printable
 from fulltune_nb.settings import whole_number
 
 _REASONS_SHOWN = 3  # of the rows that are left out, in the notes
@@ -63,7 +64,7 @@ class DataSet:
     @property
     def notes(self) -> list[str]:
         """Lines to announce once: what was cut, left out or put in place of something missing, and `special_token_notes`."""
-        return [*self._notes, *self.special_token_notes]
+        return [printable(note) for note in (*self._notes, *self.special_token_notes)]
 
     @cached_property
     def special_tokens(self) -> dict[str, SpecialTokenCheck]:

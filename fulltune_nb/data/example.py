@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fulltune_nb.chat_template import answer_end
-from fulltune_nb.html import PALETTE, counted, esc
+from fulltune_nb.html import PALETTE, counted, esc, printable
 from fulltune_nb.tokenizer import BYTE_ALPHABET, special_ids
 
 
@@ -37,7 +37,7 @@ class Example:
 
     def __repr__(self) -> str:
         cut = f", {self.cut} cut" if self.cut else ""
-        return f"Example({self.source}: {len(self.tokens)} tokens, {int(self.loss_mask.sum())} trained{cut})"
+        return printable(f"Example({self.source}: {len(self.tokens)} tokens, {int(self.loss_mask.sum())} trained{cut})")
 
     def _repr_html_(self) -> str:
         """Token by token."""
@@ -98,10 +98,10 @@ class Lens:
 
     def __repr__(self) -> str:
         more = " ..." if len(self.examples) > 3 else ""
-        return f"Lens({counted(len(self.examples), 'example')}: {', '.join(e.source for e in self.examples[:3])}{more})"
+        return printable(f"Lens({counted(len(self.examples), 'example')}: {', '.join(e.source for e in self.examples[:3])}{more})")
 
     def __str__(self) -> str:
-        return "\n\n".join(_as_text(example, self.tokenizer) for example in self.examples)
+        return printable("\n\n".join(_as_text(example, self.tokenizer) for example in self.examples))
 
     def _repr_html_(self) -> str:
         return f"<div>{_LEGEND}{''.join(self._html(e) for e in self.examples)}</div>"

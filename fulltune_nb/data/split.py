@@ -18,6 +18,7 @@ from fulltune_nb.data.example import Example, decode, flat
 from fulltune_nb.data.look import split_html
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import ConfigError, DataError, listed
+from fulltune_nb.html import printable
 
 # ---- examples in a few flat arrays: 5 bytes a token, and no object a row but what was read
 
@@ -214,7 +215,7 @@ class Split(Sequence[Example]):
         self.format = format
         self.examples = table = ExampleTable.of(examples)
         self.blank_lines = blank_lines
-        self.skipped = list(skipped)
+        self.skipped = list(map(printable, skipped))
         self.parts = tuple(parts)
         self.lengths = np.diff(table.begins)
         up_to = np.concatenate([[0], np.cumsum(table.loss_mask, dtype=np.int64)])  # trained tokens before each token
@@ -261,7 +262,7 @@ class Split(Sequence[Example]):
         return digest.hexdigest()
 
     def __repr__(self) -> str:
-        return f"Split({self.name}: {len(self):,} {self.format} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained)"
+        return f"Split({printable(self.name)}: {len(self):,} {self.format} rows, {self.tokens:,} tokens, {self.trained_tokens:,} trained)"
 
     def _repr_html_(self) -> str:
         return split_html(self)

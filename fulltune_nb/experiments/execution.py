@@ -21,6 +21,7 @@ import psutil
 
 from fulltune_nb.errors import ConfigError, FulltuneError, TrainingError
 from fulltune_nb.files import write_text
+from fulltune_nb.html import printable
 
 REQUEST, OUTCOME = "request.json", "outcome.json"
 _SECONDS_TO_SAVE = 60  # that a kernel has from SIGTERM on
@@ -165,7 +166,7 @@ def main(folder: Path) -> int:
     try:
         execute(Path(request["notebook"]), Path(request["executed"]), request["parameters"])
     except FulltuneError as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         outcome = {"status": "failed", "reason": error.reason if isinstance(error, NotebookError) else str(error)}
     write_text(folder / OUTCOME, json.dumps(outcome) + "\n")
     return 0 if outcome["status"] == "done" else 1

@@ -246,7 +246,7 @@ class Sweep(Sequence[Run]):
         """How many came to what."""
         left = len(self) - len(self.done) - len(self.failed)
         parts = [f"{len(self.done)} done", f"{len(self.failed)} failed", *([f"{left} not started"] if left else [])]
-        return f"{len(self)} runs in {self.out_dir}: {', '.join(parts)}"
+        return html.printable(f"{len(self)} runs in {self.out_dir}: {', '.join(parts)}")
 
     def text(self) -> str:
         """The table as text, then the reasons."""
@@ -254,7 +254,7 @@ class Sweep(Sequence[Run]):
         widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADERS))]
         shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
         reasons = [f"failed: {run.label}: {run.outcome()}\n        {run.attempt_folder}" for run in self.failed]
-        return "\n".join([*shown, *reasons, *self._notes(), self.summary()])
+        return html.printable("\n".join([*shown, *reasons, *self._notes(), self.summary()]))
 
     def _cells(self) -> Iterator[list[str]]:
         for row, run in zip(self.rows(), self.runs, strict=True):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.files import held, write_text
+from fulltune_nb.html import printable
 
 if TYPE_CHECKING:
     from fulltune_nb.experiments.runs import Run, Sweep
@@ -179,7 +180,7 @@ class ProgressLines(Progress):
 
     def __init__(self, runs: Sequence[Run]):
         self._total, self._number = len(runs), sum(run.status == "done" for run in runs)
-        print(f"{self._total} runs" + (f", {self._number} of them done before" if self._number else ""), flush=True)
+        print(printable(f"{self._total} runs" + (f", {self._number} of them done before" if self._number else "")), flush=True)
 
     def update(self, finished: Run | None = None) -> None:
         """A line for a run that is done or has failed."""
@@ -189,11 +190,11 @@ class ProgressLines(Progress):
             self._number += 1
             outcome = f": {text}" if (text := finished.outcome()) else ""
             status = f"[{self._number}/{self._total}] {finished.status}"
-            print(f"{status}: {finished.label} ({clock(finished.seconds)}){outcome}", flush=True)
+            print(printable(f"{status}: {finished.label} ({clock(finished.seconds)}){outcome}"), flush=True)
 
     def end(self, sweep: Sweep) -> None:
         """The table."""
-        print(sweep.text(), flush=True)
+        print(printable(sweep.text()), flush=True)
 
 
 class ProgressTable(Progress):

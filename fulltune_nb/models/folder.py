@@ -21,6 +21,8 @@ import mlx.core as mx
 
 from fulltune_nb.errors import ModelError, WeightsError, listed
 from fulltune_nb.files import Checksum, flush_to_disk, is_empty, is_within, put_in_place, unfinished_folder, write_text
+from fulltune_nb.html import printable
+from fulltune_nb.model_json import read_json, reading
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized, is_quantized, without_quantization
 from fulltune_nb.models.families import FAMILIES, hf_names, to_hf
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 SHARD_BYTES = 5_000_000_000
-_MAX_JSON = 100_000_000  # bytes of a config or an index that are read
+_PACKED = 4  # numbers that a byte of quantized weights holds at most
 _SHOWN = 10  # tensors named in an error message
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)  # buffers that older checkpoints stored; recomputed here
@@ -91,18 +93,17 @@ def load_decoder(folder: Path, dtype: str | None = None, dequantize: bool = Fals
     """
     target = _target_dtype(dtype)
     check_links(folder)
+    where = str(folder / "config.json")
     config = read_config_file(folder / "config.json", dequantize)
-    check_unread(config, str(folder / "config.json"))
+    check_unread(config, where)
     arrays = _unstacked(_read_folder(folder, config), config)
-    experts = 0 if is_stacked(config) else config.num_experts
-    for setting, count in (("num_hidden_layers", config.num_layers), ("the number of experts", experts)):
-        if count > len(arrays):  # before that many layers are made
-            raise ModelError(f"{folder / 'config.json'}: {setting} is {count:,}, but the weights have only {len(arrays):,} tensors.")
+    _check_sizes(config, arrays, where)
     if _has_own_head(config, arrays):  # the weights win over config.json, as in transformers
         config = replace(config, tie_word_embeddings=False)
     elif config.part_of and _HEAD not in arrays:  # multimodal models have settings that contradict each other
         config = replace(config, tie_word_embeddings=True)
-    model = Decoder(config)
+    with reading(where):
+        model = Decoder(config)
     if dequantize and is_quantized(arrays):
         target = target or mx.bfloat16
         shapes = {to_hf(name, config.family): array.shape for name, array in parameters_of(model).items()}
@@ -112,20 +113,42 @@ def load_decoder(folder: Path, dtype: str | None = None, dequantize: bool = Fals
     return model
 
 
+def _check_sizes(config: ModelConfig, arrays: Mapping[str, mx.array], where: str) -> None:
+    """Compares the sizes with the tensors as they are, before a decoder of that size is made.
+
+    Raises:
+        ModelError: a size is larger than these tensors can be of.
+    """
+    experts = 0 if is_stacked(config) else config.num_experts
+    for setting, count in (("num_hidden_layers", config.num_layers), ("the number of experts", experts)):
+        if count > len(arrays):
+            raise ModelError(f"{where}: {setting} is {count:,}, but the weights have only {len(arrays):,} tensors.")
+    most, width = _PACKED * max((array.nbytes for array in arrays.values()), default=0), config.hidden_size
+    rows = {
+        "vocab_size": config.vocab_size,
+        "head_dim times num_attention_heads": config.head_dim * config.num_heads,
+        "head_dim times num_key_value_heads": config.head_dim * config.num_kv_heads,
+        "intermediate_size": 0 if all(config.with_experts) else config.intermediate_size,
+        "the size of an expert": config.expert_size,
+        "the size of the shared expert": config.shared_expert_size,
+        "the number of experts": config.num_experts if is_stacked(config) else 0,
+    }
+    for setting, count in rows.items():
+        if count * width > most:
+            raise ModelError(
+                f"{where}: {setting} is {count:,} and hidden_size {width:,}; no tensor of the weights has so many numbers. The file and the"
+                " weights are not of one model. Get them again."
+            )
+
+
 def read_config_file(path: Path, dequantize: bool = False) -> ModelConfig:
     """A `config.json`; that of a quantized checkpoint as if it were not, where its weights will be dequantized.
 
     Raises:
-        ModelError: as in `read_json` and `read_config`, or a setting of the wrong kind.
+        ModelError: as in `read_json` and `read_config`.
     """
-    raw = read_json(path)
-    try:
-        return read_config(without_quantization(raw, str(path), dequantize), str(path))
-    except ModelError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError, RecursionError) as error:
-        why = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ModelError(f"{path} has a setting of the wrong kind: {why}. Get the file again.") from error
+    with reading(str(path)):
+        return read_config(without_quantization(read_json(path), str(path), dequantize), str(path))
 
 
 def check_links(folder: Path) -> None:
@@ -160,8 +183,10 @@ def _read_folder(folder: Path, config: ModelConfig) -> dict[str, mx.array]:
     arrays, aside = without_further_predictions(arrays, config)
     if aside:
         warnings.warn(
-            f"{folder} also predicts several tokens at once: {len(aside):,} tensors for it ({listed(aside, 2)}) are left aside. They are"
-            " neither trained nor saved.",
+            printable(
+                f"{folder} also predicts several tokens at once: {len(aside):,} tensors for it ({listed(aside, 2)}) are left aside."
+                " They are neither trained nor saved."
+            ),
             stacklevel=4,
         )
     if config.part_of is None:
@@ -170,8 +195,10 @@ def _read_folder(folder: Path, config: ModelConfig) -> dict[str, mx.array]:
     if others:
         parts = ", ".join(f"{part} ({count:,} tensors)" for part, count in others.items())
         warnings.warn(
-            f"{folder} holds a multimodal model, {config.part_of}. Its text part is loaded, as {config.family}, and is saved as that."
-            f" Left aside: {parts}.",
+            printable(
+                f"{folder} holds a multimodal model, {config.part_of}. Its text part is loaded, as {config.family}, and is saved as that."
+                f" Left aside: {parts}."
+            ),
             stacklevel=4,
         )
     return arrays
@@ -196,30 +223,6 @@ def _has_own_head(config: ModelConfig, arrays: Mapping[str, mx.array]) -> bool:
     """Whether tensors of a model that should be tied bring a head that is not the embedding."""
     both_there = config.tie_word_embeddings and _EMBEDDING in arrays and _HEAD in arrays
     return both_there and not mx.array_equal(arrays[_EMBEDDING], arrays[_HEAD]).item()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise ModelError(f"{path} is no file. A Hugging Face model folder has a JSON file there.")
-        if path.exists() and path.stat().st_size > _MAX_JSON:
-            raise ModelError(f"{path} has {path.stat().st_size:,} bytes; at most {_MAX_JSON:,} are read. It is not the file it should be.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        here = ", ".join(sorted(p.name for p in path.parent.iterdir())[:_SHOWN]) if path.parent.is_dir() else "nothing"
-        raise ModelError(f"{path} is missing. A Hugging Face model folder has it; found here: {here or 'nothing'}.") from error
-    except ModelError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {str(error)[:300]}. Get the file again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object, found a {type(content).__name__}.")
-    return content
 
 
 def weight_files(folder: Path) -> list[Path]:

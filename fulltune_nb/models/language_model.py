@@ -21,18 +21,20 @@ from fulltune_nb.errors import (
     GenerationError,
     TornStepError,
     device_errors,
+    listed,
     tells_device_errors,
 )
 from fulltune_nb.files import is_empty
-from fulltune_nb.html import facts, human_bytes
+from fulltune_nb.html import facts, human_bytes, printable
+from fulltune_nb.model_json import read_json
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import quantization_of
-from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, read_json, resolve_model_path, save_folder
+from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, resolve_model_path, save_folder
 from fulltune_nb.models.generation import Sampling, answer_many, stream_answer
 from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import parameters_of, put_parameters
 from fulltune_nb.models.unread_keys import check_unread
-from fulltune_nb.settings import whole_number
+from fulltune_nb.settings import show, whole_number
 from fulltune_nb.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ class LanguageModel:
         seed = whole_number("seed", seed, low=0)
         before, rows = self.tokenizer.get_vocab(), self.config.vocab_size
         if there := [token for token in dict.fromkeys(tokens) if before.get(token, rows) < rows]:
-            warnings.warn(f"The tokenizer knows {', '.join(map(repr, there))} already: nothing of it was changed.", stacklevel=2)
+            warnings.warn(printable(f"The tokenizer knows {', '.join(map(repr, there))} already: nothing of it was changed."), stacklevel=2)
         added = [token for token in dict.fromkeys(tokens) if token not in before]
         self.tokenizer.add_tokens(added, special_tokens=True)
         now = self.tokenizer.get_vocab()
@@ -301,7 +303,7 @@ class LanguageModel:
             GenerationError: messages the template refuses.
         """
         if note := ensure_chat_template(self.tokenizer):
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(printable(note), stacklevel=3)
         return chat_ids(self.tokenizer, messages, tools, self.config.vocab_size)
 
     def _many(self, prompts: list[list[int]], batch_size: int, settings: Mapping[str, Any], chat: bool) -> list[str]:
@@ -386,6 +388,22 @@ def valid_ends(values: Any, kind: type) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(value for value in values if isinstance(value, kind) and not isinstance(value, bool) and value != ""))
 
 
+def _with_valid_ends(generation_config: dict[str, Any], vocab_size: int, where: str) -> dict[str, Any]:
+    """A `generation_config.json` without ends that are none, of which a warning tells."""
+    found, left_out = dict(generation_config), []
+    ids = [one for one in valid_ends(found.get("eos_token_id"), int) if 0 <= one < vocab_size]
+    for key, valid in (("eos_token_id", ids), ("stop_strings", valid_ends(found.get("stop_strings"), str))):
+        given = found.get(key)
+        several = given if isinstance(given, list) else [] if given is None else [given]
+        if bad := [one for one in several if one not in valid or isinstance(one, (bool, float))]:
+            left_out.append(f"{key} has {listed(list(map(show, bad)), 3)}")
+            found[key] = list(valid) or None
+    if left_out:
+        what = f"an id is a whole number from 0 to {vocab_size - 1:,}, a stop string a text that is not empty"
+        warnings.warn(printable(f"{where}: {', '.join(left_out)}, left out here: {what}."), stacklevel=4)
+    return found
+
+
 def _each(items: Sequence[Any], convert: Callable[[Any], list[int]], name: str) -> list[list[int]]:
     """Every item converted; an error says which one it was."""
     converted = []
@@ -419,7 +437,9 @@ def load_model(
     if model_file is not None:
         load_model_file(model, Path(model_file).expanduser())
     generation_path = folder / "generation_config.json"
-    generation_config = read_json(generation_path) if generation_path.exists() else None
+    generation_config = None
+    if generation_path.exists():
+        generation_config = _with_valid_ends(read_json(generation_path), model.config.vocab_size, str(generation_path))
     lm = LanguageModel(model, load_tokenizer(folder), os.fspath(path), generation_config)
     lm.dequantized = quantization_of(read_json(folder / "config.json"))
     return lm

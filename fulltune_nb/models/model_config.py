@@ -10,6 +10,7 @@ from typing import Any
 
 from fulltune_nb.errors import ModelError, misspelt
 from fulltune_nb.html import facts
+from fulltune_nb.model_json import CONFIG, MOST, checked_value, reading
 from fulltune_nb.models.activations import ACTIVATIONS, CLAMPED_GATES, SAME_ACTIVATION, XIELU
 from fulltune_nb.models.dequantize import without_quantization
 from fulltune_nb.models.families import FAMILIES
@@ -35,7 +36,8 @@ _SHARED = (
 )
 """Settings of a multimodal model that are its text part's too, where that has none of its own."""
 _NOT_NULL = ("tie_word_embeddings", "hidden_act", "rope_theta", "max_position_embeddings")
-_MOST_LAYERS = 100_000  # no model comes near; beyond it, a damaged file would fill the memory
+_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MOST = {"num_hidden_layers": 100_000, **dict.fromkeys(_COUNTS_OF_EXPERTS, 10_000)}  # of what modules are made of; no model comes near
 
 WINDOWED: dict[str, Callable[[int, Mapping[str, Any]], bool]] = {
     "all": lambda layer, values: True,
@@ -161,20 +163,21 @@ class ModelConfig:
 class _Values(dict):
     """The content of a `config.json` over its family's defaults; remembers which keys were asked for."""
 
-    def __init__(self, family: Family, raw: Mapping[str, Any]):
+    def __init__(self, family: Family, raw: Mapping[str, Any], where: str):
         defaults = {**COMMON_DEFAULTS, **family.defaults}
         super().__init__({**defaults, **raw})
         self.update({key: defaults[key] for key in _NOT_NULL if dict.get(self, key) is None})
         self.read: set[str] = set()
         self.given = raw.keys()
+        self.where = where
 
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)
-        return super().__getitem__(key)
+        return checked_value(CONFIG, key, super().__getitem__(key), self.where)
 
     def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
-        return super().get(key, default)
+        return checked_value(CONFIG, key, super().get(key, default), self.where)
 
     def number(self, key: str) -> float | None:
         """The number under a key; None where there is no key, no number, or a 1 that changes nothing."""
@@ -193,10 +196,15 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         ModelError: the family is not supported, the checkpoint is quantized, a size is missing or impossible, or a setting turns on what
             the family's row has not.
     """
+    with reading(where):
+        return _read(raw, where)
+
+
+def _read(raw: Mapping[str, Any], where: str) -> ModelConfig:
     part_of, raw = text_part(raw)
     family = _family(raw, where)
     raw = without_quantization(raw, where)
-    values = _Values(family, raw)
+    values = _Values(family, raw, where)
     if on := next((key for key in family.refused if values.get(key)), None):
         raise ModelError(f"{where}: {on} is {values[on]!r}: {family.refused[on]}, which is not supported.")
     sizes = {name: _size(values, key, where) for name, key in _SIZES.items()}
@@ -273,8 +281,8 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
 def _size(values: Mapping[str, Any], key: str, where: str) -> int:
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ModelError(f"{where}: {key} must be a positive whole number, found {value!r}.")
-    most = _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        raise ModelError(f"{where}: {key} must be a positive whole number, found {value!r:.80}.")
+    most = _MOST.get(key, MOST)
     if value > most:
         raise ModelError(f"{where}: {key} is {value:,}; at most {most:,} can be. Get the file again.")
     return value

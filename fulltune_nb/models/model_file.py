@@ -22,7 +22,8 @@ from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
 from fulltune_nb.files import FINDER_FILE, is_empty, put_in_place, unfinished_folder, write_text
-from fulltune_nb.models.folder import hf_tensors, read_json
+from fulltune_nb.model_json import read_json
+from fulltune_nb.models.folder import hf_tensors
 from fulltune_nb.models.language_model import LanguageModel, load_model, valid_ends
 from fulltune_nb.system_info import package_versions
 from fulltune_nb.tensor_files import check_ending, check_regular_file, safetensors_metadata, write_tensors

@@ -16,6 +16,7 @@ import numpy as np
 
 from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import ModelError
+from fulltune_nb.model_json import CONFIG, checked_value
 
 Rotation = dict[str, mx.array | float]
 """What queries and keys are turned by: `cos` and `sin` (..., T, R/2); or, for MLX's kernel on a GPU, `wavelengths` (R/2,), tokens a
@@ -127,6 +128,7 @@ def _read(
     known = {key for keys in (*_NEEDED.values(), *_OPTIONAL.values(), _OF_THE_MODEL) for key in keys}
     if unknown := [key for key in given if key not in known]:
         raise ModelError(f"{where}: the parameters of rope have {', '.join(unknown)}, which is not understood.")
+    given = {key: checked_value(CONFIG, key, value, where) for key, value in given.items()}
     parameters = {**given, "max_position_embeddings": values["max_position_embeddings"]}
     if scaling in ("llama3", "yarn", "longrope"):
         if stated := values.get("original_max_position_embeddings"):  # beside the parameters it wins over theirs, as in transformers
@@ -141,6 +143,11 @@ def _read(
     rotary_dim = int(head_dim * fraction)
     if rotary_dim <= 0 or rotary_dim % 2:
         raise ModelError(f"{where}: {fraction} of head_dim {head_dim} gives {rotary_dim} rotated dimensions; an even number is needed.")
+    if scaling in ("dynamic", "ntk_alpha") and rotary_dim == 2:
+        raise ModelError(f"{where}: rope scaling {scaling!r} needs more than 2 rotated dimensions.")
+    if scaling == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        raise ModelError(f"{where}: low_freq_factor ({low}) must be smaller than high_freq_factor ({high}).")
     keys = (*_NEEDED[scaling], *(key for key in _OPTIONAL.get(scaling, ()) if parameters.get(key) is not None))
     kept = tuple((key, _value(key, parameters[key], rotary_dim, where)) for key in keys)
     beta = parameters.get("llama_4_scaling_beta")
@@ -248,8 +255,8 @@ class Rope:
     def __init__(self, config: RopeConfig, by_place: bool = False):
         self.config = config
         self._by_place = by_place or config.by_length or config.query_growth is not None
-        self._frequencies, self._factor = mx.array(inverse_frequencies(config)), attention_factor(config)
-        self._long = mx.array(inverse_frequencies(config, is_long=True)) if config.scaling == "longrope" else None
+        self._frequencies, self._factor = _finite(inverse_frequencies(config)), attention_factor(config)
+        self._long = _finite(inverse_frequencies(config, is_long=True)) if config.scaling == "longrope" else None
 
     def rotation(self, offset: int, length: int, segments: mx.array | None = None, lengths: mx.array | None = None) -> Rotation:
         """For positions `offset ... offset + length - 1`, or with segments (B, T), where it matters, for each one's own: (B, 1, T, R/2).
@@ -280,6 +287,16 @@ class Rope:
         longer = mx.maximum(tokens.astype(mx.float32), most) * (factor / most) - (factor - 1)
         base = config.theta * longer ** (config.rotary_dim / (config.rotary_dim - 2))
         return 1.0 / base ** (mx.arange(0, config.rotary_dim, 2, dtype=mx.float32) / config.rotary_dim)
+
+
+def _finite(frequencies: np.ndarray) -> mx.array:
+    """
+    Raises:
+        ModelError: the settings of the rotation give no numbers that can be computed with.
+    """
+    if not np.isfinite(frequencies).all():
+        raise ModelError("The config.json's settings of rope (theta, scaling) give frequencies that are no finite numbers. Get it again.")
+    return mx.array(frequencies)
 
 
 def rotation_table(frequencies: mx.array, places: mx.array, factor: float = 1.0) -> Rotation:

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulltune_nb.errors import ModelError, listed
+from fulltune_nb.html import printable
 from fulltune_nb.models.model_config import ModelConfig
+from fulltune_nb.settings import show
 from fulltune_nb.tokenizer import from_transformers
 
 _OTHER_COMPUTATION = {
@@ -50,14 +52,16 @@ def check_unread(config: ModelConfig, where: str) -> None:
         raise ModelError(f"{where}: layer_types has {other[0]!r}, which is not supported; supported are {', '.join(_ATTENTION)}.")
     drop = {key: value for key, value in raw.items() if _DROPOUT.match(key) and isinstance(value, (int, float)) and value > 0}
     if drop:
-        warnings.warn(f"{where}: {_shown(drop)}: training here drops nothing out, as with 0.", stacklevel=4)
+        warnings.warn(printable(f"{where}: {_shown(drop)}: training here drops nothing out, as with 0."), stacklevel=4)
     known = _declared(config.family) | drop.keys()
     own = {key: value for key, value in raw.items() if key not in known and not key.startswith("_")}  # transformers notes its own so
     unknown = {key: value for key, value in own.items() if _COMPUTES.search(key) and not _says_nothing(value)}
     if unknown:
         warnings.warn(
-            f"{where}: {_shown(unknown)}: neither the decoder here nor transformers reads this of a {config.family} model. If the weights"
-            " were trained with it, by code of their own, what is computed here is not the same.",
+            printable(
+                f"{where}: {_shown(unknown)}: neither the decoder here nor transformers reads this of a {config.family} model. If the"
+                " weights were trained with it, by code of their own, what is computed here is not the same."
+            ),
             stacklevel=4,
         )
 
@@ -68,7 +72,8 @@ def _says_nothing(value: Any) -> bool:
 
 
 def _shown(values: Mapping[str, Any]) -> str:
-    return listed([f"{key} is {str(value)[:60]}" for key, value in values.items()])
+    shown = {key: show(value) if isinstance(value, (dict, list)) else str(value)[:60] for key, value in values.items()}
+    return listed([f"{key[:60]} is {value}" for key, value in shown.items()])
 
 
 def _declared(family: str) -> frozenset[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fulltune_nb.chat_template import ensure_chat_template
 from fulltune_nb.errors import ConfigError, GenerationError
-from fulltune_nb.html import NO_MATH, esc
+from fulltune_nb.html import NO_MATH, esc, printable
 from fulltune_nb.models.generation import Sampling
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.panels.controls import ChatControls
@@ -246,7 +246,7 @@ class ChatPanel(Panel):
         return f'<div class="{NO_MATH}" role="status" aria-live="polite" style="line-height:1.4">{"<br>".join(lines)}</div>'
 
     def __repr__(self) -> str:
-        return f"ChatPanel({', '.join(self.conversation.names)}, {len(self.conversation.turns):,} turns)"
+        return printable(f"ChatPanel({', '.join(self.conversation.names)}, {len(self.conversation.turns):,} turns)")
 
     def _repr_html_(self) -> str:
         return self.conversation.to_html()

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import SHOWN_IN_MB, esc, facts, human_bytes, table
+from fulltune_nb.html import SHOWN_IN_MB, esc, facts, human_bytes, printable, table
 from fulltune_nb.training.history import StepReport
 
 VARIABLE = "FULLTUNE_PROGRESS"
@@ -71,7 +71,7 @@ def memory_size(count: float) -> str:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return printable(" ".join(str(text).split()))
 
 
 class Pace:
@@ -188,7 +188,7 @@ class PlainProgress(_Progress):
         self._last_line = time.monotonic()
 
     def show_line(self, trainer: Any, text: str) -> None:
-        print(f"step {trainer.step_count}/{trainer.total_steps}: {_one_line(text)}", flush=True)
+        print(_one_line(f"step {trainer.step_count}/{trainer.total_steps}: {text}"), flush=True)
         self._last_line = time.monotonic()
 
     def show_step(self, trainer: Any, report: Any) -> None:
@@ -214,7 +214,7 @@ class TerminalProgress(_Progress):
         self._bar = tqdm(total=self.target, initial=trainer.step_count, file=sys.stderr, bar_format=_BAR, **size)
 
     def show_line(self, trainer: Any, text: str) -> None:
-        self._bar.write(f"step {trainer.step_count}: {_one_line(text)}", file=sys.stderr)
+        self._bar.write(_one_line(f"step {trainer.step_count}: {text}"), file=sys.stderr)
 
     def show_step(self, trainer: Any, report: Any) -> None:
         self._bar.set_postfix_str(self.numbers(report), refresh=False)  # tqdm itself decides when there is time to draw

@@ -12,6 +12,7 @@ from fulltune_nb.command_line import Parser, run, start, termination_exits
 from fulltune_nb.errors import ConfigError, nearest
 from fulltune_nb.experiments.sweep import sweep
 from fulltune_nb.files import write_text
+from fulltune_nb.html import printable
 from fulltune_nb.settings import Check, Refused, SettingError, checked, flag, optional, read_yaml, whole
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         given = {name: getattr(arguments, name) for name in ("jobs", "out_dir") if getattr(arguments, name) is not None}
         with termination_exits():
             result = sweep(**{**settings, **given})
-        print(f"page: {write_page(result)}")
+        print(printable(f"page: {write_page(result)}"))
         return 0 if len(result.done) == len(result) else 1
 
     return run(work)

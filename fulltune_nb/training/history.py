@@ -125,7 +125,7 @@ class EvalReport(_Record):
     """Wall-clock time."""
 
     def __str__(self) -> str:
-        return f"step {self.step}: {self.split} loss {self.loss:.3f}, ppl {self.perplexity:.3f} ({self.tokens} tokens)"
+        return f"step {self.step}: {html.printable(self.split)} loss {self.loss:.3f}, ppl {self.perplexity:.3f} ({self.tokens} tokens)"
 
     def _repr_html_(self) -> str:
         return html.facts(f"{self.split} at step {self.step}", _readable(self))
@@ -145,6 +145,10 @@ class Event(_Record):
     """What happened, in a sentence."""
     time: float
     """Seconds since 1970."""
+
+    def __post_init__(self) -> None:
+        for name in ("kind", "message"):  # they are for terminals, and quote rows and names of files
+            object.__setattr__(self, name, html.printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"step {self.step}: {self.kind}: {self.message}"

@@ -20,7 +20,7 @@ import numpy as np
 
 from fulltune_nb.errors import CheckpointError, FulltuneError
 from fulltune_nb.files import check_space, flush_to_disk, is_empty, put_in_place, remove_folder, sha256_of, unfinished_folder, write_text
-from fulltune_nb.html import facts, human_bytes
+from fulltune_nb.html import facts, human_bytes, printable
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import check_not_source, fill_folder, load_folder_weights
 from fulltune_nb.models.language_model import LanguageModel
@@ -213,7 +213,7 @@ class Snapshot:
         return cls(state.step, path, state.nbytes)
 
     def __repr__(self) -> str:
-        return f"Snapshot(step {self.step}, {human_bytes(self.nbytes)}, {self.path or 'in memory'})"
+        return f"Snapshot(step {self.step}, {human_bytes(self.nbytes)}, {printable(self.path or 'in memory')})"
 
     def _repr_html_(self) -> str:
         return facts(f"Snapshot of step {self.step:,}", [("size", human_bytes(self.nbytes)), ("place", self.path or "in memory")])
