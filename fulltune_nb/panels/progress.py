@@ -329,10 +329,11 @@ class LoadingProgress:
 
     def _show(self, shape: str, text: str, is_last: bool = False) -> None:
         if shape == "plain":
-            print(text, flush=True)
+            print(printable(text), flush=True)
         elif shape == "terminal":  # the line goes when loading ends
             columns = shutil.get_terminal_size().columns - 1
-            print(f"\r{'' if is_last else text[:columns]:{columns}}", end="\r" if is_last else "", file=sys.stderr, flush=True)
+            shown = "" if is_last else printable(text)[:columns]
+            print("\r" + printable(shown.ljust(columns)), end="\r" if is_last else "", file=sys.stderr, flush=True)
         elif shape == "notebook":
             from IPython.display import display
 
