@@ -18,7 +18,7 @@ from fulltune_nb.data.example import Example, runs
 from fulltune_nb.data.masks import TOOLS, WAYS_OUT, Conversation, Span, Word, is_written, words_of
 from fulltune_nb.data.rows import RowError, row_format, template_unusable
 from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.data.skeleton import Skeleton
+from fulltune_nb.data.skeleton import Forms, Skeleton
 from fulltune_nb.data.split import ExampleTable, Split, TableWriter
 from fulltune_nb.data.watching import watched
 from fulltune_nb.errors import ConfigError
@@ -66,9 +66,10 @@ def messages_of(row: Mapping[str, Any], format: str, settings: DataSettings) -> 
 class ChatRows:
     """Renders the rows of a split, one after the other."""
 
-    def __init__(self, renderer: ChatRenderer, format: str, settings: DataSettings):
+    def __init__(self, renderer: ChatRenderer, format: str, settings: DataSettings, chat_template: str | Mapping[str, str]):
         self._renderer, self._format, self._settings = renderer, format, settings
         self._written: set[tuple] = set()  # places of a conversation whose words the template has been seen to write
+        self._forms = Forms(chat_template)
         self._known: dict[tuple, tuple[Skeleton | None, Rendered]] = {}  # form of a conversation -> what was found of the latest such row
 
     def render(self, row: Mapping[str, Any]) -> Rendered:
@@ -87,14 +88,13 @@ class ChatRows:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [i for i in (answers[-1:] if self._settings.mask_prompt == "last" else answers) if i not in untrained]
         talk = Conversation(self._renderer, messages, tools, words_of(messages, tools))
-        roles, words = [message["role"] for message in messages], [(word.message, word.kind, word.spaces) for word in talk.words]
-        form = tuple(roles), tuple(words), tuple(wanted), tuple(untrained)
+        form = self._forms.of(talk, tuple(wanted), tuple(untrained))
         skeleton, found = self._known.get(form, (None, None))
         if skeleton is not None and (places := skeleton.places_in(talk)) is not None:
             spans = None if found.spans is None else list(zip(places[::2], places[1::2], strict=True))
             return replace(found, text=talk.text, spans=spans)
         rendered = self._looked_at(talk, wanted, untrained, answers[-1:])
-        if rendered.spans is not None or rendered.left_out:  # else one rendering was enough
+        if form is not None and (rendered.spans is not None or rendered.left_out):  # else one rendering was enough
             self._learn(form, talk, rendered)
         return rendered
 
@@ -248,7 +248,7 @@ def encode_rows(
         DataError: the chat template takes far too much time or memory with a row.
     """
     rows, writer, renderer = list(rows), TableWriter(settings, tokenizer), ChatRenderer(tokenizer, settings.template_date)
-    chats, problems, left_out = ChatRows(renderer, format, settings), [], {}
+    chats, problems, left_out = ChatRows(renderer, format, settings, tokenizer.chat_template or ""), [], {}
     with watched(f"{name}: tokenizing", len(rows)) as update:
         for start in range(0, len(rows), CHUNK_ROWS):
             update(start)

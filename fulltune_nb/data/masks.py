@@ -196,7 +196,7 @@ class Conversation:
     """
 
     def __init__(self, renderer: ChatRenderer, messages: Sequence[Mapping[str, Any]], tools: Any, words: Sequence[Word]):
-        self._renderer, self.messages, self._tools, self.words = renderer, messages, tools, words
+        self._renderer, self.messages, self.tools, self.words = renderer, messages, tools, words
         try:
             self.text = renderer.render(messages, tools)
         except TemplateRefused as error:
@@ -207,7 +207,7 @@ class Conversation:
         """The turns as the marked words show them; None where the template writes another text with marks."""
         if not (marks := free_marks(self.text, self.words)):
             return None
-        turns = Turns(self._renderer, *with_marks(self.messages, self._tools, marks), self.words, marks)
+        turns = Turns(self._renderer, *with_marks(self.messages, self.tools, marks), self.words, marks)
         return turns if turns.text == self.text else None
 
     def generated(self, turns: Sequence[int]) -> list[Span] | None:
@@ -235,7 +235,7 @@ class Conversation:
 
     def _generated(self, count: int) -> tuple[str, list[Span]] | None:
         try:
-            return self._renderer.render_answers(self.messages[:count], self._tools)
+            return self._renderer.render_answers(self.messages[:count], self.tools)
         except TemplateRefused:
             return None
 
@@ -262,7 +262,7 @@ class Conversation:
         return [marked.span(i) for i in turns]
 
     def _by_prefixes(self, turns: Sequence[int]) -> list[Span]:
-        plain = Turns(self._renderer, self.messages, self._tools, (), range(0), self.text)
+        plain = Turns(self._renderer, self.messages, self.tools, (), range(0), self.text)
         spans = [plain.span(i) for i in turns]
         for i, span in zip(turns, spans, strict=True):
             if any(not is_written(word.text, self.text, *span) for word in self.words if word.message == i):

@@ -32,11 +32,11 @@ def found(encoded):
     return [(e.source, e.text, e.tokens.tolist(), e.loss_mask.tolist()) for e in encoded.examples], encoded.problems, encoded.left_out
 
 
-@pytest.mark.parametrize("mask", [True, "last", False])
+@pytest.mark.parametrize("mask", [True, "last"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_rows_mask_is_the_same_whatever_rows_stand_before_it(template, mask, make_tokenizer):
     tokenizer, settings, draw = make_tokenizer(TEMPLATES[template]), DataSettings(mask_prompt=mask), random.Random(template)
-    rows = [(f"train:{i}", random_row(draw)) for i in range(60)]
+    rows = [(f"train:{i}", random_row(draw)) for i in range(12)]
     examples, problems, left_out = [], [], {}
     for row in rows:
         ours = found(encode_rows([row], "chat", tokenizer, settings))
@@ -60,3 +60,38 @@ def test_rows_of_a_known_form_are_rendered_once(mask, make_tokenizer, monkeypatc
     rows = [(f"train:{i}", {"messages": [{"role": "user", "content": f"question {i}"}, *turns[1:]]}) for i in range(20)]
     assert len(encode_rows(rows, "chat", make_tokenizer(CHATML), DataSettings(mask_prompt=mask)).examples) == 20
     assert [rendered[f"question {i}"] for i in range(1, 20)] == [1] * 19
+
+
+# The generation prompt depends on the question, the turn itself does not.
+LOOKS_FOR_WORDS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + ('<think></think>' if m.role == 'assistant' else '') + m.content }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}"
+    "{{ '</think>' if '/no_think' in messages[-1].content }}{% endif %}"
+)
+
+
+def test_words_that_a_template_looks_for_are_not_taken_for_words_of_a_form(make_tokenizer):
+    tokenizer, settings = make_tokenizer(LOOKS_FOR_WORDS), DataSettings(mask_prompt=True)
+    pairs = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "Fine."}]
+        for text in ("Is it?", "Is it? /NO_think", "Is it? /no_think")
+    ]
+    encoded = encode_rows([(f"train:{i}", {"messages": pair}) for i, pair in enumerate(pairs)], "chat", tokenizer, settings)
+    trained = [tokenizer.decode(e.tokens[e.loss_mask]) for e in encoded.examples]
+    assert trained == ["</think>Fine.<|im_end|>\n", "</think>Fine.<|im_end|>\n", "Fine.<|im_end|>\n"]
+
+
+# The template's own markers depend on a key that it does not write.
+MARKS_BY_MODE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and m.mode != 'off' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def test_what_a_message_has_besides_words_is_of_its_form(make_tokenizer):
+    tokenizer, settings = make_tokenizer(MARKS_BY_MODE), DataSettings(mask_prompt=True)
+    rows = [
+        [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Fine.", "mode": mode}] for mode in ("on", "off", "on")
+    ]
+    encoded = encode_rows([(f"train:{i}", {"messages": row}) for i, row in enumerate(rows)], "chat", tokenizer, settings)
+    assert [tokenizer.decode(e.tokens[e.loss_mask]) for e in encoded.examples] == ["Fine.", "", "Fine."]
