@@ -90,6 +90,8 @@ def _find() -> KernelFolder:
             library = _load(folder) if compiles else None
         except (OSError, subprocess.SubprocessError) as error:
             refused.append(f"{place}: {_why(error)}")
+            with suppress(OSError):
+                place.rmdir()  # if it is empty
             continue
         if cuda:
             os.environ.setdefault(CUDA_VARIABLE, str(folder / "mlx" / "ptx"))  # MLX's alone, so that children may have it too
@@ -121,18 +123,25 @@ def _go_on_without() -> str:
 
 
 def _places() -> Iterator[Path]:
-    """Folders of this user, made where they are missing, best first: in the cache, then new ones that are removed at the end."""
+    """Folders of this user, made where they are missing, best first: in the cache, among temporary files, a new one that is removed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    place = cache / "fulltune_nb" / f"kernels-{platform.machine()}"
-    with suppress(OSError):
-        for folder in (cache, place.parent, place):
-            folder.mkdir(0o700, exist_ok=True)
-    yield place
-    for parent in dict.fromkeys([_temporary_folder(), "/tmp", "/var/tmp", "/dev/shm"]):
+    yield _made(cache, cache / "fulltune_nb", cache / "fulltune_nb" / f"kernels-{platform.machine()}")
+    parents = dict.fromkeys([_temporary_folder(), "/tmp", "/var/tmp", "/dev/shm"])
+    for parent in parents:
+        yield _made(Path(parent, f"fulltune_nb-{os.geteuid()}"))
+    for parent in parents:  # somebody else may have taken these names
         with suppress(OSError):
-            new = tempfile.mkdtemp(prefix=f"fulltune_nb-{os.getuid()}-", dir=parent)
+            new = tempfile.mkdtemp(prefix="fulltune_nb-", dir=parent)
             atexit.register(_remove, new, os.getpid())
             yield Path(new)
+
+
+def _made(*folders: Path) -> Path:
+    """The last of these, each made in the one before."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.mkdir(0o700, exist_ok=True)
+    return folders[-1]
 
 
 def _remove(folder: str, process: int) -> None:

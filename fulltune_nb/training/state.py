@@ -49,7 +49,7 @@ def other_arithmetic(then: Mapping[str, Any]) -> list[str]:
     changed = [f"{name} was {str(then[name])[:100]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
     in_tf32, was_in_tf32 = (state.get("float32 products") == "TF32" for state in (now, then))
     digits = "in the last digits" if in_tf32 == was_in_tf32 else "from the fourth digit on"
-    what = f"not the same versions or arithmetic as when this was saved, so its numbers may differ {digits}, and ever more as steps add up"
+    what = f"numbers may differ {digits}, and more as steps add up: not the same versions or arithmetic as when this was saved"
     return [f"{what}: {'; '.join(changed)}"] if changed else []
 
 
