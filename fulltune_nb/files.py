@@ -13,13 +13,16 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from sys import intern
-from typing import Any
+from typing import Any, BinaryIO
+
+from fulltune_nb.errors import FulltuneError
 
 REMOVED_AT_ONCE = 2**26
 """Bytes of a folder that are gone so fast that no thread is worth it."""
@@ -31,6 +34,78 @@ UNFINISHED = ".unfinished"
 """In the name of what is still being written, so that nothing of anybody else has such a name."""
 _removals: list[threading.Thread] = []
 _not_removed: list[Path] = []
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    """The path from the root, `~` and `..` resolved but no links: a later change of the working directory does not matter to it.
+
+    Raises:
+        FulltuneError: it is relative, and the working directory has been removed.
+    """
+    try:
+        return Path(os.path.abspath(os.path.expanduser(os.fsdecode(path))))
+    except FileNotFoundError as error:
+        raise FulltuneError(f"{path}: the working directory is gone, so a relative path leads nowhere. Give an absolute one.") from error
+
+
+# ---- what may be opened --------------------------------------------------------------------------------------------------------
+
+
+_KINDS = {
+    stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def check_ordinary(path: Path, kind: int = stat.S_IFREG) -> None:
+    """Looks at what stands at a path without opening it: a pipe is waited for, a device may have no end, a link leads elsewhere.
+
+    Args:
+        path: where nothing may stand.
+        kind: what should: a file, or `stat.S_IFDIR`.
+
+    Raises:
+        OSError: something else does.
+    """
+    try:
+        found = stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if found != kind:
+        expected = "a folder" if kind == stat.S_IFDIR else "an ordinary file"
+        raise OSError(errno.EINVAL, f"{path} is {_KINDS.get(found, 'a file')}, expected {expected}; it was not opened")
+
+
+def open_ordinary(path: Path) -> BinaryIO:
+    """A file to read.
+
+    Raises:
+        OSError: there is none, or it is a link or no file.
+    """
+    check_ordinary(path)
+    return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+
+
+def check_own_file(path: Path, where: str) -> None:
+    """A folder that came from elsewhere holds its files itself: a link may stay within it, or lead to the blobs of the hub's cache.
+
+    The folder itself, and those above it, may be links.
+
+    Args:
+        path: of what is directly in the folder; nothing may be there.
+        where: "the model folder", for the message.
+
+    Raises:
+        OSError: what is in it at this path is a link to a file elsewhere, a pipe, a socket or a device.
+    """
+    inside = Path(os.path.realpath(path.parent))
+    target = Path(os.path.realpath(path))
+    if target.is_dir() or not os.path.lexists(path):
+        return
+    if not target.is_relative_to(inside) and not target.is_relative_to(inside.parent.parent / "blobs"):
+        raise OSError(errno.EINVAL, f"{path} is a link out of {where}, to {target}; it was not opened")
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, f"{path} is {_KINDS[stat.S_IFMT(target.stat().st_mode)]}, expected an ordinary file; it was not opened")
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +176,7 @@ def held(path: Path) -> Iterator[bool]:
 
 def _remove_unless_held(path: Path) -> None:
     with suppress(OSError):  # somebody else's, or gone
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(path)
@@ -142,9 +217,10 @@ def append_line(path: Path, line: str, on_disk: bool = False) -> None:
     A line that was cut short, because its writer was killed, is ended first. With `on_disk` the line is there when the machine fails too.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or is a link or no file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    check_ordinary(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         cut_short = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
@@ -254,7 +330,7 @@ def exchange_names(one: Path, other: Path) -> bool:
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder; it loses its name first, so that a half-removed one is never taken for a whole one, nor brought back."""
-    aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+    aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}{UNFINISHED}"
     os.rename(folder, aside)
     _remove(aside)
 
@@ -291,10 +367,11 @@ def wait_for_removals() -> None:
         _remove_now(path)
 
 
-_LEFT = re.compile(r"\.(?P<place>.+)-[a-z0-9_]{8}(?P<old>-old)?(?:\.[a-z]+){0,2}")
+LEFT = re.compile(r"\.(?P<place>.+)-(?P<random>[a-z0-9_]{8})(?P<kind>-old|\.unfinished)?(?:\.[a-z]+)?")
+"""The names of what killed writers leave; earlier versions did not write `.unfinished`."""
 
 
-def tidy(folder: Path, ours: str) -> list[str]:
+def tidy(folder: Path, ours: str, is_ours: Callable[[Path], bool] = lambda path: True) -> list[str]:
     """Removes what killed writers left in a folder, and brings back what they had only set aside.
 
     To be called by the only one who writes there.
@@ -302,6 +379,7 @@ def tidy(folder: Path, ours: str) -> list[str]:
     Args:
         folder: need not exist.
         ours: regular expression for the names, without their endings, of what is written there; nothing else is touched.
+        is_ours: whether what has such a name was really left by a writer; where not it stays, and is told.
 
     Returns:
         A line for each thing done.
@@ -309,11 +387,13 @@ def tidy(folder: Path, ours: str) -> list[str]:
     wait_for_removals()
     done = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        left = _LEFT.fullmatch(path.name)
+        left = LEFT.fullmatch(path.name)
         if left is None or not re.fullmatch(ours, left["place"]) or path.is_symlink():
             continue
         place = folder / left["place"]
-        if left["old"] and path.is_dir() and not place.exists():
+        if not is_ours(path):
+            done.append(f"left {path.name} alone: it has the name of what a killed write leaves, but not its content")
+        elif left["kind"] == "-old" and path.is_dir() and not place.exists():
             os.rename(path, place)
             done.append(f"brought back {place}, which a killed write had set aside")
         else:

@@ -465,14 +465,15 @@ def _read_text(path: Path, name: str) -> str:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}. Check the path.") from None
 
 
-def write_yaml(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Write settings so that `read_yaml` gives them back. The file is replaced in one move.
+def write_yaml(path: str | os.PathLike, values: Mapping[str, Any], heading: str = "") -> None:
+    """Write settings so that `read_yaml` gives them back, below a comment where one is given. The file is replaced in one move.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     target = Path(path)
-    text = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    text = f"{heading}\n" if heading else ""
+    text += yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     if not target.parent.is_dir():
         raise ConfigError(f"{os.fspath(path)}: cannot be written: there is no folder {target.parent}. Make it first.")
     try:

@@ -34,7 +34,7 @@ SENTENCEPIECE, TEKKEN = "tokenizer.model", "tekken.json"
 """The vocabulary as SentencePiece and mistral-common keep it; llama.cpp's converter reads these too."""
 VOCABULARIES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "vocab.txt", TEKKEN)
 _SPECIAL = "special_tokens_map.json"
-_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", _SPECIAL, CONFIG, TEMPLATE)
+FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", _SPECIAL, CONFIG, TEMPLATE)
 
 _LOCAL_KEYS = ("is_local", "local_files_only", "mistral_format", "name_or_path", "tokenizer_file", "vocab_file")
 _GENERAL = (None, "TokenizersBackend", "PreTrainedTokenizerFast")  # classes that do what tokenizer.json says
@@ -60,7 +60,7 @@ class TokenizerFiles:
     @classmethod
     def read(cls, folder: Path) -> TokenizerFiles:
         """Those of a model folder."""
-        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         config = folder / "config.json"
         return cls(files, config.read_bytes() if config.is_file() else None)
 

@@ -33,6 +33,7 @@ from fulltune_nb.data.rows import (
 )
 from fulltune_nb.data.watching import watched
 from fulltune_nb.errors import DataError, closest, listed
+from fulltune_nb.files import absolute, check_own_file
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
@@ -56,7 +57,7 @@ def read_source(source: Any) -> tuple[str | None, list[RawSplit], list[str]]:
     if isinstance(source, str) and (name := hub_id(source)) is not None:
         return _place(source), *read_hub(name)
     if isinstance(source, (str, os.PathLike)):
-        folder = _absolute(source)
+        folder = absolute(source)
         return str(folder), *read_folder(folder)
     hint = ' Give the rows their split: {"train": rows}.' if isinstance(source, (list, tuple)) else ""
     raise DataError(f'Expected a folder or {{"train": rows, ...}}, got {type(source).__name__}.{hint}')
@@ -79,10 +80,6 @@ def stored(source: str) -> dict[str, Any]:
     except ValueError as error:
         expected = 'a folder, or an object of JSON such as {"train": "folder"}'
         raise DataError(f"Expected {expected}, got {source[:80]!r} ({error}).") from None
-
-
-def _absolute(path: str | os.PathLike) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(os.fsdecode(path))))
 
 
 # ---- splits by name: rows in memory, or the place of each
@@ -122,10 +119,10 @@ def _place(value: str | os.PathLike) -> str:
     """A place as it can be stored: a name of the hub with its prefix, or an absolute path."""
     name = hub_id(value) if isinstance(value, str) else None
     if name is None:
-        return str(_absolute(value))
+        return str(absolute(value))
     path, colon, part = name.partition(":")
     is_here = Path(path).expanduser().exists()
-    return f"{PREFIX}{_absolute(path) if path and is_here else path}{colon}{part}"
+    return f"{PREFIX}{absolute(path) if path and is_here else path}{colon}{part}"
 
 
 def _read_place(split: str, place: str) -> RawSplit:
@@ -189,6 +186,12 @@ def read_folder(folder: Path) -> tuple[list[RawSplit], list[str]]:
         hints = "".join(f" Is {name} meant as {split}.jsonl?" for name, split in list(meant.items())[:3])
         notes.append(f"Not read: {listed(unread)}; only train.jsonl, valid.jsonl and test.jsonl are.{hints}")
     paths = {split: folder / files[split][0] for split in found}
+    for path in paths.values():
+        try:
+            check_own_file(path, "the data folder")
+        except OSError as error:
+            hint = f' A file elsewhere is given by its place: load_data({{"{path.stem}": "place/of/{path.name}"}}).'
+            raise DataError(f"{error.strerror}.{hint}") from error
     return [READERS[path.suffix](split, path) for split, path in paths.items()], notes
 
 

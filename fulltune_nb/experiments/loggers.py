@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, MissingDependencyError
+from fulltune_nb.files import absolute
 from fulltune_nb.training.callbacks import Attachable
 
 __all__ = ["Tensorboard", "Trackio", "Wandb", "numbers_of"]
@@ -147,7 +148,7 @@ class Tensorboard(_Logger):
             MissingDependencyError: tensorboard is not installed; the message names the command.
         """
         super().__init__()
-        self._log_dir = None if log_dir is None else Path(log_dir).expanduser()
+        self._log_dir = None if log_dir is None else absolute(log_dir)
 
     def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
         """Opens the file, and writes the settings as a text."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from fulltune_nb.errors import ModelError, WeightsError, listed
-from fulltune_nb.files import Checksum, flush_to_disk, is_empty, is_within, put_in_place, unfinished_folder, write_text
+from fulltune_nb.files import Checksum, check_own_file, flush_to_disk, is_empty, is_within, put_in_place, unfinished_folder, write_text
 from fulltune_nb.html import printable
 from fulltune_nb.model_json import read_json, reading
 from fulltune_nb.models.decoder import Decoder
@@ -155,14 +155,13 @@ def check_links(folder: Path) -> None:
     """A model folder's files are in it; only the hub's cache may hold them as links, to the blobs beside its snapshots.
 
     Raises:
-        ModelError: a file of the folder is a link to somewhere else.
+        ModelError: a file of the folder is a link to somewhere else, or no file at all.
     """
-    inside = Path(os.path.realpath(folder))
-    blobs = inside.parent.parent / "blobs"
-    for path in folder.iterdir() if folder.is_dir() else ():
-        target = Path(os.path.realpath(path)) if path.is_symlink() else None
-        if target is not None and not target.is_dir() and not target.is_relative_to(inside) and not target.is_relative_to(blobs):
-            raise ModelError(f"{path} is a link out of the model folder, to {target}. Nothing was read. Put the file itself there.")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            check_own_file(path, "the model folder")
+        except OSError as error:
+            raise ModelError(f"{error.strerror}. Nothing was read. Put the file itself there.") from error
 
 
 def load_folder_weights(model: Decoder, folder: Path) -> None:

@@ -24,7 +24,7 @@ from fulltune_nb.errors import (
     listed,
     tells_device_errors,
 )
-from fulltune_nb.files import is_empty
+from fulltune_nb.files import absolute, is_empty
 from fulltune_nb.html import facts, human_bytes, printable
 from fulltune_nb.model_json import read_json
 from fulltune_nb.models.decoder import Decoder
@@ -440,7 +440,8 @@ def load_model(
     generation_config = None
     if generation_path.exists():
         generation_config = _with_valid_ends(read_json(generation_path), model.config.vocab_size, str(generation_path))
-    lm = LanguageModel(model, load_tokenizer(folder), os.fspath(path), generation_config)
+    source = str(absolute(path)) if Path(path).expanduser().exists() else os.fspath(path)
+    lm = LanguageModel(model, load_tokenizer(folder), source, generation_config)
     lm.dequantized = quantization_of(read_json(folder / "config.json"))
     return lm
 

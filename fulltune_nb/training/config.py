@@ -330,14 +330,14 @@ class TrainConfig:
         except SettingError as error:
             raise (error if error.setting in overrides else stored.placed(error)) from None
 
-    def to_yaml(self, path: str | os.PathLike) -> None:
-        """Write all settings to a YAML file that `from_yaml` reads back.
+    def to_yaml(self, path: str | os.PathLike, heading: str = "") -> None:
+        """Write all settings to a YAML file that `from_yaml` reads back, below a comment where one is given.
 
         Raises:
             ConfigError: the file cannot be written.
         """
         values = self.to_dict()
-        write_yaml(path, {k: v for k, v in values.items() if not (k in ("iters", "epochs") and v is None)})
+        write_yaml(path, {k: v for k, v in values.items() if not (k in ("iters", "epochs") and v is None)}, heading)
 
     def changed(self) -> dict[str, Any]:
         """The settings that differ from the defaults, by name; a data setting's default is what `load_data` has without it."""

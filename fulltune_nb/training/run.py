@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fulltune_nb.data.read import is_there
 from fulltune_nb.data.rows import split_named
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelError, listed
-from fulltune_nb.files import append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
+from fulltune_nb.files import absolute, append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
 from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.settings import names_of
@@ -36,6 +36,25 @@ from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.lock import RunLock
 from fulltune_nb.training.plan import step_batches
+from fulltune_nb.training.run_files import (  # noqa: F401  some of it is imported from here, by notebooks too
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CONFIG_HEADING,
+    EVENTS_FILE,
+    METRICS_FILE,
+    RESULT_FILE,
+    check_holds_no_run,
+    check_kinds,
+    check_nothing_of_others,
+    files_of_others,
+    holds_run,
+    is_checkpoint,
+    is_leaving,
+    keep_files_of_others,
+    read_metrics,
+    read_result,
+    write_result,
+)
 from fulltune_nb.training.state import (
     BEST,
     FOLDER_NAME,
@@ -52,96 +71,11 @@ from fulltune_nb.training.state import (
     write_checkpoint,
 )
 
-CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "events.jsonl", "result.json"
 Entry = StepReport | EvalReport | Event
-_LOSSES = {f"{split}_{what}" for split in ("train", "valid", "test") for what in ("loss", "perplexity")} | {"after"}  # in `result.json`
 _CHANGE_NO_WEIGHT = {
     "steps_per_report", "steps_per_eval", "val_batches", "test_batches", "save_every", "keep", "on_save_error", "patience",
 }  # fmt: skip
 """Settings that may change within a run: they say what is looked at and kept."""
-
-
-# ---- what others read of a run, without its lock
-
-
-def holds_run(path: Path) -> bool:
-    """Whether a run that has come beyond its very beginning is in a folder: it has a checkpoint, or reports of steps."""
-    if list_checkpoints(path / "checkpoints"):
-        return True
-    try:
-        with (path / METRICS_FILE).open("rb") as file:
-            return any(b'"kind": "step"' in line for line in file)
-    except OSError:
-        return False
-
-
-def check_holds_no_run(path: Path) -> None:
-    """
-    Raises:
-        CheckpointError: a run that has come beyond its very beginning is in the folder.
-    """
-    if holds_run(path):
-        raise CheckpointError(
-            f"{path} already holds a run. Go on with it by Trainer.resume({str(path)!r}), or by Trainer(..., resume=\"auto\");"
-            " or give a new run_dir."
-        )
-
-
-def read_metrics(path: Path, name: str = METRICS_FILE) -> tuple[History, list[str]]:
-    """The reports in the `metrics.jsonl` of a run's folder (or the events, by its name), for whoever looks at runs; nothing is locked.
-
-    Returns:
-        The reports, none where there is no such file; and notes on what was passed over: a line cut off by a crash, damaged ones, or
-        the whole file where it cannot be read.
-    """
-    history, bad = History(), []
-    try:
-        with (path / name).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    history += History.from_jsonable([json.loads(line)] if line.strip() else [])
-                except (ValueError, RecursionError, CheckpointError):
-                    bad.append(number)
-    except FileNotFoundError:
-        return history, []
-    except OSError as error:
-        return history, [f"{name} cannot be read: {error}"]
-    if not bad:
-        return history, []
-    what = "1 line is no report and was" if len(bad) == 1 else f"{len(bad):,} lines are no reports and were"
-    return history, [f"{name}: {what} passed over (line {listed(bad)})"]
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """What a `result.json` says; nothing where there is none, or it is not one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Writes `result.json` into a run's folder; what already stands there under other names stays, but for losses of other weights: of
-    another step, or of a line that the run went back from.
-
-    NaN and infinities, which JSON has not, become null.
-    """
-    path = folder / RESULT_FILE
-    before = read_result(path)
-    if any(before.get(name) != result.get(name, before.get(name)) for name in ("steps", "train_loss_last")):
-        before = {name: value for name, value in before.items() if name not in _LOSSES}
-    text = json.dumps({**before, **_finite(result)}, indent=1, allow_nan=False)
-    write_text(path, text + "\n")
-    return path
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---- writing a run
@@ -159,13 +93,14 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path):
+        check_kinds(path)
         self.path = path
         self.lock = RunLock(path)
         self._unwritten: list[Entry] = []
         self.notes = [self.lock.note] if self.lock.note else []
         try:
-            self.notes += tidy(self.path / "checkpoints", rf"(damaged-|left-)?{FOLDER_NAME}")
-            self.notes += tidy(self.path, "best|metrics|events|result|config")
+            self.notes += tidy(self.path / CHECKPOINTS, rf"(damaged-|left-)?{FOLDER_NAME}", is_leaving)
+            self.notes += tidy(self.path, "best|metrics|events|result|config|run", is_leaving)
         except OSError as error:
             self.notes.append(f"what a killed write left could not be removed: {error}")
 
@@ -174,29 +109,33 @@ class RunDirectory:
         """A folder for a new run.
 
         Args:
-            path: new, or without a run in it.
+            path: new, or without anything in it that a run would replace.
             config: the settings.
             source: folder of the source model, which must not be written to.
 
         Raises:
-            CheckpointError: it already holds a run, cannot be made, or lies in the source model's folder.
+            CheckpointError: it holds a run, or files of others under the names of a run's; cannot be made; or lies in the source model's
+                folder.
         """
-        path = Path(path).expanduser()
+        path = absolute(path)
         try:
             check_not_source(path, source, "run_dir")
             made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
+            check_kinds(path)
+            check_nothing_of_others(path)
             directory = cls(path)
             try:
                 check_holds_no_run(path)
-                config.to_yaml(path / CONFIG_FILE)
+                check_nothing_of_others(path)  # somebody may have come between
+                directory.write_config(config)
                 (path / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
                 if made:
                     flush_to_disk(path.parent)
             except BaseException:
                 directory.close()
                 raise
-        except (OSError, ConfigError, ModelError) as error:
+        except (OSError, ModelError) as error:
             raise CheckpointError(f"run_dir {path} cannot be made: {error}") from error
         directory.lock.keep()
         return directory
@@ -208,8 +147,8 @@ class RunDirectory:
         Raises:
             CheckpointError: there is none, another process has it, or it cannot be written to.
         """
-        if not path.is_dir():
-            raise CheckpointError(f"No whole checkpoint in {path / 'checkpoints'}: there is no such folder. Give the run_dir of a run.")
+        if not (path / CHECKPOINTS).is_dir():  # of somebody else: nothing is touched
+            raise CheckpointError(f"No whole checkpoint in {path / CHECKPOINTS}: there is no such folder. Give the run_dir of a run.")
         return cls(path)
 
     def close(self) -> None:
@@ -217,74 +156,94 @@ class RunDirectory:
         wait_for_removals()  # whoever opens it next would find folders half removed
         self.lock.release()
 
+    @contextmanager
+    def _writing(self, path: Path, otherwise: str = "Checkpoints are untouched.") -> Iterator[None]:
+        """All that is written into the folder, or removed from it, is so within this block, which first looks whether it is still ours."""
+        self.lock.check()
+        check_kinds(self.path)
+        try:
+            yield
+        except (OSError, ConfigError) as error:
+            self.lock.check()  # it may have gone meanwhile
+            raise CheckpointError(f"{path} could not be written: {error}. {otherwise}") from error
+
     def last_checkpoint(self) -> Path | None:
         """The newest, or None where the run was never saved."""
-        return next(reversed(list_checkpoints(self.path / "checkpoints")), None)
+        return next(reversed(list_checkpoints(self.path / CHECKPOINTS)), None)
 
     def save_checkpoint(self, lm: LanguageModel, state: TrainerState, keep: int) -> Path:
         """Writes the checkpoint of a state whose weights the model holds, then removes all but the newest `keep`.
 
-        Of checkpoints of later steps, which a trainer that went back has left, the last is set aside as `left-step-...`.
+        Of checkpoints of later steps, which a trainer that went back has left, the last is set aside as `left-step-...`. Only what was
+        written as a checkpoint is removed; of other files in it `notes` tells where they are then.
         """
-        self.lock.check()
-        folder = self.path / "checkpoints"
+        folder = self.path / CHECKPOINTS
         written = folder / checkpoint_name(state.step)
-        write_checkpoint(written, lm, state)
-        try:
-            later = [path for path in list_checkpoints(folder) if step_of(path) > state.step]
+        self._write_model(written, lm, state)
+        with self._writing(folder, f"{written} is written, but older checkpoints could not be removed."):
+            ours = [path for path in list_checkpoints(folder) if is_checkpoint(path)]
+            later = [path for path in ours if step_of(path) > state.step]
             if later:
                 left_before = [path for path in folder.iterdir() if re.fullmatch(f"left-{FOLDER_NAME}", path.name)]
+                self._keep_files_of_others(folder / f"left-{later[-1].name}")
                 kept = set_aside(later[-1], "left")
-                for path in [*later[:-1], *(path for path in left_before if path != kept)]:
-                    remove_folder(path)
-            for path in list_checkpoints(folder)[:-keep]:
-                remove_folder(path)
-        except OSError as error:
-            raise CheckpointError(f"{written} is written, but older checkpoints could not be removed: {error}") from error
+                self._remove([*later[:-1], *(path for path in left_before if path != kept and is_checkpoint(path))])
+            self._remove([path for path in ours if step_of(path) <= state.step][:-keep])
         return written
 
     def save_best(self, lm: LanguageModel, step: int) -> None:
         """Makes the present weights, those of a step, the best ones."""
-        self.lock.check()
-        write_checkpoint(self.path / BEST, lm, about={"step": step})
+        self._write_model(self.path / BEST, lm, about={"step": step})
+
+    def _write_model(
+        self, folder: Path, lm: LanguageModel, state: TrainerState | None = None, about: Mapping[str, Any] | None = None
+    ) -> None:
+        def check() -> None:
+            self.lock.check()
+            self._keep_files_of_others(folder)
+
+        with self._writing(folder):
+            write_checkpoint(folder, lm, state, about, check)
+
+    def _remove(self, checkpoints: Iterable[Path]) -> None:
+        for path in checkpoints:
+            self.lock.check()
+            self._keep_files_of_others(path)
+            remove_folder(path)
+
+    def _keep_files_of_others(self, checkpoint: Path) -> None:
+        self.notes += keep_files_of_others(checkpoint)
+
+    def take_notes(self) -> list[str]:
+        """What there is to tell since the last call."""
+        notes, self.notes = self.notes, []
+        return notes
 
     def append(self, entry: Entry) -> None:
         """One line into `metrics.jsonl`, or `events.jsonl`, handed to the system at once; if not, with the next one that can be."""
-        self.lock.check()
         self._unwritten.append(entry)
         while self._unwritten:
             path = self.path / (EVENTS_FILE if isinstance(self._unwritten[0], Event) else METRICS_FILE)
-            try:
+            with self._writing(path, "Checkpoints are untouched. Make room; then go on."):
                 append_line(path, json.dumps(self._unwritten[0].to_dict(), allow_nan=False), on_disk=path.name == EVENTS_FILE)
-            except OSError as error:
-                if not self.path.exists():
-                    raise CheckpointError(
-                        f"{self.path} is gone: it was deleted or moved while the run went on, and its checkpoints with it."
-                        " trainer.save() makes it anew, with a checkpoint of now; then go on."
-                    ) from error
-                raise CheckpointError(f"{path} could not be written: {error}. Checkpoints are untouched. Make room; then go on.") from error
             del self._unwritten[0]
 
     def rewrite_metrics(self, history: Iterable[Entry]) -> None:
         """Makes `metrics.jsonl` say what the history says: a resumed run drops what came after its checkpoint."""
         lines = [json.dumps(entry.to_dict(), allow_nan=False) + "\n" for entry in history if not isinstance(entry, Event)]
-        self._write(METRICS_FILE, lambda: write_text(self.path / METRICS_FILE, "".join(lines)))
+        with self._writing(self.path / METRICS_FILE):
+            write_text(self.path / METRICS_FILE, "".join(lines))
         self._unwritten = [entry for entry in self._unwritten if isinstance(entry, Event)]
 
     def write_config(self, config: TrainConfig) -> None:
         """The settings that the run goes on with."""
-        self._write(CONFIG_FILE, lambda: config.to_yaml(self.path / CONFIG_FILE))
+        with self._writing(self.path / CONFIG_FILE):
+            config.to_yaml(self.path / CONFIG_FILE, CONFIG_HEADING)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """What came out, into `result.json`."""
-        self._write(RESULT_FILE, lambda: write_result(self.path, result))
-
-    def _write(self, name: str, write: Callable[[], Any]) -> None:
-        self.lock.check()
-        try:
-            write()
-        except (OSError, ConfigError) as error:
-            raise CheckpointError(f"{self.path / name} could not be written: {error}. Checkpoints are untouched.") from error
+        with self._writing(self.path / RESULT_FILE):
+            write_result(self.path, result)
 
 
 # ---- the run of a folder
@@ -308,14 +267,16 @@ class StoredRun:
     """
 
     def __init__(self, run_dir: str | os.PathLike, force: bool):
-        self.directory, self._force = RunDirectory.open(Path(run_dir).expanduser()), force
+        self.directory, self._force = RunDirectory.open(absolute(run_dir)), force
         try:
             self.checkpoint, self._state, self._damaged = newest_whole(self.directory.path)
         except BaseException:
             self.directory.close()
             raise
         self._state["history"] += evaluated_since(self._state, read_metrics(self.directory.path)[0])
-        self.notes, self._has_weights, self._other_template = list(self.directory.notes), True, False
+        self.notes, self._has_weights, self._other_template = self.directory.take_notes(), True, False
+        if others := files_of_others(self.checkpoint):
+            self.notes.append(f"left alone in {self.checkpoint.name}, as no part of it: {listed([path.name for path in others])}")
         self.rates, by_hand = set_by_hand_since(self._state, read_metrics(self.directory.path, EVENTS_FILE)[0].events)
         self.notes += [*other_arithmetic(self._state["versions"]), *by_hand]
 

@@ -10,7 +10,8 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,17 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb.errors import CheckpointError, FulltuneError
-from fulltune_nb.files import check_space, flush_to_disk, is_empty, put_in_place, remove_folder, sha256_of, unfinished_folder, write_text
+from fulltune_nb.files import (
+    absolute,
+    check_space,
+    flush_to_disk,
+    is_empty,
+    put_in_place,
+    remove_folder,
+    sha256_of,
+    unfinished_folder,
+    write_text,
+)
 from fulltune_nb.html import facts, human_bytes, printable
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import check_not_source, fill_folder, load_folder_weights
@@ -27,12 +38,15 @@ from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters
 from fulltune_nb.system_info import arithmetic, package_versions
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
-from fulltune_nb.tokenizer import bytes_to_save
+from fulltune_nb.tokenizer import FILES, bytes_to_save
 from fulltune_nb.training.history import EvalReport, Event, History
 
 OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "trainer.json", "manifest.json"
 BEST = "best"
 FOLDER_NAME = r"step-\d{6,}"
+CHECKPOINT_FILE = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|.*\.(model|tiktoken)|additional_chat_templates|"
+CHECKPOINT_FILE += "|".join(map(re.escape, (OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE, *FILES)))
+"""The names of the files that are written into a checkpoint, or read from one; a regular expression."""
 _SMALL_FILES = 2**24  # bytes kept free for the history and the like
 _MAX_JSON = 2**30  # bytes of a manifest or a state that are read
 
@@ -205,7 +219,7 @@ class Snapshot:
         """
         if folder is None:
             return cls(state.step, None, state.nbytes, state.copied())
-        path = Path(folder).expanduser()
+        path = absolute(folder)
         if path.exists() and not is_empty(path):
             raise CheckpointError(f"{path} is not an empty folder. A snapshot is written into a new or empty one.")
         check_not_source(path, lm.source, "The snapshot's folder")
@@ -227,7 +241,13 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def write_checkpoint(folder: Path, lm: LanguageModel, state: TrainerState | None = None, about: Mapping[str, Any] | None = None) -> None:
+def write_checkpoint(
+    folder: Path,
+    lm: LanguageModel,
+    state: TrainerState | None = None,
+    about: Mapping[str, Any] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Writes a checkpoint under its final name, replacing one of the same name.
 
     Args:
@@ -235,6 +255,7 @@ def write_checkpoint(folder: Path, lm: LanguageModel, state: TrainerState | None
         lm: the weights, those of the state, and the tokenizer.
         state: the optimizer's arrays and everything else; None for the weights alone.
         about: JSON values to keep with weights alone.
+        check: called again when all is written: raises where it must not be put in place any more.
 
     Raises:
         CheckpointError: it cannot be written; what stood there before is untouched.
@@ -247,6 +268,7 @@ def write_checkpoint(folder: Path, lm: LanguageModel, state: TrainerState | None
         with unfinished_folder(folder) as partial:
             _write_files(partial, lm, state, about or {}, optimizer_arrays)
             flush_to_disk(partial)
+            check()
             put_in_place(partial, folder)
     except (OSError, FulltuneError) as error:
         why = str(error).rstrip(".")
@@ -282,7 +304,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest step first."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if re.fullmatch(FOLDER_NAME, path.name) and path.is_dir()), key=step_of)
+    found = (path for path in folder.iterdir() if re.fullmatch(FOLDER_NAME, path.name) and path.is_dir() and not path.is_symlink())
+    return sorted(found, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -298,6 +321,14 @@ def set_aside(folder: Path, why: str) -> Path:
     os.rename(folder, place)
     flush_to_disk(place.parent)
     return place
+
+
+def names_in_manifest(folder: Path) -> set[str]:
+    """The files that were written as a checkpoint's, but for the manifest; none where the folder was not written as one."""
+    with suppress(OSError, ValueError):
+        manifest = _read_json(folder / MANIFEST_FILE)
+        return set(manifest) if isinstance(manifest, dict) and STATE_FILE in manifest else set()
+    return set()
 
 
 def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
@@ -396,7 +427,7 @@ def check_files(folder: Path) -> None:
     """Compares a checkpoint's files with its manifest.
 
     Raises:
-        CheckpointError: one differs, is a link, is missing in the folder or in the manifest, or the manifest names others.
+        CheckpointError: one differs, is a link, is missing, the manifest names others, or leaves one out that would be read.
         OSError, ValueError: the manifest, or a file, cannot be read.
     """
     manifest = _read_json(folder / MANIFEST_FILE)
@@ -408,7 +439,7 @@ def check_files(folder: Path) -> None:
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
     if missing := sorted(manifest.keys() - there):
         raise CheckpointError(f"{folder} lacks files that its manifest names: {', '.join(missing[:5])}.")
-    if unknown := sorted(there - manifest.keys()):
+    if unknown := sorted(name for name in there - manifest.keys() if re.fullmatch(CHECKPOINT_FILE, name)):
         raise CheckpointError(f"{folder} has files that its manifest does not name: {', '.join(unknown[:5])}. Move them elsewhere.")
     for name, digest in manifest.items():
         path = folder / name

@@ -33,6 +33,7 @@ from fulltune_nb.errors import (
     TrainingError,
     device_errors,
 )
+from fulltune_nb.files import absolute
 from fulltune_nb.html import facts
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable, trainable_of
@@ -120,7 +121,7 @@ class Trainer:
         config = (config or TrainConfig()).for_data(data.settings)
         if resume not in (None, "auto") and not isinstance(resume, StoredRun):
             raise ConfigError(f'resume: expected "auto" or None, got {resume!r:.80}. Trainer.resume(run_dir) goes on with a run.')
-        run_dir = None if run_dir is None else Path(run_dir).expanduser()
+        run_dir = None if run_dir is None else absolute(run_dir)
         if isinstance(resume, StoredRun):
             self._begin(lm, data, config, force, resume)
         elif resume == "auto" and run_dir is not None and holds_run(run_dir):
@@ -267,7 +268,7 @@ class Trainer:
             NonFiniteError: loss or gradient is NaN or inf; weights, optimizer and data position are as before.
             DeviceError: the device broke it off, for lack of memory (OutOfMemoryError) or as it took too long; all is as before.
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
-            CheckpointError: a later trainer of this process has taken the run up; or a report cannot be written.
+            CheckpointError: the run's folder is gone or another's; or a report cannot be written.
         """
         with interrupts_deferred():
             with self._running():
@@ -562,19 +563,60 @@ class Trainer:
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Writes a checkpoint into `run_dir/checkpoints` and returns its folder.
+        """Writes a checkpoint into `run_dir/checkpoints` and returns its folder. Where the run's folder is gone, it is made anew.
 
         Raises:
             TrainingError: the trainer has no `run_dir`.
-            CheckpointError: it cannot be written; earlier ones are untouched.
+            CheckpointError: it cannot be written, or the folder is no longer this run's; earlier ones are untouched.
         """
         if self._directory is None:
-            raise TrainingError("This trainer has no run_dir, so there is nowhere to save. Make it with Trainer(..., run_dir='runs/a').")
+            raise TrainingError("This trainer has no run_dir, so there is nowhere to save. Give it one with trainer.move_run('runs/a').")
+        if self._directory.lock.folder_is_gone:
+            return self.move_run(self._directory.path)
         path = self._directory.save_checkpoint(self.lm, self._take_state(), self.config.keep)
         self._saved_step = self.step_count
         self.tell("on_save", path)
+        self._tell_notes()
         self._write_best_if_due()
         return path
+
+    def move_run(self, run_dir: str | os.PathLike) -> Path:
+        """Goes on in another folder, beginning with a checkpoint of now: where the run's own was deleted, moved, or begun anew by another
+        process, or its disk is full, and for a trainer that had none.
+
+        Args:
+            run_dir: as for a new run. It gets settings, history and a checkpoint; what stands in the folder before stays there.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: it holds a run or files of others, or cannot be written; the trainer is then as it was.
+        """
+        state, before = self._take_state(), self._directory
+        directory = RunDirectory.create(run_dir, self.config, self.lm.source)
+        try:
+            path = directory.save_checkpoint(self.lm, state, self.config.keep)
+        except BaseException:
+            directory.close()
+            raise
+        self._hold(directory)
+        if before is not None:
+            before.close()
+        self._forget_what_is_written()
+        self._saved_step, self._best_is_due = self.step_count, self._best_step == self.step_count > 0
+        directory.rewrite_metrics(self.history)
+        for event in self.history.events:
+            directory.append(event)
+        self._tell_notes()
+        self.event("move", f"goes on in {directory.path}" + (f"; what was written before is or was in {before.path}" if before else ""))
+        self.tell("on_save", path)
+        self._write_best_if_due()
+        return path
+
+    def _tell_notes(self) -> None:
+        for note in self._directory.take_notes():
+            self.event("run_dir", note)
 
     def _save_if_due(self) -> None:
         """A checkpoint, and at the end of the run its result; each once a step."""
@@ -724,7 +766,7 @@ class Trainer:
         if not isinstance(snapshot, (Snapshot, str, os.PathLike)):
             raise TrainingError(f"restore takes what snapshot() returned, or the folder of a checkpoint; got {type(snapshot).__name__}.")
         if not isinstance(snapshot, Snapshot):
-            snapshot = Snapshot(-1, Path(snapshot).expanduser(), 0)
+            snapshot = Snapshot(-1, absolute(snapshot), 0)
         state = snapshot.state.copied() if snapshot.path is None else read_checkpoint(snapshot.path, self.lm)
         notes = [*check_same_data(self.data, state.origin["data"], force), *other_arithmetic(state.origin["versions"])]
         here = self.step_count
@@ -785,8 +827,7 @@ class Trainer:
         self._hold(directory)
         for entry in self.history:
             directory.append(entry)
-        for note in directory.notes:
-            self.event("run_dir", note)
+        self._tell_notes()
 
     def __repr__(self) -> str:
         return f"Trainer(step {self.step_count} of {self.total_steps}, {self.lm!r}, run_dir={self.run_dir and str(self.run_dir)!r})"
