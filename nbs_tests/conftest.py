@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(config, items):
     """
     machine = config.getoption("--device-like")
     why = left_out.reasons(machine, [item.nodeid for item in items]) if machine else {}
+    if machine:
+        why |= {item.nodeid: left_out.OF_THE_CPU for item in items if "kernels" in item.fixturenames}
     config.stash[WHY] = Counter(why.values())
     in_ci = bool(os.environ.get("CI")) and not machine  # the suites on other machines are beside that, and need to be shorter
     deselected = [item for item in items if item.nodeid in why or (item.get_closest_marker("ci") and not in_ci)]

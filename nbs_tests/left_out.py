@@ -6,8 +6,10 @@ OF_THE_CPU = "speaks of the CPU by itself: its kernels, its BLAS, its allocator,
 THE_SAME = "texts, pictures and rows: nothing in them depends on the device"
 AS_ELSEWHERE = "what training/test_gpu_step.py tries, and compiles less for it"
 BY_A_TABLE = "asks for cosines and sines, which MLX's kernel makes on a GPU; for GPUs: models/test_rope.py"
+COUNTED_LESS_WELL = "what is counted on a GPU is off by more than these bounds; for others: the same test, test_mac_memory.py"
 OF_MLX_LM = "mlx-lm makes a stream of its own for a device that is not there"
 
+PEAK = "training/test_memory.py::test_what_is_counted_and_what_is_measured_beside_the_peak_of_a_run"
 ALL, GPU, DARWIN = ("gpu", "darwin"), ("gpu",), ("darwin",)
 LEFT_OUT = (
     (ALL, "test_browser.py", OTHER_PROCESSES),
@@ -39,6 +41,9 @@ LEFT_OUT = (
     (ALL, "training/test_kernels.py", OF_THE_CPU),
     (GPU, "training/test_gpu_step.py::test_without_a_window_and_packing_attention_needs_no_array", OF_THE_CPU),
     (GPU, "training/test_gpu_step.py::test_chunks_of_logits_are_few", OF_THE_CPU),
+    (GPU, f"{PEAK}[256-512-4-True]", COUNTED_LESS_WELL),
+    (GPU, f"{PEAK}[128-256-3-8-500-2]", COUNTED_LESS_WELL),
+    (GPU, f"{PEAK}[256-512-4-phi-sgd]", COUNTED_LESS_WELL),
     (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[another BLAS]", OF_THE_CPU),
     (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[other kernels]", OF_THE_CPU),
     (GPU, "training/test_resuming.py::test_a_resume_with_other_threads_or_on_another_device_is_told", OF_THE_CPU),

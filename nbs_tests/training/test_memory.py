@@ -9,7 +9,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.data.batches import padded_to
 from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.device import length_multiple
+from fulltune_nb.device import device_kind, length_multiple
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
@@ -43,6 +43,11 @@ def make_data(length=256, rows=100, share=1.0):
 @pytest.fixture
 def set_limit(monkeypatch):
     return lambda size: monkeypatch.setattr(memory, "machine_limit", lambda: size)
+
+
+def always_kept(plan):
+    """Bytes of the cache: a Mac's gets what room there is."""
+    return 0 if device_kind() == "metal" else plan.cache
 
 
 def test_a_seven_billion_model_is_planned_without_allocating_anything(set_limit, monkeypatch):
@@ -86,7 +91,7 @@ def test_what_does_not_fit_gets_advice_that_fits_when_followed(set_limit):
     config = TrainConfig(batch_size=16, memory="fast")
     set_limit(10**15)
     whole = preflight(lm, data, config)
-    set_limit(int(0.8 * whole.peak) + whole.cache)
+    set_limit(int(0.8 * whole.peak) + always_kept(whole))
     plan = preflight(lm, data, config)
     assert not plan.fits and len(plan.advice) >= 2
     assert any("grad_checkpoint=True" in sentence for sentence in plan.advice)
@@ -101,7 +106,7 @@ def test_where_no_single_change_is_enough_several_together_are_tried(set_limit):
     config = TrainConfig(batch_size=1, memory="fast")
     set_limit(10**15)
     together = preflight(lm, data, config.replace(memory="lean", optimizer="adafactor", weights="bfloat16"))
-    set_limit(together.peak + together.cache)
+    set_limit(together.peak + always_kept(together))
     (sentence,) = preflight(lm, data, config).advice
     assert sentence.startswith("No single change") and "optimizer='adafactor', weights='bfloat16':" in sentence
     set_limit(together.parts["weights"])
@@ -114,9 +119,9 @@ def test_the_cache_counts_against_the_limit(set_limit):
     set_limit(10**15)
     config = TrainConfig(memory="fast")
     plan = preflight(lm, make_data(), config)
-    set_limit(plan.peak + plan.cache)
+    set_limit(plan.peak + always_kept(plan))
     assert preflight(lm, make_data(), config).fits
-    set_limit(plan.peak + plan.cache - 1)
+    set_limit(plan.peak + always_kept(plan) - 1)
     assert not preflight(lm, make_data(), config).fits
 
 
@@ -126,7 +131,7 @@ def test_auto_is_fast_where_that_fits_and_lean_where_only_that_does(set_limit):
     fast, lean = (preflight(lm, data, TrainConfig(memory=memory)) for memory in ("fast", "lean"))
     assert lean.peak < fast.peak and (fast.backward, lean.backward) == ("whole", "layerwise")
     assert preflight(lm, data, TrainConfig()) == fast
-    set_limit(fast.peak + fast.cache - 1)
+    set_limit(fast.peak + always_kept(fast) - 1)
     assert preflight(lm, data, TrainConfig()).backward == "layerwise"
     assert preflight(lm, data, TrainConfig(backward="whole")).backward == "whole"
 
@@ -230,10 +235,10 @@ def test_what_is_counted_just_above_the_limit_is_measured_before_it_is_refused(r
     config = config.replace(memory="fast")
     counted, measured = preflight(lm, data, config), preflight(lm, data, config, measure=True)
     assert measured.peak < counted.peak
-    set_limit(int(1.05 * measured.peak) + measured.cache)
+    set_limit((counted.peak + measured.peak) // 2 + always_kept(measured))
     assert not preflight(lm, data, config).fits
     assert ft.Trainer(lm, data, config).backward == "whole"
-    set_limit(int(0.95 * measured.peak) + measured.cache)
+    set_limit(int(0.95 * measured.peak) + always_kept(measured))
     with pytest.raises(ft.errors.MemoryLimitError):
         ft.Trainer(lm, data, config)
 
