@@ -145,7 +145,7 @@ class ChatRows:
         """
         asked = max((i for i, message in enumerate(talk.messages) if message["role"] == "user"), default=-1)
         # A string can stand in the text by chance, so the first of its kind is marked; then it is enough to look for the others.
-        places = {(_role(talk, word), word.kind, word.message > asked) for word in talk.words}
+        places = {(*_holder(talk, word), word.kind, word.message > asked) for word in talk.words}
         is_marked_anyway = self._settings.mask_prompt and len(wanted) > 1
         marked = talk.marked if is_marked_anyway or not places <= self._written else None
         if marked is None:
@@ -170,6 +170,11 @@ class ChatRows:
 
 def _role(talk: Conversation, word: Word) -> str:
     return "" if word.message == TOOLS else talk.messages[word.message]["role"]
+
+
+def _holder(talk: Conversation, word: Word) -> tuple[str, ...]:
+    """The role and the keys of a word's message: a thinking within the content is no `reasoning_content`."""
+    return () if word.message == TOOLS else (_role(talk, word), *talk.messages[word.message])
 
 
 def _name(talk: Conversation, word: Word, missing: Sequence[Word]) -> str:

@@ -164,6 +164,13 @@ def test_lost_words_of_the_user_or_of_a_trained_turn_are_an_error_of_the_row(mak
     assert said in problem({"messages": messages}, "chat", make_tokenizer(template), DataSettings(mask_prompt=mask_prompt))
 
 
+def test_reasoning_that_is_lost_is_an_error_also_behind_rows_with_a_thinking_in_their_content(make_tokenizer):
+    written = {"messages": [Q1, {**A1, "content": "<think>\nHm.\n</think>\n\nFine."}]}
+    lost = {"messages": [Q1, {**A1, "reasoning_content": "Fine."}]}  # its word stands in the text by chance
+    data = load_data({"train": [written, lost, written]}, make_tokenizer(templates.CHATML), bad_rows="skip", mask_prompt=True)
+    assert len(data.train) == 2 and "the reasoning of assistant turn 1 ('Fine.')" in data.train.skipped[0]
+
+
 def test_other_words_that_are_lost_are_told_with_their_number_and_first_row(make_tokenizer):
     tool = {"role": "tool", "content": "rain, 7 degrees"}
     rows = [[Q1, A1], [SYSTEM, Q1, A1], [Q1, tool, A1], [SYSTEM, Q1, {**A1, "note": "nobody reads this"}]]
