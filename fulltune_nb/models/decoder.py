@@ -10,8 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from fulltune_nb.cpu import on_cpu
+from fulltune_nb.device import device_kind
 from fulltune_nb.models.embedding import lookup
 from fulltune_nb.models.experts import MixtureOfExperts, RouterBalance
 from fulltune_nb.models.kv_cache import KVCache
@@ -164,6 +166,7 @@ class Decoder(nn.Module):
         dtype: mx.Dtype | None = None,
         balance: RouterBalance | None = None,
         lengths: mx.array | None = None,
+        for_gradients: bool = False,
     ) -> mx.array:
         """The last block's output after the final norm: (B, T) -> (B, T, D).
 
@@ -176,8 +179,9 @@ class Decoder(nn.Module):
             dtype: of the activations; None: that of the weights.
             balance: takes part in the experts' routing; not with a cache.
             lengths: (B,) tokens of each row that are no padding, which a rotation `by_length` goes by; None: all.
+            for_gradients: whether a backward pass follows; changes the kernels, not what they compute.
         """
-        x, contexts = self.embed(ids, dtype), self.context(ids.shape[1], cache, segments, lengths)
+        x, contexts = self.embed(ids, dtype), self.context(ids.shape[1], cache, segments, lengths, for_gradients)
         for i, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):
             if grad_checkpoint:
                 x = _checkpointed(block, x, *context, balance)
@@ -186,13 +190,24 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def context(
-        self, length: int, cache: Sequence[KVCache] | None = None, segments: mx.array | None = None, lengths: mx.array | None = None
+        self,
+        length: int,
+        cache: Sequence[KVCache] | None = None,
+        segments: mx.array | None = None,
+        lengths: mx.array | None = None,
+        for_gradients: bool = False,
     ) -> list[Context]:
         """What each block needs besides its input for `length` tokens; equal tables and masks are shared. Arguments: `hidden_states`."""
         offset = cache[0].offset if cache else 0
         lengths_of = {rope: lengths if rope.by_length else None for rope in self._ropes}
         rotations = {rope: made.rotation(offset, length, segments, lengths_of[rope]) for rope, made in self._ropes.items()}
         masks = self._masks(length, cache, segments)
+        if for_gradients and device_kind() == "metal":
+            # "causal" is an array there too, which each block would make. Each has a view of its own of one: of a mask that is the same for
+            # all, MLX would keep what gradients make of it, (B, H, T, T) in their dtype.
+            causal = mx.array(np.tri(length, dtype=bool))
+            arrays = [causal if isinstance(mask, str) else mask for mask in masks]
+            masks = [mask if mask is None else mx.depends([mask], [mask])[0] for mask in arrays]
         return [(rotations.get(rope), mask) for rope, mask in zip(self._config.ropes, masks, strict=True)]
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -247,6 +262,9 @@ def _checkpointed(
     @checkpointed.vjp
     def again(inputs: tuple[mx.array, ...], gradient: mx.array, output: mx.array) -> tuple[mx.array, ...]:
         waiting = mx.depends(list(inputs), [gradient])
-        return tuple(mx.vjp(forward, waiting, [gradient])[1])
+        to_x, *of_parameters = mx.vjp(forward, waiting, [gradient])[1]
+        if of_parameters and not on_cpu():  # else MLX may leave them for later, and keep of each block what they are computed from
+            (to_x,) = mx.depends([to_x], of_parameters)
+        return to_x, *of_parameters
 
     return checkpointed(x, *own.values())

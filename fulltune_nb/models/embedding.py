@@ -8,6 +8,8 @@ Dimension letters: B rows, T tokens, M = B * T places, V vocab_size, D hidden_si
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
 from fulltune_nb.cpu import on_cpu
@@ -26,7 +28,7 @@ def lookup(weight: mx.array, ids: mx.array, dtype: mx.Dtype | None = None) -> mx
     @rows.vjp
     def summed(weight: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
         # In float32 also on a CPU: in half precision a frequent token's gradient would lose what its later places add.
-        return sums_by_token(ids.reshape(-1), cotangent.astype(mx.float32).reshape(ids.size, -1), weight.shape[0])
+        return sums_by_token(ids.reshape(-1), cotangent.reshape(ids.size, -1), weight.shape[0])
 
     return rows(weight)
 
@@ -35,22 +37,37 @@ def sums_by_token(ids: mx.array, rows: mx.array, size: int) -> mx.array:
     """For each of `size` tokens the sum of its rows: ids (M,), rows (M, D) -> (size, D), in the dtype of the rows, on a GPU float32."""
     if on_cpu():
         return mx.zeros((size, rows.shape[-1]), dtype=rows.dtype).at[ids].add(rows)
-    return _exact_sums(ids, rows.astype(mx.float32), size)
+    return _exact_sums(ids, rows, size)
 
 
 def _exact_sums(ids: mx.array, rows: mx.array, size: int) -> mx.array:
     """As `sums_by_token`, in no order: rows (M, D) in units of a power of two, of which the largest element has 2^45 or so, are added up as
-    whole numbers, token after token. A token's sum is what there is at its last row, less what there was before its first. Exact but for
-    what is below a unit and the last rounding; NaN or inf where an element is."""
-    bits = 62 - len(ids).bit_length()  # for one row; the sum of all has at most 63
-    units_of_one = mx.power(2.0, mx.minimum(bits - mx.ceil(mx.log2(mx.abs(rows).max())), 126))  # float32 ends at 2^127
-    order = mx.argsort(ids)
-    tokens, places = ids[order], mx.arange(len(ids), dtype=mx.int32)
-    sums = mx.cumsum((rows[order] * units_of_one).astype(mx.int64), axis=0)  # (M, D)
+    whole numbers. Exact but for what is below a unit and the last rounding; NaN or inf where an element is.
 
-    edge = mx.array([True])
-    edges = mx.concatenate([edge, tokens[1:] != tokens[:-1], edge])  # (M + 1,): where a token's rows begin, or all have ended
-    first = mx.cummax(mx.where(edges[:-1], places, 0))  # (M,): of each row's token
-    before = mx.where(first[:, None] > 0, sums[mx.maximum(first - 1, 0)], 0)
-    of_token = mx.where(edges[1:, None], (sums - before).astype(mx.float32) / units_of_one, 0)
-    return mx.zeros((size, rows.shape[-1])).at[tokens].add(of_token)  # to each place once something, else zeros: in any order the same
+    GPUs add to places in 32 bits only: a whole number is three or four digits, few enough bits each for M of them to be added. That is
+    done at a token's first place, as a batch has fewer places than the vocabulary has tokens."""
+    places, spare = len(ids), len(ids).bit_length()
+    width, sizes = 31 - spare, 62 - spare  # bits of a digit, and of a whole number without its sign, which the highest digit has
+    shifts = list(range(0, sizes + 1, width))
+    masks = [2**width - 1] * (len(shifts) - 1) + [-1]
+    largest = mx.maximum(rows.max(), -rows.min()).astype(mx.float32)
+    units_of_one = mx.power(2.0, mx.minimum(sizes - mx.ceil(mx.log2(largest)), 126))  # float32 ends at 2^127
+    digits = _digits(rows[:, None], units_of_one, *(mx.array(numbers, dtype=mx.int64)[:, None] for numbers in (shifts, masks)))
+
+    first = mx.full((size,), places, dtype=mx.int32).at[ids].minimum(mx.arange(places, dtype=mx.int32))[ids]  # (M,)
+    sums = mx.zeros(digits.shape, dtype=mx.int32).at[first].add(digits)  # (M, digits, D)
+    of_token = _number([sums[:, digit] for digit in range(len(shifts))], shifts, units_of_one)
+    return mx.zeros((size, rows.shape[-1])).at[ids].add(of_token)  # to each place once something, else zeros: in any order the same
+
+
+@partial(mx.compile, shapeless=True)
+def _digits(rows: mx.array, units_of_one: mx.array, shifts: mx.array, masks: mx.array) -> mx.array:
+    """Rows (M, 1, D) in whole units, each as digits, the lowest first: (M, digits, D) int32."""
+    whole = (rows.astype(mx.float32) * units_of_one).astype(mx.int64)
+    return ((whole >> shifts) & masks).astype(mx.int32)
+
+
+@partial(mx.compile, shapeless=True)
+def _number(digits: list[mx.array], shifts: list[int], units_of_one: mx.array) -> mx.array:
+    """What digits (M, D), the lowest first, are in units: (M, D) float32."""
+    return sum(digit.astype(mx.int64) << shift for digit, shift in zip(digits, shifts, strict=True)).astype(mx.float32) / units_of_one

@@ -99,7 +99,7 @@ class WholeGraph:
         """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
         settings = {"grad_checkpoint": self._grad_checkpoint, "dtype": self._model.compute_dtype, "balance": balance}
         rows = {name: inputs.get(name) for name in ("segments", "lengths")}
-        hidden = self._model.hidden_states(inputs["ids"], **rows, **settings)  # (B, T, D)
+        hidden = self._model.hidden_states(inputs["ids"], **rows, **settings, for_gradients=True)  # (B, T, D)
         return hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
 
     # -- with kernels, which are no part of a graph, the loss stands between its two halves ----------------------------------------

@@ -15,6 +15,9 @@ from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.parameters import Arrays
 from fulltune_nb.training.optimizers import Optimizers
 
+SQUARES = 2**22
+"""Elements of gradients whose squares a GPU holds at a time, 16 MiB; or those of the largest gradient, where they are more."""
+
 
 @dataclass(frozen=True)
 class GradientPiece:
@@ -116,8 +119,17 @@ def norm_of(gradients: Mapping[str, mx.array]) -> mx.array:
 
 @mx.compile
 def _norm_in_one_graph(arrays: list[mx.array]) -> mx.array:
-    # Row sums first, as sums of few numbers are exact to more digits; compiled, ten of the sums at a time are one kernel.
-    return mx.sqrt(sum(mx.square(array.astype(mx.float32)).sum(axis=-1).sum() for array in arrays))
+    # Squares are as large as the gradients in float32: only those of one group exist at a time.
+    at_a_time, total, sums, size = max(SQUARES, *(array.size for array in arrays)), None, [], 0
+    for array in arrays:
+        if size + array.size > at_a_time:
+            total = sum(sums)
+            sums, size = [total], 0
+        # Row sums first, as sums of few numbers are exact to more digits; compiled, ten of the sums at a time are one kernel.
+        waiting = array if total is None else mx.depends([array], [total])[0]
+        sums.append(mx.square(waiting.astype(mx.float32)).sum(axis=-1).sum())
+        size += array.size
+    return mx.sqrt(sum(sums))
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

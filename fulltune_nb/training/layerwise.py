@@ -445,7 +445,7 @@ def _forward_one(
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
     lengths = None if batch.row_lengths is None else mx.array(batch.row_lengths)
-    contexts = model.context(ids.shape[1], segments=segments, lengths=lengths)
+    contexts = model.context(ids.shape[1], segments=segments, lengths=lengths, for_gradients=True)
     of_balance = balance_of(model, batch, balance_coefficient * batch.num_tokens / step_tokens)
     balance = RouterBalance(*of_balance) if of_balance else None
     x, inputs = model.embed(ids, dtype), []
