@@ -6,18 +6,21 @@ the only place that runs one.
 
 from __future__ import annotations
 
+import atexit
 import json
 import operator
 import os
+import pickle
 import re
 import signal
+import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import GenerationError
@@ -25,19 +28,14 @@ from fulltune_nb.errors import GenerationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 SECONDS = 10.0
 """Of computing, for one conversation, which takes thousandths of one."""
 MEMORY = 2**30
-"""Bytes, on top of what the process has."""
+"""Bytes, on top of what the process that renders has."""
+CHARACTERS = 2**24
+"""Of one text."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TICK = 0.03  # seconds of computing between two looks at a template that runs
-_KEPT_CHARACTERS = 2**26  # after so many the memory is bounded anew: texts that are kept must not count as a template's
 
 # ---- running a template, within limits
 
@@ -47,20 +45,14 @@ class TemplateRefused(Exception):
 
 
 class LimitReached(Exception):
-    """The template took too much time or memory; the message says which."""
+    """The template took too much time or memory, or made too long a text; the message says which."""
 
 
 class ChatRenderer:
-    """Runs a tokenizer's chat template, with at most `SECONDS` and `MEMORY` for each conversation.
+    """Runs a tokenizer's chat template, with at most `SECONDS`, `MEMORY` and `CHARACTERS` for each conversation.
 
-        renderer = ChatRenderer(tokenizer)
-        text = renderer.render(messages)
-        with renderer.limits():                   # the same for many, with limits that are set once
-            texts = [renderer.render(messages) for messages in conversations]
-
-    The limits are the process's: its address space, and a timer whose signal looks at the time and memory that the template took.
-    There are none on Windows and outside of the main thread, which signals do not reach; while somebody else uses the timer, only
-    the memory is limited.
+    It runs in a process of its own (`template_process.py`), which all renderers share, so that no other thread feels its limits. There are
+    none on Windows.
 
     `date`, such as "2026-11-29", stands for today in templates that write the date; None: today.
     """
@@ -68,9 +60,18 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None):
         self._tokenizer = tokenizer
         self._date = date if writes_date(tokenizer) else None
-        self._in_limits = False
-        self._limits_before: tuple[int, int] | None = None  # of the address space; None where nothing is limited
-        self._kept = 0  # characters of texts since the memory was limited
+        self._ahead: dict[bytes, dict[str, Any]] = {}
+
+    def read_ahead(self, conversations: Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None]]) -> None:
+        """Renders many conversations at once, each messages and tools, for `render` to be asked for next: many times as fast.
+
+        What cannot be rendered is told by `render`.
+        """
+        pickled = []
+        for messages, tools in conversations:
+            with suppress(TemplateRefused):
+                pickled.append(_pickled(self._request(messages, tools, add_generation_prompt=False)))
+        self._ahead = dict(zip(pickled, _rendering.ask(pickled), strict=False)) if pickled else {}
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False) -> str:
         """The text that the template makes of a conversation.
@@ -79,15 +80,7 @@ class ChatRenderer:
             TemplateRefused: the template raised an error.
             LimitReached: it took too much time or memory.
         """
-
-        def apply() -> str:
-            options = {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": False}
-            if self._date is not None:
-                options["chat_template"] = self._template(tools)
-            # The conversation stands in a list because transformers refuses an empty one that does not.
-            return self._tokenizer.apply_chat_template([messages], **options)[0]
-
-        return self._run(apply)
+        return self._run(self._request(messages, tools, add_generation_prompt=add_generation_prompt))[0]
 
     def render_answers(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
@@ -97,129 +90,106 @@ class ChatRenderer:
         Raises:
             TemplateRefused, LimitReached: as in `render`.
         """
-        template = self._run(lambda: self._template(tools))
-        if not _GENERATION.search(template):
-            return None
-        from transformers.utils.chat_template_utils import render_jinja_template
+        request = self._request(messages, tools, return_assistant_tokens_mask=True)
+        return self._run(request) if _GENERATION.search(request["chat_template"]) else None
 
+    def _request(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **options: bool) -> dict[str, Any]:
+        """What `render_jinja_template` of transformers takes, for one conversation.
+
+        Raises:
+            TemplateRefused: there is no template for it.
+        """
+        try:
+            template = self._tokenizer.get_chat_template(tools=tools)
+            tools = tools and [_schema(tool) if callable(tool) else tool for tool in tools]
+        except Exception as error:  # transformers raises many kinds
+            raise TemplateRefused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+        template = template if self._date is None else _dated(template, self._date)
         conversation = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        options = {"tools": tools, "chat_template": template, "return_assistant_tokens_mask": True, **self._tokenizer.special_tokens_map}
-        texts, places = self._run(lambda: render_jinja_template(conversations=[conversation], **options))
-        return texts[0], places[0]
+        return {
+            **self._tokenizer.special_tokens_map, "conversations": [conversation], "tools": tools, "chat_template": template, **options,
+            "limits": (SECONDS, MEMORY, CHARACTERS),
+        }  # fmt: skip
 
-    def _template(self, tools: Sequence[Any] | None) -> str:
-        """The template for rows with or without tools, with the date that it is to write."""
-        template = self._tokenizer.get_chat_template(tools=tools)
-        return template if self._date is None else _dated(template, self._date)
-
-    def _run(self, render: Callable[[], Any]) -> Any:
-        if not self._in_limits:
-            with self.limits():
-                return self._run(render)
-        limited = self._limits_before is not None
-        if limited and self._kept > _KEPT_CHARACTERS:
-            self._limit_memory()
-        try:
-            if limited:
-                _watch.begin()
-            result = render()
-            self._kept += len(result) if isinstance(result, str) else len(result[0][0])
-            return result
-        # Failures are raised at the end, anew: an error from within would hold on to what the template has made.
-        except MemoryError:
-            failure = LimitReached(_too_large())
-        except LimitReached as error:
-            failure = LimitReached(str(error))
-        except Exception as error:  # a template is code from outside: it can raise anything
-            failure = TemplateRefused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        finally:
-            if limited:
-                _watch.active = False
-        raise failure
-
-    @contextmanager
-    def limits(self) -> Iterator[None]:
-        """Within the block, which is for rendering only, limits are set once and not for each conversation."""
-        limited = resource is not None and threading.current_thread() is threading.main_thread()
-        timer, lowers = limited and _timer_is_free(), limited and _address_space() is not None
-        before = resource.getrlimit(resource.RLIMIT_AS) if limited else None
-        try:
-            self._in_limits, self._limits_before = True, before
-            if limited:
-                self._limit_memory()
-            if timer:
-                signal.setitimer(signal.ITIMER_VIRTUAL, _TICK, _TICK)
-            yield
-        finally:  # nothing but these calls, so that an interrupt cannot come between them
-            self._in_limits, self._limits_before = False, None
-            try:
-                if timer:
-                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            finally:
-                if lowers:
-                    resource.setrlimit(resource.RLIMIT_AS, before)
-
-    def _limit_memory(self) -> None:
-        """Allows `MEMORY` more than the process has now."""
-        self._kept, _watch.most_memory = 0, _most_memory() + MEMORY
-        if (size := _address_space()) is not None:
-            finite = [limit for limit in self._limits_before if limit != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_AS, (min([size + MEMORY, *finite]), self._limits_before[1]))
+    def _run(self, request: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        pickled = _pickled(request)
+        answer = self._ahead.pop(pickled, None) or _rendering.ask([pickled])[0]
+        if "refused" in answer:
+            raise TemplateRefused(answer["refused"])
+        if "limit" in answer:
+            raise LimitReached(answer["limit"])
+        return answer["text"], [tuple(place) for place in answer["places"]]
 
 
-class _Watch:
-    """The timer's handler. It stays when the timer has ended: a late signal must not meet the default, which ends the process."""
+def _pickled(request: Mapping[str, Any]) -> bytes:
+    """
+    Raises:
+        TemplateRefused: there are objects in it that cannot be handed over.
+    """
+    try:
+        return pickle.dumps(request)
+    except Exception as error:  # they can be of any kind
+        raise TemplateRefused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function as a template is told of it."""
+    from transformers.utils import get_json_schema
+
+    return get_json_schema(function)
+
+
+class _Rendering:
+    """The process that runs templates: started when one is first to be run, and again when it has ended."""
 
     def __init__(self) -> None:
-        self.active = False
-        self.most_memory = 0
-        self._deadline: float | None = None  # in seconds of this thread's computing; the first look at a conversation sets it
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._owner = 0
 
-    def begin(self) -> None:
-        self._deadline, self.active = None, True
+    def ask(self, requests: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The answers of `template_process`; of several requests those to the first ones, up to where it met a limit."""
+        data = pickle.dumps(requests)
+        with self._lock:
+            if self._process is None or self._owner != os.getpid():  # a forked process may not ask its parent's
+                self._start()
+            process = self._process
+            try:
+                process.stdin.write(len(data).to_bytes(8, "little") + data)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            except BaseException:  # an interrupt: the answer that is under way must not be taken for the next one's
+                self.end()
+                raise
+            if answer:
+                return json.loads(answer)
+            self.end()
+        timed_out = sys.platform != "win32" and process.returncode == -signal.SIGVTALRM
+        died = f"the process that runs it ended with exit code {process.returncode}"
+        told = {"limit": f"it was not done after {SECONDS:g} seconds of computing" if timed_out else died}
+        return [told] if len(requests) == 1 else []  # of several it is not known which it was
 
-    def __call__(self, number: int, frame: object) -> None:
-        if not self.active:
-            return
-        now = time.thread_time()
-        if self._deadline is None:
-            self._deadline = now + SECONDS
-        if now > self._deadline:
-            raise LimitReached(f"it was not done after {SECONDS:g} seconds of computing")
-        if _most_memory() > self.most_memory:
-            raise LimitReached(_too_large())
+    def _start(self) -> None:
+        quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        command = [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **quiet}
+        )
+        self._owner = os.getpid()
+        self._process.stdin.write(json.dumps([path for path in sys.path if path]).encode() + b"\n")
 
-
-_watch = _Watch()
-
-
-def _timer_is_free() -> bool:
-    """Whether nobody else uses the timer; then its signal is ours."""
-    handler = signal.getsignal(signal.SIGVTALRM)
-    if handler is _watch:
-        return True
-    if handler != signal.SIG_DFL or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
-        return False
-    signal.signal(signal.SIGVTALRM, _watch)
-    return True
-
-
-def _address_space() -> int | None:
-    """Bytes of address space that the process has; None where the system does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _most_memory() -> int:
-    """Bytes of memory that the process had at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._process.communicate()  # closes the pipes
+        self._process = None
 
 
-def _too_large() -> str:
-    return f"it would take more than {MEMORY / 2**20:,.0f} MiB of memory"
+_rendering = _Rendering()
+atexit.register(_rendering.end)
 
 
 # ---- templates that write the date

@@ -16,7 +16,7 @@ ROOT = Path(fulltune_nb.__file__).parent
 # From left to right. A module may import what stands left of it, and its own group. A new one needs a place here.
 LAYERS = [
     ["errors", "html", "frames", "svg"],
-    ["files", "cpu", "device", "chat_template", "model_json", "settings", "system_info", "tensor_files", "tokenizer"],
+    ["files", "cpu", "device", "chat_template", "model_json", "settings", "system_info", "template_process", "tensor_files", "tokenizer"],
     ["models"],
     ["data"],
     ["training"],

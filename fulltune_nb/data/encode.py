@@ -72,6 +72,10 @@ class ChatRows:
         self._forms = Forms(chat_template)
         self._known: dict[tuple, tuple[Skeleton | None, Rendered]] = {}  # form of a conversation -> what was found of the latest such row
 
+    def read_ahead(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Has the template write the texts of rows that are rendered next."""
+        self._renderer.read_ahead((messages_of(row, self._format, self._settings), row.get("tools")) for row in rows)
+
     def render(self, row: Mapping[str, Any]) -> Rendered:
         """The row's text and what is trained of it.
 
@@ -261,8 +265,7 @@ def encode_rows(
             if format == "text":
                 rendered = _checked(_texts(chunk, settings, problems), problems)
             else:
-                with renderer.limits():
-                    rendered = _checked(_render_chunk(chunk, chats, problems), problems)
+                rendered = _checked(_render_chunk(chunk, chats, problems), problems)
             for source, item in _tokenize_chunk(rendered, format, tokenizer, writer, problems):
                 for what in item.left_out:
                     left_out.setdefault(what, []).append(source)
@@ -276,6 +279,7 @@ _Item = tuple[str, Mapping[str, Any], Rendered]
 def _render_chunk(rows: Sequence[tuple[str, Mapping]], chats: ChatRows, problems: list[str]) -> list[_Item]:
     """The texts of the rows that have one; `problems` grows by a line for each other row."""
     rendered = []
+    chats.read_ahead(row for _, row in rows)
     for source, row in rows:
         try:
             rendered.append((source, row, chats.render(row)))
