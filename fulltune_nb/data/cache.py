@@ -25,7 +25,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fulltune_nb import chat_template
 from fulltune_nb.data.encode import Encoded
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.data.split import ExampleTable
@@ -103,7 +102,8 @@ def _key(rows: Rows, format: str, tokenizer: Any, settings: DataSettings) -> str
 @cache
 def _code() -> str:
     """A hash of the code that makes examples, and the versions of what it calls."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(chat_template.__file__)]
+    package = Path(__file__).parents[1]
+    files = sorted([*package.glob("data/*.py"), *package.glob("*template*.py")])
     versions = [sys.version, *(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2"))]
     return hashlib.sha256(b"\n".join([*(file.read_bytes() for file in files), *map(str.encode, versions)])).hexdigest()
 

@@ -8,7 +8,9 @@ what is trained, `{% generation %}`, one character in it is enough, as in transf
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -258,15 +260,11 @@ def encode_rows(
     """
     rows, writer, renderer = list(rows), TableWriter(settings, tokenizer), ChatRenderer(tokenizer, settings.template_date)
     chats, problems, left_out = ChatRows(renderer, format, settings, tokenizer.chat_template or ""), [], {}
-    with watched(f"{name}: tokenizing", len(rows)) as update:
-        for start in range(0, len(rows), CHUNK_ROWS):
-            update(start)
-            chunk = rows[start : start + CHUNK_ROWS]
-            if format == "text":
-                rendered = _checked(_texts(chunk, settings, problems), problems)
-            else:
-                rendered = _checked(_render_chunk(chunk, chats, problems), problems)
-            for source, item in _tokenize_chunk(rendered, format, tokenizer, writer, problems):
+    chunks = [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
+    with watched(f"{name}: tokenizing", len(rows)) as update, closing(_rendered(chunks, format, settings, chats, problems)) as rendered:
+        for number, items in enumerate(rendered):
+            update(number * CHUNK_ROWS)
+            for source, item in _tokenize_chunk(_checked(items, problems), format, tokenizer, writer, problems):
                 for what in item.left_out:
                     left_out.setdefault(what, []).append(source)
     return Encoded(writer.table(), problems, left_out)
@@ -276,10 +274,28 @@ _Item = tuple[str, Mapping[str, Any], Rendered]
 """File and line, the row, its text."""
 
 
+def _rendered(
+    chunks: Sequence[Sequence[tuple[str, Mapping[str, Any]]]], format: str, settings: DataSettings, chats: ChatRows, problems: list[str]
+) -> Iterator[list[_Item]]:
+    """The texts of each chunk. While one is tokenized, another process writes those of the next."""
+    if format == "text":
+        yield from (_texts(chunk, settings, problems) for chunk in chunks)
+        return
+    pool, ready = ThreadPoolExecutor(1), None
+    try:
+        for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
+            ready = ready or pool.submit(chats.read_ahead, [row for _, row in chunk])
+            ready.result()
+            rendered = _render_chunk(chunk, chats, problems)
+            ready = pool.submit(chats.read_ahead, [row for _, row in following])
+            yield rendered
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _render_chunk(rows: Sequence[tuple[str, Mapping]], chats: ChatRows, problems: list[str]) -> list[_Item]:
     """The texts of the rows that have one; `problems` grows by a line for each other row."""
     rendered = []
-    chats.read_ahead(row for _, row in rows)
     for source, row in rows:
         try:
             rendered.append((source, row, chats.render(row)))

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from fulltune_nb.chat_template import ChatRenderer
+from fulltune_nb.data import encode
 from fulltune_nb.data.encode import encode_rows
 from fulltune_nb.data.settings import DataSettings
 from nbs_tests.conftest import CHATML
@@ -34,7 +35,8 @@ def found(encoded):
 
 @pytest.mark.parametrize("mask", [True, "last"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_rows_mask_is_the_same_whatever_rows_stand_before_it(template, mask, make_tokenizer):
+def test_a_rows_mask_is_the_same_whatever_rows_stand_before_it(template, mask, make_tokenizer, monkeypatch):
+    monkeypatch.setattr(encode, "CHUNK_ROWS", 5)
     tokenizer, settings, draw = make_tokenizer(TEMPLATES[template]), DataSettings(mask_prompt=mask), random.Random(template)
     rows = [(f"train:{i}", random_row(draw)) for i in range(12)]
     examples, problems, left_out = [], [], {}

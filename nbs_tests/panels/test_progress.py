@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from fulltune_nb.errors import ConfigError
 from fulltune_nb.panels import progress as module
 from fulltune_nb.panels.progress import NotebookProgress, PlainProgress, TerminalProgress, clock, progress
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+from nbs_tests.conftest import CHATML
 
 
 class Clock:
@@ -430,18 +432,19 @@ def test_loading_can_be_quiet(moment, shown, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "") and not shown.bundles
 
 
-def test_loading_tells_its_progress_and_can_be_interrupted(tokenizer, monkeypatch, capsys, tmp_path):
+def test_loading_tells_its_progress_and_can_be_interrupted(make_tokenizer, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("FULLTUNE_PROGRESS", "plain")
     monkeypatch.setattr(module, "LOADING_SECONDS", 0.0)
     monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
-    (tmp_path / "train.jsonl").write_text('{"text": "the quick brown fox"}\n' * 5000)
-    ft.load_data(tmp_path, tokenizer)
-    out = capsys.readouterr().out
-    assert "train: reading: 82%" in out and re.search(r"train: tokenizing: 51%, 0:00 so far, 0:00 left", out)
+    row, tokenizer = {"prompt": "the quick brown fox", "completion": "jumps"}, make_tokenizer(CHATML)
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 5000)
 
     def interrupt(self, done):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.LoadingProgress, "update", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        ft.load_data(tmp_path, tokenizer)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module.LoadingProgress, "update", interrupt)
+        ft.load_data({"train": [row] * 2000}, tokenizer)
+    assert len(ft.load_data(tmp_path, tokenizer).train) == 5000
+    out = capsys.readouterr().out
+    assert "train: reading: 82%" in out and re.search(r"train: tokenizing: 51%, \d:\d\d so far, \d:\d\d left", out)
