@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 from fulltune_nb.chat_template import ChatRenderer, LimitReached, answer_end, end_tokens
@@ -283,7 +283,7 @@ def _rendered(
         return
     pool, ready = ThreadPoolExecutor(1), None
     try:
-        for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
+        for chunk, following in zip_longest(chunks, chunks[1:], fillvalue=()):
             ready = ready or pool.submit(chats.read_ahead, [row for _, row in chunk])
             ready.result()
             rendered = _render_chunk(chunk, chats, problems)

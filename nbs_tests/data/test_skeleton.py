@@ -97,3 +97,7 @@ def test_what_a_message_has_besides_words_is_of_its_form(make_tokenizer):
     ]
     encoded = encode_rows([(f"train:{i}", {"messages": row}) for i, row in enumerate(rows)], "chat", tokenizer, settings)
     assert [tokenizer.decode(e.tokens[e.loss_mask]) for e in encoded.examples] == ["Fine.", "", "Fine."]
+
+
+def test_no_rows_at_all_are_no_examples(make_tokenizer):
+    assert found(encode_rows([], "chat", make_tokenizer(CHATML), DataSettings())) == ([], [], {})
