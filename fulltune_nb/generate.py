@@ -1,6 +1,7 @@
 """`python -m fulltune_nb.generate`: a model's answer to a prompt, as it comes.
 
-The answer alone goes to standard output, with what a terminal would act on spelled (`\\x1b`); everything else to standard error.
+The answer alone goes to standard output, everything else to standard error. On a terminal what it would act on is spelled (`\\x1b`); a
+file or a pipe gets the answer as it is.
 """
 
 from __future__ import annotations
@@ -101,13 +102,18 @@ def _note(text: str) -> None:
     print(printable(text), file=sys.stderr)
 
 
+def _for_output(piece: str) -> str:
+    """A terminal must not act on what a model says; a file or a pipe gets it as it is."""
+    return printable(piece) if sys.stdout.isatty() else piece
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     arguments = build_parser().parse_args(argv)
 
     def work() -> int:
         for piece in answer(arguments):
-            print(printable(piece), end="", flush=True)
+            print(_for_output(piece), end="", flush=True)
         print()
         return 0
 

@@ -128,7 +128,7 @@ def spelled(text: ast.expr) -> bool:
         return spelled(text.left) and spelled(text.right)
     if isinstance(text, ast.Constant) or isinstance(text, ast.Name) and text.id.isupper():  # a constant of the module
         return True
-    return isinstance(text, ast.Call) and ast.unparse(text.func) in ("printable", "html.printable", "_one_line")
+    return isinstance(text, ast.Call) and ast.unparse(text.func) in ("printable", "html.printable", "_one_line", "_for_output")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

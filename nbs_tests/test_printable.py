@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 import traceback
 import warnings
 
@@ -11,6 +13,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.errors import DataError, FulltuneError, MissingDependencyError, ModelError
+from fulltune_nb.generate import main
 from fulltune_nb.html import printable
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.training.history import Event
@@ -85,6 +88,19 @@ def test_data_as_text_is_safe_and_keeps_what_it_holds(tokenizer):
 def test_what_a_run_tells_is_safe():
     event = Event(3, EVIL, f"saved as {EVIL}", 0.0)
     assert safe(event) and safe(event.message) and Event.from_dict(event.to_dict()) == event
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_answer_is_printable_on_a_terminal_and_as_it_is_in_a_file(is_terminal, monkeypatch):
+    class Output(io.StringIO):
+        def isatty(self):
+            return is_terminal
+
+    output = Output()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr("fulltune_nb.generate.answer", lambda arguments: iter(["one\n\t東京 ", EVIL]))
+    assert main(["--model", "x", "--prompt", "y"]) == 0
+    assert output.getvalue() == f"one\n\t東京 {printable(EVIL) if is_terminal else EVIL}\n"
 
 
 def test_a_key_of_a_config_in_a_warning_is_safe(tokenizer):
