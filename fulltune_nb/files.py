@@ -86,19 +86,20 @@ def open_ordinary(path: Path) -> BinaryIO:
     return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
 
 
-def check_own_file(path: Path, where: str) -> None:
+def check_own_file(path: Path, where: str, folder: Path | None = None) -> None:
     """A folder that came from elsewhere holds its files itself: a link may stay within it, or lead to the blobs of the hub's cache.
 
     The folder itself, and those above it, may be links.
 
     Args:
-        path: of what is directly in the folder; nothing may be there.
+        path: of what is in the folder; nothing may be there.
         where: "the model folder", for the message.
+        folder: the folder; None: the one that the path is directly in.
 
     Raises:
         OSError: what is in it at this path is a link to a file elsewhere, a pipe, a socket or a device.
     """
-    inside = Path(os.path.realpath(path.parent))
+    inside = Path(os.path.realpath(folder or path.parent))
     target = Path(os.path.realpath(path))
     if target.is_dir() or not os.path.lexists(path):
         return

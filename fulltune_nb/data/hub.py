@@ -17,6 +17,7 @@ from typing import Any
 
 from fulltune_nb.data.rows import SPLITS, RawSplit, read_table, split_named
 from fulltune_nb.errors import DataError, MissingDependencyError, listed
+from fulltune_nb.files import check_own_file
 
 PREFIX = "hf:"
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -100,6 +101,11 @@ def _parts(name: str, has_split: bool) -> tuple[str, str | None, str | None]:
 def _load(name: str, path: str, config: str | None, split: str | None) -> Any:
     """What `datasets` loads: the split, or all of them by name."""
     datasets = _library(f"The hub's data set {name!r} (there is no such folder here)")
+    for file in Path(path).rglob("*") if Path(path).is_dir() else ():
+        try:
+            check_own_file(file, "the data folder", Path(path))
+        except OSError as error:
+            raise DataError(f"{error.strerror}. Put the file itself there.") from error
     try:
         with _quietly(datasets):
             options = {"split": split} if split else {}

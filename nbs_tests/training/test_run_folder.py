@@ -356,6 +356,15 @@ def test_links_out_of_a_data_folder_and_pipes_in_it_are_refused_by_name(tokenize
     assert len(ft.load_data({"train": tmp_path / "rows.jsonl"}, tokenizer).train) == 1
 
 
+def test_a_folder_for_the_package_datasets_is_looked_through_before_it_is_read(tokenizer, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "hello"}\n')
+    os.mkfifo(tmp_path / "data" / "inner" / "test.jsonl")
+    with pytest.raises(DataError, match=r"test\.jsonl is a pipe"):
+        ft.load_data(f"hf:{tmp_path / 'data'}", tokenizer)
+
+
 def test_a_pipe_in_a_model_folder_is_refused_by_name(make_lm, tmp_path):
     folder = make_lm().save(tmp_path / "base")
     (folder / "generation_config.json").unlink(missing_ok=True)
