@@ -45,6 +45,7 @@ LEFT_OUT = (
     (GPU, f"{PEAK}[128-256-3-8-500-2]", COUNTED_LESS_WELL),
     (GPU, f"{PEAK}[256-512-4-phi-sgd]", COUNTED_LESS_WELL),
     (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[another BLAS]", OF_THE_CPU),
+    (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[another processor]", OF_THE_CPU),
     (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[other kernels]", OF_THE_CPU),
     (GPU, "training/test_resuming.py::test_a_resume_with_other_threads_or_on_another_device_is_told", OF_THE_CPU),
 )
