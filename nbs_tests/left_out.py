@@ -6,7 +6,7 @@ OF_THE_CPU = "speaks of the CPU by itself: its kernels, its BLAS, its allocator,
 THE_SAME = "texts, pictures and rows: nothing in them depends on the device"
 AS_ELSEWHERE = "what training/test_gpu_step.py tries, and compiles less for it"
 BY_A_TABLE = "asks for cosines and sines, which MLX's kernel makes on a GPU; for GPUs: models/test_rope.py"
-COUNTED_LESS_WELL = "what is counted on a GPU is off by more than these bounds; for others: the same test, test_mac_memory.py"
+COUNTED_LESS_WELL = "as on a GPU the peak is off by more than these bounds, or on how far the host runs ahead; for others: the same test, test_mac_memory.py"
 OF_MLX_LM = "mlx-lm makes a stream of its own for a device that is not there"
 
 PEAK = "training/test_memory.py::test_what_is_counted_and_what_is_measured_beside_the_peak_of_a_run"
@@ -44,6 +44,7 @@ LEFT_OUT = (
     (GPU, f"{PEAK}[256-512-4-True]", COUNTED_LESS_WELL),
     (GPU, f"{PEAK}[128-256-3-8-500-2]", COUNTED_LESS_WELL),
     (GPU, f"{PEAK}[256-512-4-phi-sgd]", COUNTED_LESS_WELL),
+    (GPU, f"{PEAK}[128-256-3-glm4_moe-4-2-128]", COUNTED_LESS_WELL),
     (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[another BLAS]", OF_THE_CPU),
     (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[another processor]", OF_THE_CPU),
     (GPU, "training/test_resuming.py::test_other_arithmetic_is_told_by_a_resume_and_by_a_restore[other kernels]", OF_THE_CPU),
