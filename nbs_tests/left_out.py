@@ -6,7 +6,7 @@ OF_THE_CPU = "speaks of the CPU by itself: its kernels, its BLAS, its allocator,
 THE_SAME = "texts, pictures and rows: nothing in them depends on the device"
 AS_ELSEWHERE = "what training/test_gpu_step.py tries, and compiles less for it"
 BY_A_TABLE = "asks for cosines and sines, which MLX's kernel makes on a GPU; for GPUs: models/test_rope.py"
-COUNTED_LESS_WELL = "as on a GPU the peak is off by more than these bounds, or on how far the host runs ahead; for others: the same test, test_mac_memory.py"
+COUNTED_LESS_WELL = "outside these bounds, or by how far the host runs ahead; of other shapes: the same test, test_mac_memory.py"
 OF_MLX_LM = "mlx-lm makes a stream of its own for a device that is not there"
 
 PEAK = "training/test_memory.py::test_what_is_counted_and_what_is_measured_beside_the_peak_of_a_run"
