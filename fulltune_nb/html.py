@@ -40,18 +40,18 @@ def esc(text: object, limit: int | None = None) -> str:
         limit: characters shown at most; what was cut is counted in the result.
     """
     text = str(text) if limit is None else cut(str(text), limit)
-    return _html.escape(printable(text), quote=True)
+    return _html.escape(_UNSEEN.sub(_spelled, text), quote=True)
 
 
 def printable(text: object) -> str:
     """Text made safe to stand on a terminal: what one acts on, and what reorders or hides text, is spelled, such as `\\x1b`.
 
-    Line breaks, tabs and letters of all languages stay.
+    Line breaks (those of Windows as one character), tabs and letters of all languages stay.
 
     Args:
         text: anything; `str()` is taken of it.
     """
-    return _UNSEEN.sub(_spelled, str(text))
+    return _UNSEEN.sub(_spelled, str(text).replace("\r\n", "\n"))
 
 
 def cut(text: str, limit: int = 300) -> str:

@@ -30,6 +30,7 @@ def safe(text: object) -> bool:
 def test_what_a_terminal_acts_on_is_spelled_and_all_else_stays():
     assert printable(EVIL) == r"\x1b]0;title\x07\x1b[2J\x9b31m\x7f\x08\x0d\u202eevil\u2066\x00"
     assert all(safe(printable(chr(code))) for code in range(0x3000) if chr(code) not in "\n\t")
+    assert printable("a\r\nb\rc") == "a\nb\\x0dc"
     kept = "a\n\tb naïve 東京 русский עברית العربية हिन्दी\u200d 👩\u200d🚀 \\x1b"
     assert printable(kept) == kept and printable(printable(EVIL)) == printable(EVIL)
 
