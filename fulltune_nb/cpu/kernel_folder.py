@@ -124,7 +124,7 @@ def _go_on_without() -> str:
 
 def _places() -> Iterator[Path]:
     """Folders of this user, made where they are missing, best first: in the cache, among temporary files, a new one that is removed."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))  # as it stands where nobody knows a home
     yield _made(cache, cache / "fulltune_nb", cache / "fulltune_nb" / f"kernels-{platform.machine()}")
     parents = dict.fromkeys([_temporary_folder(), "/tmp", "/var/tmp", "/dev/shm"])
     for parent in parents:
@@ -137,10 +137,11 @@ def _places() -> Iterator[Path]:
 
 
 def _made(*folders: Path) -> Path:
-    """The last of these, each made in the one before."""
+    """The last of these, each made in the one before; what cannot be made is refused later."""
     with suppress(OSError):
         for folder in folders:
-            folder.mkdir(0o700, exist_ok=True)
+            if folder.is_absolute():
+                folder.mkdir(0o700, exist_ok=True)
     return folders[-1]
 
 

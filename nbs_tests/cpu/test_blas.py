@@ -155,7 +155,8 @@ def test_nothing_is_done_with_the_cuda_backend(tmp_path):
     (tmp_path / "mlx_cuda_13-0.32.4.dist-info").mkdir()
     (tmp_path / "mlx_cuda_13-0.32.4.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx-cuda-13\nVersion: 0.32.4\n")
     code = "import fulltune_nb; from fulltune_nb.cpu import ensure_fast_blas; i = ensure_fast_blas(); print(i.path, i.how)"
-    assert python(code, PYTHONPATH=str(tmp_path)).stdout == "None nothing to do: mlx-cuda-13 0.32.4 is installed\n"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    assert python(code, PYTHONPATH=path).stdout == "None nothing to do: mlx-cuda-13 0.32.4 is installed\n"
 
 
 def test_nothing_is_done_on_macos(monkeypatch):

@@ -56,7 +56,8 @@ def shared():
 def python(code: str, home: Path, temporary: Path, **options) -> subprocess.CompletedProcess:
     """Runs code in a new Python with these folders."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XDG_CACHE_HOME", "TMP", "TEMP")}
-    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120, **options)
 
 
@@ -122,7 +123,8 @@ def test_where_nothing_can_be_compiled_mlx_goes_on_uncompiled_and_says_so_once(t
     look_again = f"""
 from fulltune_nb import cpu
 from fulltune_nb.cpu import kernel_folder
-kernel_folder._found = None
+cache = next(kernel_folder._places())
+kernel_folder._found, kernel_folder._places = None, lambda: iter([cache])
 kernel_folder.{change}
 kernel_folder.ensure_kernel_folder()
 kernel_folder.ensure_kernel_folder()
@@ -151,6 +153,16 @@ def test_a_full_folder_of_the_compilers_temporary_files_is_found_before_the_firs
     assert str(tmp_path) in kernel_folder._problem_of_compiler() and "full" in kernel_folder._problem_of_compiler()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     assert "/tmp" in kernel_folder._problem_of_compiler()
+
+
+def test_kernels_for_cuda_stand_in_the_same_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel_folder, "installed_cuda_backend", lambda: "mlx-cuda-13 0.32.4")
+    monkeypatch.setattr(kernel_folder, "_places", lambda: iter([make(tmp_path / "place", 0o700)]))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv(kernel_folder.CUDA_VARIABLE, raising=False)
+    found = kernel_folder._find()
+    assert found == kernel_folder.KernelFolder(tmp_path / "place" / "0")
+    assert Path(os.environ.pop(kernel_folder.CUDA_VARIABLE)).is_relative_to(found.path)
 
 
 def make(path: Path, mode: int) -> Path:
