@@ -226,6 +226,15 @@ def device_error(error: BaseException, helps: str) -> DeviceError | None:
 
 
 @contextmanager
+def readable(folder: os.PathLike) -> Iterator[None]:
+    """Within the block, what the system does not let be read of a model folder is a `ModelError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{folder} could not be read: {error}. Check its permissions and the disk.") from error
+
+
+@contextmanager
 def device_errors(helps: str) -> Iterator[None]:
     """Within the block, what MLX raises because of its device becomes a `DeviceError`; see `device_error`."""
     try:

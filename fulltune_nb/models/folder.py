@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from fulltune_nb.errors import ModelError, WeightsError, listed
+from fulltune_nb.errors import ModelError, WeightsError, listed, readable
 from fulltune_nb.files import Checksum, check_own_file, flush_to_disk, is_empty, is_within, put_in_place, unfinished_folder, write_text
 from fulltune_nb.html import printable
 from fulltune_nb.model_json import read_json, reading
@@ -171,8 +171,9 @@ def load_folder_weights(model: Decoder, folder: Path) -> None:
         ModelError: weights in a form that is not read.
         WeightsError: tensors missing, unexpected or mis-shaped; the model is as before.
     """
-    check_links(folder)
-    assign_tensors(model, _read_folder(folder, model.config), str(folder))
+    with readable(folder):
+        check_links(folder)
+        assign_tensors(model, _read_folder(folder, model.config), str(folder))
 
 
 def _read_folder(folder: Path, config: ModelConfig) -> dict[str, mx.array]:

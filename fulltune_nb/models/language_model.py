@@ -22,6 +22,7 @@ from fulltune_nb.errors import (
     TornStepError,
     device_errors,
     listed,
+    readable,
     tells_device_errors,
 )
 from fulltune_nb.files import absolute, is_empty
@@ -433,16 +434,17 @@ def load_model(
         WeightsError: tensors missing, unexpected or mis-shaped.
     """
     folder = resolve_model_path(os.fspath(path))
-    model = load_decoder(folder, dtype, dequantize)
-    if model_file is not None:
-        load_model_file(model, Path(model_file).expanduser())
-    generation_path = folder / "generation_config.json"
-    generation_config = None
-    if generation_path.exists():
-        generation_config = _with_valid_ends(read_json(generation_path), model.config.vocab_size, str(generation_path))
-    source = str(absolute(path)) if Path(path).expanduser().exists() else os.fspath(path)
-    lm = LanguageModel(model, load_tokenizer(folder), source, generation_config)
-    lm.dequantized = quantization_of(read_json(folder / "config.json"))
+    with readable(folder):
+        model = load_decoder(folder, dtype, dequantize)
+        if model_file is not None:
+            load_model_file(model, Path(model_file).expanduser())
+        generation_path = folder / "generation_config.json"
+        generation_config = None
+        if generation_path.exists():
+            generation_config = _with_valid_ends(read_json(generation_path), model.config.vocab_size, str(generation_path))
+        source = str(absolute(path)) if Path(path).expanduser().exists() else os.fspath(path)
+        lm = LanguageModel(model, load_tokenizer(folder), source, generation_config)
+        lm.dequantized = quantization_of(read_json(folder / "config.json"))
     return lm
 
 

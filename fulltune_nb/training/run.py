@@ -43,6 +43,7 @@ from fulltune_nb.training.run_files import (  # noqa: F401  some of it is import
     EVENTS_FILE,
     METRICS_FILE,
     RESULT_FILE,
+    best_is_older_than,
     check_holds_no_run,
     check_kinds,
     check_nothing_of_others,

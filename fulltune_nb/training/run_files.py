@@ -15,7 +15,7 @@ from fulltune_nb.errors import CheckpointError, listed
 from fulltune_nb.files import FINDER_FILE, LEFT, check_ordinary, open_ordinary, write_text
 from fulltune_nb.training.history import History
 from fulltune_nb.training.lock import LOCK_FILE, is_lock_file
-from fulltune_nb.training.state import BEST, CHECKPOINT_FILE, FOLDER_NAME, MANIFEST_FILE, list_checkpoints, names_in_manifest
+from fulltune_nb.training.state import BEST, CHECKPOINT_FILE, FOLDER_NAME, MANIFEST_FILE, STATE_FILE, list_checkpoints, names_in_manifest
 
 CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "events.jsonl", "result.json"
 CHECKPOINTS = "checkpoints"
@@ -87,6 +87,12 @@ def read_result(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def best_is_older_than(step: int, run_dir: Path) -> bool:
+    """Whether a run's `best/` is not there, or says that its weights are of an earlier step. Earlier versions did not say."""
+    there = read_result(run_dir / BEST / STATE_FILE).get("step", step)
+    return not (run_dir / BEST).is_dir() or (isinstance(there, int) and there < step)
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> Path:

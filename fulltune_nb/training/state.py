@@ -291,15 +291,6 @@ def _write_files(folder: Path, lm: LanguageModel, state: TrainerState | None, ab
     write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=1))
 
 
-def best_is_older_than(step: int, run_dir: Path) -> bool:
-    """Whether a run's `best/` is not there, or says that its weights are of an earlier step. Earlier versions did not say."""
-    try:
-        there = _read_json(run_dir / BEST / STATE_FILE).get("step", step)
-    except (OSError, ValueError, AttributeError):
-        return True
-    return isinstance(there, int) and there < step
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest step first."""
     if not folder.is_dir():
@@ -338,13 +329,15 @@ def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any], dict[Path, str]]:
         Its folder, its state, and for each newer one that had to be passed over, why.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the newest cannot be read, which says nothing of what is in it.
     """
     damaged: dict[Path, str] = {}
     for folder in reversed(list_checkpoints(run_dir / "checkpoints")):
         try:
             return folder, read_state(folder), damaged
         except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             damaged[folder] = str(error)
     passed_over = "".join(f"\n  {reason}" for reason in damaged.values())
     raise CheckpointError(f"No whole checkpoint in {run_dir / 'checkpoints'}. Give the run_dir of a run that was saved.{passed_over}")
@@ -378,7 +371,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         check_files(folder)
         state = _read_json(folder / STATE_FILE)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        what = "It may be whole all the same: make it readable, or move it away to go on from an earlier one"
+        raise CheckpointError(f"{folder} cannot be read: {error}. {what}.") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
     problem = _state_problem(state)
     if problem is None and re.fullmatch(FOLDER_NAME, folder.name) and state["step"] != step_of(folder):

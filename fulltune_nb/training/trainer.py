@@ -46,14 +46,21 @@ from fulltune_nb.training.lock import have_holder_save
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.plan import make_plan
-from fulltune_nb.training.run import RunDirectory, StoredRun, check_holds_no_run, check_long_enough, check_same_data, holds_run
+from fulltune_nb.training.run import (
+    RunDirectory,
+    StoredRun,
+    best_is_older_than,
+    check_holds_no_run,
+    check_long_enough,
+    check_same_data,
+    holds_run,
+)
 from fulltune_nb.training.schedule import LearningRate, make_schedule
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.state import (
     Patience,
     Snapshot,
     TrainerState,
-    best_is_older_than,
     checkpoint_name,
     copied,
     copy_of,

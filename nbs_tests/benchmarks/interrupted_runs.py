@@ -3,7 +3,7 @@
     python -m nbs_tests.benchmarks.interrupted_runs --interrupts 100
 
 After each, the newest checkpoint is compared, weights and optimizer state, with those of the same step of a run that nobody
-interrupted; so is the trainer in memory after a single interrupt. `--signal term` sends SIGTERM instead.
+interrupted; so is the trainer in memory after a single interrupt. `--signal term` or `hup` sends SIGTERM or SIGHUP instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from nbs_tests.benchmarks import small_run
 from nbs_tests.benchmarks.small_run import SETTINGS, begin, digest, fork, losses, run_to_end, send
 
 READY = "ready"
-ENDED = (0, 130, 143, -signal.SIGTERM)
+SIGNALS = {"int": signal.SIGINT, "term": signal.SIGTERM, "hup": signal.SIGHUP}
+ENDED = (0, 130, 143, 129, -signal.SIGTERM, -signal.SIGHUP)
 """Exit codes of a process that ended as it should."""
 
 
@@ -140,8 +141,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interrupts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", choices=["int", "term"], default="int")
+    parser.add_argument("--signal", choices=list(SIGNALS), default="int")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     arguments = parser.parse_args()
-    chosen = signal.SIGINT if arguments.signal == "int" else signal.SIGTERM
-    raise SystemExit(main(arguments.interrupts, arguments.seed, chosen, arguments.ways))
+    raise SystemExit(main(arguments.interrupts, arguments.seed, SIGNALS[arguments.signal], arguments.ways))

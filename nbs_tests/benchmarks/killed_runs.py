@@ -1,9 +1,11 @@
-"""SIGKILL at random instants of a run that saves after every step. After each, a copy of what is left is resumed to the end.
+"""SIGKILL at random instants of a run that evaluates, saves and exports after every step. After each, a copy of what is left is resumed
+to the end.
 
     python -m nbs_tests.benchmarks.killed_runs --kills 200
 
 Counts the kills after which a whole checkpoint was found, and after which all losses and the final weights and optimizer state are
-those of the run that nobody killed, bit for bit. The killed run itself goes on from where it was, to be killed again.
+those of the run that nobody killed, bit for bit; `best/` and the export are whole. The killed run itself goes on from where it was, to be
+killed again.
 """
 
 from __future__ import annotations
@@ -15,14 +17,27 @@ import shutil
 import time
 from pathlib import Path
 
-from fulltune_nb.training.state import list_checkpoints
+from fulltune_nb.models.language_model import load_model
+from fulltune_nb.models.model_file import export_folder
+from fulltune_nb.training.state import check_files, list_checkpoints
 from nbs_tests.benchmarks import small_run
 from nbs_tests.benchmarks.small_run import SIGKILL, begin, digest, fork, losses, run_to_end, send
+
+
+class Export:
+    """Exports the model with every checkpoint, over the export before."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def on_save(self, trainer, path) -> None:
+        assert export_folder(trainer.lm, self.place, {"steps": trainer.step_count}) == self.place, "the export before was not whole"
 
 
 def train(folder: Path, run_dir: Path, ready: int) -> None:
     """The child that is killed: it says when its first checkpoint is there, and trains."""
     trainer = begin(folder, run_dir)
+    trainer.listeners.append(Export(run_dir / "out" / "model"))
     if trainer.step_count == 0 and not list_checkpoints(run_dir / "checkpoints"):
         trainer.save()
     os.write(ready, b"+")
@@ -33,6 +48,12 @@ def check(folder: Path, run_dir: Path) -> None:
     """The child that resumes: exits with an error where anything differs."""
     trainer = begin(folder, run_dir)
     assert trainer.history.events[-1].kind == "resume", "no whole checkpoint"
+    for place in (run_dir / "out" / "model", run_dir / "best"):
+        if place.exists():
+            load_model(place)
+    if (run_dir / "best").exists():
+        check_files(run_dir / "best")
+    trainer.listeners.append(Export(run_dir / "out" / "model"))
     trainer.run()
     expected = json.loads((folder / "reference.json").read_text())
     assert losses(trainer) == expected["losses"], "losses differ"

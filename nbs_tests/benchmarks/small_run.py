@@ -29,7 +29,7 @@ CONFIG = {
 }  # fmt: skip
 SETTINGS = {
     "iters": STEPS, "batch_size": 2, "grad_accumulation_steps": 2, "learning_rate": 1e-3, "lr_schedule": "cosine", "save_every": 1,
-    "steps_per_eval": 3, "val_batches": 1,
+    "steps_per_eval": 1, "val_batches": 1,
 }  # fmt: skip
 WORDS = "the quick brown fox jumps over lazy dog rows table city most people answer fine thank you".split()
 

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fulltune_nb.training import state
 from fulltune_nb.training.run import RunDirectory, read_metrics
 from fulltune_nb.training.state import list_checkpoints, read_state
 from nbs_tests.training.conftest import make_rows
+from nbs_tests.training.test_interrupts import run_script
 from nbs_tests.training.test_resuming import MASKED
 
 CALLS = [(os, name) for name in ("fsync", "replace", "rename", "mkdir", "open", "write")]
@@ -370,6 +372,14 @@ def test_a_full_disk_refuses_to_go_back_or_to_resume_before_anything_is_changed(
     assert [r.loss for r in trainer.history.steps] == [r.loss for r in straight.history.steps]
     steps = [r.step for r in read_metrics(tmp_path / "run")[0].steps]
     assert steps == [1, 2, 3, 4] and trainer.step_count == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which(os.environ.get("CC", "cc")), reason="the shim is for Linux and a compiler")
+def test_some_calls_of_a_save_and_an_export_fail_one_at_a_time():
+    """All of them, and those of a resume: `python -m nbs_tests.benchmarks.failing_calls`."""
+    some = ["--scenarios", "checkpoint", "export", "reports", "--ways", "0", "--every", "12", "--first", "5"]
+    done = run_script("failing_calls", *some)
+    assert done.returncode == 0 and "something was wrong after 0" in done.stdout, done.stdout + done.stderr
 
 
 def fail_with(number):
