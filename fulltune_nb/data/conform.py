@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fulltune_nb.chat_template import LimitReached
-from fulltune_nb.data.messages import LOOKS_LIKE_DATA, MessageConformer, parsed
+from fulltune_nb.data.messages import LOOKS_LIKE_DATA, MessageConformer, holds_messages, parsed
 from fulltune_nb.data.rows import RawSplit, RowError, Tally, is_padded, keys_of, kind, messages_problem, template_unusable, without_nulls
 from fulltune_nb.data.settings import DataSettings
 
@@ -119,6 +119,9 @@ class _RowConformer:
     def _pair(self, row: Row) -> Row:
         prompt, completion = keys_of("completions", self._settings)
         tools = self._messages.tools(row)
+        if all(holds_messages(row[key]) for key in (prompt, completion)):
+            row = {**row, **{key: parsed(row[key], key, "a list of messages") for key in (prompt, completion)}}
+            self.tally.add(f"with {prompt!r} and {completion!r} as JSON text of messages: parsed")
         if not isinstance(row[prompt], list) or not isinstance(row[completion], list):
             if not self._messages.takes_text() and isinstance(row[prompt], str) and isinstance(row[completion], str):
                 pair = [{"role": "user", "content": row[prompt]}, {"role": "assistant", "content": row[completion]}]

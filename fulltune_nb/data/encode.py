@@ -70,7 +70,6 @@ class ChatRows:
 
     def __init__(self, renderer: ChatRenderer, format: str, settings: DataSettings, chat_template: str | Mapping[str, str]):
         self._renderer, self._format, self._settings = renderer, format, settings
-        self._written: set[tuple] = set()  # places of a conversation whose words the template has been seen to write
         self._forms = Forms(chat_template)
         self._known: dict[tuple, tuple[Skeleton | None, Rendered]] = {}  # form of a conversation -> what was found of the latest such row
 
@@ -100,16 +99,9 @@ class ChatRows:
             spans = None if found.spans is None else list(zip(places[::2], places[1::2], strict=True))
             return replace(found, text=talk.text, spans=spans)
         rendered = self._looked_at(talk, wanted, untrained, answers[-1:])
-        if form is not None and (rendered.spans is not None or rendered.left_out):  # else one rendering was enough
-            self._learn(form, talk, rendered)
+        if form is not None and (form in self._known or len(self._known) < _FORMS_KNOWN):
+            self._known[form] = Skeleton.of(talk, list(chain.from_iterable(rendered.spans or ()))), replace(rendered, text="")
         return rendered
-
-    def _learn(self, form: tuple, talk: Conversation, rendered: Rendered) -> None:
-        """Keeps what was found of a row for others of its form. For a new form this may take one rendering more, the marked one."""
-        if "marked" not in vars(talk) and (form in self._known or len(self._known) >= _FORMS_KNOWN):
-            return
-        skeleton = Skeleton.of(talk, list(chain.from_iterable(rendered.spans or ())))
-        self._known[form] = skeleton, replace(rendered, text="")
 
     def _looked_at(self, talk: Conversation, wanted: list[int], untrained: list[int], last: list[int]) -> Rendered:
         """What is found of a row by itself, by further renderings."""
@@ -150,15 +142,10 @@ class ChatRows:
             RowError: it is what the user says, or what is to be trained.
         """
         asked = max((i for i, message in enumerate(talk.messages) if message["role"] == "user"), default=-1)
-        # A string can stand in the text by chance, so the first of its kind is marked; then it is enough to look for the others.
-        places = {(*_holder(talk, word), word.kind, word.message > asked) for word in talk.words}
-        is_marked_anyway = self._settings.mask_prompt and len(wanted) > 1
-        marked = talk.marked if is_marked_anyway or not places <= self._written else None
-        if marked is None:
+        if (marked := talk.marked) is None:
             missing = [word for word in talk.words if not is_written(word.text, talk.text)]
-        else:
+        else:  # a string can stand in the text by chance, a marked one cannot
             missing = [word for number, word in enumerate(talk.words) if marked.is_missing(number)]
-            self._written |= set() if missing else places
         if not missing:
             return []
         own = [word for word in missing if self._is_own(talk, word, wanted, asked)]
@@ -176,11 +163,6 @@ class ChatRows:
 
 def _role(talk: Conversation, word: Word) -> str:
     return "" if word.message == TOOLS else talk.messages[word.message]["role"]
-
-
-def _holder(talk: Conversation, word: Word) -> tuple[str, ...]:
-    """The role and the keys of a word's message: a thinking within the content is no `reasoning_content`."""
-    return () if word.message == TOOLS else (_role(talk, word), *talk.messages[word.message])
 
 
 def _name(talk: Conversation, word: Word, missing: Sequence[Word]) -> str:

@@ -362,8 +362,9 @@ class Turns:
             rests.append(self._rest(i, False))
         if rests[1] is None or not self.text.startswith(rests[1], at):
             return None
-        # The turn goes on otherwise than the generation prompt, which may end with `<think>`: what both share is the prompt.
-        shared = at + len(os.path.commonprefix([rests[0], self.text[at : at + len(rests[0])]]))
+        # The turn goes on otherwise than the generation prompt, which may end with `<think>`: what both share is the prompt, but the `<`
+        # by which two tags begin.
+        shared = at + len(_UNFINISHED_TAG.sub("", os.path.commonprefix([rests[0], self.text[at : at + len(rests[0])]])))
         return max(at + len(rests[1]), shared if words_start is None else min(shared, words_start))
 
     def _behind_prompt(self, at: int, words_start: int) -> int | None:

@@ -57,6 +57,17 @@ def parsed(value: Any, where: str, expected: str) -> Any:
     raise RowError(f"{where!r} is a string, expected {expected}, or JSON text of it; as JSON: {reason}")
 
 
+def holds_messages(value: Any) -> bool:
+    """Whether a text is JSON of a list of messages, as CSV has them."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value) or '"role"' not in value:
+        return False
+    try:
+        messages = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(message, dict) and "role" in message for message in messages)
+
+
 class MessageConformer:
     """Turns messages and tools; what it does is counted in the tally. What it does not know it leaves, for `row_problem` to tell."""
 
@@ -203,15 +214,16 @@ class MessageConformer:
         Raises:
             RowError: JSON text that cannot be read.
         """
-        tools = row.get("tools")
-        if tools is None and isinstance(row.get("functions"), list):
-            self._tally.add("with 'functions' (OpenAI's older form): read as tools")
-            tools = [_wrapped(function) for function in row["functions"]]
+        key = "functions" if row.get("tools") is None else "tools"
+        tools = row.get(key)
         if isinstance(tools, str):
             if not tools.strip():
                 return None
-            tools = parsed(tools, "tools", "a list of tool descriptions")
-            self._tally.add("with 'tools' as JSON text: parsed")
+            tools = parsed(tools, key, "a list of tool descriptions")
+            self._tally.add(f"with {key!r} as JSON text: parsed")
+        if key == "functions" and isinstance(tools, list):
+            self._tally.add("with 'functions' (OpenAI's older form): read as tools")
+            tools = [_wrapped(function) for function in tools]
         if not isinstance(tools, (list, tuple)):
             return tools
         turned = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]

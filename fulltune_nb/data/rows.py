@@ -109,8 +109,9 @@ def read_table(name: str, label: str, rows: Iterable[Any]) -> RawSplit:
         if not isinstance(row, Mapping):
             split.problems.append(f"{source}: not an object (dict) but of type {type(row).__name__}")
             continue
+        row = _listed(dict(row))
         whole = {key: without_nulls(value) for key, value in row.items()}
-        dropped += _tools_and_calls(whole) != _tools_and_calls({key: _listed(value) for key, value in row.items()})
+        dropped += _tools_and_calls(whole) != _tools_and_calls(row)
         split.rows.append((source, whole))
     if dropped:
         split.notes.append(
@@ -121,8 +122,7 @@ def read_table(name: str, label: str, rows: Iterable[Any]) -> RawSplit:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of a table without the keys whose value is null, at every depth; numpy's arrays become lists."""
-    value = _listed(value)
+    """A value of a table without the keys whose value is null, at every depth."""
     if isinstance(value, Mapping):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -137,7 +137,11 @@ def is_padded(tools: Any) -> bool:
 
 
 def _listed(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
+    """A value of a table with lists for numpy's arrays, at every depth."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _tools_and_calls(row: Mapping[str, Any]) -> list[Any]:

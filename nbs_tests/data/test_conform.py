@@ -4,9 +4,11 @@ import importlib.util
 import json
 import os
 
+import numpy as np
 import pytest
 
 import fulltune_nb as ft
+from fulltune_nb.data.rows import read_table
 from nbs_tests.data import chat_templates as templates
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -197,7 +199,14 @@ def test_openais_older_calls_are_tool_calls(make_tokenizer):
     tokenizer, function = make_tokenizer(AS_JSON), CALL["function"]
     older = [Q1, {"role": "assistant", "content": None, "function_call": function}, {"role": "function", "name": "add", "content": "3"}]
     newer = [Q1, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "name": "add", "content": "3"}]
-    assert text_of({"messages": older, "functions": [TOOL["function"]]}, tokenizer) == expected(newer, tokenizer, [TOOL])
+    for functions in ([TOOL["function"]], json.dumps([TOOL["function"]])):
+        assert text_of({"messages": older, "functions": functions}, tokenizer) == expected(newer, tokenizer, [TOOL])
+
+
+def test_a_completion_that_is_json_but_no_messages_stays_text(tokenizer):
+    for completion in ('[{"a": 1}]', '[{"role": 1', '{"role": "assistant"}'):
+        row = {"prompt": json.dumps([Q1]), "completion": completion}
+        assert completion in load(row, tokenizer).train[0].text
 
 
 # ---- forms of rows
@@ -220,6 +229,7 @@ FORMS = [
         "Alpaca",
     ),
     ({"prompt": [SYSTEM, Q1], "completion": [A1]}, [SYSTEM, Q1, A1], "TRL"),
+    ({"prompt": json.dumps([SYSTEM, Q1]), "completion": json.dumps([A1])}, [SYSTEM, Q1, A1], "JSON text of messages"),
 ]
 
 
@@ -325,6 +335,13 @@ def test_rows_of_a_table_train_as_the_same_rows_in_json_lines(tmp_path, make_tok
     for source in sources:
         data = ft.load_data(source, tokenizer)
         assert data.fingerprint == wanted and "2 rows of a table had nulls inside tools or tool calls" in data.notes[0]
+
+
+def test_arrays_within_arrays_of_a_frame_are_lists():
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
+    as_arrays = {"messages": np.array([Q1, {**call, "tool_calls": np.array(call["tool_calls"])}])}
+    split = read_table("train", "train", [as_arrays])
+    assert split.rows == [("train:1", {"messages": [Q1, call]})] and split.notes == []
 
 
 def test_rows_that_were_taken_out_of_a_table_are_known_by_their_tools(make_tokenizer):

@@ -17,6 +17,7 @@ LAST = DataSettings(mask_prompt="last")
 THINKING = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nFine."}
 TALK = [Q1, A1, Q2, A2]
 CHATML_ENDS = ["Fine.<|im_end|>\n", "Still fine.<|im_end|>\n"]
+PROMPT_GOES_ON_WITH_A_TAG = templates.CHATML + "{% if add_generation_prompt %}<|off|>{% endif %}"
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ CHATML_ENDS = ["Fine.<|im_end|>\n", "Still fine.<|im_end|>\n"]
         (templates.PROMPT_ENDS_WITH_SPACE, [Q1, {"role": "assistant", "content": "the answer"}], [" the answer</s>\n"]),
         (templates.CHATML, [Q1, {"role": "assistant", "content": "\nFine. "}, Q2, A2], ["\nFine. <|im_end|>\n", CHATML_ENDS[1]]),
         (templates.CHATML, [Q1, {"role": "assistant", "content": ""}, Q2, A2], ["<|im_end|>\n", CHATML_ENDS[1]]),
+        (PROMPT_GOES_ON_WITH_A_TAG, [Q1, THINKING], ["<think>\nHm.\n</think>\n\nFine.<|im_end|>\n"]),
     ],
 )
 def test_turns_are_found_where_they_are_no_prefixes_of_the_text(make_tokenizer, template, messages, expected):
@@ -164,11 +166,27 @@ def test_lost_words_of_the_user_or_of_a_trained_turn_are_an_error_of_the_row(mak
     assert said in problem({"messages": messages}, "chat", make_tokenizer(template), DataSettings(mask_prompt=mask_prompt))
 
 
+CALL_INSTEAD_OF_CONTENT = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
 def test_reasoning_that_is_lost_is_an_error_also_behind_rows_with_a_thinking_in_their_content(make_tokenizer):
     written = {"messages": [Q1, {**A1, "content": "<think>\nHm.\n</think>\n\nFine."}]}
     lost = {"messages": [Q1, {**A1, "reasoning_content": "Fine."}]}  # its word stands in the text by chance
     data = load_data({"train": [written, lost, written]}, make_tokenizer(templates.CHATML), bad_rows="skip", mask_prompt=True)
     assert len(data.train) == 2 and "the reasoning of assistant turn 1 ('Fine.')" in data.train.skipped[0]
+
+
+@pytest.mark.parametrize("mask_prompt", [False, True, "last"])
+def test_words_that_only_the_question_has_are_lost_also_behind_rows_where_such_words_were_written(make_tokenizer, mask_prompt):
+    question = {"role": "user", "content": "Let me see Oslo"}
+    lost = {"messages": [question, {"role": "assistant", "content": "Let me see", "tool_calls": [CALL]}]}
+    written = [{"messages": [Q1, A1]}, {"messages": [Q1, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}] * 2
+    tokenizer = make_tokenizer(CALL_INSTEAD_OF_CONTENT)
+    data = load_data({"train": [*written, lost]}, tokenizer, bad_rows="skip", mask_prompt=mask_prompt)
+    assert len(data.train) == 4 and "assistant turn 1 ('Let me see')" in data.train.skipped[0]
 
 
 def test_other_words_that_are_lost_are_told_with_their_number_and_first_row(make_tokenizer):
