@@ -94,7 +94,7 @@ class SameCheckpoint(Checkpoint):
         from fulltune_nb.training.state import list_checkpoints, read_state
 
         (state,) = map(read_state, list_checkpoints(self.folder / "checkpoints"))
-        return NEW if state["history"][-1].get("event") == "note" else "old"
+        return NEW if any(entry.get("event") == "note" for entry in state["history"]) else "old"
 
 
 class Best(OfARun):
@@ -103,7 +103,7 @@ class Best(OfARun):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.trainer._directory.save_best(self.trainer.lm, 2)
-        shutil.copytree(self.folder / "best", self.before / "best")
+        shutil.copytree(self.folder / "best", self.before / "best", dirs_exist_ok=True)
 
     def work(self) -> None:
         self.trainer._directory.save_best(self.trainer.lm, 3)
