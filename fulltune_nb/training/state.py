@@ -315,8 +315,12 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def names_in_manifest(folder: Path) -> set[str]:
-    """The files that were written as a checkpoint's, but for the manifest; none where the folder was not written as one."""
-    with suppress(OSError, ValueError):
+    """The files that were written as a checkpoint's, but for the manifest; none where the folder was not written as one.
+
+    Raises:
+        OSError: there is a manifest, and it cannot be read, which says nothing of what is in it.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
         manifest = _read_json(folder / MANIFEST_FILE)
         return set(manifest) if isinstance(manifest, dict) and STATE_FILE in manifest else set()
     return set()

@@ -192,7 +192,7 @@ time.sleep(60)
     notebook = notebook_of(tmp_path / "n.ipynb", code)
     (tmp_path / "sweep.yaml").write_text(f"notebook: {notebook}\nout_dir: {tmp_path}/out\ngrid: {{x: [1, 2]}}\n")
     process = subprocess.Popen([sys.executable, "-m", "fulltune_nb.sweep", str(tmp_path / "sweep.yaml")], stdout=subprocess.DEVNULL)
-    wait_for(lambda: list((tmp_path / "out").glob("x=1*/1/run.pids")))
+    wait_for(lambda: [path for path in (tmp_path / "out").glob("x=1*/1/run.pids") if path.read_text()])
     pids = [int(pid) for pid in next((tmp_path / "out").glob("x=1*/1/run.pids")).read_text().split()]
     with pytest.raises(ft.ConfigError, match="another sweep is under way in out_dir"):
         ft.sweep(notebook, {"x": [3]}, tmp_path / "out")

@@ -303,6 +303,20 @@ def test_a_file_beside_the_weights_harms_nothing_and_survives(make_trainer, tmp_
     assert sorted(os.listdir(run / "checkpoints")) == ["kept-step-000002", "step-000004", "step-000005"]
 
 
+def test_a_checkpoint_whose_manifest_cannot_be_read_keeps_its_files(make_trainer, tmp_path, monkeypatch):
+    def fails(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    trainer = make_trainer(run_dir=tmp_path / "run", iters=4, keep=1)
+    trainer.step()
+    trainer.save()
+    before = contents(tmp_path / "run" / "checkpoints")
+    monkeypatch.setattr("fulltune_nb.training.state._read_json", fails)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        trainer.save()
+    assert contents(tmp_path / "run" / "checkpoints") == before
+
+
 def test_rotation_removes_nothing_that_was_not_written_as_a_checkpoint(make_trainer, tmp_path):
     trainer, checkpoints = make_trainer(run_dir=tmp_path / "run", save_every=1, keep=1), tmp_path / "run" / "checkpoints"
     trainer.run(1)
