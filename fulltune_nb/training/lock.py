@@ -65,7 +65,12 @@ class RunLock:
     @property
     def folder_is_gone(self) -> bool:
         """Whether the lock is held, but nothing at all stands where the folder was."""
-        return self.is_ours and not os.path.lexists(self.folder)
+        with suppress(OSError):  # a folder that cannot be looked at is not gone
+            try:
+                os.lstat(self.folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return self.is_ours
+        return False
 
     def check(self) -> None:
         """To be called before each write: whether the folder is still held, and still the one that was taken up.

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -191,7 +192,11 @@ time.sleep(60)
 """
     notebook = notebook_of(tmp_path / "n.ipynb", code)
     (tmp_path / "sweep.yaml").write_text(f"notebook: {notebook}\nout_dir: {tmp_path}/out\ngrid: {{x: [1, 2]}}\n")
-    process = subprocess.Popen([sys.executable, "-m", "fulltune_nb.sweep", str(tmp_path / "sweep.yaml")], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fulltune_nb.sweep", str(tmp_path / "sweep.yaml")],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # also where the tests run under nohup
+    )
     wait_for(lambda: [path for path in (tmp_path / "out").glob("x=1*/1/run.pids") if path.read_text()])
     pids = [int(pid) for pid in next((tmp_path / "out").glob("x=1*/1/run.pids")).read_text().split()]
     with pytest.raises(ft.ConfigError, match="another sweep is under way in out_dir"):

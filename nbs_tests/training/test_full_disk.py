@@ -283,7 +283,7 @@ def as_ordinary_user():
 
 
 def test_a_read_only_directory(make_trainer):
-    with tempfile.TemporaryDirectory() as place:  # pytest's own folders cannot even be entered by others
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own folders cannot even be entered by others
         os.chmod(place, 0o755)
         checkpoints = Path(place) / "run" / "checkpoints"
         trainer = make_trainer(run_dir=Path(place) / "run", iters=2)

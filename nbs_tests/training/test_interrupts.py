@@ -192,7 +192,8 @@ def test_the_command_saves_the_model_file_too_when_it_is_ended(make_lm, tmp_path
 
 
 def take_terminal(descriptor):
-    """Makes it the terminal of a session of this process."""
+    """Makes it the terminal of a session of this process, which hears of its end also where the tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.setsid()
     fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
 
