@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -44,7 +43,7 @@ def test_what_the_last_digits_depend_on_is_named(monkeypatch):
 @pytest.mark.skipif("OpenBLAS" not in ensure_fast_blas().name, reason="only an OpenBLAS can be told for which processor to compute")
 def test_the_processor_that_the_blas_computes_for_is_named():
     code = "from fulltune_nb.system_info import arithmetic; print(arithmetic()['BLAS kernels'])"
-    other = {"x86_64": "Nehalem", "aarch64": "ARMV8"}[platform.machine()]
+    other = {"x86_64": "Nehalem", "aarch64": "ARMV8"}[os.uname().machine]
     named = subprocess.check_output([sys.executable, "-c", code], text=True, env={**os.environ, "OPENBLAS_CORETYPE": other})
     assert named.strip().upper() == other.upper() and arithmetic()["BLAS kernels"]
 
