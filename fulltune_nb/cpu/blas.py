@@ -13,6 +13,7 @@ imported here.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import sys
@@ -77,6 +78,7 @@ def _not_needed() -> BlasInfo | None:
     return None
 
 
+@functools.cache
 def installed_cuda_backend() -> str | None:
     """Name and version of MLX's package for CUDA; None: there is none."""
     from importlib import metadata

@@ -11,9 +11,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -342,14 +343,7 @@ def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> 
         raise ModelError(f"{what} {path} is the source model's folder {source}, or lies in it. Name another place.")
 
 
-def save_folder(
-    folder: Path,
-    model: Decoder,
-    tokenizer: PreTrainedTokenizerBase | None,
-    generation_config: dict | None = None,
-    texts: Mapping[str, str] | None = None,
-    ends: Sequence[int] = (),
-) -> None:
+def save_folder(folder: Path, model: Decoder, tokenizer: PreTrainedTokenizerBase | None, **more: Any) -> None:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
     A new folder is written beside its place and moved there when it is whole. Into an empty one that is there the files are written, and
@@ -357,11 +351,7 @@ def save_folder(
 
     Args:
         folder: new or empty.
-        model: the weights.
-        tokenizer: written where given.
-        generation_config: written where given.
-        texts: further files, by name.
-        ends: token ids that were trained to end turns: the tokenizer's EOS is made one of them, as in `save_tokenizer`.
+        model, tokenizer, more: as in `fill_folder`.
 
     Raises:
         ModelError: the folder is not empty or cannot be written.
@@ -370,22 +360,22 @@ def save_folder(
         begun = folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
         what = ": it has weights but no config.json, as when a process that saves there is killed" if begun else ""
         raise ModelError(f"{folder} is not an empty folder{what}. A model is saved into a new or empty one; nothing is overwritten.")
-    parts = (model, tokenizer, generation_config, texts, ends)
+    write = partial(fill_folder, model=model, tokenizer=tokenizer, **more)
     try:
         if folder.exists():
-            _fill_or_empty(folder, *parts)
+            _fill_or_empty(folder, write)
         else:
             with unfinished_folder(folder) as new:
-                fill_folder(new, *parts)
+                write(new)
                 flush_to_disk(new)
                 put_in_place(new, folder)
     except OSError as error:
         raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
 
 
-def _fill_or_empty(folder: Path, *parts: Any) -> None:
+def _fill_or_empty(folder: Path, write: Callable[[Path], Any]) -> None:
     try:
-        fill_folder(folder, *parts)
+        write(folder)
     except BaseException:  # an interrupt too leaves no half-written model that looks like one
         _remove_contents(folder)
         raise
@@ -403,6 +393,12 @@ def fill_folder(
     """Writes the files of `save_folder` into an empty folder, in place.
 
     Args:
+        folder: empty.
+        model: the weights.
+        tokenizer: written where given.
+        generation_config: written where given.
+        texts: further files, by name.
+        ends: token ids that were trained to end turns: the tokenizer's EOS is made one of them, as in `save_tokenizer`.
         with_checksums: whether they are computed; that holds the weights' memory until it is done.
 
     Returns:

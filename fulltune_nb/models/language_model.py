@@ -354,7 +354,8 @@ class LanguageModel:
         if not folder.is_dir() or is_empty(folder):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
         texts = self.card.files() if self.card is not None else {}
-        save_folder(folder, self.model, self.tokenizer, self.generation_config, texts, self.trained_ends)
+        parts = {"generation_config": self.generation_config, "texts": texts, "ends": self.trained_ends}
+        save_folder(folder, self.model, self.tokenizer, **parts)
         return folder
 
     def __repr__(self) -> str:

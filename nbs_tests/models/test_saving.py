@@ -49,7 +49,7 @@ def config_of(folder) -> dict:
 def test_a_folder_is_complete_and_holds_nothing_else(make_tokenizer, tmp_path):
     decoder = decoder_of()
     folder = tmp_path / "a" / "out"
-    save_folder(folder, decoder, make_tokenizer(), {"eos_token_id": [1, 2]})
+    save_folder(folder, decoder, make_tokenizer(), generation_config={"eos_token_id": [1, 2]})
     expected = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(os.listdir(folder)) == expected
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
