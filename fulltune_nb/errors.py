@@ -45,23 +45,39 @@ class FulltuneError(Exception):
         _make_printable(sys.exc_info()[1])  # a traceback shows it above this one
 
 
+_OWN_TEXTS = ("args", "__notes__", "strerror", "reason", "msg", "filename", "text")
+"""Attributes in which Python's own errors have what a traceback shows of them."""
+
+
 def _make_printable(error: BaseException | None) -> None:
-    """Spells what a terminal would act on in the texts of an error of others, and of those that led to it."""
+    """Spells what a terminal would act on in the texts of an error of others, and of those that led to it or are grouped in it."""
     waiting, seen = [error], set()
     while waiting:
         error = waiting.pop()
         if error is None or id(error) in seen:
             continue
         seen.add(id(error))
-        waiting += [error.__cause__, error.__context__]
-        with suppress(Exception):  # classes of others may compute their text, and refuse new parts
-            safe = printable(error)
-            if isinstance(error, FulltuneError) or safe == str(error):
-                continue
-            error.args = tuple(printable(part) if isinstance(part, str) else part for part in error.args)
-            vars(error).update({name: printable(value) for name, value in vars(error).items() if isinstance(value, str)})
-            if str(error) != safe:
-                error.args = (safe,)
+        waiting += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+        for name in _OWN_TEXTS:
+            with suppress(Exception):  # an attribute that the error has not, or lets nobody set
+                _spell(error, name)
+        with suppress(Exception):  # one whose text cannot be had
+            if (safe := printable(error)) != str(error):
+                _give_text(error, safe)
+
+
+def _spell(error: BaseException, name: str) -> None:
+    value = getattr(error, name)
+    is_text = isinstance(value, str)
+    safe = printable(value) if is_text else type(value)(printable(part) if isinstance(part, str) else part for part in value)
+    if safe != value:
+        setattr(error, name, safe)
+
+
+def _give_text(error: BaseException, text: str) -> None:
+    """To an error whose class makes its text of something else, by a class that differs in nothing but that."""
+    own = type(error)
+    error.__class__ = type(own.__name__, (own,), {"__str__": lambda self: text, "__module__": own.__module__, "__slots__": ()})
 
 
 class ConfigError(FulltuneError, ValueError):

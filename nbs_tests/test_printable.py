@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -9,10 +10,12 @@ import sys
 import traceback
 import warnings
 
+import jinja2
 import pytest
+import yaml
 
 import fulltune_nb as ft
-from fulltune_nb.errors import DataError, FulltuneError, MissingDependencyError, ModelError
+from fulltune_nb.errors import DataError, FulltuneError, MissingDependencyError
 from fulltune_nb.generate import main
 from fulltune_nb.html import printable
 from fulltune_nb.models.language_model import LanguageModel
@@ -35,30 +38,57 @@ def test_what_a_terminal_acts_on_is_spelled_and_all_else_stays():
     assert printable(kept) == kept and printable(printable(EVIL)) == printable(EVIL)
 
 
-@pytest.mark.parametrize("kind", [FulltuneError, ModelError, DataError, MissingDependencyError])
-def test_an_error_and_those_that_led_to_it_are_safe(kind):
-    class Named(Exception):
-        def __init__(self, name):
-            super().__init__("x")
-            self.name = name
+class Named(Exception):
+    """One that makes its text of something else than `args`."""
 
-        def __str__(self):
-            return f"{self.name} is bad"
+    def __str__(self):
+        return f"{self.args[0]['name']} is bad"
 
-    def fail(first):
+
+def with_note(error: Exception, note: str) -> Exception:
+    error.add_note(note)
+    return error
+
+
+def raised_by(call) -> Exception:
+    with pytest.raises(Exception) as caught:
+        call()
+    return caught.value
+
+
+LED_THERE = {
+    "args": lambda: RuntimeError(EVIL),
+    "a key": lambda: KeyError(EVIL),
+    "a file's name": lambda: OSError(2, "No such file", EVIL),
+    "a system's message": lambda: OSError(errno.EINVAL, EVIL),
+    "a codec's reason": lambda: UnicodeDecodeError("utf-8", b"a", 0, 1, EVIL),
+    "a line of code": lambda: SyntaxError("bad", ("file", 1, 1, EVIL)),
+    "a module": lambda: ImportError(EVIL, name=EVIL),
+    "a note": lambda: with_note(ValueError("x"), EVIL),
+    "a group": lambda: ExceptionGroup("several", [ValueError("x"), OSError(5, EVIL)]),
+    "a group's name": lambda: ExceptionGroup(EVIL, [ValueError("x")]),
+    "a text that its class makes": lambda: Named({"name": EVIL}),
+    "a template": lambda: jinja2.TemplateSyntaxError(EVIL, 1),
+    "YAML": lambda: raised_by(lambda: yaml.safe_load("a: [\u202eevil\u2066")),
+}
+
+
+@pytest.mark.parametrize("kind", [FulltuneError, DataError, MissingDependencyError])
+@pytest.mark.parametrize("first", LED_THERE.values(), ids=LED_THERE)
+def test_an_error_and_those_that_led_to_it_are_safe(first, kind):
+    def fail():
         try:
             try:
-                raise first
-            except type(first):
+                raise first()
+            except Exception:
                 raise ValueError(f"while reading {EVIL}")  # noqa: B904  the implicit chain
         except ValueError as error:
             raise kind(f"cannot read {EVIL}") from error
 
-    for first in (RuntimeError(EVIL), Named(EVIL), KeyError(EVIL), OSError(2, "No such file", EVIL)):
-        with pytest.raises(kind) as caught:
-            fail(first)
-        shown = "".join(traceback.format_exception(caught.value))
-        assert shown.count("evil") >= 3 and safe(shown)
+    with pytest.raises(kind) as caught:
+        fail()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("evil") >= 3 and safe(shown)
 
 
 def test_the_lines_of_a_data_error_are_safe(tmp_path, tokenizer):
