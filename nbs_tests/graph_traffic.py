@@ -133,24 +133,25 @@ def _bytes(node: Node, made_by: dict[str, Node]) -> int:
         return 2 * written + sum(array.bytes for array in node.inputs[1:])
     if node.kind in ("Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate"):  # written into the first
         return 2 * sum(array.bytes for array in node.inputs[1:]) + node.inputs[-1].bytes * node.kind.startswith("Scatter")
-    read: dict[str, int] = {}
+    read: dict[str, tuple[int, int]] = {}  # base -> the bytes that all views of it read, and its own
     for array in node.inputs:
-        for base, size in _read(array, made_by, node.kind == "Sort"):
-            read[base] = max(size, read.get(base, 0))
-    return sum(read.values()) + written
+        for base, size, whole in _read(array, made_by, node.kind == "Sort"):
+            before, _ = read.get(base, (0, 0))
+            read[base] = before + size, whole
+    return sum(min(sizes) for sizes in read.values()) + written
 
 
-def _read(array: Array, made_by: dict[str, Node], all_of_it: bool = False) -> Iterator[tuple[str, int]]:
-    """The arrays that a view is of, and the bytes read of each; `all_of_it`: of a stand-in, see `kernel_counts._node`."""
+def _read(array: Array, made_by: dict[str, Node], all_of_it: bool = False) -> Iterator[tuple[str, int, int]]:
+    """The arrays that a view is of, the bytes read of each and its own; `all_of_it`: of a stand-in, see `kernel_counts._node`."""
     node = made_by.get(array.id)
     if node is None or node.kind not in VIEWS or _is_copied(node, made_by):
-        yield array.id, array.bytes
+        yield array.id, array.bytes, array.bytes
         return
     place = [made.id for made in node.outputs].index(array.id)
     one = {"Depends": place, "CustomTransforms": len(node.inputs) - len(node.outputs) + place}.get(node.kind, 0)
     for of in node.inputs if all_of_it and node.kind == "Depends" else (node.inputs[one],):
-        for base, size in _read(of, made_by):
-            yield base, size if all_of_it else min(size, array.bytes)
+        for base, size, whole in _read(of, made_by):
+            yield base, size if all_of_it else min(size, array.bytes), whole
 
 
 def _is_copied(node: Node, made_by: dict[str, Node]) -> bool:

@@ -20,6 +20,8 @@ def test_a_kernel_reads_its_inputs_and_writes_its_output_once():
 def test_views_cost_nothing_and_read_no_more_than_they_show():
     found = traffic(TABLE.T[:, :3].sum(axis=1), [TABLE])
     assert found == {"Sum": [1, 4 * (10**5 * 3 + 10**5)]}
+    both = traffic(mx.compile(lambda a, b: a * b + 1)(TABLE[:3, :10], TABLE[:3, 10:20]), [TABLE])["Compiled"]
+    assert both == [1, 4 * (30 + 30 + 30) + 4]
     assert traffic(mx.exp(mx.broadcast_to(mx.zeros((1,)) + 0, (1000,))))["Exp"] == [1, 4 * (1 + 1000)]
 
 

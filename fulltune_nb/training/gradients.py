@@ -15,8 +15,10 @@ from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.parameters import Arrays
 from fulltune_nb.training.optimizers import Optimizers
 
-SQUARES = 2**22
-"""Elements of gradients whose squares a GPU holds at a time, 16 MiB; or those of the largest gradient, where they are more."""
+FEW = 2**16
+"""Elements of a gradient in half precision whose squares a GPU adds up in float32, as there may be few rows."""
+MOST_ROWS = 2**16 - 1
+"""Products that every GPU computes in one kernel."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def read(numbers: Sequence[float | mx.array]) -> list[float]:
 def norm_of(gradients: Mapping[str, mx.array]) -> mx.array:
     """`global_norm` by MLX; lazy, float32."""
     if not on_cpu():
-        return _norm_in_one_graph(list(gradients.values()))
+        return _norm_by_products(list(gradients.values()))
     arrays, parts = [array.astype(mx.float32) for array in gradients.values()], []
     for array, stream in zip(arrays, streams_for([array.size for array in arrays]), strict=True):
         with mx.stream(stream):
@@ -118,18 +120,18 @@ def norm_of(gradients: Mapping[str, mx.array]) -> mx.array:
 
 
 @mx.compile
-def _norm_in_one_graph(arrays: list[mx.array]) -> mx.array:
-    # Squares are as large as the gradients in float32: only those of one group exist at a time.
-    at_a_time, total, sums, size = max(SQUARES, *(array.size for array in arrays)), None, [], 0
+def _norm_by_products(arrays: list[mx.array]) -> mx.array:
+    # A row's product with itself reads the row and writes a number, where squares would be written and read again, in float32. In half
+    # precision each number is rounded, up or down, which the sum over many rows evens out.
+    sums = []
     for array in arrays:
-        if size + array.size > at_a_time:
-            total = sum(sums)
-            sums, size = [total], 0
-        # Row sums first, as sums of few numbers are exact to more digits; compiled, ten of the sums at a time are one kernel.
-        waiting = array if total is None else mx.depends([array], [total])[0]
-        sums.append(mx.square(waiting.astype(mx.float32)).sum(axis=-1).sum())
-        size += array.size
-    return mx.sqrt(sum(sums))
+        array = array.astype(mx.float32) if array.size < FEW else array
+        rows = array.size // array.shape[-1]
+        if rows > MOST_ROWS:
+            rows = max(count for count in range(1, MOST_ROWS + 1) if array.size % count == 0)
+        rows = array.reshape(rows, 1, -1)
+        sums.append((rows @ rows.swapaxes(-1, -2)).astype(mx.float32).sum())
+    return mx.sqrt(sum(sums))  # compiled, ten of these are added by one kernel
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

@@ -29,7 +29,7 @@ from fulltune_nb.training.history import EvalReport
 CHUNK_ELEMENTS = 2**22
 """Logits of a chunk: 16 MiB in float32. About 20 such arrays exist at the peak, as MLX works on some operations ahead."""
 GPU_CHUNK_ELEMENTS = 2**26
-"""The same on a GPU, 256 MiB: each chunk reads the whole head and reads and writes its gradient, so few are best."""
+"""The same on a GPU, 256 MiB."""
 
 Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
 
@@ -75,7 +75,7 @@ def _loss_with_gradients(
     head_gradients: dict[str, mx.array] = {}
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
     chunk_loss = _chunk_loss if on_cpu() else _chunk_loss_on_gpu
-    for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
+    for rows in chunks(hidden.shape[0], head["weight"].shape[0], chunk_elements(*head["weight"].shape)):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
         part = mx.depends([hidden[rows]], [*losses[-1:], *hidden_gradients[-1:], *head_gradients.values()])[0]
         loss, hidden_gradient, more = chunk_loss(part, head, targets[rows], weights[rows], cap)
@@ -163,6 +163,12 @@ def chunk_logits(hidden: mx.array, head: Head, cap: float | None = None) -> mx.a
 def cap_slope(logits: mx.array, cap: float) -> mx.array:
     """Derivative of a soft cap's output, the logits, by what it was made of; any shape."""
     return 1.0 - mx.square(logits / cap)
+
+
+def chunk_elements(vocab_size: int, hidden_size: int) -> int:
+    """Logits of a chunk where gradients are computed with them. On a GPU as many as the head has weights, up to twice the usual: each chunk
+    reads the head and adds to its gradient, whatever its size."""
+    return CHUNK_ELEMENTS if on_cpu() else max(GPU_CHUNK_ELEMENTS, min(vocab_size * hidden_size, 2 * GPU_CHUNK_ELEMENTS))
 
 
 def chunk_size(width: int, elements: int | None = None) -> int:

@@ -31,7 +31,7 @@ from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, t
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import CHUNK_ELEMENTS
-from fulltune_nb.training.loss import chunk_size
+from fulltune_nb.training.loss import chunk_elements, chunk_size
 from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes
 from fulltune_nb.training.rounding import stored_dtype
 
@@ -363,7 +363,7 @@ class Workload:
             "first block": {"gradients": before + gradients + self._tied * head, "activations": back + copies},
             "update": {"gradients": gradients},
         })  # fmt: skip
-        squares = 0 if self._kernels else 4 * min(2 * max(math.prod(shape) for shape in self.shapes.values()), gradients)
+        squares = 0 if self._kernels or not on_cpu() else 4 * min(2 * max(math.prod(shape) for shape in self.shapes.values()), gradients)
         found["update"]["update"] = max(update_bytes(self.shapes, self.config, self.stored), squares)
         return found
 
@@ -371,7 +371,7 @@ class Workload:
         """A chunk of logits and what is computed from it, hidden states, the head's gradient and what is added to it."""
         vocab, hidden = self.model.vocab_size, self.model.hidden_size
         by_kernel = self._kernels and not self.model.num_experts
-        rows = min(chunk_size(vocab, CHUNK_ELEMENTS if by_kernel else None), self.targets)
+        rows = min(chunk_size(vocab, CHUNK_ELEMENTS if by_kernel else chunk_elements(vocab, hidden)), self.targets)
         heads = 1 + (rows < self.targets) + self._half_on_cpu
         return (rows * vocab if by_kernel else self._chunk(rows * vocab, "whole")) + heads * vocab * hidden + 2 * self.targets * hidden
 
@@ -401,7 +401,7 @@ class Workload:
             "vocabulary": {"activations": targets + 3 * hidden, "logits": several * kept or chunk, "gradients": ranges * range_weights},
             "update": {"activations": inputs, "logits": several * kept, "gradients": max(piece, range_weights)},
         })  # fmt: skip
-        squares = 0 if self._kernels else found["update"]["gradients"]
+        squares = 0 if self._kernels or not on_cpu() else found["update"]["gradients"]
         found["update"]["update"] = max(update_bytes(self.shapes, self.config, self.stored), squares)
         return found
 

@@ -8,7 +8,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.insight.updates import UpdateMeter
-from fulltune_nb.training.loss import chunk_size
+from fulltune_nb.training.loss import chunk_elements, chunk_size
 from nbs_tests.gpu_like import gpu_like
 from nbs_tests.training.promises import assert_a_resumed_run_has_the_same_bits, assert_nan_changes_nothing, weights_of
 from nbs_tests.training.test_families_run import FAMILIES
@@ -128,6 +128,8 @@ def test_rows_are_padded_to_what_the_device_computes_at_once(make_trainer, cuda,
 def test_chunks_of_logits_are_few():
     with gpu_like():
         assert chunk_size(128_256) == 523
+        sizes = [chunk_size(vocab, chunk_elements(vocab, hidden)) for vocab, hidden in ((128_256, 2048), (32_000, 4096), (49_152, 576))]
+        assert sizes == [1046, 4096, 1365]  # positions; the second has as many as its head has columns
     assert chunk_size(128_256) == 32
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fulltune_nb as ft
+from fulltune_nb.cpu import on_cpu
 from fulltune_nb.data.batches import padded_to
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.device import device_kind, length_multiple
@@ -59,7 +60,8 @@ def test_a_seven_billion_model_is_planned_without_allocating_anything(set_limit,
     assert plan.parts["weights"] == 4 * 7_241_732_096
     assert plan.parts["optimizer state"] == 8 * 7_241_732_096
     assert plan.parts["gradients"] == pytest.approx(4 * 7_241_732_096)
-    assert plan.moment == "update" and plan.peak == sum(plan.parts.values())
+    # On a GPU neither the norm nor the update needs memory of its own.
+    assert plan.moment == ("update" if on_cpu() else "first block") and plan.peak == sum(plan.parts.values())
     assert 116 * GB < plan.peak < 125 * GB and plan.fits and plan.advice == ()
 
 
