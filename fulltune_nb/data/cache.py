@@ -2,8 +2,8 @@
 
 A file is named by a hash of all that its content is a function of: the rows with their lines, the settings, the tokenizer, the chat
 template, the code that makes examples and the versions of what it calls. It begins with the SHA-256 of the rest, and holds numbers and
-text only. A file that is damaged, or is another user's, counts as absent. The environment variable `FULLTUNE_CACHE` names another
-folder, or is `off`.
+text only. A file that is damaged, or is another user's, is replaced, and a note tells it. The environment variable `FULLTUNE_CACHE`
+names another folder, or is `off`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import json
 import marshal
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from itertools import groupby, pairwise
@@ -28,6 +28,7 @@ import numpy as np
 from fulltune_nb.data.encode import Encoded
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.data.split import ExampleTable
+from fulltune_nb.files import check_ordinary, open_ordinary
 
 VARIABLE = "FULLTUNE_CACHE"
 LARGE = 4 * 2**20
@@ -41,36 +42,57 @@ _SLICE = 4096  # texts encoded at a time
 Rows = Sequence[tuple[str, Mapping[str, Any]]]
 
 
-def with_cache(rows: Rows, format: str, tokenizer: Any, settings: DataSettings, encode: Callable[[], Encoded]) -> Encoded:
-    """What `encode()` makes of the rows, from the cache where it has been made before."""
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, RecursionError)  # what reading raises at a file that is not as it was written
+
+
+def with_cache(rows: Rows, format: str, tokenizer: Any, settings: DataSettings, encode: Callable[[], Encoded], notes: list[str]) -> Encoded:
+    """What `encode()` makes of the rows, from the cache where it has been made before; `notes` grows by what is wrong with the cache."""
     key = _key(rows, format, tokenizer, settings)
-    folder = None if key is None else cache_folder()
-    if folder is None:
+    if key is None or _named().lower() == "off":
         return encode()
-    path = folder / f"{key}{_ENDING}"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not as it was written
+    advice = f"Free or correct the place, or set {VARIABLE} to another folder, or to off."
+    try:
+        path = cache_folder() / f"{key}{_ENDING}"
+    except OSError as error:
+        notes.append(f"Tokenized rows are not kept: {error}. {advice}")
+        return encode()
+    try:
         return _read(path, rows, tokenizer)
+    except FileNotFoundError:
+        pass
+    except _DAMAGED as error:
+        notes.append(f"Rows were tokenized again: the file in which they were kept, {path}, is not what was written there ({error}).")
     encoded = encode()
-    with suppress(OSError):  # a full disk costs only the time of the next load
+    try:
         _write(path, encoded, rows)
-        _tidy(folder)
+        _tidy(path.parent)
+    except OSError as error:
+        notes.append(f"Tokenized rows could not be kept, so the next load takes as long as this one: {error}. {advice}")
     return encoded
 
 
-def cache_folder() -> Path | None:
-    """The folder, made where it is missing; None where it is turned off, cannot be made, or others can write into it."""
-    named = os.environ.get(VARIABLE, "").strip()
-    if named.lower() == "off":
-        return None
-    caches = Path.home() / "Library" / "Caches" if sys.platform == "darwin" else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+def _named() -> str:
+    return os.environ.get(VARIABLE, "").strip()
+
+
+def cache_folder() -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        OSError: it cannot be made, or somebody else could write into it.
+    """
     try:
-        folder = Path(named or caches / "fulltune_nb" / "rows").expanduser()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = folder.lstat()
-    except (OSError, RuntimeError):  # the latter without a home
-        return None
-    is_ours = state.st_uid == os.geteuid() and not state.st_mode & 0o022 and folder.is_dir() and not folder.is_symlink()
-    return folder if is_ours else None
+        caches = Path.home() / "Library" / "Caches" if sys.platform == "darwin" else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        folder = Path(_named() or caches / "fulltune_nb" / "rows").expanduser()
+    except RuntimeError as error:
+        raise OSError(f"the cache folder of this user is not known: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_ordinary(folder, stat.S_IFDIR)
+    about = folder.lstat()
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        mode = stat.S_IMODE(about.st_mode)
+        raise OSError(f"others can write into {folder}: it belongs to user {about.st_uid} and has mode {mode:o}")
+    return folder
 
 
 # ---- the key
@@ -152,12 +174,13 @@ def _write(path: Path, encoded: Encoded, rows: Rows) -> None:
 def _read(path: Path, rows: Rows, tokenizer: Any) -> Encoded:
     """
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is absent, or not what `_write` wrote.
+        FileNotFoundError: it is absent.
+        OSError, ValueError, KeyError, TypeError, RecursionError: it is not what `_write` wrote.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+    with open_ordinary(path) as file:
         state = os.fstat(file.fileno())
         if state.st_uid != os.geteuid():
-            raise ValueError("another user's")
+            raise ValueError("it is another user's")
         reader = _Reader(file, state.st_size)
         header = json.loads(reader.line())
         arrays = {name: reader.array(size, dtype) for (name, dtype), size in zip(_ARRAYS.items(), header["sizes"], strict=True)}
@@ -192,7 +215,7 @@ class _Reader:
     def take(self, size: int) -> bytes:
         part = self._file.read(size) if 0 <= size <= self._size else b""
         if len(part) != size:
-            raise ValueError("cut short")
+            raise ValueError("it is cut short")
         self._digest.update(part)
         return part
 
@@ -201,7 +224,7 @@ class _Reader:
 
     def check_end(self) -> None:
         if self._file.read(1) or self._digest.hexdigest().encode() != self._expected:
-            raise ValueError("not what was written")
+            raise ValueError("its checksum is another")
 
 
 def _tidy(folder: Path) -> None:

@@ -217,7 +217,7 @@ def _build(raw: RawSplit, name: str, tokenizer, settings: DataSettings, notes: l
         problem = row_problem(row, format, settings)
         good.append((source, row)) if problem is None else problems.append(f"{source}: {problem}")
     format = format or "text"
-    encoded = with_cache(good, format, tokenizer, settings, lambda: encode_rows(good, format, tokenizer, settings, name))
+    encoded = with_cache(good, format, tokenizer, settings, lambda: encode_rows(good, format, tokenizer, settings, name), notes)
     problems = sorted(problems + encoded.problems, key=_line_number)
     split = Split(name, format, encoded.examples, raw.blank_lines, problems)
     notes += raw.notes + _left_out(split, encoded.left_out, settings)

@@ -109,14 +109,16 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_made_anew(folder, tokenized, make_tokenizer, damage):
+def test_a_damaged_file_is_told_and_made_anew(folder, tokenized, make_tokenizer, damage):
     tokenizer = make_tokenizer(CHATML)
     first = facts(load(tokenizer, ROWS["chat"]))
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     file.write_bytes(DAMAGES[damage](whole))
     assert file.read_bytes() != whole
-    assert facts(load(tokenizer, ROWS["chat"])) == first and tokenized == ["train", "train"]
+    again = load(tokenizer, ROWS["chat"])
+    assert f"tokenized again: the file in which they were kept, {file}, is not what was written there (" in again.notes[0]
+    assert facts(load(tokenizer, ROWS["chat"])) == first and tokenized == ["train", "train"] and again.fingerprint == first[-1]
     assert file.read_bytes() == whole and list(folder.iterdir()) == [file]
 
 
@@ -126,7 +128,8 @@ def test_a_file_or_folder_of_another_user_is_not_read(folder, tokenized, make_to
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
     (file,), us = folder.iterdir(), os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: us + 1)
-    assert cache.cache_folder() is None
+    with pytest.raises(OSError, match=f"belongs to user {us} and has mode 700"):
+        cache.cache_folder()
     with pytest.raises(ValueError, match="another user's"):
         cache._read(file, [], tokenizer)
 
@@ -134,12 +137,11 @@ def test_a_file_or_folder_of_another_user_is_not_read(folder, tokenized, make_to
 def test_a_folder_that_others_can_write_into_is_not_used(folder, tokenized, make_tokenizer, tmp_path):
     folder.mkdir()
     folder.chmod(0o777)
-    load(make_tokenizer(CHATML), ROWS["chat"])
-    assert not list(folder.iterdir())
+    (note, *_) = load(make_tokenizer(CHATML), ROWS["chat"]).notes
+    assert note.startswith(f"Tokenized rows are not kept: others can write into {folder}") and not list(folder.iterdir())
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    load(make_tokenizer(CHATML), ROWS["chat"])
-    assert list(tmp_path.iterdir()) == [folder]
+    assert f"{folder} is a link" in load(make_tokenizer(CHATML), ROWS["chat"]).notes[0] and list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_link_in_the_place_of_a_file_is_not_followed(folder, tokenized, make_tokenizer, tmp_path):
@@ -171,7 +173,9 @@ def test_without_room_for_it_the_rows_are_loaded_all_the_same(folder, make_token
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    assert len(load(make_tokenizer(CHATML), ROWS["chat"]).train) == 10 and not list(folder.iterdir())
+    data = load(make_tokenizer(CHATML), ROWS["chat"])
+    assert len(data.train) == 10 and not list(folder.iterdir())
+    assert data.notes[0].startswith("Tokenized rows could not be kept, so the next load takes as long as this one: [Errno 28]")
 
 
 def test_it_can_be_turned_off_and_few_rows_are_not_kept(folder, make_tokenizer, monkeypatch):
