@@ -9,7 +9,7 @@ from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import WeightsError
 from fulltune_nb.files import atomic_path
 from fulltune_nb.html import human_bytes, printable
-from fulltune_nb.models.model_file import metadata_path, read_metadata, write_metadata
+from fulltune_nb.models.model_file import metadata_path, read_metadata, with_metadata
 from fulltune_nb.tensor_files import FORMAT, check_ending, open_tensors, write_npz, write_safetensors
 
 
@@ -40,17 +40,13 @@ def convert(source: Path, target: Path, force: bool = False) -> tuple[int, int]:
         raise WeightsError(f"{taken[0]} exists already; nothing was written. Give another name, or --force to replace it.")
     metadata = read_metadata(source)
     tensors = open_tensors(source)
+    own = {key: value for key, value in metadata.items() if key != "format"}
     try:
-        with atomic_path(target) as temporary:
+        with with_metadata(target, own), atomic_path(target) as temporary:
             if target.suffix == ".npz":
                 write_npz(temporary, tensors)
             else:
                 write_safetensors(temporary, tensors, {**metadata, **FORMAT})
-        own = {key: value for key, value in metadata.items() if key != "format"}
-        if own:
-            write_metadata(target, own)
-        elif target.suffix == ".npz":
-            metadata_path(target).unlink(missing_ok=True)  # of the file that was replaced
     except OSError as error:
         raise WeightsError(f"{target} could not be written: {error}. Check free space and permissions.") from error
     return len(tensors), sum(tensor.nbytes for tensor in tensors)

@@ -1,6 +1,7 @@
 """Model files: the weights of a fine-tuned model in one file, and what says which model they belong to.
 
-A `.safetensors` file carries these texts itself; beside `model.npz` stands `model.npz.json`.
+A `.safetensors` file carries these texts itself; beside `model.npz` stands `model.npz.json`. While an npz is replaced, the small file also
+has `replaces`, the texts of the earlier npz and what that one is known by: whenever a process is killed, a file has its own texts.
 
     base_model    the folder (absolute) or hub id whose config.json and tokenizer belong to the weights
     dtype         of the weights, such as "float32"
@@ -14,9 +15,12 @@ A `.safetensors` file carries these texts itself; beside `model.npz` stands `mod
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from fulltune_nb.tensor_files import check_ending, check_regular_file, safetenso
 
 EXPORT_NOTE = "fulltune_nb.json"
 """File in an exported model folder that says what it was trained on, and which files were written."""
+_REPLACES = "replaces"
 
 
 def metadata_path(path: Path) -> Path:
@@ -66,8 +71,8 @@ def save_model_file(
     for name, ends in (("eos_token_id", lm.stop_ids), ("stop_strings", lm.stop_strings)):
         if ends:
             metadata[name] = json.dumps(ends)
-    write_tensors(path, hf_tensors(lm.model), metadata)
-    write_metadata(path, metadata)
+    with with_metadata(path, metadata):
+        write_tensors(path, hf_tensors(lm.model), metadata)
 
 
 def check_model_file(path: Path, lm: LanguageModel) -> None:
@@ -82,18 +87,53 @@ def check_model_file(path: Path, lm: LanguageModel) -> None:
         raise WeightsError(f"{path} would overwrite, or be taken for, the weights of the source model {lm.source}. Name another place.")
 
 
-def write_metadata(path: Path, metadata: dict[str, str]) -> None:
-    """The texts beside an npz; a safetensors file has them in itself already.
+@contextmanager
+def with_metadata(path: Path, metadata: dict[str, str]) -> Iterator[None]:
+    """Around the writing of a model file: the texts beside an npz; a safetensors file has them in itself already.
 
     Raises:
-        WeightsError: the file cannot be written.
+        WeightsError: the small file cannot be written.
     """
     if path.suffix != ".npz":
+        yield
         return
+    is_new = not os.path.exists(metadata_path(path))
+    earlier = {_REPLACES: {"weights": _identity(path), "texts": _texts_beside(path)}} if os.path.exists(path) else {}
     try:
-        write_text(metadata_path(path), json.dumps(metadata, indent=2) + "\n")
+        _write_beside(path, {**metadata, **earlier})
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # the error that led here is the one to report
+                metadata_path(path).unlink()
+        raise
+    if earlier or not metadata:
+        _write_beside(path, metadata)
+
+
+def _write_beside(path: Path, texts: dict[str, Any]) -> None:
+    beside = metadata_path(path)
+    try:
+        write_text(beside, json.dumps(texts, indent=2) + "\n") if texts else beside.unlink(missing_ok=True)
     except OSError as error:
-        raise WeightsError(f"{metadata_path(path)} could not be written: {error}. Check free space and permissions.") from error
+        raise WeightsError(f"{beside} could not be written: {error}. Check free space and permissions.") from error
+
+
+def _texts_beside(path: Path) -> dict[str, str]:
+    try:
+        return read_metadata(path)
+    except WeightsError:
+        return {}
+
+
+def _identity(path: Path) -> str | None:
+    """What one npz is told from another by, without reading its tensors: names, sizes and checksums; None where it is no npz."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return None
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -110,9 +150,13 @@ def read_metadata(path: Path) -> dict[str, str]:
     if not beside.exists():
         return {}
     try:
-        return {key: str(value) for key, value in read_json(beside).items()}
+        texts = read_json(beside)
     except ModelError as error:
         raise WeightsError(f"{error} Remove it and name the model with --model.") from error
+    earlier = texts.pop(_REPLACES, None)
+    if isinstance(earlier, dict) and isinstance(earlier.get("texts"), dict) and earlier.get("weights") == _identity(path):
+        texts = earlier["texts"]  # a process was killed before the new npz stood there
+    return {key: str(value) for key, value in texts.items()}
 
 
 def load_with_model_file(model: str | None, path: Path | None, dtype: str | None = None, dequantize: bool = False) -> LanguageModel:

@@ -288,8 +288,11 @@ class ModelFile(OfAModel):
         self.path = self.folder / f"weights{ending}"
 
     def write(self, number: int) -> None:
+        import mlx.core as mx
+
         from fulltune_nb.models.model_file import save_model_file
 
+        self.lm.model.norm.weight = mx.full(self.lm.model.norm.weight.shape, number)
         save_model_file(self.path, self.lm, template_date=str(number))
 
     def reset(self) -> None:
@@ -301,10 +304,11 @@ class ModelFile(OfAModel):
 
     def stands(self) -> str:
         from fulltune_nb.models.model_file import read_metadata
-        from fulltune_nb.tensor_files import open_tensors
+        from fulltune_nb.tensor_files import read_tensors
 
-        assert open_tensors(self.path)
-        return {"1": "old", "2": NEW}[read_metadata(self.path)["template_date"]]
+        number = int(read_tensors(self.path)["model.norm.weight"][0].item())
+        assert read_metadata(self.path)["template_date"] == str(number), "texts of other weights"
+        return {1: "old", 2: NEW}[number]
 
 
 class Npz(ModelFile):

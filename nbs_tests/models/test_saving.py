@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 
 import mlx.core as mx
@@ -17,7 +18,9 @@ from fulltune_nb.files import atomic_path
 from fulltune_nb.models import folder as saving
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, save_folder
+from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.model_config import read_config
+from fulltune_nb.models.model_file import read_metadata, save_model_file
 from fulltune_nb.tensor_files import write_tensors
 from nbs_tests.models.model_cases import CASES, LLAMA3, SMALL, random_ids
 from nbs_tests.models.parity import RAW, need_torch, relative_error, tensors_of
@@ -248,6 +251,37 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_beside_it(tmp_path
     with pytest.raises(KeyboardInterrupt):
         write_tensors(path, {"x": mx.zeros(3)})
     assert os.listdir(tmp_path) == ["model.npz"] and mx.load(str(path))["x"].tolist() == [1, 1, 1]
+
+
+def file_of(path, number, tokenizer):
+    lm = LanguageModel(decoder_of(), tokenizer)
+    lm.model.norm.weight = mx.full(lm.model.norm.weight.shape, number)
+    save_model_file(path, lm, template_date=str(number))
+
+
+@pytest.mark.parametrize("before", ["nothing", "a file", "a file without texts"])
+def test_whenever_a_save_is_killed_an_npz_has_its_own_texts(before, make_tokenizer, tmp_path, monkeypatch):
+    path, beside, tokenizer = tmp_path / "now" / "model.npz", tmp_path / "now" / "model.npz.json", make_tokenizer()
+    if before != "nothing":
+        file_of(path, 1, tokenizer)
+    if before == "a file without texts":
+        beside.unlink()
+    moments, replace = [tmp_path / "now"], os.replace
+
+    def seen(*names):
+        replace(*names)
+        moments.append(tmp_path / f"moment{len(moments)}")
+        shutil.copytree(tmp_path / "now", moments[-1])
+
+    monkeypatch.setattr(os, "replace", seen)
+    file_of(path, 2, tokenizer)
+    assert len(moments) > 2 and "replaces" not in json.loads(beside.read_text())
+    found = set()
+    for file in (moment / "model.npz" for moment in moments):
+        if file.exists():
+            found.add((mx.load(str(file))["model.norm.weight"][0].item(), read_metadata(file).get("template_date")))
+    earlier = {"nothing": set(), "a file without texts": {(1, None)}}.get(before, {(1, "1")})
+    assert found == {*earlier, (2, "2")}
 
 
 def test_the_file_appears_under_its_name_only_when_it_is_whole(tmp_path):
