@@ -4,8 +4,8 @@ What a file says of itself is checked before its tensors are read: by the safete
 through (a key given twice, more dimensions than MLX has) and for npz (Python objects, zip bombs, wrong checksums).
 
 bfloat16, which numpy does not know, stands in an npz as two raw bytes (`<V2`), as `mx.savez` writes it and `mx.load` reads it back.
-The safetensors library (0.8) gives no bfloat16 to numpy or MLX, and writes no tensor before it has the bytes of all; so bytes are read and
-written here.
+The safetensors library (0.8) gives no bfloat16 to numpy or MLX, and writes no tensor before it has the bytes of all; `mx.savez` (0.32.4) is
+silent where the disk is full at the end of an archive. So bytes are read and written here.
 
 Formats: https://github.com/huggingface/safetensors#format and `numpy.lib.format`.
 """
@@ -121,10 +121,8 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping
     check_ending(path)
     try:
         with atomic_path(path) as temporary:
-            if path.suffix == ".npz" and device_kind() == "cuda":
+            if path.suffix == ".npz":
                 write_npz(temporary, tensors_of(tensors))
-            elif path.suffix == ".npz":
-                mx.savez(str(temporary), **tensors)
             else:
                 write_safetensors(temporary, tensors_of(tensors), {**(metadata or {}), **FORMAT})
     except (OSError, RuntimeError) as error:
