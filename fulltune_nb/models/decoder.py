@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from fulltune_nb.cpu import on_cpu
 from fulltune_nb.device import device_kind
@@ -23,6 +22,7 @@ from fulltune_nb.models.layers import (
     Linear,
     Mask,
     Norm,
+    added_to_scores,
     causal_mask,
     soft_cap,
     within_segments,
@@ -181,7 +181,9 @@ class Decoder(nn.Module):
             lengths: (B,) tokens of each row that are no padding, which a rotation `by_length` goes by; None: all.
             for_gradients: whether a backward pass follows; changes the kernels, not what they compute.
         """
-        x, contexts = self.embed(ids, dtype), self.context(ids.shape[1], cache, segments, lengths, for_gradients)
+        x, contexts = self.embed(ids, dtype), self.context(ids.shape[1], cache, segments, lengths)
+        if for_gradients:
+            contexts = self.for_gradients(contexts, ids.shape[1])
         for i, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):
             if grad_checkpoint:
                 x = _checkpointed(block, x, *context, balance)
@@ -195,20 +197,26 @@ class Decoder(nn.Module):
         cache: Sequence[KVCache] | None = None,
         segments: mx.array | None = None,
         lengths: mx.array | None = None,
-        for_gradients: bool = False,
     ) -> list[Context]:
         """What each block needs besides its input for `length` tokens; equal tables and masks are shared. Arguments: `hidden_states`."""
         offset = cache[0].offset if cache else 0
         lengths_of = {rope: lengths if rope.by_length else None for rope in self._ropes}
         rotations = {rope: made.rotation(offset, length, segments, lengths_of[rope]) for rope, made in self._ropes.items()}
         masks = self._masks(length, cache, segments)
-        if for_gradients and device_kind() == "metal":
-            # "causal" is an array there too, which each block would make. Each has a view of its own of one: of a mask that is the same for
-            # all, MLX would keep what gradients make of it, (B, H, T, T) in their dtype.
-            causal = mx.array(np.tri(length, dtype=bool))
-            arrays = [causal if isinstance(mask, str) else mask for mask in masks]
-            masks = [mask if mask is None else mx.depends([mask], [mask])[0] for mask in arrays]
         return [(rotations.get(rope), mask) for rope, mask in zip(self._config.ropes, masks, strict=True)]
+
+    def for_gradients(self, contexts: Sequence[Context], length: int) -> list[Context]:
+        """The contexts of `length` tokens as blocks that a backward pass follows want them: on a GPU masks are added to the scores, so that
+        attention has a backward pass of its own, where MLX has no kernel for it. It has one on CUDA, in half precision, for plain scores of
+        heads of up to 128 dimensions, a multiple of 8."""
+        config, kind, dtype = self._config, device_kind(), self.compute_dtype
+        plain = config.score_cap is None and not config.sinks
+        by_mlx = kind == "cuda" and plain and dtype != mx.float32 and config.head_dim <= 128 and config.head_dim % 8 == 0
+        if kind == "cpu" or by_mlx:
+            return list(contexts)
+        masks = {id(mask): mask for _, mask in contexts}  # equal ones are shared
+        added = {key: added_to_scores(mask, length, dtype) for key, mask in masks.items()}
+        return [(rotation, added[id(mask)]) for rotation, mask in contexts]
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) -> logits (..., V)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -144,7 +144,8 @@ class MLP(nn.Module):
 # ---- attention
 
 Mask = mx.array | str | None
-"""What tokens may look at: True there. None: everything. "causal": all up to themselves, which MLX's GPU kernels need no array for."""
+"""What tokens may look at: True there. None: everything. "causal": all up to themselves, which MLX's GPU kernels need no array for.
+Floats are added to the scores instead (`added_to_scores`), and have `attend` prepare for a backward pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,7 @@ class Attention(nn.Module):
         queries, keys, values = self.heads(x, rotation)
         if cache is not None:
             keys, values = cache.update(keys, values)  # (B, K, T, C) -> (B, K, S, C)
-        mixed = attend(queries, keys, values, mask, self.scoring_of())
-        rows, _, length, _ = mixed.shape
-        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        return self.o_proj(attend(queries, keys, values, mask, self.scoring_of()))
 
     def scoring_of(self, heads: slice = slice(None)) -> Scoring:
         """How products become shares, of all heads or some of H."""
@@ -231,13 +230,15 @@ class Attention(nn.Module):
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, scoring: Scoring) -> mx.array:
-    """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C) -> (B, H, T, C).
+    """Softmax attention: queries (B, H, T, C), keys and values (B, K, S, C) -> heads side by side (B, T, H * C).
 
-    The mask is (T, S) bool, True where a token may look, or (B, 1, T, S) where that differs by row; or as `Mask` says.
+    The mask is (T, S), or (B, 1, T, S) where it differs by row; or as `Mask` says.
     """
     plain = scoring.cap is None and scoring.sinks is None
+    if plain and _is_added(mask):
+        return _with_own_gradients(scoring.scale)(queries, keys, values, mask.astype(queries.dtype))[0]
     if plain and not cpu_math.applies(queries, keys, values):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scoring.scale, mask=mask)
+        return _side_by_side(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scoring.scale, mask=mask))
     # The heads of a group share their keys, so they are one larger product instead of G small ones.
     rows, heads, length, head_dim = queries.shape
     kv_heads, num_keys = keys.shape[1:3]
@@ -246,7 +247,52 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, scor
     grouped = (queries * scoring.scale).reshape(rows, kv_heads, -1, head_dim)  # (B, H, T, C) -> (B, K, G*T, C)
     scores = (grouped @ keys.swapaxes(-1, -2)).reshape(rows, heads, length, num_keys)  # (B, K, G*T, S) -> (B, H, T, S)
     shares = _shares(scores, mask, scoring).reshape(rows, kv_heads, -1, num_keys)
-    return (shares.astype(values.dtype) @ values).reshape(rows, heads, length, head_dim)
+    return _side_by_side((shares.astype(values.dtype) @ values).reshape(rows, heads, length, head_dim))
+
+
+def _side_by_side(mixed: mx.array) -> mx.array:
+    """(B, H, T, C) -> (B, T, H * C)"""
+    rows, _, length, _ = mixed.shape
+    return mixed.transpose(0, 2, 1, 3).reshape(rows, length, -1)
+
+
+@cache
+def _with_own_gradients(scale: float) -> Callable[..., tuple[mx.array, mx.array]]:
+    """`attend` by three kernels over the scores, and its backward pass by five: what it needs of the shares P and their gradient dP is
+    P (dP - D), where D, the sum of P dP over the keys, is that of output times its gradient (Dao et al. 2022). Where a mask forbids,
+    P is 0, so that the mask has no part in it."""
+
+    @mx.custom_function
+    def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+        by_group = mx.unflatten(queries, 1, (keys.shape[1], -1))  # (B, H, T, C) -> (B, K, G, T, C)
+        if mask.ndim > 2:
+            mask = mask[:, :, None]  # (B, 1, 1, T, S)
+        scores = mx.addmm(mask, by_group, keys[:, :, None].swapaxes(-1, -2), alpha=scale)
+        shares = mx.softmax(scores, axis=-1, precise=True).flatten(2, 3)  # (B, K, G*T, S)
+        return _side_by_side((shares @ values).reshape(queries.shape)), shares
+
+    @attention.vjp
+    def gradients(primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+        (queries, keys, values, mask), (output, shares), (gradient, _) = primals, outputs, cotangents
+        rows, heads, length, head_dim = queries.shape
+
+        def grouped(x: mx.array) -> mx.array:  # (B, T, H * C') -> (B, K, G*T, C')
+            return x.reshape(rows, length, heads, -1).transpose(0, 2, 1, 3).reshape(*shares.shape[:3], -1)
+
+        products = gradient.astype(mx.float32) * output.astype(mx.float32)
+        sums = products.reshape(rows, length, heads, head_dim).sum(axis=-1)  # D
+        gradient = grouped(gradient)
+        to_scores = _to_scores(shares, gradient @ values.swapaxes(-1, -2), grouped(sums), scale)
+        to_keys = to_scores.swapaxes(-1, -2) @ queries.reshape(gradient.shape)
+        return (to_scores @ keys).reshape(queries.shape), to_keys, shares.swapaxes(-1, -2) @ gradient, mx.zeros_like(mask)
+
+    return attention
+
+
+@partial(mx.compile, shapeless=True)
+def _to_scores(shares: mx.array, to_shares: mx.array, sums: mx.array, scale: float) -> mx.array:
+    """Gradient with respect to the products of queries and keys, in the dtype of the shares; computed in float32, in one kernel."""
+    return (scale * shares.astype(mx.float32) * (to_shares.astype(mx.float32) - sums)).astype(shares.dtype)
 
 
 def attention_shares(queries: mx.array, keys: mx.array, mask: Mask, scoring: Scoring) -> mx.array:
@@ -260,7 +306,7 @@ def _shares(scores: mx.array, mask: Mask, scoring: Scoring) -> mx.array:
     """Scaled products (B, H, T, S) as shares of the attention; with sinks they sum up to less than one."""
     scores, mask = soft_cap(scores, scoring.cap), _as_array(mask, *scores.shape[-2:])
     if mask is not None:
-        scores = mx.where(mask, scores, -math.inf)
+        scores = scores + mask.astype(scores.dtype) if _is_added(mask) else mx.where(mask, scores, -math.inf)
     if scoring.sinks is None:
         return cpu_math.softmax(scores)
     sinks = mx.broadcast_to(scoring.sinks.astype(scores.dtype)[:, None, None], (*scores.shape[:-1], 1))
@@ -297,6 +343,15 @@ def _allowed(length: int, end: int, first: int, window: int | None) -> mx.array:
 
 def _as_array(mask: Mask, length: int, num_keys: int) -> mx.array | None:
     return _allowed(length, num_keys, 0, None) if isinstance(mask, str) else mask
+
+
+def added_to_scores(mask: Mask, length: int, dtype: mx.Dtype) -> mx.array | None:
+    """A mask of `length` tokens that look at one another as what is added to their scores, in `dtype`: 0 or its lowest number."""
+    return None if mask is None else mx.where(_as_array(mask, length, length), 0.0, mx.finfo(dtype).min).astype(dtype)
+
+
+def _is_added(mask: Mask) -> bool:
+    return isinstance(mask, mx.array) and mask.dtype != mx.bool_
 
 
 def within_segments(mask: Mask, segments: mx.array | None) -> Mask:

@@ -445,7 +445,7 @@ def _forward_one(
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
     lengths = None if batch.row_lengths is None else mx.array(batch.row_lengths)
-    contexts = model.context(ids.shape[1], segments=segments, lengths=lengths, for_gradients=True)
+    contexts = model.context(ids.shape[1], segments=segments, lengths=lengths)
     of_balance = balance_of(model, batch, balance_coefficient * batch.num_tokens / step_tokens)
     balance = RouterBalance(*of_balance) if of_balance else None
     x, inputs = model.embed(ids, dtype), []
@@ -458,4 +458,5 @@ def _forward_one(
     hidden = model.norm(x).reshape(-1, x.shape[-1])[positions]  # (B, T, D) -> (N, D)
     evaluate(x, hidden)
     head = HeadInput(hidden, batch.targets, mx.array(batch.weights / step_tokens), model.config.logit_cap)
+    contexts = model.for_gradients(contexts, ids.shape[1])
     return _Stream(batch.inputs.reshape(-1), contexts, inputs, positions, head, balance)

@@ -18,9 +18,10 @@ from fulltune_nb.models.families import to_hf
 from fulltune_nb.models.file_layout import from_file, to_file
 from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
 from fulltune_nb.models.generation import Sampling, decode
-from fulltune_nb.models.layers import MLP, Attention, HeadNorms, Norm, Scoring, attend, attention_shares
+from fulltune_nb.models.layers import MLP, Attention, HeadNorms, Norm, Scoring, added_to_scores, attend, attention_shares
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.rope import Rope, RopeConfig, places_within, rotate, rotation_table
+from nbs_tests.gpu_like import gpu_like
 from nbs_tests.models.model_cases import SMALL, random_ids
 
 
@@ -73,10 +74,41 @@ def test_scores_are_scaled_capped_and_share_with_sinks(scoring, dtype):
     given = {name: mx.array(value, dtype=dtype) if name == "sinks" else value for name, value in scoring.items()}
     arrays = [array.astype(dtype) for array in (QUERIES, KEYS, VALUES)]
     tolerance = 1e-5 if dtype == mx.float32 else 3e-2
-    found = attend(*arrays, CAUSAL, Scoring(0.4, **given))
+    found = mx.unflatten(attend(*arrays, CAUSAL, Scoring(0.4, **given)), -1, (4, -1)).transpose(0, 2, 1, 3)
     assert found.dtype == dtype
     assert_close(found.astype(mx.float32), mixed, tolerance)
     assert_close(attention_shares(*arrays[:2], CAUSAL, Scoring(0.4, **given)), shares, tolerance)
+
+
+def _gradients(of_masks, dtype: mx.Dtype) -> list[np.ndarray]:
+    """Of queries (2, 8, 96, 16), two heads of keys and of values, computed in `dtype` with a mask of `of_masks`."""
+    given = [random(2, heads, 96, 16, seed=heads + i).astype(mx.bfloat16).astype(dtype) for i, heads in enumerate((8, 2, 2))]
+    slope = random(2, 96, 128, seed=5).astype(mx.bfloat16).astype(dtype)
+    found = mx.vjp(lambda *heads: attend(*heads, of_masks, Scoring(0.25)), given, [slope])
+    return [np.array(array.astype(mx.float32)) for arrays in found for array in arrays]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+def test_its_own_backward_pass_computes_what_that_of_mlx_does_and_as_exactly(packed):
+    mask = mx.tri(96, dtype=mx.bool_)
+    if packed:
+        segments = mx.array([[i // 40 for i in range(96)], [i // 25 for i in range(96)]])
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    with gpu_like():
+        exact, half = _gradients(mask, mx.float32), _gradients(mask, mx.bfloat16)
+        own, own_half = (_gradients(added_to_scores(mask, 96, dtype), dtype) for dtype in (mx.float32, mx.bfloat16))
+    for reference, same, rounded, by_mlx in zip(exact, own, own_half, half, strict=True):
+        size = np.linalg.norm(reference)
+        assert np.linalg.norm(same - reference) <= 2e-6 * size
+        assert np.linalg.norm(rounded - reference) <= 1.05 * np.linalg.norm(by_mlx - reference)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cap": 2.0}, {"sinks": [0.5, -1.0, 2.0, 0.0]}], ids=["plain", "cap", "sinks"])
+def test_a_mask_that_is_added_is_the_mask(settings):
+    scoring = Scoring(0.4, **{name: mx.array(value) for name, value in settings.items()})
+    for mask in (CAUSAL, CAUSAL & (mx.arange(10).reshape(2, 1, 1, 5) % 5 > 0) | mx.eye(5, dtype=mx.bool_)):
+        expected = attend(QUERIES, KEYS, VALUES, mask, scoring)
+        assert_close(attend(QUERIES, KEYS, VALUES, added_to_scores(mask, 5, mx.float32), scoring), expected)
 
 
 def test_one_projection_of_three_is_the_three():

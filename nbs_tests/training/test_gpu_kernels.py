@@ -11,10 +11,12 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.layers import Scoring, added_to_scores, attend
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training import engine
 from fulltune_nb.training.gradients import norm_of
 from nbs_tests.gpu_like import gpu_like
+from nbs_tests.graph_traffic import traffic
 from nbs_tests.kernel_counts import as_on_gpu, kernels
 from nbs_tests.models.parity import need
 from nbs_tests.training.conftest import random_batch
@@ -99,3 +101,19 @@ def test_norm_needs_no_float32_copy_of_all_gradients():
             before = mx.get_active_memory()
             assert norm_of(gradients).item() == 2**13
     assert mx.get_peak_memory() - before < 2**20  # squares of all would take 256 MiB
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX shows a graph's shapes to C++ only")
+def test_attention_moves_its_scores_fewer_times_than_mlx_does():
+    shape, scores = (1, 4, 512, 16), 2 * 4 * 512 * 512  # bytes, in bfloat16
+    given = [mx.zeros(shape, dtype=mx.bfloat16) for _ in range(3)]
+    slope, causal = mx.zeros((1, 512, 64), dtype=mx.bfloat16), mx.tri(512, dtype=mx.bool_)
+
+    def moved(mask: mx.array) -> float:
+        def step(*heads: mx.array) -> tuple:
+            return mx.vjp(lambda *heads: attend(*heads, mask, Scoring(0.25)), heads, [slope])
+
+        return sum(size for _, size in traffic(mx.compile(step)(*given), [*given, slope, mask]).values()) / scores
+
+    with as_on_gpu():
+        assert moved(added_to_scores(causal, 512, mx.bfloat16)) < 12.5 < 17 < moved(causal)  # 4 times forward, 7 backward, and small ones
