@@ -86,8 +86,8 @@ class TrainControls:
         number, whenever = widgets.BoundedIntText, {"continuous_update": False}
         self.step_count = field(number, "N", "Steps that Step N takes", "110px", value=10, min=1, max=10**9)
         self.learning_rate = field(
-            widgets.FloatText, "learning rate", "Rate of the next step; can be changed while paused, and the schedule goes on from it",
-            "220px", step=None, **whenever,
+            widgets.FloatText, "peak learning rate", "Highest rate of the schedule, the config's learning_rate; to be changed while paused",
+            "250px", step=None, **whenever,
         )  # fmt: skip
         self.prompts = field(
             widgets.Textarea, "prompts", "Prompts the model answers while it learns, one a line", {"width": "60%", "min_width": "280px"},

@@ -243,8 +243,8 @@ class TrainPanel(Panel):
         if self.loop.running:
             raise TrainingError("The learning rate can be changed while the run is paused. Press Pause first.")
         if not rate > 0:  # what is too large to be a number does not arrive as it was typed, so the value is not repeated
-            now = f"{self.trainer.learning_rate:.6g}"
-            raise ConfigError(f"The learning rate must be a finite number larger than 0, such as 1e-4; it stays at {now}.")
+            now = f"{self.trainer.peak_learning_rate:.6g}"
+            raise ConfigError(f"The peak learning rate must be a finite number larger than 0, such as 1e-4; it stays at {now}.")
         self.trainer.set_learning_rate(rate)
 
     # -- in a cell ------------------------------------------------------------------------------------------------
@@ -357,6 +357,8 @@ class TrainView:
         """Step, epoch, loss, speed, memory and time left, in plain text."""
         trainer, last = self._trainer, self._pace.last
         parts = [f"step {trainer.step_count:,} of {trainer.total_steps:,}"]
+        if not trainer.done:
+            parts.append(f"learning rate {trainer.learning_rate:.3g}")
         if last is not None:
             parts += [f"epoch {last.epoch:.2f}", f"loss {self._pace.loss:.4f}", f"{self._pace.tokens_per_second:,.0f} tokens/s"]
             parts.append(f"peak {human_bytes(last.peak_memory)}")
@@ -378,7 +380,7 @@ class TrainView:
         controls.progress.bar_style = "success" if trainer.done else ""
         controls.learning_rate.disabled = running
         if not running:
-            self._panel.put(controls.learning_rate, trainer.learning_rate)
+            self._panel.put(controls.learning_rate, float(f"{trainer.peak_learning_rate:.12g}"))  # as it was typed
         if self._samples.version != self._samples_version:  # making the table takes a while
             self._samples_version = self._samples.version
             self._show_samples()
@@ -469,7 +471,7 @@ def record_html(trainer: Trainer, title: str, samples: Samples) -> str:
     """What there is to say about a run, as tables of bounded length."""
     history, steps = trainer.history, trainer.history.steps
     figures = [("epoch", f"{steps[-1].epoch:.2f}"), *history.summary.facts()] if steps else [("steps", "none taken yet")]
-    settings = [("next learning rate", f"{trainer.learning_rate:.3g}")] if steps else []
+    settings = [("next learning rate", f"{trainer.learning_rate:.3g} (peak {trainer.peak_learning_rate:.3g})")]
     settings += [("optimizer", trainer.config.optimizer), ("run_dir", cut(str(trainer.run_dir or "none")))]
     parts = [facts(title, [*figures, *settings])]
     if evals := history.evals[-_RECORD_ROWS:]:

@@ -46,6 +46,13 @@ def make_schedule(lr_schedule: str | Mapping[str, Any] | None, learning_rate: fl
     return schedule
 
 
+def peak_of(lr_schedule: str | Mapping[str, Any] | None, learning_rate: float, schedule: Schedule, total_steps: int) -> float:
+    """The rate that a schedule is scaled by: `learning_rate`, or of mlx_lm's form the highest rate of the run."""
+    if not isinstance(lr_schedule, Mapping):
+        return learning_rate
+    return max(schedule(0), lr_schedule["arguments"][0], schedule(max(total_steps - 1, 0)))  # each part rises or falls throughout
+
+
 def final_share(schedule: Schedule, total_steps: int) -> float:
     """What the rate of the last step is of the highest one: 1 where it stays, near 0 where it decays. From 0 to 1."""
     last = max(total_steps - 1, 0)
@@ -140,16 +147,39 @@ def _error(message: str) -> SettingError:
     return SettingError(f"lr_schedule: {message}", "lr_schedule")
 
 
+NEXT, PEAK = "learning rate", "peak learning rate"
+"""What can be set by hand, in the words of its event: the rate of the next step, or the peak of the schedule."""
+
+RateSet = tuple[str, float]
+"""`NEXT` or `PEAK`, and the rate."""
+
+
+def read_rates(values: Any) -> dict[int, RateSet] | None:
+    """Rates set by hand, by step count, from JSON values; None where they are none. A rate alone, of earlier versions, is `NEXT`."""
+    if not isinstance(values, dict) or not all(step.isdecimal() for step in values):
+        return None
+    rates = {int(step): tuple(rate) if isinstance(rate, list) else (NEXT, rate) for step, rate in values.items()}
+    for rate in rates.values():
+        if len(rate) != 2 or rate[0] not in (NEXT, PEAK) or not isinstance(rate[1], float) or not 0 < rate[1] < math.inf:
+            return None
+    return rates
+
+
 class LearningRate:
     """A schedule that can be scaled on the way.
 
     Attributes:
-        factor: what the schedule's rate is multiplied by; 1 until `set` is called.
+        factor: what the schedule's rate is multiplied by; 1 until `set` or `set_peak` is called.
     """
 
-    def __init__(self, schedule: Schedule):
-        self._schedule = schedule
+    def __init__(self, schedule: Schedule, peak: float):
+        self._schedule, self._peak = schedule, peak
         self.factor = 1.0
+
+    @property
+    def peak(self) -> float:
+        """The schedule's highest rate, scaled."""
+        return self._peak * self.factor
 
     def at(self, step: int) -> float:
         """The rate of step `step`, counted from 0."""
@@ -161,10 +191,20 @@ class LearningRate:
         Raises:
             ConfigError: not a finite positive number, or the schedule has come to zero, which nothing can scale.
         """
+        self._scale(self._schedule(step), learning_rate, f"the schedule's rate at step {step}")
+
+    def set_peak(self, learning_rate: float) -> None:
+        """Makes this the schedule's highest rate; every step is scaled alike.
+
+        Raises:
+            ConfigError: not a finite positive number, or the schedule is zero throughout, which nothing can scale.
+        """
+        self._scale(self._peak, learning_rate, "the schedule's peak")
+
+    def _scale(self, scheduled: float, learning_rate: float, what: str) -> None:
         if not is_finite(learning_rate) or learning_rate <= 0:
             raise ConfigError(f"learning_rate: expected a finite number larger than 0, got {show(learning_rate)}.")
-        scheduled = self._schedule(step)
         factor = learning_rate / scheduled if scheduled > 0 else math.inf
         if not is_finite(factor):
-            raise ConfigError(f"the schedule's rate at step {step} is {scheduled}: it cannot be scaled to {learning_rate}.")
+            raise ConfigError(f"{what} is {scheduled}: it cannot be scaled to {learning_rate}.")
         self.factor = factor

@@ -40,6 +40,7 @@ from fulltune_nb.system_info import arithmetic, package_versions
 from fulltune_nb.tensor_files import begin_checksum_of, read_tensors, write_tensors
 from fulltune_nb.tokenizer import FILES, bytes_to_save
 from fulltune_nb.training.history import EvalReport, Event, History
+from fulltune_nb.training.schedule import NEXT, PEAK, RateSet, read_rates
 
 OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "trainer.json", "manifest.json"
 BEST = "best"
@@ -398,29 +399,29 @@ def evaluated_since(state: Mapping[str, Any], written: History) -> list[dict[str
     return [entry for entry in map(EvalReport.to_dict, known) if entry not in state["history"]]
 
 
-_RATE_SET = re.compile(r"learning rate changed from \S+ to (\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+_RATE_SET = re.compile(rf"({NEXT}|{PEAK}) changed from \S+ to (\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 
 
-def set_by_hand_since(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[dict[int, float], list[str]]:
+def set_by_hand_since(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[dict[int, RateSet], list[str]]:
     """What was set by hand after a checkpoint, and is not in its state; `events` are those in `events.jsonl`, oldest first.
 
     Returns:
         Learning rates, by the step count at which each was set; and notes.
     """
-    rates = {int(step): rate for step, rate in state.get("rates_to_come", {}).items()}
+    rates = read_rates(state.get("rates_to_come", {}))
     known, notes, gone_back = History.from_jsonable(state["history"]).events, [], False
     begin = 0 if not known else events.index(known[-1]) + 1 if known[-1] in events else len(events)
     for event in events[begin:]:
-        rate = found[1] if event.kind == "learning_rate" and (found := _RATE_SET.fullmatch(event.message)) else None
+        found = _RATE_SET.fullmatch(event.message) if event.kind == "learning_rate" else None
         if event.kind == "restore":
             notes.append(f"after this checkpoint the run {event.message}; nothing of that was saved, so it goes on from the checkpoint")
             rates, gone_back = {}, True
-        elif rate is not None and gone_back:
-            notes.append(f"the learning rate was set to {rate} by hand at step {event.step} of what was not saved: set it again")
-        elif rate is not None and event.step >= state["step"]:
-            rates = {step: other for step, other in rates.items() if step < event.step} | {event.step: float(rate)}
+        elif found and gone_back:
+            notes.append(f"the {found[1]} was set to {found[2]} by hand at step {event.step} of what was not saved: set it again")
+        elif found and event.step >= state["step"]:
+            rates = {step: other for step, other in rates.items() if step < event.step} | {event.step: (found[1], float(found[2]))}
     again = "by hand after this checkpoint: it is set so again there"
-    return rates, notes + [f"the learning rate was set to {rate!r} at step {step} {again}" for step, rate in rates.items()]
+    return rates, notes + [f"the {what} was set to {rate!r} at step {step} {again}" for step, (what, rate) in rates.items()]
 
 
 def check_files(folder: Path) -> None:
@@ -477,7 +478,7 @@ def _state_problem(state: Any) -> str | None:
             return f"{name!r} is {str(state[name])[:60]!r}"
     if state["backward"] not in ("whole", "layerwise"):
         return f"'backward' is {state['backward'][:60]!r}"
-    if not _are_rates(state.get("rates_to_come", {})):
+    if read_rates(state.get("rates_to_come", {})) is None:
         return f"'rates_to_come' is {str(state['rates_to_come'])[:60]!r}"
     if not isinstance(state.get("dequantized"), (str, type(None))):  # runs of earlier versions do not have it
         return f"'dequantized' is {str(state['dequantized'])[:60]!r}"
@@ -492,9 +493,3 @@ def _state_problem(state: Any) -> str | None:
     if not isinstance(patience.get("best_loss", ""), (int, float, type(None))) or not all(isinstance(count, int) for count in counts):
         return f"'patience' is {str(state['patience'])[:60]}"
     return None
-
-
-def _are_rates(values: Any) -> bool:
-    return isinstance(values, dict) and all(
-        step.isdecimal() and isinstance(rate, float) and 0 < rate < math.inf for step, rate in values.items()
-    )

@@ -55,7 +55,7 @@ from fulltune_nb.training.run import (
     check_same_data,
     holds_run,
 )
-from fulltune_nb.training.schedule import LearningRate, make_schedule
+from fulltune_nb.training.schedule import NEXT, PEAK, LearningRate, RateSet, make_schedule, peak_of
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
 from fulltune_nb.training.state import (
     Patience,
@@ -198,7 +198,8 @@ class Trainer:
         for kind, message in (*(("data", note) for note in data.notes), *plan.notes):
             self.event(kind, message)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
-        self._rate = LearningRate(make_schedule(config.lr_schedule, config.learning_rate, config.warmup, self.total_steps))
+        schedule = make_schedule(config.lr_schedule, config.learning_rate, config.warmup, self.total_steps)
+        self._rate = LearningRate(schedule, peak_of(config.lr_schedule, config.learning_rate, schedule, self.total_steps))
         if plan.dtype != lm.model.embed_tokens.weight.dtype:
             lm.model.set_dtype(plan.dtype)
             mx.eval(lm.model.parameters())
@@ -547,25 +548,46 @@ class Trainer:
         """The rate of the next step, which is reported as `step_count + 1`."""
         return self._rate.at(self.step_count)
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest rate of the schedule: `config.learning_rate` until another is set, of mlx_lm's form the highest of its run."""
+        return self._rate.peak
+
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Makes this the rate of the next step; the schedule goes on from there, scaled alike. Recorded as an event.
+        """Makes this the peak of the schedule, as if the config had said it: steps to come keep their share of it. Recorded as an event.
+
+        In a warm-up, and where the schedule decays, the next step's rate is lower; `set_next_learning_rate` sets that.
 
         Raises:
-            ConfigError: not a positive number, or the schedule has come to zero, which nothing can scale.
+            ConfigError: not a finite positive number, or the schedule is zero throughout, which nothing can scale.
         """
-        self._set_rate(learning_rate)
+        self._set_rate(PEAK, learning_rate)
         self._rates_to_come = {}
 
-    def _set_rate(self, learning_rate: float, why: str = "") -> None:
-        before = self.learning_rate
-        self._rate.set(self.step_count, learning_rate)
+    def set_next_learning_rate(self, learning_rate: float) -> None:
+        """Makes this the rate of the next step; the schedule goes on from there, scaled alike. Recorded as an event.
+
+        In a warm-up the peak then is higher: with `warmup=20`, 1e-3 for the first step has the peak at 2.1e-2.
+
+        Raises:
+            ConfigError: not a finite positive number, or the schedule has come to zero, which nothing can scale.
+        """
+        self._set_rate(NEXT, learning_rate)
+        self._rates_to_come = {}
+
+    def _set_rate(self, what: str, learning_rate: float, why: str = "") -> None:
+        before = self.peak_learning_rate if what == PEAK else self.learning_rate
+        if what == PEAK:
+            self._rate.set_peak(learning_rate)
+        else:
+            self._rate.set(self.step_count, learning_rate)
         self._saved_step = -1  # the checkpoint of this step has another rate
-        self.event("learning_rate", f"learning rate changed from {before:.6g} to {float(learning_rate)!r}{why}")
+        self.event("learning_rate", f"{what} changed from {before:.6g} to {float(learning_rate)!r}{why}")
 
     def _set_rate_to_come(self) -> None:
         """What was set by hand when the run was here before, and no checkpoint has."""
         if (rate := self._rates_to_come.pop(self.step_count, None)) is not None:
-            self._set_rate(rate, ", as it was set by hand before the run was broken off")
+            self._set_rate(*rate, ", as it was set by hand before the run was broken off")
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -668,7 +690,7 @@ class Trainer:
         """Of a run that goes back, what was written is not of the line that begins now."""
         self._saved_step = self._result_step = -1
         self._best_is_due = False  # it has not been written since the best evaluation
-        self._rates_to_come: dict[int, float] = {}  # by step count; see `_set_rate_to_come`
+        self._rates_to_come: dict[int, RateSet] = {}  # by step count; see `_set_rate_to_come`
 
     def result(self) -> dict[str, Any]:
         """What came of the run so far, as the JSON values of `result.json`: losses in nats, seconds, bytes; None for what there is not."""
@@ -849,7 +871,7 @@ class Trainer:
                 ("state", self.state),
                 ("epoch", f"{self.step_count / per_epoch:.2f} ({per_epoch:,} steps each)"),
                 ("last loss", "none yet" if last is None else f"{last:.4f}"),
-                ("next learning rate", f"{self.learning_rate:.3g}"),
+                ("next learning rate", f"{self.learning_rate:.3g} (peak {self.peak_learning_rate:.3g})"),
                 ("optimizer", self.config.optimizer),
                 ("run_dir", self.run_dir or "none: nothing is written"),
             ],

@@ -18,7 +18,7 @@ FOCUSED = """() => {
     return [name.split('\\n')[0].trim(), style.outlineStyle !== 'none' ? parseFloat(style.outlineWidth) : 0,
             Boolean(one.closest('.fulltune-panel'))];
 }"""
-BY_TAB = ["Run", "Pause", "Step", "N", "Step N", "Stop", "split", "Evaluate", "Save", "learning rate", "Log"]
+BY_TAB = ["Run", "Pause", "Step", "N", "Step N", "Stop", "split", "Evaluate", "Save", "peak learning rate", "Log"]
 LOOKING = """
 from fulltune_nb import insight
 HOSTILE = "<img src=x onerror=alert(1)></pre><script>alert(2)</script>$$x$$"
@@ -78,7 +78,7 @@ def test_the_keyboard_alone_runs_pauses_steps_and_changes_the_rate(shown):
     assert go("Tab", 1) == "Step N"
     keys.press("Enter")
     wait_for_text(lab, f"paused.*step {taken + 4:,} of")
-    assert go("Tab", 5) == "learning rate"
+    assert go("Tab", 5) == "peak learning rate"
     keys.press("Control+a")
     keys.type("0.0005")
     keys.press("Enter")

@@ -309,7 +309,7 @@ def test_a_run_shows_its_progress_without_being_asked(make_trainer, monkeypatch,
     trainer.run()
     lines = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines()]
     expected = ["valid loss", "saved", "loss", "valid loss", "loss", "paused after"]
-    expected += ["learning rate changed", "loss", "valid loss", "saved", "done after"]
+    expected += ["peak learning rate changed", "loss", "valid loss", "saved", "done after"]
     assert len(lines) == len(expected) and all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
 
 

@@ -204,14 +204,16 @@ def test_the_learning_rate_field_changes_it_as_an_event(make_trainer, panel_of):
         assert panel.controls.learning_rate.value == 5e-4 == panel.trainer.learning_rate
 
 
-def test_the_learning_rate_field_follows_the_schedule_without_events(make_trainer, panel_of):
-    panel = panel_of(make_trainer(lr_schedule="linear"))
-    rates = []
-    for _ in range(3):
+def test_the_learning_rate_field_is_the_schedules_peak_and_the_status_says_the_present_rate(make_trainer, panel_of):
+    panel = panel_of(make_trainer(iters=40, warmup=20, lr_schedule="cosine"))
+    for number in range(3):
+        assert panel.controls.learning_rate.value == 1e-3
+        assert f"learning rate {1e-3 * (number + 1) / 21:.3g}" in panel.controls.status.value
         panel.step()
-        rates.append(panel.controls.learning_rate.value)
-    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 3
     assert not panel.trainer.history.events and panel.error is None
+    panel.controls.learning_rate.value = 2e-3  # during the warm-up
+    panel.step(37)
+    assert max(report.learning_rate for report in panel.trainer.history.steps) == 2e-3
 
 
 @in_loop

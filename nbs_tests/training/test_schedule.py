@@ -4,7 +4,7 @@ import pytest
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.schedule import final_share
+from fulltune_nb.training.schedule import NEXT, PEAK, final_share, read_rates
 from fulltune_nb.training.schedule import make_schedule as make
 
 
@@ -142,3 +142,9 @@ def test_two_warmups_that_disagree_are_refused():
 def test_what_is_left_of_the_highest_rate_at_the_end(settings, share):
     assert final_share(make_schedule(TrainConfig(**settings), 20), 20) == pytest.approx(share)
     assert final_share(make_schedule(TrainConfig(**settings), 0), 0) == 1.0  # no step at all: nothing has decayed
+
+
+def test_rates_set_by_hand_are_read_as_the_version_that_wrote_them_meant_them():
+    assert read_rates({"8": 1e-4, "9": ["peak learning rate", 2e-4]}) == {8: (NEXT, 1e-4), 9: (PEAK, 2e-4)}
+    for wrong in ([], {"x": 1e-4}, {"8": 0.0}, {"8": ["peak", 1e-4]}, {"8": [PEAK]}, {"8": [PEAK, "1"]}, {"8": None}, {"8": [[], 1e-4]}):
+        assert read_rates(wrong) is None, wrong

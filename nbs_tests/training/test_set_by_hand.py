@@ -16,12 +16,13 @@ def notes_of(trainer):
     return " ".join(event.message for event in trainer.history.events if event.kind == "resume")
 
 
+@pytest.mark.parametrize("name", ["set_learning_rate", "set_next_learning_rate"])
 @pytest.mark.parametrize("at", [4, 6], ids=["at the checkpoint", "later"])
-def test_a_learning_rate_set_by_hand_survives_crashes_bit_for_bit(make_trainer, make_data, tmp_path, at):
+def test_a_learning_rate_set_by_hand_survives_crashes_bit_for_bit(make_trainer, make_data, tmp_path, at, name):
     def begin(run_dir=None):
         trainer = make_trainer(run_dir=run_dir, save_every=4, lr_schedule="cosine")
         trainer.run(at)
-        trainer.set_learning_rate(0.00012345678912345)
+        getattr(trainer, name)(0.00012345678912345)
         return trainer
 
     straight, trainer = begin(), begin(tmp_path / "run")

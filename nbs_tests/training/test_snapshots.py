@@ -26,7 +26,7 @@ def test_going_back_and_on_again_is_what_never_going_back_is(make_trainer, tmp_p
     straight, trainer = make_trainer(**settings), make_trainer(**settings)
     straight.run()
     trainer.run(3)
-    trainer.set_learning_rate(trainer.learning_rate)
+    trainer.set_learning_rate(trainer.peak_learning_rate)
     snapshot = trainer.snapshot(tmp_path / "snapshot" if place == "disk" else None)
     assert snapshot.step == 3 and snapshot.nbytes > 0 and "step 3" in repr(snapshot) and "<table" in snapshot._repr_html_()
     for _ in range(2):  # a snapshot can be gone back to again and again

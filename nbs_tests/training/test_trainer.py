@@ -194,21 +194,52 @@ def test_patience_ends_the_run_early(make_trainer):
     assert trainer.history.events[-1].kind == "early_stop"
 
 
-def test_set_learning_rate_is_the_next_steps_rate_and_an_event(make_trainer):
+def test_set_learning_rate_is_the_peak_of_the_schedule_and_an_event(make_trainer):
+    settings = {"lr_schedule": "cosine", "warmup": 4, "iters": 10}
+    trainer, other = make_trainer(**settings), make_trainer(learning_rate=3e-5, **settings)
+    for _ in trainer.steps(2):  # in the warm-up
+        pass
+    trainer.set_learning_rate(3e-5)
+    assert trainer.peak_learning_rate == pytest.approx(3e-5)
+    other.run()
+    trainer.run()
+    rates, expected = ([report.learning_rate for report in t.history.steps[2:]] for t in (trainer, other))
+    assert rates == pytest.approx(expected)
+    event = next(event for event in trainer.history.events if event.kind == "learning_rate")
+    assert event.message == "peak learning rate changed from 0.001 to 3e-05"
+
+
+@pytest.mark.parametrize("schedule", [
+    {"name": "linear_schedule", "arguments": [1e-6, 1e-3, 10]}, {"name": "cosine_decay", "arguments": [1e-3, 10], "warmup": 3},
+    {"name": "exponential_decay", "arguments": [1e-3, 0.9]}, {"name": "constant", "arguments": [1e-3], "warmup": 2, "warmup_init": 2e-3},
+])  # fmt: skip
+def test_the_peak_of_mlx_lms_form_is_the_highest_rate_of_its_run(make_trainer, schedule):
+    trainer = make_trainer(lr_schedule=schedule, learning_rate=1.0, iters=11)
+    trainer.run()
+    assert trainer.peak_learning_rate == pytest.approx(max(report.learning_rate for report in trainer.history.steps))
+
+
+def test_set_next_learning_rate_is_the_next_steps_rate_and_the_schedule_goes_on_from_it(make_trainer):
     trainer = make_trainer(lr_schedule="cosine", iters=10)
     trainer.run(3)
-    trainer.set_learning_rate(3e-5)
+    trainer.set_next_learning_rate(3e-5)
     assert trainer.step().learning_rate == pytest.approx(3e-5)
-    assert trainer.step().learning_rate < 3e-5  # the schedule goes on
+    assert trainer.step().learning_rate < 3e-5 < trainer.peak_learning_rate
     event = trainer.history.events[-1]
-    assert event.kind == "learning_rate" and "3e-05" in event.message
+    assert event.kind == "learning_rate" and event.message.startswith("learning rate changed") and "3e-05" in event.message
+
+
+@pytest.mark.parametrize("name", ["set_learning_rate", "set_next_learning_rate"])
+def test_a_learning_rate_that_cannot_be_is_refused_and_nothing_changes(make_trainer, name):
+    trainer = make_trainer(lr_schedule="cosine", iters=10)
+    trainer.run(3)
     before = trainer.learning_rate
     for bad in (0, -1.0, math.nan, math.inf, 10**400, "1e-5", True):
         with pytest.raises(ConfigError, match=f"expected a finite number larger than 0, got .*{str(bad)[:4]}"):
-            trainer.set_learning_rate(bad)
+            getattr(trainer, name)(bad)
     with pytest.raises(ConfigError, match="cannot be scaled to 1e\\+308"):  # the factor would be infinite
-        trainer.set_learning_rate(1e308)
-    assert trainer.learning_rate == before
+        getattr(trainer, name)(1e308)
+    assert trainer.learning_rate == before and not trainer.history.events
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_rows(make_trainer):
