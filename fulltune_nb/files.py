@@ -294,6 +294,15 @@ def is_empty(folder: Path) -> bool:
     return folder.is_dir() and all(path.name == FINDER_FILE for path in folder.iterdir())
 
 
+def has_to_stay(folder: Path) -> bool:
+    """Whether a folder cannot be exchanged for a new one: a mount point, the working directory, another user's or group's, or one that
+    stands where nothing can be written."""
+    about, parent = folder.stat(), folder.parent.stat()
+    is_ours = about.st_uid == os.geteuid() and about.st_gid in (parent.st_gid, os.getegid())
+    is_here = os.path.exists(os.curdir) and os.path.samefile(folder, os.curdir)
+    return not is_ours or is_here or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
+
+
 def put_in_place(new: Path, place: Path) -> None:
     """Moves a folder to its place, from beside it. What stood there goes only when the new one stands there.
 

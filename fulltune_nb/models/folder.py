@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from fulltune_nb.errors import ModelError, WeightsError, listed, readable
-from fulltune_nb.files import Checksum, check_own_file, flush_to_disk, is_empty, is_within, put_in_place, unfinished_folder, write_text
+from fulltune_nb.files import (
+    Checksum,
+    check_own_file,
+    flush_to_disk,
+    has_to_stay,
+    is_empty,
+    is_within,
+    put_in_place,
+    unfinished_folder,
+    write_text,
+)
 from fulltune_nb.html import printable
 from fulltune_nb.model_json import read_json, reading
 from fulltune_nb.models.decoder import Decoder
@@ -346,8 +356,8 @@ def check_not_source(path: str | os.PathLike, source: str | None, what: str) -> 
 def save_folder(folder: Path, model: Decoder, tokenizer: PreTrainedTokenizerBase | None, **more: Any) -> None:
     """A complete Hugging Face folder: `config.json`, weights, tokenizer files, `generation_config.json`.
 
-    A new folder is written beside its place and moved there when it is whole. Into an empty one that is there the files are written, and
-    `config.json` comes last: without it, nothing takes the folder for a model.
+    It is written beside its place and moved there when it is whole. An empty folder that has to stay is filled in place,
+    `config.json` last: without it, nothing takes the folder for a model.
 
     Args:
         folder: new or empty.
@@ -360,15 +370,17 @@ def save_folder(folder: Path, model: Decoder, tokenizer: PreTrainedTokenizerBase
         begun = folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
         what = ": it has weights but no config.json, as when a process that saves there is killed" if begun else ""
         raise ModelError(f"{folder} is not an empty folder{what}. A model is saved into a new or empty one; nothing is overwritten.")
-    write = partial(fill_folder, model=model, tokenizer=tokenizer, **more)
+    write, place = partial(fill_folder, model=model, tokenizer=tokenizer, **more), Path(os.path.realpath(folder))
     try:
-        if folder.exists():
-            _fill_or_empty(folder, write)
-        else:
-            with unfinished_folder(folder) as new:
-                write(new)
-                flush_to_disk(new)
-                put_in_place(new, folder)
+        if place.exists() and has_to_stay(place):
+            _fill_or_empty(place, write)
+            return
+        with unfinished_folder(place) as new:
+            if place.exists():
+                shutil.copystat(place, new)
+            write(new)
+            flush_to_disk(new)
+            put_in_place(new, place)
     except OSError as error:
         raise ModelError(f"{folder} could not be written: {error}. Check free space and permissions.") from error
 
@@ -377,7 +389,9 @@ def _fill_or_empty(folder: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(folder)
     except BaseException:  # an interrupt too leaves no half-written model that looks like one
-        _remove_contents(folder)
+        with suppress(OSError):  # the error that led here is the one to report
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         raise
 
 
@@ -422,15 +436,6 @@ def fill_folder(
     config = _exported_config(model, next(iter(tensors.values())).dtype)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return checksums
-
-
-def _remove_contents(folder: Path) -> None:
-    with suppress(OSError):  # the error that led here is the one to report
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 def _exported_config(model: Decoder, dtype: mx.Dtype) -> dict[str, Any]:

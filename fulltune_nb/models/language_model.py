@@ -353,10 +353,13 @@ class LanguageModel:
         folder = Path(folder).expanduser()
         if not folder.is_dir() or is_empty(folder):  # one with something in it is refused in any case
             check_not_source(folder, self.source, "The folder")
-        texts = self.card.files() if self.card is not None else {}
-        parts = {"generation_config": self.generation_config, "texts": texts, "ends": self.trained_ends}
-        save_folder(folder, self.model, self.tokenizer, **parts)
+        save_folder(folder, self.model, self.tokenizer, **self.beside_weights())
         return folder
+
+    def beside_weights(self) -> dict[str, Any]:
+        """What a saved folder has besides weights and tokenizer: arguments of `fill_folder`."""
+        texts = self.card.files() if self.card is not None else {}
+        return {"generation_config": self.generation_config, "texts": texts, "ends": self.trained_ends}
 
     def __repr__(self) -> str:
         before = "" if self.dequantized is None else f", dequantized: {self.dequantized!r:.80}"

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, ModelError, WeightsError
-from fulltune_nb.files import FINDER_FILE, is_empty, put_in_place, unfinished_folder, write_text
+from fulltune_nb.files import FINDER_FILE, flush_to_disk, is_empty, put_in_place, unfinished_folder, write_text
 from fulltune_nb.model_json import read_json
-from fulltune_nb.models.folder import hf_tensors
+from fulltune_nb.models.folder import check_not_source, fill_folder, hf_tensors
 from fulltune_nb.models.language_model import LanguageModel, load_model, valid_ends
 from fulltune_nb.system_info import package_versions
 from fulltune_nb.tensor_files import check_ending, check_regular_file, safetensors_metadata, write_tensors
@@ -224,14 +224,17 @@ def export_folder(lm: LanguageModel, wanted: Path, note: dict[str, Any]) -> Path
     Raises:
         ModelError: it cannot be written.
     """
+    lm.check_whole()
     try:
         with unfinished_folder(wanted) as new:
-            lm.save(new)
+            check_not_source(new, lm.source, "The folder")
+            fill_folder(new, lm.model, lm.tokenizer, **lm.beside_weights())
             write_text(new / EXPORT_NOTE, json.dumps({**note, "files": _sizes(new)}, indent=2) + "\n")
             place, number = wanted, 1
             while place.exists() and not _is_unchanged_export(place):
                 number += 1
                 place = wanted.with_name(f"{wanted.name}-{number}")
+            flush_to_disk(new)
             put_in_place(new, place)
             return place
     except OSError as error:

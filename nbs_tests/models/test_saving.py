@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import shutil
 import stat
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from fulltune_nb import tensor_files
+from fulltune_nb import files, tensor_files
 from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.files import atomic_path
 from fulltune_nb.models import folder as saving
@@ -197,6 +199,45 @@ def test_an_empty_folder_is_filled_and_a_full_one_refused(tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.fixture
+def moments(tmp_path, monkeypatch):
+    """Copies of `tmp_path/now`: after each call by which a file or folder gets its name."""
+    (tmp_path / "now").mkdir()
+    found, numbers = [], itertools.count()
+
+    def watch(place, name):
+        call = getattr(place, name)
+
+        def seen(*arguments):
+            result = call(*arguments)
+            found.append(tmp_path / f"moment{next(numbers)}")
+            shutil.copytree(tmp_path / "now", found[-1])
+            return result
+
+        monkeypatch.setattr(place, name, seen)
+
+    for place, name in ((os, "replace"), (os, "rename"), (files, "exchange_names"), (tensor_files, "write_parts")):
+        watch(place, name)
+    return found
+
+
+def test_whenever_a_save_into_an_empty_folder_is_killed_it_is_empty_or_whole(moments, make_tokenizer, tmp_path):
+    out, mode = tmp_path / "now" / "out", 0o750
+    out.mkdir()
+    out.chmod(mode)
+    (tmp_path / "now" / "link").symlink_to(out)
+    save_folder(tmp_path / "now" / "link", decoder_of(), make_tokenizer(), generation_config={})
+    whole = sorted(os.listdir(out))
+    assert "config.json" in whole and {str(sorted(os.listdir(moment / "out"))) for moment in moments} == {"[]", str(whole)}
+    assert stat.S_IMODE(out.stat().st_mode) == mode and sorted(os.listdir(tmp_path / "now")) == ["link", "out"]
+
+
+def test_the_working_directory_stays_the_folder_that_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_folder(Path(os.curdir), decoder_of(), None)
+    assert os.path.samefile(os.curdir, tmp_path) and sorted(os.listdir(os.curdir)) == ["config.json", "model.safetensors"]
+
+
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ModelError, match="is not an empty folder"):
@@ -275,22 +316,15 @@ def file_of(path, number, tokenizer):
 
 
 @pytest.mark.parametrize("before", ["nothing", "a file", "a file without texts"])
-def test_whenever_a_save_is_killed_an_npz_has_its_own_texts(before, make_tokenizer, tmp_path, monkeypatch):
+def test_whenever_a_save_is_killed_an_npz_has_its_own_texts(before, moments, make_tokenizer, tmp_path):
     path, beside, tokenizer = tmp_path / "now" / "model.npz", tmp_path / "now" / "model.npz.json", make_tokenizer()
     if before != "nothing":
         file_of(path, 1, tokenizer)
     if before == "a file without texts":
         beside.unlink()
-    moments, replace = [tmp_path / "now"], os.replace
-
-    def seen(*names):
-        replace(*names)
-        moments.append(tmp_path / f"moment{len(moments)}")
-        shutil.copytree(tmp_path / "now", moments[-1])
-
-    monkeypatch.setattr(os, "replace", seen)
+    moments.clear()
     file_of(path, 2, tokenizer)
-    assert len(moments) > 2 and "replaces" not in json.loads(beside.read_text())
+    assert "replaces" not in json.loads(beside.read_text())
     found = set()
     for file in (moment / "model.npz" for moment in moments):
         if file.exists():
