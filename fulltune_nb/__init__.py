@@ -37,6 +37,7 @@ from fulltune_nb.system_info import package_versions, system_info  # noqa: E402 
 from fulltune_nb.training.callbacks import default_callbacks  # noqa: E402
 
 if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
+    from fulltune_nb.chart import LossChart
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.example import Example
     from fulltune_nb.insight.comparison import compare
@@ -66,6 +67,7 @@ __all__ = [
     "FulltuneError",
     "History",
     "LanguageModel",
+    "LossChart",
     "ModelError",
     "StepReport",
     "TrainConfig",
@@ -95,6 +97,7 @@ _HOMES = {
     "Example": "data.example",
     "History": "training.history",
     "LanguageModel": "models.language_model",
+    "LossChart": "chart",
     "StepReport": "training.history",
     "TrainConfig": "training.config",
     "TrainPanel": "panels.train",

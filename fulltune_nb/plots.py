@@ -6,6 +6,7 @@ style and marker besides colour, and axes given by the caller keep the caller's 
 
 from __future__ import annotations
 
+import io
 import math
 import weakref
 from collections import deque
@@ -48,9 +49,11 @@ _SMOOTHED_FROM = 20  # steps; fewer need no second line
 _MARKED_UP_TO = 40  # steps; more would make a row of dots of the line
 _LABELLED_EVENTS = 12  # more labels would cover each other
 _OPEN_FIGURES = 10
-_POINTS = 2000  # of a run's training curve
+_POINTS = 2000  # of a run's training curve; of more steps, each stretch shows its least and its greatest loss
 _RUNS = 12  # with looks of their own; more cannot be told apart
 _TICKS = 32  # labels on an axis at most
+PNG_WIDTH = 760
+"""Pixels of a page that a picture for it is wide."""
 _own_figures: deque = deque()  # weak references to the figures made here that pyplot may still hold
 
 
@@ -132,6 +135,19 @@ def plot_runs(
         if len(drawn) > _RUNS:
             ax.plot([], [], color=_LIGHT_GREY, label=f"{len(drawn) - _RUNS:,} more")
         return _over_steps(ax, _LOSS, empty=not drawn)
+
+
+def loss_png(runs: Sequence[tuple[str, Iterable[Any]]]) -> bytes:
+    """The losses of one run or several, (name, history) each, as a PNG with two pixels for each of a page's `PNG_WIDTH`."""
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_OWN_STYLE):
+        figure = Figure(figsize=(PNG_WIDTH / 100, 3.4), dpi=200, layout="constrained", facecolor="white")  # pyplot does not know of it
+        ax = figure.add_subplot()
+        plot_loss(runs[0][1], ax) if len(runs) == 1 else plot_runs(runs, ax, training=True)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _curves_of_run(history: Iterable[Any], training: bool) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -270,6 +286,28 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return smooth
 
 
+def stretches(values: np.ndarray, most: int) -> np.ndarray:
+    """Values (n,) cut into at most `most` stretches of one length, (m, length); the last is filled up with its last value."""
+    length = max(1, math.ceil(len(values) / most))
+    missing = -len(values) % length
+    return np.pad(values, (0, missing), mode="edge" if missing else "constant").reshape(-1, length)
+
+
+def envelope(x: np.ndarray, y: np.ndarray, most: int = _POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """A curve with few points that keeps every spike and every break: each stretch's least and greatest value.
+
+    Where a stretch holds a NaN, the curve breaks behind it. Both results are (k,), with k <= 3 * most; or (n,) as given when
+    n <= most.
+    """
+    if len(y) <= most:
+        return x, y
+    xs, ys = stretches(x, most), stretches(y, most)
+    with np.errstate(all="ignore"):
+        low, high = np.fmin.reduce(ys, axis=1), np.fmax.reduce(ys, axis=1)  # NaN only where all of a stretch is
+    breaks = np.where(np.isnan(ys).any(axis=1), np.nan, low)
+    return np.repeat(xs[:, 0], 3), np.stack([low, high, breaks], axis=1).ravel()
+
+
 def _window(values: np.ndarray) -> int:
     """Of the moving mean; odd: as many steps before as after."""
     return max(5, len(values) // 40) // 2 * 2 + 1
@@ -311,10 +349,12 @@ def _draw_training_loss(ax: Axes, steps: list[StepReport]) -> None:
     x, loss = _series(steps, "loss")
     smoothed = len(x) >= _SMOOTHED_FROM
     faint = {"linewidth": 0.7, "alpha": 0.45} if smoothed else {"linewidth": 1.5}
-    ax.plot(x, loss, color=_BLUE, marker="." if len(x) <= _MARKED_UP_TO else "none", markersize=4, label="training", zorder=2, **faint)
+    marker = "." if len(x) <= _MARKED_UP_TO else "none"
+    ax.plot(*envelope(x, loss), color=_BLUE, marker=marker, markersize=4, label="training", zorder=2, **faint)
     if smoothed:
         window = _window(loss)
-        ax.plot(x, moving_mean(loss, window), color=_BLUE, linewidth=2.0, label=f"training, mean of {window} steps", zorder=3)
+        every, label = max(1, len(x) // _POINTS), f"training, mean of {window} steps"
+        ax.plot(x[::every], moving_mean(loss, window)[::every], color=_BLUE, linewidth=2.0, label=label, zorder=3)
     broken = x[~np.isfinite(loss)]
     if len(broken):
         label = f"not finite ({len(broken):,})"

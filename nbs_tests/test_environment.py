@@ -70,7 +70,7 @@ def test_the_cpu_and_cuda_backends_of_mlx_are_never_asked_for_together():
     assert not [line for line in PROJECT["dependencies"] if re.match(r"mlx[-\[]", line)]
 
 
-FLOORS = {"mlx": "0.32", "transformers": "5", "ipywidgets": "8.1", "jupyterlab": "4.4", "ipykernel": "6.31"}
+FLOORS = {"mlx": "0.32", "transformers": "5", "ipywidgets": "8.1", "anywidget": "0.9.13", "jupyterlab": "4.4", "ipykernel": "6.31"}
 
 
 @pytest.mark.parametrize("name", FLOORS)

@@ -20,15 +20,15 @@ LAYERS = [
     ["models"],
     ["data"],
     ["training"],
-    ["plots"],
+    ["plots", "record", "chart"],
     ["insight"],
     ["panels"],
     ["experiments"],
     ["tiny", "command_line", "full", "generate", "convert", "demo", "doctor", "sweep", "__main__"],
 ]
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
-SHOWS = ("plots", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
-FRONT_ENDS = ("ipywidgets", "IPython", "matplotlib")
+SHOWS = ("plots", "record", "chart", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
+FRONT_ENDS = ("anywidget", "ipywidgets", "IPython", "matplotlib")
 DATA_NEEDS = ("data", "errors", "html", "svg", "files", "settings", "chat_template", "tokenizer")
 LINES_IN_FILE, LINES_IN_FUNCTION = 500, 60
 LONGER = {"training/trainer.py"}  # the whole loop stands in one file

@@ -20,6 +20,7 @@ from fulltune_nb.training.run import CONFIG_FILE, METRICS_FILE, RESULT_FILE, rea
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
+    from fulltune_nb.chart import LossChart
     from fulltune_nb.plots import Axes
 
 _RESULTS = 12  # entries of result.json that the table shows
@@ -92,6 +93,17 @@ class Comparison:
         from fulltune_nb.plots import plot_runs
 
         return plot_runs([(run.name, run.history) for run in self.runs], ax, training=True)
+
+    def chart(self) -> LossChart:
+        """The same and more, to look around in: a `LossChart` of all runs."""
+        from fulltune_nb.chart import LossChart
+
+        return LossChart([(run.name, run.history) for run in self.runs])
+
+    def _ipython_display_(self) -> None:
+        from fulltune_nb.chart import show
+
+        show(self.chart(), self._repr_html_(), repr(self))
 
     def __repr__(self) -> str:
         return f"Comparison({counted(len(self.runs), 'run')}, {len(self.differences)} settings differ)"

@@ -1,6 +1,6 @@
 """A history's numbers, taken in as they come, and curves with few points made of them.
 
-Letters: n reports, m points drawn, k points of an envelope.
+Letters: n reports, m points drawn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from operator import attrgetter
 
 import numpy as np
 
+from fulltune_nb import plots
+from fulltune_nb.plots import stretches
 from fulltune_nb.training.history import History, StepReport
 
 MOST_POINTS = 400
@@ -70,26 +72,9 @@ class Columns:
         return self._numbers[_FIELDS.index(name), : self._count]
 
 
-def stretches(values: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
-    """Values (n,) cut into at most `most` stretches of one length, (m, length); the last is filled up with its last value."""
-    length = max(1, math.ceil(len(values) / most))
-    missing = -len(values) % length
-    return np.pad(values, (0, missing), mode="edge" if missing else "constant").reshape(-1, length)
-
-
 def envelope(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """A curve with few points that keeps every spike and every break: each stretch's least and greatest value.
-
-    Where a stretch holds a NaN, the curve breaks behind it. Both results are (k,), with k <= 3 * most; or (n,) as given when
-    n <= most.
-    """
-    if len(y) <= most:
-        return x, y
-    xs, ys = stretches(x, most), stretches(y, most)
-    with np.errstate(all="ignore"):
-        low, high = np.fmin.reduce(ys, axis=1), np.fmax.reduce(ys, axis=1)  # NaN only where all of a stretch is
-    breaks = np.where(np.isnan(ys).any(axis=1), np.nan, low)
-    return np.repeat(xs[:, 0], 3), np.stack([low, high, breaks], axis=1).ravel()
+    """A curve with few points that keeps every spike and every break."""
+    return plots.envelope(x, y, most)
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import uuid
 import weakref
-from base64 import b64encode
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ import ipywidgets as widgets
 
 from fulltune_nb.errors import IN_TRAINING, FulltuneError, device_error
 from fulltune_nb.html import NO_MATH, esc
-from fulltune_nb.panels.progress import in_kernel
+from fulltune_nb.record import Record, close_earlier
 
 _CLASS = "fulltune-styled"
 _PLACE = f".{_CLASS}" * 4  # so often that it outweighs the rules of ipywidgets, which forbid some fields an outline
@@ -145,7 +144,7 @@ class Panel:
         from IPython.display import display
 
         self._check_open()
-        _close_earlier(self)
+        close_earlier(self)
         display({**self.widget._repr_mimebundle_(), "text/plain": repr(self)}, raw=True)
         self._place_record()
 
@@ -156,96 +155,6 @@ class Panel:
     def _repr_html_(self) -> str:
         """All that the panel says, for where its widgets are not."""
         raise NotImplementedError
-
-
-_panels: dict[str, tuple[str, list[weakref.ref[Panel]]]] = {}  # id of a cell -> its execution, the panels shown by that
-
-
-def _close_earlier(panel: Panel) -> None:
-    """A cell that is run again has replaced what it showed: the panels shown by its last execution are closed."""
-    cell, execution = current_cell() or ("", "")
-    if not cell:
-        return
-    earlier, panels = _panels.get(cell, ("", []))
-    if earlier != execution:
-        for reference in panels:
-            if (old := reference()) is not None and old is not panel:
-                old.close()
-                old._let_go()
-        panels = []
-    _panels[cell] = (execution, [*panels, weakref.ref(panel)])
-
-
-def current_cell() -> tuple[str, str] | None:
-    """The cell being executed as (its id, the id of this execution), "" where the front end does not tell; None without kernel."""
-    if not in_kernel():
-        return None
-    from IPython import get_ipython
-
-    try:
-        parent = get_ipython().get_parent()
-    except AttributeError:  # kernels of others
-        return "", ""
-    return str(parent.get("metadata", {}).get("cellId") or ""), str(parent.get("header", {}).get("msg_id") or "")
-
-
-# -- the record -----------------------------------------------------------------------------------------------------------
-
-_MOVED = "The record of this panel stands further down, where a later cell put it."
-_EMPTY = {"text/html": "", "text/plain": ""}
-
-
-class Record:
-    """Outputs of a cell that stay in the notebook's file: a table, and a picture above it where wanted.
-
-    Hidden while the panel's box, which has the class `mark`, stands in the same cell; where there is no picture, anywhere on the page.
-    """
-
-    def __init__(self, mark: str, with_picture: bool):
-        self._name = f"{mark}-record"
-        beside = f".jp-OutputArea:has(.{mark}) .jp-OutputArea-child"
-        both = f"{beside}:has(.{self._name}), {beside}:has(+ .jp-OutputArea-child .{self._name})"  # the picture stands before the table
-        self._rule = f"<style>{both if with_picture else f'body:has(.{mark}) .{self._name}'} {{ display: none; }}</style>"
-        self._with_picture = with_picture
-        self._picture: Any = None
-        self._table: Any = None
-        self._cell: tuple[str, str] | None = None
-
-    @property
-    def placed(self) -> bool:
-        """Whether there is a cell that holds the record."""
-        return self._table is not None
-
-    def place(self, page: str, line: str) -> None:
-        """Moves the record into the cell being executed, with this content until it is renewed. Without a kernel nothing happens."""
-        cell = current_cell()
-        if cell is None or (self.placed and cell == self._cell):
-            return
-        from IPython.display import display
-
-        if self.placed:
-            self.renew(_MOVED, _MOVED)
-        self._cell = cell
-        if self._with_picture:
-            self._picture = display(_EMPTY, raw=True, display_id=True)
-        self._table = display(self._bundle(page, line), raw=True, display_id=True)
-
-    def renew(self, page: str, line: str, png: bytes = b"") -> None:
-        """Changes what the record says.
-
-        Args:
-            page: HTML, escaped.
-            line: the same in a line of plain text.
-            png: the picture; empty for none.
-        """
-        if self._picture is not None:
-            picture = {"image/png": b64encode(png).decode(), "text/plain": line} if png else _EMPTY
-            self._picture.update(picture, raw=True, metadata={"image/png": {"alt": line}} if png else {})
-        if self._table is not None:
-            self._table.update(self._bundle(page, line), raw=True)
-
-    def _bundle(self, page: str, line: str) -> dict[str, str]:
-        return {"text/html": f'{self._rule}<div class="{self._name}">{page}</div>', "text/plain": line}
 
 
 def close_all(widget: widgets.Widget) -> None:

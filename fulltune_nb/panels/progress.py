@@ -20,6 +20,7 @@ from typing import Any
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import SHOWN_IN_MB, esc, facts, human_bytes, printable, table
+from fulltune_nb.record import in_kernel
 from fulltune_nb.training.history import StepReport
 
 VARIABLE = "FULLTUNE_PROGRESS"
@@ -49,13 +50,6 @@ def _shape() -> str:
     if wanted not in _SHAPES:
         raise ConfigError(f"{VARIABLE}: expected auto, {', '.join(_SHAPES)}, got {wanted!r}. Set it to one of these, or unset it.")
     return wanted
-
-
-def in_kernel() -> bool:
-    """Whether this is a Jupyter kernel. IPython is not imported for the question: without it there is no kernel."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return getattr(shell, "kernel", None) is not None
 
 
 def clock(seconds: float) -> str:
