@@ -37,12 +37,14 @@ def sums_by_token(ids: mx.array, rows: mx.array, size: int) -> mx.array:
     """For each of `size` tokens the sum of its rows: ids (M,), rows (M, D) -> (size, D), in the dtype of the rows, on a GPU float32."""
     if on_cpu():
         return mx.zeros((size, rows.shape[-1]), dtype=rows.dtype).at[ids].add(rows)
-    return _exact_sums(ids, rows, size)
+    return with_exact_sums(mx.zeros((size, rows.shape[-1])), ids, rows)
 
 
-def _exact_sums(ids: mx.array, rows: mx.array, size: int) -> mx.array:
-    """As `sums_by_token`, in no order: rows (M, D) in units of a power of two, of which the largest element has 2^45 or so, are added up as
-    whole numbers. Exact but for what is below a unit and the last rounding; NaN or inf where an element is.
+def with_exact_sums(onto: mx.array, ids: mx.array, rows: mx.array) -> mx.array:
+    """`onto` (V, D) in float32, to which each token's rows are added: ids (M,), rows (M, D).
+
+    The rows, in units of a power of two, of which the largest element has 2^45 or so, are added up as whole numbers, in no order. Exact but
+    for what is below a unit and the last rounding; NaN or inf where an element is.
 
     GPUs add to places in 32 bits only: a whole number is three or four digits, few enough bits each for M of them to be added. That is
     done at a token's first place, as a batch has fewer places than the vocabulary has tokens."""
@@ -54,10 +56,10 @@ def _exact_sums(ids: mx.array, rows: mx.array, size: int) -> mx.array:
     units_of_one = mx.power(2.0, mx.minimum(sizes - mx.ceil(mx.log2(largest)), 126))  # float32 ends at 2^127
     digits = _digits(rows[:, None], units_of_one, *(mx.array(numbers, dtype=mx.int64)[:, None] for numbers in (shifts, masks)))
 
-    first = mx.full((size,), places, dtype=mx.int32).at[ids].minimum(mx.arange(places, dtype=mx.int32))[ids]  # (M,)
+    first = mx.full((len(onto),), places, dtype=mx.int32).at[ids].minimum(mx.arange(places, dtype=mx.int32))[ids]  # (M,)
     sums = mx.zeros(digits.shape, dtype=mx.int32).at[first].add(digits)  # (M, digits, D)
     of_token = _number([sums[:, digit] for digit in range(len(shifts))], shifts, units_of_one)
-    return mx.zeros((size, rows.shape[-1])).at[ids].add(of_token)  # to each place once something, else zeros: in any order the same
+    return onto.astype(mx.float32).at[ids].add(of_token)  # to each place once something, else zeros: in any order the same
 
 
 @partial(mx.compile, shapeless=True)

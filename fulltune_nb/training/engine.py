@@ -18,6 +18,7 @@ import numpy as np
 from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
+from fulltune_nb.models.embedding import with_exact_sums
 from fulltune_nb.models.experts import RouterBalance
 from fulltune_nb.models.parameters import Arrays, backward_through, parameters_of, swapped_in, trainable_of
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
@@ -26,6 +27,7 @@ from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
 
 CHUNK_ELEMENTS = 2**23
 """Logits of a chunk where a kernel computes the loss: 32 MiB."""
+EMBEDDING = "embed_tokens.weight"
 
 
 Sums = tuple[mx.array | None, Arrays]
@@ -87,19 +89,31 @@ class WholeGraph:
         balance = RouterBalance(*of_balance) if of_balance else None
 
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
-        def loss() -> mx.array:
-            hidden, head = self._hidden_states(inputs, balance), self._model.head_weights()
+        def loss(*rows: mx.array) -> mx.array:
+            hidden, head = self._hidden_states(inputs, balance, *rows), self._model.head_weights()
             return cross_entropy(hidden, head, targets["targets"], targets["weights"], self._config.logit_cap)
 
         with swapped_in(self._model, parameters):
-            found, _, gradients = backward_through({"": self._model}, loss, [], mx.array(1.0))
+            rows = self._embedding_rows(inputs["ids"])
+            found, to_rows, gradients = backward_through({"": self._model}, loss, rows, mx.array(1.0))
+        if rows:
+            of_head = gradients[EMBEDDING] if self._config.tie_word_embeddings else mx.zeros(gradients[EMBEDDING].shape)
+            ids, to_rows = inputs["ids"].reshape(-1), to_rows[0].reshape(-1, of_head.shape[-1])
+            gradients[EMBEDDING] = with_exact_sums(of_head, ids, to_rows)
         return added(sums, found, gradients)
 
-    def _hidden_states(self, inputs: Arrays, balance: RouterBalance | None = None) -> mx.array:
+    def _embedding_rows(self, ids: mx.array) -> list[mx.array]:
+        """On a GPU the rows (B, T, D) of a trained embedding: its gradient is added to the head's where they are one matrix, and is not
+        another one of its size."""
+        if on_cpu() or EMBEDDING not in trainable_of(self._model):
+            return []
+        return [self._model.embed_tokens.weight[ids].astype(self._model.compute_dtype)]
+
+    def _hidden_states(self, inputs: Arrays, balance: RouterBalance | None = None, rows: mx.array | None = None) -> mx.array:
         """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
         settings = {"grad_checkpoint": self._grad_checkpoint, "dtype": self._model.compute_dtype, "balance": balance}
-        rows = {name: inputs.get(name) for name in ("segments", "lengths")}
-        hidden = self._model.hidden_states(inputs["ids"], **rows, **settings, for_gradients=True)  # (B, T, D)
+        of_rows = {name: inputs.get(name) for name in ("segments", "lengths")}
+        hidden = self._model.hidden_states(inputs["ids"], **of_rows, **settings, rows=rows, for_gradients=True)  # (B, T, D)
         return hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
 
     # -- with kernels, which are no part of a graph, the loss stands between its two halves ----------------------------------------
@@ -130,7 +144,7 @@ class WholeGraph:
     def _head(self, hidden: mx.array, targets: np.ndarray, weights: np.ndarray, hidden_gradient: np.ndarray) -> tuple[float, Arrays]:
         """The loss, and the gradients of the head's trained arrays; that of `hidden` is written into `hidden_gradient`. Evaluated."""
         head = {name: array.astype(mx.float32) for name, array in self._model.head_weights().items()}
-        weight = "embed_tokens.weight" if self._config.tie_word_embeddings else "lm_head.weight"
+        weight = EMBEDDING if self._config.tie_word_embeddings else "lm_head.weight"
         trained = {weight, "lm_head.bias"} & trainable_of(self._model).keys()
         total, found = 0.0, {}
         cap = self._config.logit_cap
