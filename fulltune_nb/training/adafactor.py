@@ -9,6 +9,7 @@ A stack of matrices (E, R, C), as of experts, is E parameters, each with means a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,8 @@ import mlx.core as mx
 
 from fulltune_nb.cpu import evaluate
 from fulltune_nb.errors import TrainingError
-from fulltune_nb.training.rules import Piece, Rule, Shape, Slot, State, Tensor, cut, put, take
+from fulltune_nb.training import rules
+from fulltune_nb.training.rules import Piece, Rule, Shape, Slot, State, Tensor, at_a_time, cut, put, scalars_of, take
 
 _compiled = partial(mx.compile, shapeless=True)
 
@@ -67,6 +69,8 @@ class _Step:
     """Of the gradients."""
     matrices: dict[tuple[str, int], _Matrix] = field(default_factory=dict)
     """Those seen so far, by tensor and place in a stack."""
+    numbers: tuple[mx.array, ...] = ()
+    """For kernels of a GPU: `beta_2`, what it is below 1, rate, decay, scale."""
 
     def matrix(self, tensor: Tensor, rows: slice) -> _Matrix:
         """The matrix that some rows of a tensor lie in."""
@@ -98,8 +102,11 @@ class Adafactor(Rule):
 
     def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
         """As every rule's, and the new means, which stand beside the old ones until the rows are updated."""
-        means = [slot.nbytes for shape in shapes if len(shape) >= 2 for name, slot in self.slots(shape).items() if name != "exp_avg"]
-        return super().update_bytes(shapes, dtype, weight_decay) + sum(means)
+        return super().update_bytes(shapes, dtype, weight_decay) + self._means_bytes(shapes)
+
+    def _means_bytes(self, shapes: Sequence[Shape]) -> int:
+        slots = ((name, slot) for shape in shapes if len(shape) >= 2 for name, slot in self.slots(shape).items())
+        return sum(slot.nbytes for name, slot in slots if name != "exp_avg")
 
     def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> _Step:
         return _Step(1.0 - step**self.decay_rate, learning_rate, weight_decay, gradient_scale)
@@ -243,6 +250,58 @@ class Adafactor(Rule):
             matrix.is_stored = True
 
 
+class GpuAdafactor(Adafactor):
+    """`Adafactor` with few kernels for what is given whole, unless it is very large."""
+
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> _Step:
+        found = super().begin(step, learning_rate, weight_decay, gradient_scale)
+        found.numbers = scalars_of(found.beta_2, 1.0 - found.beta_2, found.rate, found.decay, found.scale)
+        return found
+
+    def pieces(self, tensors: Sequence[Tensor], scalars: _Step) -> list[Piece]:
+        observed, whole, others = {name for name, _ in scalars.matrices}, [], []
+        for tensor in tensors:
+            is_whole = tensor.places is None and tensor.name not in observed and tensor.array.size <= most_at_once()
+            (whole if is_whole else others).append(tensor)
+        return [Piece(tensor, None, self, scalars) for tensor in whole] + super().pieces(others, scalars)
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: _Step) -> tuple[mx.array, State]:
+        new, means = self._means(g, state, scalars)
+        own = scalars.numbers, (self.clip_threshold, self.eps[1])
+        of_update = None if self.clip_threshold is None else _sum(_update_squares(g, means, *own))
+        of_parameter = _sum(_squares_of(p)) if self.scale_parameter else None
+        if self.beta_1 is None:
+            return _descend_at_once(p, g, means, of_update, of_parameter, *own), new
+        new["exp_avg"] = _next_moment(state["exp_avg"], self.beta_1, g, means, of_update, of_parameter, *own)
+        return _descend_by_moment(p, new["exp_avg"], of_parameter, *own), new
+
+    def _means(self, g: mx.array, state: State, scalars: _Step) -> tuple[State, tuple[mx.array, ...]]:
+        """The new ones as they are kept, and as kernels take them: see below."""
+        *kept, _rate, _decay, scale = scalars.numbers
+        if g.ndim == 1:
+            mean = _next_squares(state["exp_avg_sq"], g, scale, self.eps[0], *kept)
+            return {"exp_avg_sq": mean}, (mean,)
+        squares, (size, columns) = _squares(g, scale), g.shape[-2:]
+        of_rows = _next_means(state["exp_avg_sq_row"], squares.sum(axis=-1), columns, self.eps[0], *kept)
+        of_columns = _next_means(state["exp_avg_sq_col"], squares.sum(axis=-2), size, self.eps[0], *kept)
+        rows = of_rows[..., None]
+        return {"exp_avg_sq_row": of_rows, "exp_avg_sq_col": of_columns}, (rows, rows.sum(axis=-2, keepdims=True), of_columns[..., None, :])
+
+    def update_bytes(self, shapes: Sequence[Shape], dtype: mx.Dtype, weight_decay: float) -> int:
+        # Squares of gradient, update and parameter; what a GPU may still have to read the latter for is not written over.
+        of_element = 4 * (1 + (self.clip_threshold is not None) + self.scale_parameter)
+        of_element += 6 if dtype != mx.float32 else 4 * self.scale_parameter
+        whole = [shape for shape in shapes if math.prod(shape) <= most_at_once()]
+        at_once = at_a_time([math.prod(shape) for shape in whole], whole=True) if whole else 0
+        # Of rows and columns there are sums of squares and new means.
+        return max(super().update_bytes(shapes, dtype, weight_decay), of_element * at_once + 4 * self._means_bytes(whole))
+
+
+def most_at_once() -> int:
+    """Elements of a tensor that a GPU updates at once; a larger one would take too much memory."""
+    return 4 * rules.piece_size()
+
+
 def _joined(by_row: Mapping[int, mx.array]) -> mx.array:
     """Pieces by their first row -> (R,): in this order the sum does not hang on the order they came in."""
     return mx.concatenate([by_row[first] for first in sorted(by_row)]) if by_row else mx.array([0.0])
@@ -265,3 +324,75 @@ def _descend(p: mx.array, g: mx.array, weights: mx.array, kept: mx.array, size: 
 @_compiled
 def _first_moment(moment: mx.array, g: mx.array, weights: mx.array, keep: mx.array, take: mx.array) -> mx.array:
     return keep * moment + take * (weights * g.astype(mx.float32))
+
+
+# -- on a GPU: each is one kernel, compiled for each shape ------------------------------------------------------------
+# means: of a matrix those of rows (..., R, 1), their sum (..., 1, 1) and those of columns (..., 1, C); of a vector its second moment.
+# of_update, of_parameter: sums of squares (..., 1, 1), or None. numbers: `_Step.numbers`. limits: the threshold and the second epsilon.
+
+
+def _sum(squares: mx.array) -> mx.array:
+    """Of each matrix, or of a vector: by rows first, whose sums are exact enough."""
+    by_row = squares.sum(axis=-1, keepdims=True)
+    return by_row.sum(axis=-2, keepdims=True) if squares.ndim > 1 else by_row
+
+
+@mx.compile
+def _next_means(old, sums, size, eps, keep, take) -> mx.array:
+    return keep * old + take * (sums * (1.0 / size) + eps)
+
+
+@mx.compile
+def _next_squares(old, g, scale, eps, keep, take) -> mx.array:
+    return keep * old + take * (mx.square(g.astype(mx.float32) * scale) + eps)
+
+
+@mx.compile
+def _squares_of(p) -> mx.array:
+    return mx.square(p.astype(mx.float32))
+
+
+@mx.compile
+def _update_squares(g, means, numbers, limits) -> mx.array:
+    return mx.square(_weighted(g, means) * numbers[4])
+
+
+@mx.compile
+def _descend_at_once(p, g, means, of_update, of_parameter, numbers, limits) -> mx.array:
+    return _decayed(p, of_parameter, numbers, limits) - _size(g, of_update, of_parameter, numbers, limits) * _weighted(g, means)
+
+
+@mx.compile
+def _next_moment(moment, beta, g, means, of_update, of_parameter, numbers, limits) -> mx.array:
+    return beta * moment + (1.0 - beta) * _size(g, of_update, of_parameter, numbers, limits) * _weighted(g, means)
+
+
+@mx.compile
+def _descend_by_moment(p, moment, of_parameter, numbers, limits) -> mx.array:
+    return _decayed(p, of_parameter, numbers, limits) - moment
+
+
+def _weighted(g, means) -> mx.array:
+    """The update before clipping and rate."""
+    if len(means) == 1:
+        return mx.rsqrt(means[0]) * g.astype(mx.float32)
+    rows, their_sum, columns = means
+    return mx.rsqrt(rows / (their_sum * (1.0 / rows.shape[-2]))) * mx.rsqrt(columns) * g.astype(mx.float32)
+
+
+def _root_mean(squares, like) -> mx.array:
+    return mx.sqrt(squares * (1.0 / math.prod(like.shape[-2:])))
+
+
+def _rate(like, of_parameter, numbers, limits) -> mx.array:
+    rate = numbers[2]
+    return rate if of_parameter is None else rate * mx.maximum(limits[1], _root_mean(of_parameter, like))
+
+
+def _decayed(p, of_parameter, numbers, limits) -> mx.array:
+    return (1.0 - numbers[3] * _rate(p, of_parameter, numbers, limits)) * p.astype(mx.float32)
+
+
+def _size(g, of_update, of_parameter, numbers, limits) -> mx.array:
+    size = _rate(g, of_parameter, numbers, limits) * numbers[4]
+    return size if of_update is None else size / mx.maximum(1.0, _root_mean(of_update, g) / limits[0])

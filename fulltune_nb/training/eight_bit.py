@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -71,6 +72,39 @@ class EightBit(Rule):
         most = max(kept / size for kept, size in zip(scales, sizes, strict=True))  # bytes of scales for an element
         # A block's old scale, its new one and the inverse of that, with one more on the way.
         return super().update_bytes(shapes, dtype, weight_decay) + int(4 * most * at_a_time(sizes))
+
+
+class GpuEightBit(EightBit):
+    """`EightBit` by few kernels: one for the parameter, and for each moment one for its numbers, one for the scales, one for the codes.
+
+    The old codes are decoded in each kernel that needs them, which moves less than float32 numbers would.
+    """
+
+    def __init__(self, rule: Rule):
+        super().__init__(rule)
+        # Each moment, the absolute values of a first one, and new codes: the old ones are read by what a GPU may still have before it.
+        moments = sum(9 if name == "m" else 5 for name in rule.slots((1,)))
+        self.temporary_bytes = (moments - 2, moments + 4)  # bfloat16: the parameter too; two bytes are counted anyway
+        self._parameter, self._moment = mx.compile(partial(_parameter, rule)), mx.compile(partial(_moment, rule))
+
+    def begin(self, step: int, learning_rate: float, weight_decay: float, gradient_scale: float) -> Scalars:
+        scalars = super().begin(step, learning_rate, weight_decay, gradient_scale)
+        return {name: numbers for name, numbers in scalars.items() if name != "numbers"}  # a program is made for each value of those
+
+    def apply(self, p: mx.array, g: mx.array, state: State, scalars: Scalars) -> tuple[mx.array, State]:
+        names = [name for name in state if not name.endswith("_scale")]
+        if len(names) == len(state):
+            return self.rule.apply(p, g, state, scalars)
+        blocks = (state[f"{names[0]}_scale"].shape[-1], -1)
+        codes = {name: mx.unflatten(state[name], -1, blocks) for name in names}
+        scales = {name: state[f"{name}_scale"][..., None] for name in names}
+        given = mx.unflatten(p, -1, blocks), mx.unflatten(g, -1, blocks), codes, scales, scalars
+        p, new = self._parameter(*given), {}
+        for name in names:
+            moment, size = self._moment(name, *given)
+            largest = mx.max(size, axis=-1, keepdims=True)
+            new[name], new[f"{name}_scale"] = _GPU_ENCODE[name](moment, largest).flatten(-2), largest.squeeze(-1)
+        return p.flatten(-2), new
 
 
 @dataclass(frozen=True)
@@ -128,3 +162,31 @@ SIGNED_CODE = BlockCode(lambda blocks: mx.maximum(mx.max(blocks, axis=-1), -mx.m
 ROOT_CODE = BlockCode(lambda blocks: mx.max(blocks, axis=-1), _root_codes, _fourth_power)
 """Of a second moment: nothing is below 0."""
 _CODES = {"m": SIGNED_CODE, "v": ROOT_CODE}
+
+
+# -- on a GPU: MLX makes one kernel of up to eleven operations in a row, which in shapeless functions count twice ------
+
+
+def _decoded_step(rule: Rule, p: mx.array, g: mx.array, codes: State, scales: State, scalars: Scalars) -> tuple[mx.array, State]:
+    """In blocks: scales (..., C / block, 1), the other arrays (..., C / block, block)."""
+    return rule.apply(p, g, {name: _GPU_DECODE[name](codes[name], scales[name]) for name in codes}, scalars)
+
+
+def _parameter(rule: Rule, *given: Any) -> mx.array:
+    return _decoded_step(rule, *given)[0]
+
+
+def _moment(rule: Rule, name: str, *given: Any) -> tuple[mx.array, mx.array]:
+    """A moment and its absolute values, which a second one is itself: both by one kernel."""
+    moment = _decoded_step(rule, *given)[1][name]
+    return moment, mx.abs(moment) if name == "m" else moment
+
+
+def _fourth_power_of_scale(codes: mx.array, scales: mx.array) -> mx.array:
+    """`_fourth_power` times the scale with an operation less in a row, so that Adam's step has eleven."""
+    squares = mx.square(codes.astype(mx.float32))
+    return squares * (scales * (1.0 / 255.0**2)) * (squares * (1.0 / 255.0**2))
+
+
+_GPU_DECODE = {"m": lambda codes, scales: _signed_square(codes) * scales, "v": _fourth_power_of_scale}
+_GPU_ENCODE = {name: mx.compile(lambda x, largest, code=code: code.to_codes(x * _inverse(largest))) for name, code in _CODES.items()}

@@ -17,6 +17,8 @@ from typing import Any
 import mlx.core as mx
 
 from fulltune_nb.training import rules
+from fulltune_nb.training.adafactor import GpuAdafactor
+from fulltune_nb.training.muon import GpuMuon
 from fulltune_nb.training.rules import SGD, Adam, Lion, Piece, Rule, Shape, Slot, State, Tensor, at_a_time
 
 
@@ -93,7 +95,8 @@ def gpu_rule(name: str, settings: Mapping[str, Any]) -> Rule | None:
     """The rule of a GPU for an optimizer, where it has one of its own."""
     if name in ("adamw", "adam"):
         return GpuAdam(settings, name == "adamw")
-    return {"sgd": GpuSGD, "lion": GpuLion}[name](settings) if name in ("sgd", "lion") else None
+    own = {"sgd": GpuSGD, "lion": GpuLion, "muon": GpuMuon, "adafactor": GpuAdafactor}
+    return own[name](settings) if name in own else None
 
 
 # Compiled for each shape, not shapeless: there each operation counts twice among the eleven that MLX makes a kernel of.

@@ -20,7 +20,7 @@ from fulltune_nb.models.parameters import holders_of, parameters_of, trainable_o
 from fulltune_nb.settings import SettingError
 from fulltune_nb.training.adafactor import Adafactor
 from fulltune_nb.training.config import TrainConfig, optimizer_settings
-from fulltune_nb.training.eight_bit import EightBit
+from fulltune_nb.training.eight_bit import EightBit, GpuEightBit
 from fulltune_nb.training.gpu_rules import gpu_rule
 from fulltune_nb.training.muon import Muon
 from fulltune_nb.training.rounding import Rounding, check_dtype
@@ -303,7 +303,7 @@ def make_rule(name: str, settings: Mapping[str, Any], kernels: Kernels | None = 
         whole: a GPU may have the rule that updates whole tensors.
     """
     if name.endswith("8bit"):
-        return EightBit(make_rule(name.removesuffix("8bit"), settings, whole=False))
+        return (EightBit if on_cpu() else GpuEightBit)(make_rule(name.removesuffix("8bit"), settings, whole=False))
     if not on_cpu() and whole and (rule := gpu_rule(name, settings)):
         return rule
     if name in ("adamw", "adam"):
