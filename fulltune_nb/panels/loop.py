@@ -197,7 +197,6 @@ class TrainLoop(Background):
         trainer: the trainer that is driven.
         between_steps: async functions of the loop, awaited before the first and after each step of a run.
         goal: the step count at which the current run, or the last one, ends.
-        pausing: whether no further step is wanted; what happens between steps should come to an end.
         error: what ended the last run, or None.
         interrupted: whether the last run was ended by an interrupt.
         pace: of the latest steps, whoever took them; measured once, so that all panels show the same.
@@ -210,7 +209,6 @@ class TrainLoop(Background):
         self.pace = Pace(steps, trainer.history.steps[-steps:])
         self.between_steps: list[Callable[[TrainLoop], Awaitable[None]]] = []
         self.goal = 0
-        self.pausing = True
         self.error: BaseException | None = None
         self.interrupted = False
         self._shared: dict[type, Any] = {}
@@ -226,6 +224,11 @@ class TrainLoop(Background):
     def running(self) -> bool:
         """Whether steps are being taken, one after the other."""
         return self.busy and self._wants_more()
+
+    @property
+    def pausing(self) -> bool:
+        """Whether no further step is wanted; what happens between steps should come to an end."""
+        return self.trainer.pausing
 
     def _wants_more(self) -> bool:
         return not self.pausing and not self.trainer.stopped_early and self.trainer.step_count < self.goal
@@ -263,18 +266,20 @@ class TrainLoop(Background):
             raise TrainingError(f"This model is being trained already, by {other.trainer!r}. Pause that run first.")
         self.error, self.interrupted, trainer.interrupted = None, False, False
         self.goal = trainer.total_steps if n is None else min(trainer.total_steps, trainer.step_count + n)
-        self.pausing = False
+        trainer.pausing = False
         if not self.busy:  # else: the run goes on, or was paused a moment ago and takes this up
             self._begin_task(self._run(), "fulltune_nb training")
         self.tell_change()
 
     def pause(self) -> None:
-        """Ends the run after the step that is under way; `start` goes on from there."""
-        self.pausing = True
+        """Ends the run after the step that is under way, a cell's too; `start` goes on from there. From any thread."""
+        self.trainer.pausing = self.busy or self.trainer.state == "running"
+        self.goal = min(self.goal, self.trainer.step_count)  # though a step, or another run, is asked for before this one has ended
 
     def interrupt(self) -> None:
         """As `pause`, and the history and the checkpoint tell of it."""
-        self.pausing = self.interrupted = True
+        self.pause()
+        self.interrupted = True
 
     async def wait(self) -> None:
         """Returns when the run is over: paused, done or interrupted. At once where none goes on.
@@ -296,7 +301,8 @@ class TrainLoop(Background):
                 self._listen()
                 self._termination.watch()
                 with interrupts_deferred():
-                    next(steps, None)
+                    if next(steps, None) is None:
+                        break  # a pause has come this moment
                 await self._between_steps()
                 await let_go()
         except StoppedAtOnce as error:
@@ -308,8 +314,8 @@ class TrainLoop(Background):
         except BaseException as error:  # a task's exceptions are shown nowhere: kept for `wait` and for the panels
             self.error = error
         finally:
-            self.pausing = True
             steps.close()
+            self.goal, self.trainer.pausing = self.trainer.step_count, False
             self._end_run()
 
     async def _between_steps(self) -> None:
@@ -377,6 +383,7 @@ class Hold:
 
     async def _halt(self, loop: TrainLoop) -> None:
         self._halted.add(loop)
-        while not self._released and not loop.pausing:
-            await let_go()
+        with loop.trainer.now_doing("waiting for an answer in a chat"):
+            while not self._released and not loop.pausing:
+                await let_go()
         self._halted.discard(loop)

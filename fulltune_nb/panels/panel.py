@@ -85,10 +85,11 @@ class Panel:
 
     # -- controls -------------------------------------------------------------------------------------------------------
 
-    def connect(self, control: widgets.Widget, method: Callable[..., Any], *args: Any) -> None:
+    def connect(self, control: widgets.Widget, method: Callable[..., Any], *args: Any, at_once: bool = False) -> None:
         """Has a press of a button call `method(*args)`, or what is entered into a field `method(*args, value)`.
 
-        The control does not hold the method's object: widgets live until they are closed.
+        The control does not hold the method's object: widgets live until they are closed. With `at_once` a button's method is called on
+        the thread that the press comes on, also in the middle of a step.
         """
         here, bound = weakref.ref(self), weakref.WeakMethod(method)
 
@@ -96,7 +97,9 @@ class Panel:
             panel, call = here(), bound()
             if panel is None or call is None or panel.closed or panel._putting == (threading.get_ident(), control):
                 return
-            if isinstance(control, widgets.Button):
+            if at_once:
+                call(*args)
+            elif isinstance(control, widgets.Button):
                 panel._post(partial(call, *args))
             else:
                 panel._entries.add(control)

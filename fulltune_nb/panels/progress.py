@@ -4,7 +4,8 @@ The environment variable `FULLTUNE_PROGRESS` chooses: `auto` (the default), `ter
 run by papermill is a notebook too; set `plain` there for lines that a log can hold.
 
 Shown values: the loss is the mean over the trained tokens of the last `config.steps_per_report` steps, the speed is that of these
-steps, the peak is the largest of the run, and the time left counts evaluations and saving too. How a run ended is `trainer.state`.
+steps, the peak is the largest of the run, and the time left counts evaluations and saving too. What happens is said in the words of
+`trainer.status`, and how a run ended in those of `trainer.state`.
 """
 
 from __future__ import annotations
@@ -150,6 +151,11 @@ class _Progress:
     def on_event(self, trainer: Any, event: Any) -> None:
         self.show_line(trainer, event.message)
 
+    def ended(self, trainer: Any, with_peak: bool = True) -> str:
+        """How the run ended, in a line."""
+        peak = f", peak {memory_size(self.peak)}" if self.peak and with_peak else ""  # none where no step was taken
+        return f"{trainer.state} after {self.elapsed()}{peak}" + (f": {trainer.failure}" if trainer.failure else "")
+
     def elapsed(self) -> str:
         """Time since the start of the run."""
         return clock(time.monotonic() - self._started)
@@ -193,9 +199,12 @@ class PlainProgress(_Progress):
     def on_save(self, trainer: Any, path: Any) -> None:
         self.show_line(trainer, f"saved {path}")
 
+    def on_doing(self, trainer: Any) -> None:
+        if trainer.doing and time.monotonic() - self._last_line >= SILENCE_SECONDS:
+            self.show_line(trainer, trainer.status)
+
     def on_end(self, trainer: Any) -> None:
-        peak = f", peak {memory_size(self.peak)}" if self.peak else ""  # none where no step was taken
-        self.show_line(trainer, f"{trainer.state} after {self.elapsed()}{peak}")
+        self.show_line(trainer, self.ended(trainer))
 
 
 class TerminalProgress(_Progress):
@@ -214,9 +223,14 @@ class TerminalProgress(_Progress):
         self._bar.set_postfix_str(self.numbers(report), refresh=False)  # tqdm itself decides when there is time to draw
         self._bar.update(report.step - self._bar.n)
 
+    def on_doing(self, trainer: Any) -> None:
+        last = self.pace.last
+        self._bar.set_postfix_str(_one_line(trainer.status) if trainer.doing else self.numbers(last) if last else "")
+
     def on_end(self, trainer: Any) -> None:
         self._bar.refresh()
         self._bar.close()
+        print(_one_line(f"step {trainer.step_count}: {self.ended(trainer)}"), file=sys.stderr)
 
 
 def _has_size(stream: Any) -> bool:
@@ -253,12 +267,18 @@ class NotebookProgress(_Progress):
         self._events.append((f"{event.step:,}", event.kind.replace("_", " "), event.message))
         self._refresh(trainer)
 
+    def on_doing(self, trainer: Any) -> None:
+        self._draw_now(trainer)
+
     def on_end(self, trainer: Any) -> None:
-        self._draw(trainer, f"{trainer.state} after {self.elapsed()}")
+        self._draw(trainer, self.ended(trainer, with_peak=False))
 
     def _refresh(self, trainer: Any) -> None:
         if time.monotonic() - self._drawn >= REFRESH_SECONDS:
-            self._draw(trainer, f"{self.elapsed()} so far, {self.left(trainer)} left")
+            self._draw_now(trainer)
+
+    def _draw_now(self, trainer: Any) -> None:
+        self._draw(trainer, f"{trainer.status}, {self.elapsed()} so far, {self.left(trainer)} left")
 
     def _draw(self, trainer: Any, state: str) -> None:
         self._drawn = time.monotonic()

@@ -91,6 +91,10 @@ class Samples:
     def _answer_all(self) -> Iterator[None]:
         """Yields after every piece of text; the answer is in `rows` from its first piece on."""
         self.wanted, self._last_step = False, self._loop.trainer.step_count
+        with self._loop.trainer.now_doing("answering samples"):
+            yield from self._answers()
+
+    def _answers(self) -> Iterator[None]:
         for prompt in self.prompts:
             step, answer = self._loop.trainer.step_count, ""
             self.rows.append(Sample(step, prompt, answer))

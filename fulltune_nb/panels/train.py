@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, TrainingError
-from fulltune_nb.html import NO_MATH, cut, esc, facts, human_bytes, table
+from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.live_plot import LivePlot
 from fulltune_nb.panels.loop import TrainLoop, hear, interruptible, loop_of
 from fulltune_nb.panels.panel import Panel, error_html
 from fulltune_nb.panels.progress import PlainProgress, clock, progress
+from fulltune_nb.panels.run_record import record_html
 from fulltune_nb.panels.samples import Sample, Samples
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
 from fulltune_nb.training.history import EvalReport, Event, StepReport
@@ -31,7 +32,6 @@ from fulltune_nb.training.trainer import Trainer
 
 REFRESH_SECONDS = 0.25  # numbers change no more often while steps are taken
 _LOG_KEPT, _LOG_SHOWN = 1000, 60
-_RECORD_ROWS = 12  # evaluations, events and samples that the record lists
 _NOTE = "A picture and a table of the run will stand here when it pauses or ends. They stay in the notebook's file."
 _CLOSE_LINES = '<div style="line-height:1.35">{}</div>'  # ipywidgets would set them 28 pixels apart
 
@@ -92,9 +92,9 @@ class TrainPanel(Panel):
         self.loop.start(n)
 
     def pause(self) -> None:
-        """Ends the run after the step under way; `start` goes on from there."""
+        """Ends the run after the step under way, also one of a cell; `start` goes on from there. From any thread."""
         self.loop.pause()
-        self._view.refresh()
+        self._view.show_status()
 
     async def wait(self) -> None:
         """Returns when the run is paused, done or interrupted; the cell then shows a picture and a table that stay.
@@ -170,12 +170,12 @@ class TrainPanel(Panel):
     def _connect(self) -> None:
         controls = self.controls
         self.connect(controls.run, self._run_pressed)
-        self.connect(controls.pause, self.pause)
+        self.connect(controls.pause, self._pause_pressed, at_once=True)
         self.connect(controls.step, self._step_pressed)
         self.connect(controls.step_n, self._step_n_pressed)
         self.connect(controls.evaluate, self.evaluate)
         self.connect(controls.save, self.save)
-        self.connect(controls.stop, self.stop)
+        self.connect(controls.stop, self._stop_pressed, at_once=True)
         self.connect(controls.sample_now, self._sample_pressed)
         self.connect(controls.learning_rate, self._rate_entered)
         self.connect(controls.prompts, self._set_samples, "prompts")
@@ -208,6 +208,14 @@ class TrainPanel(Panel):
 
     def _run_pressed(self) -> None:
         self.start()
+
+    def _pause_pressed(self) -> None:
+        self.pause()
+        self._post(self.refresh)
+
+    def _stop_pressed(self) -> None:
+        self.pause()
+        self._post(self.stop)
 
     def _step_pressed(self) -> None:
         self._steps_pressed(1)
@@ -324,6 +332,11 @@ class TrainView:
         """A cell's `trainer.run` is over."""
         self.on_change(trainer)
 
+    def on_doing(self, trainer: Trainer) -> None:
+        """What is done beside steps has begun, gone on or ended."""
+        if not self._panel.closed:
+            self.show_status()
+
     def note(self, kind: str, text: str) -> None:
         """A line for the log."""
         self._log.append((f"{self._trainer.step_count:,}", kind, text))
@@ -347,11 +360,11 @@ class TrainView:
         return self._loop.running or self._trainer.state == "running"
 
     def _state(self) -> str:
-        """`trainer.state`, and what there is to add to it."""
-        if self._training:
+        """`trainer.status`, and what there is to add to it."""
+        status = self._trainer.status
+        if self._training and status in ("running", "ready", "paused"):  # a run of the loop is one before its first step begins, too
             return "running" if self._loop.busy else "running in a cell"
-        state = self._trainer.state
-        return f"{state} by an interrupt" if state == "paused" and self._trainer.interrupted else state
+        return status
 
     def _status_line(self) -> str:
         """Step, epoch, loss, speed, memory and time left, in plain text."""
@@ -372,9 +385,7 @@ class TrainView:
             return
         self._refreshed = time.monotonic()
         controls, trainer, running = self._controls, self._trainer, self._loop.running
-        # Texts have signs besides colours; role=status has a screen reader read changes when it is idle.
-        line = f"<b>{'▶' if self._training else '❚❚'} {esc(self._state())}</b> · {esc(self._status_line())}"
-        controls.status.value = f'<div role="status" class="{NO_MATH}">{line}</div>'
+        self.show_status()
         controls.progress.max = max(1, trainer.total_steps)
         controls.progress.value = trainer.step_count
         controls.progress.bar_style = "success" if trainer.done else ""
@@ -388,6 +399,13 @@ class TrainView:
         error = self._panel.error
         controls.error.value = "" if error is None else error_html(error)
         controls.error.layout.display = "none" if error is None else ""
+
+    def show_status(self) -> None:
+        """What happens now, in a line; from any thread."""
+        why = f" ({esc(self._trainer.failure)})" if self._trainer.failure else ""
+        # Texts have signs besides colours; role=status has a screen reader read changes when it is idle.
+        line = f"<b>{'▶' if self._training else '❚❚'} {esc(self._state())}</b>{why} · {esc(self._status_line())}"
+        self._controls.status.value = f'<div role="status" class="{NO_MATH}">{line}</div>'
 
     def _show_samples(self) -> None:
         controls, samples, put = self._controls, self._samples, self._panel.put
@@ -465,26 +483,3 @@ def _make_plot(loop: TrainLoop) -> LivePlot:
 def _tab_opened(here: weakref.ref[TrainPanel], change: Any) -> None:
     if (panel := here()) is not None and not panel.closed:
         panel.loop.post(partial(panel._view.open_tab, change.new))
-
-
-def record_html(trainer: Trainer, title: str, samples: Samples) -> str:
-    """What there is to say about a run, as tables of bounded length."""
-    history, steps = trainer.history, trainer.history.steps
-    figures = [("epoch", f"{steps[-1].epoch:.2f}"), *history.summary.facts()] if steps else [("steps", "none taken yet")]
-    settings = [("next learning rate", f"{trainer.learning_rate:.3g} (peak {trainer.peak_learning_rate:.3g})")]
-    settings += [("optimizer", trainer.config.optimizer), ("run_dir", cut(str(trainer.run_dir or "none")))]
-    parts = [facts(title, [*figures, *settings])]
-    if evals := history.evals[-_RECORD_ROWS:]:
-        rows = [(f"{r.step:,}", r.split, f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.tokens:,}") for r in evals]
-        caption = _caption("Evaluations", len(history.evals), len(evals))
-        parts.append(table(("step", "split", "loss", "perplexity", "tokens"), rows, caption))
-    if events := history.events[-_RECORD_ROWS:]:
-        rows = [(f"{r.step:,}", r.kind.replace("_", " "), cut(r.message)) for r in events]
-        parts.append(table(("step", "event", ""), rows, _caption("Events", len(history.events), len(events))))
-    if samples.rows:
-        parts.append(samples.to_html(_RECORD_ROWS))
-    return f'<div class="{NO_MATH}">{"".join(parts)}</div>'
-
-
-def _caption(what: str, there: int, shown: int) -> str:
-    return what if there == shown else f"{what}: the last {shown} of {there:,}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -183,7 +183,9 @@ def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:
 
 
 @tells_device_errors(IN_EVALUATION)
-def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: int | None = None) -> tuple[float, int]:
+def evaluate_loss(
+    model: Decoder, split: Split, batch_size: int, max_batches: int | None = None, tell: Callable[[int, int], None] | None = None
+) -> tuple[float, int]:
     """Mean -log p over the split's trained tokens, in nats, and how many they are.
 
     Args:
@@ -191,6 +193,7 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
         split: the examples.
         batch_size: rows at a time; changes memory and time, not the result.
         max_batches: at most so many batches; None for the whole split.
+        tell: called with how many batches are done, from 0 on, and how many there are.
 
     Raises:
         DataError: token ids that the model has no row for.
@@ -198,7 +201,9 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
     check_ids(split, model.config.vocab_size)
     total, tokens = 0.0, 0
     batches = evaluation_batches(split, batch_size, max_batches)
-    for rows, shape in zip(batches, evaluation_shapes(split, batches), strict=True):
+    for number, (rows, shape) in enumerate(zip(batches, evaluation_shapes(split, batches), strict=True)):
+        if tell is not None:
+            tell(number, len(batches))
         batch = collate(split, rows, shape)
         lengths = mx.array(batch.row_lengths)
         hidden = model.hidden_states(mx.array(batch.inputs), dtype=model.compute_dtype, lengths=lengths)  # (B, T, D)
@@ -209,7 +214,15 @@ def evaluate_loss(model: Decoder, split: Split, batch_size: int, max_batches: in
     return total / tokens, tokens
 
 
-def evaluate_split(model: Decoder, data: DataSet, split: str, step: int, batch_size: int, max_batches: int | None) -> EvalReport:
+def evaluate_split(
+    model: Decoder,
+    data: DataSet,
+    split: str,
+    step: int,
+    batch_size: int,
+    max_batches: int | None,
+    tell: Callable[[int, int], None] | None = None,
+) -> EvalReport:
     """Loss and perplexity over a split of the data, as a report; see `evaluate_loss`.
 
     Raises:
@@ -218,6 +231,6 @@ def evaluate_split(model: Decoder, data: DataSet, split: str, step: int, batch_s
     if split not in SPLITS or getattr(data, split) is None:
         raise DataError(f"No split {split!r} in this data; there are {', '.join(data.splits)}.")
     started = time.perf_counter()
-    loss, tokens = evaluate_loss(model, getattr(data, split), batch_size, max_batches)
+    loss, tokens = evaluate_loss(model, getattr(data, split), batch_size, max_batches, tell)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return EvalReport(split, step, loss, perplexity, tokens, time.perf_counter() - started)

@@ -34,7 +34,7 @@ from fulltune_nb.errors import (
     device_errors,
 )
 from fulltune_nb.files import absolute
-from fulltune_nb.html import facts
+from fulltune_nb.html import cut, facts, printable
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable, trainable_of
 from fulltune_nb.training.callbacks import default_callbacks
@@ -72,6 +72,7 @@ from fulltune_nb.training.state import (
 )
 
 _METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
+_TELL_SECONDS = 0.25  # how often callbacks hear how far an evaluation is
 _NEW_SCHEDULE = {"learning_rate", "lr_schedule", "warmup"}
 _NEW_OPTIMIZER = {"optimizer", "optimizer_config", "train_only", "freeze"}
 
@@ -95,6 +96,9 @@ class Trainer:
         patience: the count of validation losses.
         optimizer_steps_before: steps taken before the optimizer was begun anew, in a fork with another one.
         interrupted: whether the last `run` was ended by an interrupt.
+        pausing: whether the run under way is to end after its step; see `pause`.
+        doing: what is done beside steps at this moment, such as "evaluating valid 12 of 50" (batches) or "saving"; "" for nothing.
+        failure: why the state is "failed", in a line; "" where it is not.
     """
 
     def __init__(
@@ -181,22 +185,27 @@ class Trainer:
         self.lm, self.data, self.config = lm, data, config
         self.history, self.listeners, self.patience = History(), [], Patience(config.patience)
         self.step_count = self.optimizer_steps_before = 0
-        self.interrupted = False
+        self.interrupted = self.pausing = False
+        self.doing = self.failure = ""
         self._directory: RunDirectory | None = None
         self._callbacks: tuple[Any, ...] = ()
-        self._loops_open, self._failed = 0, False
-        self._told_failure: str | None = None
+        self._loops_open = 0
+        self._told_failures: set[str] = set()
         self._forget_what_is_written()
         if stored is not None:
             stored.put_weights(lm, data, config)
         plan = make_plan(lm, data, config, force, stored and stored.backward(config))
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
+        trained_before = lm.card.history.steps if lm.card is not None and stored is None else []
         lm.card = ModelCard(lm.source, data, config, self.history, lm.dequantized)
         ends, strings = data.trained_ends
         lm.add_ends(ends, strings)
         lm.trained_ends = () if strings else ends  # the first becomes the EOS of a tokenizer that is saved, which is one token
         for kind, message in (*(("data", note) for note in data.notes), *plan.notes):
             self.event(kind, message)
+        if trained_before:
+            steps = f"{len(trained_before):,} step{'s' * (len(trained_before) > 1)}"
+            self.event("model", f"this model was trained before, {steps} by an earlier trainer: the run begins with these weights")
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
         schedule = make_schedule(config.lr_schedule, config.learning_rate, config.warmup, self.total_steps)
         self._rate = LearningRate(schedule, peak_of(config.lr_schedule, config.learning_rate, schedule, self.total_steps))
@@ -235,11 +244,31 @@ class Trainer:
     @property
     def _ending(self) -> str:
         """The state of a run that takes no more steps now."""
-        if self._failed or self._torn():
+        if self.failure or self._torn():
             return "failed"
         if self.done:
             return "stopped early" if self.stopped_early else "done"
         return "paused" if self.step_count or self.interrupted else "ready"
+
+    @property
+    def status(self) -> str:
+        """What happens now, in words: `doing` or else `state`, and whether a pause is to come."""
+        if self.pausing:
+            return f"{self.doing}, then pausing" if self.doing else "pausing after this step"
+        if self.state == "paused" and self.interrupted:
+            return self.doing or "paused by an interrupt"
+        return self.doing or self.state
+
+    @contextmanager
+    def now_doing(self, what: str) -> Iterator[None]:
+        """Within the block `doing` is `what`; callbacks and listeners hear of both ends by `on_doing`."""
+        before, self.doing = self.doing, what
+        self.tell("on_doing")
+        try:
+            yield
+        finally:
+            self.doing = before
+            self.tell("on_doing")
 
     @property
     def run_dir(self) -> Path | None:
@@ -420,6 +449,8 @@ class Trainer:
         self._check_whole()
         try:
             with self._running():
+                self.pausing = False  # one that was asked for before is of another run
+                self.tell("on_change")
                 if self.step_count or not self.done:
                     self._evaluate_if_due()  # what an interrupt kept from being done after the last step
                     self._save_if_due()
@@ -428,8 +459,14 @@ class Trainer:
                     self._evaluate_if_due()
                     self._save_if_due()
                     yield report
+                    if self.pausing:
+                        break
         finally:
             self.tell("on_change")  # however the loop was left
+
+    def pause(self) -> None:
+        """Ends the run under way, of `run` or `steps`, after its step and what is due then; for callbacks, and from any thread."""
+        self.pausing = self.pausing or self._loops_open > 0
 
     def _target(self, n: int | None) -> int:
         """The step count at which `n` more steps end."""
@@ -440,16 +477,17 @@ class Trainer:
         """Within the block the state is "running", and MLX keeps the memory of a run; an error that leaves it makes it "failed"."""
         plan = self._memory_plan
         limits = nullcontext() if self._loops_open else memory_limits(plan.peak + plan.cache, plan.cache)
-        self._loops_open, self._failed = self._loops_open + 1, False
+        self._loops_open, self.failure = self._loops_open + 1, ""
         try:
             with self._last_checkpoint_named(), device_errors(IN_TRAINING), limits:
                 yield
         except Exception as error:
-            self._failed = True
+            self.failure = cut(printable(" ".join(f"{type(error).__name__}: {error}".split())))
             self.lm.torn = self.lm.torn or self._torn(error)  # the last update may be what failed
             raise
         finally:
             self._loops_open -= 1
+            self.pausing = self.pausing and self._loops_open > 0
 
     def run(self, n: int | None = None, callbacks: Sequence[Any] = ()) -> None:
         """Trains to the end of the run, or `n` more steps; returns at once when the run is done.
@@ -462,7 +500,8 @@ class Trainer:
             n: steps; None for all that are left.
             callbacks: objects with any of `on_step(trainer, report)`, `on_eval(trainer, report)`, `on_save(trainer, path)`,
                 `on_event(trainer, event)`; also `on_start(trainer, target)`, with the step count at which this call will end,
-                `on_end(trainer)`, which comes after an error too, and `on_change(trainer)`, when the state is another one.
+                `on_end(trainer)`, which comes after an error too, `on_change(trainer)`, when the state is another one, and
+                `on_doing(trainer)`, when `trainer.doing` is.
 
         Raises:
             NonFiniteError: see `step`.
@@ -473,8 +512,8 @@ class Trainer:
         before, self._callbacks = self._callbacks, (*callbacks, *(make() for make in default_callbacks))
         try:
             with termination_pauses():
-                self.tell("on_start", self._target(n))
                 try:
+                    self.tell("on_start", self._target(n))
                     for _ in self.steps(n):
                         pass
                 except StoppedAtOnce:
@@ -501,12 +540,20 @@ class Trainer:
             DataError: there is no such split.
         """
         self.lm.check_whole()
-        with self._last_checkpoint_named(), device_errors(IN_EVALUATION):
-            report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches)
+        with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
+            tell = partial(self._tell_evaluated, split, [time.monotonic()])
+            report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell)
         self.record(report)
         if self._result_step == self.step_count:
             self._write_result()  # such as a test after the end
         return report
+
+    def _tell_evaluated(self, split: str, told: list[float], done: int, total: int) -> None:
+        """So many batches of all are evaluated; `told` holds when callbacks last heard of it."""
+        self.doing = f"evaluating {split} {done:,} of {total:,}"
+        if not done or time.monotonic() - told[0] >= _TELL_SECONDS:
+            told[0] = time.monotonic()
+            self.tell("on_doing")
 
     def _evaluate_if_due(self) -> None:
         """Validation, once a step; keeps the best weights and counts towards `patience`."""
@@ -529,7 +576,8 @@ class Trainer:
             return
         best = self._best_step
         if best == self.step_count:
-            self._best_is_due = not self._try_to_write(partial(self._directory.save_best, self.lm, best))
+            with self.now_doing("saving the best weights"):
+                self._best_is_due = not self._try_to_write(partial(self._directory.save_best, self.lm, best))
             return
         self._best_is_due = False
         there = self.run_dir / "checkpoints" / checkpoint_name(best)
@@ -602,7 +650,8 @@ class Trainer:
             raise TrainingError("This trainer has no run_dir, so there is nowhere to save. Give it one with trainer.move_run('runs/a').")
         if self._directory.lock.folder_is_gone:
             return self.move_run(self._directory.path)
-        path = self._directory.save_checkpoint(self.lm, self._take_state(), self.config.keep)
+        with self.now_doing("saving"):
+            path = self._directory.save_checkpoint(self.lm, self._take_state(), self.config.keep)
         self._saved_step = self.step_count
         self.tell("on_save", path)
         self._tell_notes()
@@ -625,7 +674,8 @@ class Trainer:
         state, before = self._take_state(), self._directory
         directory = RunDirectory.create(run_dir, self.config, self.lm.source)
         try:
-            path = directory.save_checkpoint(self.lm, state, self.config.keep)
+            with self.now_doing("saving"):
+                path = directory.save_checkpoint(self.lm, state, self.config.keep)
         except BaseException:
             directory.close()
             raise
@@ -676,13 +726,13 @@ class Trainer:
         """Whether it was written. Where `on_save_error` is "continue", an event tells that it cannot be, once until something can."""
         try:
             write()
-            self._told_failure = None
+            self._told_failures.clear()
             return True
         except CheckpointError as error:
             if self.config.on_save_error == "stop" or not self._directory.lock.is_ours:
                 raise
-            if str(error) != self._told_failure:  # writing that very event may fail too
-                self._told_failure = str(error)
+            if str(error) not in self._told_failures:  # writing that very event may fail too
+                self._told_failures.add(str(error))
                 self.event("save_failed", str(error))
             return False
 
@@ -764,7 +814,7 @@ class Trainer:
         self.history[:] = state.history
         self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
         self.lm.torn, self.lm.update_under_way = None, False
-        self._failed = False
+        self.failure = ""
         self._rate.factor = state.rate_factor
         self.patience.load(state.patience)
         set_random_state(state.random)
@@ -846,10 +896,18 @@ class Trainer:
         self.record(Event(self.step_count, kind, message, time.time()))
 
     def tell(self, method: str, *subject: Any) -> None:
-        """Calls `method(trainer, *subject)` on every callback of the run and every listener that has it."""
+        """Calls `method(trainer, *subject)` on every callback of the run and every listener that has it; then the first error is raised."""
+        errors: list[Exception] = []
         for callback in (*self._callbacks, *self.listeners):
             if (function := getattr(callback, method, None)) is not None:
-                function(self, *subject)
+                try:
+                    function(self, *subject)
+                except Exception as error:
+                    errors.append(error)
+        for error in errors[1:]:
+            errors[0].add_note(f"{method} of another callback failed too: {type(error).__name__}: {error}")
+        if errors:
+            raise errors[0]
 
     def _write_into(self, directory: RunDirectory) -> None:
         """Holds a directory, and writes what there is already."""
@@ -868,7 +926,7 @@ class Trainer:
             "Trainer",
             [
                 ("step", f"{self.step_count:,} of {self.total_steps:,}"),
-                ("state", self.state),
+                ("state", f"{self.status}: {self.failure}" if self.failure else self.status),
                 ("epoch", f"{self.step_count / per_epoch:.2f} ({per_epoch:,} steps each)"),
                 ("last loss", "none yet" if last is None else f"{last:.4f}"),
                 ("next learning rate", f"{self.learning_rate:.3g} (peak {self.peak_learning_rate:.3g})"),

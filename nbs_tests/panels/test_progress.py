@@ -47,7 +47,8 @@ class FakeTrainer:
         self.callback, self.moment = callback, moment
         self.config, self.data = SimpleNamespace(steps_per_report=every), SimpleNamespace(notes_shown=False)
         self.total_steps, self.step_count = total, 0
-        self.history, self.state = History(), "done"
+        self.history, self.state, self.status = History(), "done", "running"
+        self.doing = self.failure = ""
 
     def run(self, n=None, seconds=1.0):
         target = self.total_steps if n is None else self.step_count + n
@@ -186,12 +187,31 @@ def test_what_happened_before_the_run_is_told_at_its_start_once(moment, capsys):
     assert out.count("weights were bfloat16") == 1 and out.count("learning rate changed") == 1 and "interrupted" not in out
 
 
+@pytest.mark.parametrize("shape", [PlainProgress, TerminalProgress])
 @pytest.mark.parametrize("state", ["paused", "done", "stopped early", "failed"])
-def test_the_last_line_says_how_the_trainer_says_that_the_run_ended(moment, capsys, state):
-    trainer = FakeTrainer(PlainProgress(), moment)
-    trainer.state = state
+def test_the_last_line_says_how_the_trainer_says_that_the_run_ended(moment, capsys, state, shape):
+    trainer = FakeTrainer(shape(), moment)
+    trainer.state, trainer.failure = state, "why" * (state == "failed")
     trainer.run(3)
-    assert f"step 3/30: {state} after 0:03" in capsys.readouterr().out.splitlines()[-1]
+    out, err = capsys.readouterr()
+    last = (out or err).splitlines()[-1]
+    assert re.match(f"step 3(/30)?: {state} after 0:03", last) and last.endswith(": why") == (state == "failed")
+
+
+@pytest.mark.parametrize("shape, seconds", [(PlainProgress, 61.0), (TerminalProgress, 1.0)])
+def test_what_is_done_beside_steps_is_shown(moment, capsys, shape, seconds):
+    trainer = FakeTrainer(shape(), moment)
+    trainer.callback.on_start(trainer, 30)
+    trainer.step()
+    moment.now += seconds  # plain lines stay silent for a minute
+    trainer.doing = trainer.status = "evaluating valid 12 of 50"
+    trainer.callback.on_doing(trainer)
+    trainer.doing = ""
+    trainer.callback.on_doing(trainer)
+    shown = "".join(capsys.readouterr())
+    assert "evaluating valid 12 of 50" in shown
+    if shape is TerminalProgress:  # it does not stay there in the step to come
+        assert shown.rindex("loss 3.900") > shown.rindex("evaluating")
 
 
 # -- terminal -----------------------------------------------------------------------------------------------------

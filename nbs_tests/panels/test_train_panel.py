@@ -430,3 +430,40 @@ def test_twenty_thousand_reports_make_a_small_record_and_a_small_panel(make_trai
     assert len(panel._repr_html_()) < 150_000
     panel.refresh()  # how long it takes: nbs_tests/benchmarks/drawing_time.py
     assert len(shown(panel)) < 150_000
+
+
+@pytest.mark.parametrize("name", ["pause", "stop"])
+def test_pause_pressed_while_a_cell_trains_is_shown_at_once_and_ends_it_after_the_step(make_trainer, panel_of, monkeypatch, name):
+    """The press comes on another thread, as JupyterLab's subshells have it, in the middle of a step."""
+    panel = panel_of(make_trainer(iters=40))
+    take, statuses = panel.trainer._take_step, []
+
+    def pressed_in_step_3(number, *args):
+        statuses.append(panel.controls.status.value)
+        if number == 3:
+            thread = threading.Thread(target=panel.controls.pause.click if name == "pause" else panel._stop_pressed)
+            monkeypatch.setattr(panel, "_post", lambda action: None)  # what is for the main thread comes after the cell
+            thread.start()
+            thread.join()
+            statuses.append(panel.controls.status.value)
+        return take(number, *args)
+
+    monkeypatch.setattr(panel.trainer, "_take_step", pressed_in_step_3)
+    panel.trainer.run()
+    assert "running in a cell</b>" in statuses[0] and "pausing after this step</b>" in statuses[-1]
+    assert panel.trainer.step_count == 3 and "paused</b>" in panel.controls.status.value
+
+
+def test_the_status_says_what_is_done_between_steps_and_why_a_run_failed(make_trainer, panel_of, tmp_path):
+    panel = panel_of(make_trainer(run_dir=tmp_path / "run", steps_per_eval=1), prompts=["the"], max_tokens=2)
+    seen = []
+    panel.controls.status.observe(lambda change: seen.append(change.new), "value")
+    panel.step()
+    panel.sample()
+    for words in ("evaluating valid 0 of", "saving", "answering samples"):
+        assert any(words in status for status in seen), words
+    assert "paused</b>" in panel.controls.status.value
+    panel.trainer.lm.model.norm.weight = panel.trainer.lm.model.norm.weight * float("nan")
+    with pytest.raises(ft.errors.NonFiniteError):
+        panel.step()
+    assert "failed</b> (NonFiniteError: " in panel.controls.status.value
