@@ -13,6 +13,8 @@ from unittest import mock
 import mlx.core as mx
 
 MACHINES = ("gpu", "darwin", "gpu,darwin")
+IS_REAL = mx.is_available(mx.gpu)
+"""Whether there is a GPU, asked before anything here says so."""
 # What Python has on Linux and not on macOS.
 LINUX_ONLY = ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "POSIX_FADV_DONTNEED", "memfd_create", "posix_fallocate")
 # What decides by `sys.platform` when it is first imported, and so has to be imported before a system is made to seem another.

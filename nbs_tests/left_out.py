@@ -4,7 +4,6 @@ OTHER_PROCESSES = "processes of their own, which do not believe what this one do
 OF_THE_CPU = "speaks of the CPU by itself: its kernels, its BLAS, its allocator, what it decides there"
 
 THE_SAME = "texts, pictures and rows: nothing in them depends on the device"
-AS_ELSEWHERE = "what training/test_gpu_step.py tries, and compiles less for it"
 BY_A_TABLE = "asks for cosines and sines, which MLX's kernel makes on a GPU; for GPUs: models/test_rope.py"
 COUNTED_LESS_WELL = "outside these bounds, or by how far the host runs ahead; of other shapes: the same test, test_mac_memory.py"
 OF_MLX_LM = "mlx-lm makes a stream of its own for a device that is not there"
@@ -26,7 +25,6 @@ LEFT_OUT = (
     (GPU, "test_svg.py", THE_SAME),
     (GPU, "models/test_stops_elsewhere.py::test_mlx_lm_stops", OF_MLX_LM),
     (GPU, "gpu/test_benchmark.py", OF_MLX_LM),
-    (GPU, "gpu/test_parity.py::test_every_family_is_trained_and_answers_as_on_the_cpu", AS_ELSEWHERE),
     (ALL, "cpu/", OF_THE_CPU),
     (GPU, "test_system_info.py::test_what_the_last_digits_depend_on_is_named", OF_THE_CPU),
     (GPU, "test_system_info.py::test_the_processor_that_the_blas_computes_for_is_named", OF_THE_CPU),

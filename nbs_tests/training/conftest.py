@@ -1,16 +1,28 @@
 """Small models and data for the trainer's tests."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.data.batches import Batch
+from fulltune_nb.models.model_config import read_config
 
 TINY_LLAMA = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
 }
+MECHANISMS = {
+    "head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2, "use_sliding_window": True, "max_window_layers": 1, "pad_token_id": 0,
+    "num_experts": 3, "num_local_experts": 3, "moe_num_experts": 3, "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
+    "num_experts_per_tok": 2, "moe_k": 2, "n_shared_experts": 1, "moe_num_shared_experts": 1, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2, "residual_multiplier": 0.5, "clip_qkv": 0.5,
+}  # fmt: skip
+"""Of all families, small: a family reads some."""
+OWN_MECHANISMS = "llama mistral gemma2 gemma3_text phi3 olmo3 qwen2_moe glm4_moe ernie4_5_moe granitemoe cohere2 apertus gpt_oss".split()
+"""Families that differ most: these are always tried, all the others in CI."""
 WORDS = "the quick brown fox jumps over lazy dog rows table city most people answer fine thank you".split()
 
 
@@ -23,6 +35,13 @@ def make_rows(count: int, start: int = 0) -> list[dict[str, str]]:
         }
         for i in range(start, start + count)
     ]
+
+
+def family_shape(family: str) -> dict[str, Any]:
+    """The `config.json` of a small model with all that the family has and may leave out: two layers, the second one with experts."""
+    raw = {**TINY_LLAMA, **MECHANISMS, "model_type": family}
+    read = read_config(raw).keys_read
+    return {key: value for key, value in raw.items() if key in read or key in TINY_LLAMA}
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from nbs_tests.kernel_counts import as_on_gpu, kernels
 from nbs_tests.models.model_cases import SMALL
 from nbs_tests.models.parity import need, relative_error
 from nbs_tests.models.test_decode_kernels import of_a_token, of_mlx_lms
-from nbs_tests.training.test_families_run import FAMILIES
+from nbs_tests.training.conftest import family_shape
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
@@ -56,11 +56,10 @@ def test_a_compiled_step_is_that_of_a_cpu(trained, settings):
 @pytest.mark.parametrize("backward", ["whole", "layerwise"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe", "ernie4_5_moe", "granitemoe", "gpt_oss"])
 def test_in_bfloat16_it_learns_as_on_a_cpu(trained, family, backward):
-    shape = {"model_type": family, **FAMILIES[family]}
     settings = {"backward": backward, "weights": "bfloat16", "compile": False, "iters": 4, "learning_rate": 1e-3}
-    expected = trained(shape, **settings)
+    expected = trained(family_shape(family), **settings)
     with gpu_like():
-        found = trained(shape, **settings)
+        found = trained(family_shape(family), **settings)
     for ours, reference in zip(found.history.steps, expected.history.steps, strict=True):
         assert ours.loss == pytest.approx(reference.loss, rel=5e-3)
 

@@ -11,7 +11,6 @@ from fulltune_nb.insight.updates import UpdateMeter
 from fulltune_nb.training.loss import chunk_elements, chunk_size
 from nbs_tests.gpu_like import gpu_like
 from nbs_tests.training.promises import assert_a_resumed_run_has_the_same_bits, assert_nan_changes_nothing, weights_of
-from nbs_tests.training.test_families_run import FAMILIES
 
 OPTIMIZERS = ["adamw", "adam", "sgd", "lion", "muon", "adafactor", "adamw8bit"]
 
@@ -81,28 +80,6 @@ def test_in_float32_it_is_the_step_of_a_cpu(make_trainer, settings):
     reference = weights_of(expected)
     for name, ours in weights_of(trainer).items():
         assert np.linalg.norm(ours - reference[name]) <= 1e-5 * np.linalg.norm(reference[name]), name
-
-
-@pytest.mark.parametrize("backward", ["whole", "layerwise"])
-@pytest.mark.parametrize("family", ["llama", "mistral", *FAMILIES])
-def test_every_mechanism_computes_what_it_does_on_a_cpu(make_lm, make_data, family, backward):
-    def trained():
-        lm = make_lm(model_type=family, **FAMILIES.get(family, {"sliding_window": 6} if family == "mistral" else {}))
-        settings = {"backward": backward, "packing": True, "compile": False}  # compiled for a CPU, which is slow, they are the same
-        config = ft.TrainConfig(iters=3, batch_size=2, learning_rate=1e-4, max_grad_norm=1.0, **settings)
-        trainer = ft.Trainer(lm, make_data(config=config), config)
-        trainer.run()
-        trace = ft.trace(lm, "a few words of a text")
-        return trainer, [step.grad_norm for step in trainer.history.steps], trace.attention(1, 0), lm.generate("the quick", max_tokens=12)
-
-    expected = trained()
-    with gpu_like():
-        found = trained()
-    assert found[1] == pytest.approx(expected[1], rel=1e-5)
-    assert np.allclose(found[2], expected[2], atol=1e-5) and found[3] == expected[3]
-    reference = weights_of(expected[0])
-    for name, ours in weights_of(found[0]).items():
-        assert np.linalg.norm(ours - reference[name]) <= 1e-5 * np.linalg.norm(reference[name]) + 1e-7, name
 
 
 def test_without_a_window_and_packing_attention_needs_no_array(make_lm):
