@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -79,6 +79,13 @@ class TrainControls:
         more = ", and write a checkpoint" if can_save else ""
         self.stop = button("Stop", f"End this run after the step under way{more}; Run would still go on from there", "stop")
         self.sample_now = button("Sample now", "Have the prompts answered now", "comment")
+        self._tooltips = {name: widget.tooltip for name, widget in vars(self).items()}
+
+    def allow(self, reasons: Mapping[str, str]) -> None:
+        """Disables the buttons that have a reason, which their tooltip says then; enables the others that are named."""
+        for name, reason in reasons.items():
+            widget = getattr(self, name)
+            widget.disabled, widget.tooltip = bool(reason), reason or self._tooltips[name]
 
     def _make_fields(self, splits: Sequence[str]) -> None:
         chosen = "valid" if "valid" in splits else splits[0]

@@ -26,6 +26,7 @@ from fulltune_nb.panels.progress import PlainProgress, clock, progress
 from fulltune_nb.panels.run_record import record_html
 from fulltune_nb.panels.samples import Sample, Samples
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
+from fulltune_nb.panels.ways_on import how_to_go_on, reasons_against
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 from fulltune_nb.training.memory import machine_limit
 from fulltune_nb.training.trainer import Trainer
@@ -95,6 +96,7 @@ class TrainPanel(Panel):
         """Ends the run after the step under way, also one of a cell; `start` goes on from there. From any thread."""
         self.loop.pause()
         self._view.show_status()
+        self.controls.allow({"pause": reasons_against(self.trainer, self.loop, self.samples)["pause"]})
 
     async def wait(self) -> None:
         """Returns when the run is paused, done or interrupted; the cell then shows a picture and a table that stay.
@@ -386,6 +388,7 @@ class TrainView:
         self._refreshed = time.monotonic()
         controls, trainer, running = self._controls, self._trainer, self._loop.running
         self.show_status()
+        controls.allow(reasons_against(trainer, self._loop, self._samples))
         controls.progress.max = max(1, trainer.total_steps)
         controls.progress.value = trainer.step_count
         controls.progress.bar_style = "success" if trainer.done else ""
@@ -405,7 +408,8 @@ class TrainView:
         why = f" ({esc(self._trainer.failure)})" if self._trainer.failure else ""
         # Texts have signs besides colours; role=status has a screen reader read changes when it is idle.
         line = f"<b>{'▶' if self._training else '❚❚'} {esc(self._state())}</b>{why} · {esc(self._status_line())}"
-        self._controls.status.value = f'<div role="status" class="{NO_MATH}">{line}</div>'
+        more = f"<br>{esc(how_to_go_on(self._trainer))}" if self._trainer.done and not self._training else ""
+        self._controls.status.value = f'<div role="status" class="{NO_MATH}">{line}{more}</div>'
 
     def _show_samples(self) -> None:
         controls, samples, put = self._controls, self._samples, self._panel.put

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import html
+import re
 import threading
 import weakref
 
@@ -467,3 +469,42 @@ def test_the_status_says_what_is_done_between_steps_and_why_a_run_failed(make_tr
     with pytest.raises(ft.errors.NonFiniteError):
         panel.step()
     assert "failed</b> (NonFiniteError: " in panel.controls.status.value
+
+
+def reasons(panel):
+    """Of each button that is disabled what its tooltip says."""
+    names = ("run", "pause", "step", "step_n", "stop", "sample_now", "save", "evaluate")
+    return {name: getattr(panel.controls, name).tooltip for name in names if getattr(panel.controls, name).disabled}
+
+
+@in_loop
+async def test_buttons_that_can_do_nothing_are_disabled_and_say_why(make_trainer, panel_of, tmp_path):
+    panel = panel_of(make_trainer(iters=100_000, run_dir=tmp_path / "run"), prompts=["the"])
+    tooltip = panel.controls.run.tooltip
+    assert reasons(panel) == {"pause": "Nothing is running"}
+    panel.start()
+    assert reasons(panel).keys() == {"run", "step", "step_n"} and "already" in panel.controls.run.tooltip
+    await until(lambda: panel.trainer.step_count > 1)
+    panel.controls.pause.click()
+    assert panel.controls.pause.disabled and panel.controls.pause.tooltip == "It pauses after this step"
+    await settled(panel)
+    assert reasons(panel) == {"pause": "Nothing is running"} and panel.controls.run.tooltip == tooltip
+
+
+@pytest.mark.parametrize("length", [{"iters": 2}, {"epochs": 1}])
+def test_at_the_end_the_panel_says_how_to_go_on_and_that_works(make_trainer, panel_of, length):
+    panel = panel_of(make_trainer(**{"iters": None, **length}))
+    panel.step(100)
+    assert reasons(panel).keys() == {"run", "pause", "step", "step_n", "stop", "sample_now", "save"}
+    call = re.search(r"trainer\.fork\((.*?)\)", html.unescape(panel.controls.status.value))
+    more = eval(call[0], {"trainer": panel.trainer})
+    assert call[0] in panel.controls.run.tooltip and more.state == "paused" and more.total_steps == 2 * panel.trainer.total_steps
+    more.run()
+    assert more.state == "done"
+
+
+def test_buttons_that_begin_something_are_disabled_while_a_cell_trains(make_trainer, panel_of):
+    panel, seen = panel_of(make_trainer(iters=2)), []
+    panel.controls.run.observe(lambda change: seen.append((change.new, panel.trainer.state)), "disabled")
+    panel.trainer.run(1)
+    assert seen == [(True, "running"), (False, "paused")] and not panel.controls.step.disabled
