@@ -18,7 +18,7 @@ FOCUSED = """() => {
     return [name.split('\\n')[0].trim(), style.outlineStyle !== 'none' ? parseFloat(style.outlineWidth) : 0,
             Boolean(one.closest('.fulltune-panel'))];
 }"""
-BY_TAB = ["Run", "Pause", "Step", "N", "Step N", "Stop", "split", "Evaluate", "Save", "peak learning rate", "Log"]
+BY_TAB = ["Run", "Step", "N", "Step N", "Stop", "split", "Evaluate", "Save", "peak learning rate", "Log"]
 LOOKING = """
 from fulltune_nb import insight
 HOSTILE = "<img src=x onerror=alert(1)></pre><script>alert(2)</script>$$x$$"
@@ -68,7 +68,8 @@ def test_the_keyboard_alone_runs_pauses_steps_and_changes_the_rate(shown):
     keys.press("Enter")
     wait_for_text(lab, "paused")
     taken = int(lab.result(CODE, "print(trainer.step_count)"))
-    button(lab, "Pause").focus()
+    assert button(lab, "Pause").is_disabled() and button(lab, "Pause").get_attribute("title") == "Nothing is running"
+    button(lab, "Run").focus()
     assert go("Tab", 1) == "Step"
     keys.press("Space")
     wait_for_text(lab, f"step {taken + 1:,} of")
