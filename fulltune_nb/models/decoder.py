@@ -28,7 +28,7 @@ from fulltune_nb.models.layers import (
     within_segments,
 )
 from fulltune_nb.models.model_config import ModelConfig
-from fulltune_nb.models.parameters import Buffers, in_dtype, put_parameters, swapped_in, trainable_of
+from fulltune_nb.models.parameters import Buffers, apart, in_dtype, put_parameters, swapped_in, together, trainable_of
 from fulltune_nb.models.rope import Rope, Rotation
 
 Context = tuple[Rotation | None, Mask]
@@ -73,7 +73,7 @@ class Block(nn.Module):
             normed = self.input_norm(x)
             return x + self.attention(normed, rotation, mask, cache) + self.mlp(normed)
         attended = self.attend(x, rotation, mask, cache)
-        of_experts = {"balance": balance, "stacks": cache and cache.stacks} if "experts" in self.mlp else {}
+        of_experts = {"balance": balance, "answering": cache is not None} if "experts" in self.mlp else {}
         return self.add(attended, self.mlp(self.mlp_input(attended), **of_experts))
 
     def attend(self, x: mx.array, rotation: Rotation | None, mask: Mask, cache: KVCache | None = None) -> mx.array:
@@ -260,10 +260,10 @@ def _checkpointed(
 
     The block itself is not changed: nothing is patched, so making it twice does nothing twice.
     """
-    own = trainable_of(block)
+    own = together(trainable_of(block))
 
     def forward(x: mx.array, *values: mx.array) -> mx.array:
-        with swapped_in(block, dict(zip(own, values, strict=True))):
+        with swapped_in(block, apart(dict(zip(own, values, strict=True)))):
             return block(x, rotation, mask, balance=balance)
 
     if "experts" in block.mlp and on_cpu():  # they read the routing while they are computed: all gradients so far would be computed there

@@ -9,7 +9,8 @@ Dimension letters: B rows, T tokens, M = B * T, E experts, k experts of a token,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ import numpy as np
 from fulltune_nb.cpu import on_cpu
 from fulltune_nb.models.layers import MLP, Linear
 from fulltune_nb.models.model_config import ModelConfig
-from fulltune_nb.models.parameters import Buffers
+from fulltune_nb.models.parameters import Buffers, Stacked, holder_of, parameters_of, stack_of, trainable_of
 
 NO_SHARE = 1e-20
 """Added to the sum of shares that they are divided by, as DeepSeek-V3 does: sigmoids of them all may be 0."""
@@ -110,8 +111,8 @@ class MixtureOfExperts(nn.Module):
         if config.correction:
             self.correction = Correction(config)
 
-    def __call__(self, x: mx.array, balance: RouterBalance | None = None, stacks: Stacks | None = None) -> mx.array:
-        """(B, T, D) -> (B, T, D). `stacks`: in generation, `KVCache.stacks`."""
+    def __call__(self, x: mx.array, balance: RouterBalance | None = None, answering: bool = False) -> mx.array:
+        """(B, T, D) -> (B, T, D). `answering`: there will be no gradients."""
         tokens = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (M, D)
         if on_cpu():
             routing = self.route(tokens, balance)
@@ -119,7 +120,7 @@ class MixtureOfExperts(nn.Module):
             chosen, outputs = routing.chosen, mx.concatenate(parts)[routing.places]
         else:
             chosen = self.choose(tokens, balance)
-            outputs = mixed_by_all(self.experts, tokens, chosen, stacks)
+            outputs = mixed_by_all(self.experts, tokens, chosen, answering)
         return self.combine(tokens, outputs, chosen, balance).reshape(x.shape)
 
     def choose(self, tokens: mx.array, balance: RouterBalance | None = None) -> mx.array:
@@ -198,35 +199,45 @@ class MixtureOfExperts(nn.Module):
 FEWEST_SORTED = 64
 """Rows: fewer are not worth sorting where an answer is made, as in mlx-lm."""
 
-Stacks = dict[tuple[int, str], tuple[list[mx.array], mx.array]]
-"""Which linear maps (by the first), weight or bias -> the experts' arrays and what they are parts of; see `stack_of`."""
+_LINEAR = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def mixed_by_all(experts: Sequence[MLP], tokens: mx.array, chosen: mx.array, stacks: Stacks | None = None) -> mx.array:
-    """What each of a token's experts makes of it: tokens (M, D), indices of experts (M, k) -> (M, k, D). With `stacks` no gradients."""
-    if stacks is not None and chosen.size < FEWEST_SORTED:
-        return experts[0].through(_Groups(experts, chosen.astype(mx.uint32), None, stacks).project, tokens[:, None])
+def stacks_in(names: Iterable[str]) -> list[list[str]]:
+    """Of these parameters, by module path, those that a GPU has in one product: all experts' weights or biases, expert by expert."""
+    found: dict[tuple[str, bool, str], list[tuple[int, str, str]]] = {}
+    for name in () if on_cpu() else names:
+        if match := _LINEAR.fullmatch(name):
+            path, expert, linear, kind = match.groups()
+            found.setdefault((path, linear == "down_proj", kind), []).append((int(expert), linear, name))
+    return [[name for *_, name in sorted(own)] for own in found.values() if len(own) > 1]
+
+
+def stacks_of(model: nn.Module) -> list[tuple[Stacked, str]]:
+    """A model's stacks of experts, each with the key that it goes by: `stack[key]`. What is trained and what is frozen stand apart."""
+    own, trained = parameters_of(model), trainable_of(model)
+    found = []
+    for names in stacks_in(trained) + stacks_in(own.keys() - trained.keys()):
+        places = [holder_of(model, name) for name in names]
+        found.append((Stacked([holder for holder, _ in places]), places[0][1]))
+    return found
+
+
+def lay_together(stacks: Iterable[tuple[Stacked, str]]) -> None:
+    """Has what is held by these keys lie in stacks; copies only where it does not yet."""
+    for stack, key in stacks:
+        _ = stack[key]
+
+
+def mixed_by_all(experts: Sequence[MLP], tokens: mx.array, chosen: mx.array, answering: bool = False) -> mx.array:
+    """What each of a token's experts makes of it: tokens (M, D), indices of experts (M, k) -> (M, k, D). `answering`: without gradients."""
+    if answering and chosen.size < FEWEST_SORTED:
+        return experts[0].through(_Groups(experts, chosen.astype(mx.uint32), None, answering).project, tokens[:, None])
     flat = chosen.reshape(-1)  # (R,)
     order = mx.argsort(flat)  # the choices, one expert's after the other's
     places = mx.argsort(order)  # where each choice stands among these
-    groups = _Groups(experts, flat[order].astype(mx.uint32), (flat[:, None] < mx.arange(len(experts) + 1)).sum(axis=0), stacks)
+    groups = _Groups(experts, flat[order].astype(mx.uint32), (flat[:, None] < mx.arange(len(experts) + 1)).sum(axis=0), answering)
     outputs = experts[0].through(groups.project, _taken(tokens, order // chosen.shape[1], places))  # (R, D)
     return _taken(outputs, places, order).reshape(*chosen.shape, -1)
-
-
-def stack_of(maps: Sequence[nn.Module], name: str, stacks: Stacks) -> mx.array:
-    """The weights or biases of linear maps under one another, as one array of which theirs are parts from now on: copied once for an answer
-    and not for each of its tokens, and only once there. Whoever has changed them since gets another."""
-    key = id(maps[0]), name
-    parts, stack = stacks.get(key, ((), None))
-    if any(part is not one[name] for part, one in zip(parts, maps, strict=False)) or stack is None:
-        stack = mx.concatenate([one[name] for one in maps])
-        parts = mx.split(stack, len(maps))
-        mx.eval(stack, parts)
-        for one, part in zip(maps, parts, strict=True):
-            one[name] = part
-        stacks[key] = parts, stack
-    return stack
 
 
 def _taken(x: mx.array, rows: mx.array, places: mx.array) -> mx.array:
@@ -254,7 +265,7 @@ class _Groups:
     """(R,) uint32: the expert of each row, ascending. Without `starts` (M, k), of the rows (M, 1 or k, D)."""
     starts: mx.array | None
     """(E + 1,) int32: where each expert's rows begin, and where all end."""
-    stacks: Stacks | None
+    answering: bool
 
     def project(self, names: Sequence[str], x: mx.array) -> list[mx.array]:
         """Each row's product with its expert's linear maps of these names, of one size: (R, D) -> a (R, O) for each."""
@@ -268,17 +279,24 @@ class _Groups:
         """Each row times its expert's matrix: (R, D) and (E, D, O) -> (R, O)."""
         return mx.gather_mm(x[..., None, :], stack, rhs_indices=self.of_row, sorted_indices=self.starts is not None)[..., 0, :]
 
-    def _by_expert(self, stack: mx.array) -> mx.array:
-        return stack.reshape(len(self.experts), -1, *stack.shape[1:])
+    def _arrays(self, maps: Sequence[nn.Module], name: str) -> list[mx.array]:
+        """The weights or biases of these maps: one stack, where there is one or an answer is made; else each as (1, ...)."""
+        if self.answering:
+            return [Stacked(maps)[name]]
+        arrays = [one[name] for one in maps]
+        stack = stack_of(arrays)
+        return [array[None] for array in arrays] if stack is None else [stack]
 
     def _stacked(self, arrays: Sequence[mx.array], after: mx.array) -> mx.array:
-        """Of all experts' weights (O, D) or biases (O,) those of an expert under one another, (E, names * O, ...), made when `after` is
-        there: so there is one block's copy at a time, and not one that is kept from the forward to the backward pass."""
-        return self._by_expert(mx.concatenate(mx.depends(list(arrays), [after])))
+        """All of an expert's under one another, (E, names * O, ...). What is no stack is copied together when `after` is there: so there is
+        one block's copy at a time, and not one that is kept from the forward to the backward pass."""
+        stack = mx.concatenate(mx.depends(list(arrays), [after]))
+        return stack.reshape(len(self.experts), -1, *stack.shape[2:])
 
     def _product(self, maps: Sequence[nn.Module], x: mx.array) -> mx.array:
-        if self.stacks is not None:
-            return self._of_rows(x, self._by_expert(stack_of(maps, "weight", self.stacks)).swapaxes(-1, -2))
+        arrays = self._arrays(maps, "weight")
+        if self.answering:
+            return self._of_rows(x, self._stacked(arrays, x).swapaxes(-1, -2))
 
         @mx.custom_function
         def product(x: mx.array, *weights: mx.array) -> mx.array:
@@ -287,25 +305,28 @@ class _Groups:
         @product.vjp
         def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
             x, *weights = primals
-            return self._of_rows(cotangent, self._stacked(weights, cotangent)), *self._sums(cotangent, x, weights)
+            sums = self._sums(cotangent, x, weights)
+            (cotangent,) = mx.depends([cotangent], sums)  # else MLX may leave these for later, and keep what they are computed from
+            return self._of_rows(cotangent, self._stacked(weights, cotangent)), *sums
 
-        return product(x, *(linear.weight for linear in maps))
+        return product(x, *arrays)
 
     def _biases(self, maps: Sequence[nn.Module]) -> mx.array:
         """Of each row's expert: (R, names * O)."""
-        if self.stacks is not None:
-            return self._by_expert(stack_of(maps, "bias", self.stacks))[self.of_row]
+        arrays = self._arrays(maps, "bias")
+        if self.answering:
+            return self._stacked(arrays, self.of_row)[self.of_row]
 
         @mx.custom_function
         def of_rows(*biases: mx.array) -> mx.array:
             return self._stacked(biases, self.of_row)[self.of_row]
 
         @of_rows.vjp
-        def backward(biases: tuple[mx.array, ...], cotangent: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
+        def backward(_: object, cotangent: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
             ones = mx.ones((len(cotangent), 1), dtype=cotangent.dtype)
-            return tuple(self._sums(cotangent, ones, biases))
+            return tuple(self._sums(cotangent, ones, arrays))
 
-        return of_rows(*(linear.bias for linear in maps))
+        return of_rows(*arrays)
 
     def _sums(self, cotangent: mx.array, x: mx.array, like: Sequence[mx.array]) -> list[mx.array]:
         """Each expert's `cotangent.T @ x`, cut up as `_stacked` puts together; in a fixed order, which a scatter has not on a GPU."""

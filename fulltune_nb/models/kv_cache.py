@@ -22,8 +22,6 @@ class KVCache:
         self.window = window
         self.offset = 0
         """Tokens seen in all; the next token's position."""
-        self.stacks: dict = {}
-        """Of the layer's experts, for as long as the cache lives; `experts.stack_of` fills it."""
         self._keys: mx.array | None = None
         self._values: mx.array | None = None
         self._start = 0  # position of the buffer's first token

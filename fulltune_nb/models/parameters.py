@@ -6,7 +6,8 @@ against the name it has in Hugging Face checkpoints, such as `model.layers.0.mlp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,7 +20,7 @@ from fulltune_nb.errors import ConfigError
 from fulltune_nb.models.families import to_hf
 
 Arrays = dict[str, mx.array]
-"""Name -> array."""
+"""Name -> array. That of a stack, `together`, is its parts' names with blanks between."""
 
 
 class Buffers(nn.Module):
@@ -89,7 +90,7 @@ def backward_through(
         inputs: arrays.
         cotangent: gradient with respect to the function's value.
     """
-    trained = {path: trainable_of(module) for path, module in modules.items()}
+    trained = {path: together(trainable_of(module)) for path, module in modules.items()}
     names = [(path, name) for path, own in trained.items() for name in own]
     primals = [*inputs, *(array for own in trained.values() for array in own.values())]
 
@@ -97,14 +98,93 @@ def backward_through(
         given = dict(zip(names, values[len(inputs) :], strict=True))
         with ExitStack() as stack:
             for path, module in modules.items():
-                stack.enter_context(swapped_in(module, {name: given[path, name] for name in trained[path]}))
+                stack.enter_context(swapped_in(module, apart({name: given[path, name] for name in trained[path]})))
             return function(*values[: len(inputs)])
 
     if not primals:
         return function(), [], {}
     (value,), found = mx.vjp(of_arrays, primals, [cotangent])
-    paths = [f"{path}.{name}" if path else name for path, name in names]
+    paths = [under(path, name) if path else name for path, name in names]
     return value, found[: len(inputs)], dict(zip(paths, found[len(inputs) :], strict=True))
+
+
+# -- parts of one array: a GPU computes with a stack, and everybody else with the parameters in it ------------------------------------
+
+_stacks: dict[int, tuple[list[weakref.ref], mx.array]] = {}
+"""id of a stack's first part -> its parts, and the stack."""
+
+
+def parts_of(stack: mx.array) -> list[mx.array]:
+    """A stack's parts (*shape) of (parts, *shape), lazy views by which `stack_of` knows it for as long as the first of them lives."""
+    parts = [part.squeeze(0) for part in mx.split(stack, len(stack))]
+    first = id(parts[0])
+    forget = weakref.ref(parts[0], lambda _: _stacks.pop(first, None))
+    _stacks[first] = [forget, *map(weakref.ref, parts[1:])], stack
+    return parts
+
+
+def stack_of(parts: Sequence[mx.array]) -> mx.array | None:
+    """The stack that these are all the parts of, in this order."""
+    known, stack = _stacks.get(id(parts[0]), ((), None))
+    return stack if len(known) == len(parts) and all(ref() is part for ref, part in zip(known, parts, strict=True)) else None
+
+
+def together(arrays: Arrays, alike: Callable[[list[str]], bool] = lambda names: True) -> Arrays:
+    """The arrays, with a stack instead of its parts wherever all of them are there, and `alike`."""
+    found, names = dict(arrays), {id(array): name for name, array in arrays.items()}
+    for array in arrays.values():
+        known, stack = _stacks.get(id(array), ((), None))
+        parts = [names.get(id(ref())) for ref in known]
+        if len(parts) > 1 and None not in parts and alike(parts):
+            for name in parts:
+                del found[name]
+            found[" ".join(parts)] = stack
+    return found
+
+
+def apart(arrays: Arrays) -> Arrays:
+    """The arrays, with its parts instead of each stack."""
+    found: Arrays = {}
+    for name, array in arrays.items():
+        names = name.split(" ")
+        found |= zip(names, [array] if len(names) == 1 else parts_of(array), strict=True)
+    return found
+
+
+def under(path: str, name: str) -> str:
+    """The name, or a stack's, in the module that has the named one at this path."""
+    return " ".join(f"{path}.{part}" for part in name.split(" "))
+
+
+class Stacked(MutableMapping):
+    """What several modules or dicts hold by the same keys, as a stack of each: theirs are its parts.
+
+    Where somebody has put another array, all are copied together when the stack is asked for.
+    """
+
+    def __init__(self, holders: Sequence[Any]):
+        self.holders = holders
+
+    def __getitem__(self, key: str) -> mx.array:
+        parts = [holder[key] for holder in self.holders]
+        stack = stack_of(parts)
+        if stack is None:
+            self[key] = stack = mx.stack(parts)
+            mx.eval(stack, [holder[key] for holder in self.holders])
+        return stack
+
+    def __setitem__(self, key: str, stack: mx.array) -> None:
+        for holder, part in zip(self.holders, parts_of(stack), strict=True):
+            holder[key] = part
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"{key}: what a stack's parts stand in stays")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.holders[0])
+
+    def __len__(self) -> int:
+        return len(self.holders[0])
 
 
 def holder_of(module: nn.Module, name: str) -> tuple[Any, str | int]:

@@ -19,8 +19,8 @@ from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.embedding import with_exact_sums
-from fulltune_nb.models.experts import RouterBalance
-from fulltune_nb.models.parameters import Arrays, backward_through, parameters_of, swapped_in, trainable_of
+from fulltune_nb.models.experts import RouterBalance, lay_together, stacks_of
+from fulltune_nb.models.parameters import Arrays, apart, backward_through, parameters_of, swapped_in, together, trainable_of
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
 from fulltune_nb.training.layerwise import Layerwise, balance_of
 from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
@@ -50,13 +50,20 @@ class WholeGraph:
         compiled: once for each shape of batch; on a CPU not with experts.
         kernels: for the norm, and but for experts the loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
+        in_stacks: on a GPU the experts' parameters lie in stacks from now on; where they are updated one by one, they should not.
     """
 
     def __init__(
-        self, model: Decoder, grad_checkpoint: bool = False, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0
+        self,
+        model: Decoder,
+        grad_checkpoint: bool = False,
+        compiled: bool = False,
+        kernels: Kernels | None = None,
+        balance: float = 0.0,
+        in_stacks: bool = True,
     ):
         self._model, self._config, self._kernels = model, model.config, kernels
-        self._grad_checkpoint, self._balance = grad_checkpoint, balance
+        self._grad_checkpoint, self._balance, self._stacks = grad_checkpoint, balance, stacks_of(model) if in_stacks else []
         # A graph with experts cannot wait for its loss: their routing is read while it is made.
         self._in_halves = kernels is not None and not self._config.num_experts
         graph = self._halves if self._in_halves else self._whole
@@ -67,6 +74,7 @@ class WholeGraph:
 
     def gradients(self, number: int, batches: Sequence[Batch]) -> WholeGradients:
         """The step's loss and gradients, evaluated; see `gradients.Engine`."""
+        lay_together(self._stacks)
         step_tokens = sum(batch.num_tokens for batch in batches)
         sums: Sums = None, {}
         for batch in batches:
@@ -81,7 +89,7 @@ class WholeGraph:
         """The sums, to which a micro-batch's share of the mean loss and its gradients are added; lazy."""
         targets = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
         balance = balance_of(self._model, batch, self._balance * weights.sum()) or ()
-        read = parameters_of(self._model), inputs_of(batch, self._model), targets, *balance
+        read = together(parameters_of(self._model)), inputs_of(batch, self._model), targets, *balance
         # On a CPU adding is no part of what may be compiled: so it was, and runs that began so go on to the same bits.
         return added(sums, *self._graph((None, {}), *read)) if on_cpu() else self._graph(sums, *read)
 
@@ -93,7 +101,7 @@ class WholeGraph:
             hidden, head = self._hidden_states(inputs, balance, *rows), self._model.head_weights()
             return cross_entropy(hidden, head, targets["targets"], targets["weights"], self._config.logit_cap)
 
-        with swapped_in(self._model, parameters):
+        with swapped_in(self._model, apart(parameters)):
             rows = self._embedding_rows(inputs["ids"])
             found, to_rows, gradients = backward_through({"": self._model}, loss, rows, mx.array(1.0))
         if rows:
@@ -165,7 +173,7 @@ class WholeGradients:
     """Loss and gradients of a step, all of them there; see `gradients.StepGradients`."""
 
     def __init__(self, number: int, batches: Sequence[Batch], loss: mx.array, gradients: Arrays, kernels: Kernels | None):
-        self._number, self._batches, self._gradients = number, batches, gradients
+        self._number, self._batches, self._gradients = number, batches, apart(gradients)
         if kernels is None:
             self.loss, self._norm = mx.stack([loss, norm_of(gradients)]).tolist()  # the one time in a step that a GPU is waited for
         else:
@@ -192,11 +200,12 @@ def make_engine(
     compiled: bool = False,
     kernels: Kernels | None = None,
     balance: float = 0.0,
+    in_stacks: bool = True,
 ) -> Engine:
     """The engine of a run: "whole" or "layerwise", of which only the first has use for `grad_checkpoint`; else as `WholeGraph`."""
     if backward == "layerwise":
-        return Layerwise(model, compiled, kernels, balance)
-    return WholeGraph(model, grad_checkpoint, compiled, kernels, balance)
+        return Layerwise(model, compiled, kernels, balance, in_stacks)
+    return WholeGraph(model, grad_checkpoint, compiled, kernels, balance, in_stacks)
 
 
 def inputs_of(batch: Batch, model: Decoder) -> Arrays:

@@ -26,6 +26,7 @@ class WholeTensors(Rule):
     """Beside a rule by rows: nothing is cut. Of the tensors that are updated together only what two kernels read needs more memory,
     and in bfloat16 the float32 parameter with what it is rounded to."""
 
+    in_stacks = True
     two_at_a_time = False  # what they need is little, and the host is to wait for nothing
 
     def read_twice(self, decayed: bool) -> int:

@@ -23,8 +23,18 @@ from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
-from fulltune_nb.models.experts import RouterBalance, Routing
-from fulltune_nb.models.parameters import Arrays, backward_through, lowest_trained_block, parameters_of, swapped_in, trainable_of
+from fulltune_nb.models.experts import RouterBalance, Routing, lay_together, stacks_of
+from fulltune_nb.models.parameters import (
+    Arrays,
+    apart,
+    backward_through,
+    lowest_trained_block,
+    parameters_of,
+    swapped_in,
+    together,
+    trainable_of,
+    under,
+)
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm, read
 from fulltune_nb.training.optimizers import Optimizers
@@ -63,25 +73,28 @@ class BlockPasses:
     def forward(self, x: mx.array, context: Context, balance: RouterBalance | None = None) -> mx.array:
         """The block's output (B, T, D); lazy. `balance` notes where tokens go, if the block has experts."""
         if balance is not None and "experts" in self.block.mlp:
-            return self._output(parameters_of(self.block), x, context, balance)
-        return self._forward(parameters_of(self.block), x, context)
+            return self._output(self._read(), x, context, balance)
+        return self._forward(self._read(), x, context)
 
     def backward(
         self, x: mx.array, cotangent: mx.array, context: Context, balance: RouterBalance | None = None
     ) -> tuple[mx.array, Arrays]:
         """Gradients with respect to x (B, T, D), and to the trainable parameters by their names in the block; lazy."""
         if balance is not None and "experts" in self.block.mlp:
-            return self._gradients(parameters_of(self.block), x, cotangent, context, balance)
-        return self._backward(parameters_of(self.block), x, cotangent, context)
+            return self._gradients(self._read(), x, cotangent, context, balance)
+        return self._backward(self._read(), x, cotangent, context)
+
+    def _read(self) -> Arrays:
+        return together(parameters_of(self.block))
 
     def _output(self, parameters: Arrays, x: mx.array, context: Context, balance: RouterBalance | None = None) -> mx.array:
-        with swapped_in(self.block, parameters):  # frozen ones too: what is not an input would be a constant of the program
+        with swapped_in(self.block, apart(parameters)):  # frozen ones too: what is not an input would be a constant of the program
             return self.block(x, *context, balance=balance)
 
     def _gradients(
         self, parameters: Arrays, x: mx.array, cotangent: mx.array, context: Context, balance: RouterBalance | None = None
     ) -> tuple[mx.array, Arrays]:
-        with swapped_in(self.block, parameters):
+        with swapped_in(self.block, apart(parameters)):
             (to_x,), own = backward_through({"": self.block}, lambda x: self.block(x, *context, balance=balance), [x], cotangent)[1:]
         return to_x, own
 
@@ -241,10 +254,13 @@ class Layerwise:
         compiled: each block's passes, once for each shape of batch; on a CPU not with experts.
         kernels: for norm and loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
+        in_stacks: as in `WholeGraph`.
     """
 
-    def __init__(self, model: Decoder, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0):
-        self._model, self._kernels, self._balance = model, kernels, balance
+    def __init__(
+        self, model: Decoder, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0, in_stacks: bool = True
+    ):
+        self._model, self._kernels, self._balance, self._stacks = model, kernels, balance, stacks_of(model) if in_stacks else []
         self._passes = [BlockPasses(block, compiled) for block in model.layers]
 
     def __repr__(self) -> str:
@@ -252,6 +268,7 @@ class Layerwise:
 
     def gradients(self, number: int, batches: Sequence[Batch]) -> LayerwiseGradients:
         """The step's loss, and its gradients as they are asked for; see `gradients.Engine`."""
+        lay_together(self._stacks)
         return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches, self._balance)
 
 
@@ -320,7 +337,7 @@ class LayerwiseGradients:
 
     def _sum_of_squares(self, piece: GradientPiece) -> float:
         # The one time that a GPU is waited for: of two blocks' gradients only one block's exist.
-        return global_norm(piece.gradients, self._kernels) ** 2
+        return global_norm(together(piece.gradients), self._kernels) ** 2
 
     def _forward_all(self) -> None:
         """All micro-batches up to the loss, and back to the last block's output."""
@@ -384,11 +401,11 @@ class LayerwiseGradients:
             stream.cotangent, gradients = passes.backward(x, stream.cotangent, context, stream.balance)
             if not to_input:
                 stream.cotangent = None  # it would keep what it is computed from
-            add(sums, {f"{name}.{path}": gradient for path, gradient in gradients.items()})
+            add(sums, {under(name, path): gradient for path, gradient in gradients.items()})
             del x, gradients
             evaluate(sums, stream.cotangent)
         if sums:
-            yield GradientPiece(sums)
+            yield GradientPiece(apart(sums))
 
     def _row_pieces(self, name: str) -> Iterator[GradientPiece]:
         """The gradient of the head's or the embedding's matrix, which may be one and the same."""

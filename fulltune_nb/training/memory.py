@@ -26,13 +26,14 @@ from fulltune_nb.data.batches import padded_to, row_widths
 from fulltune_nb.data.split import check_ids
 from fulltune_nb.device import device_kind, length_multiple
 from fulltune_nb.models.decoder import BLOCK_NORMS
+from fulltune_nb.models.experts import stacks_in
 from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import CHUNK_ELEMENTS
 from fulltune_nb.training.loss import chunk_elements, chunk_size
-from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes
+from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes, updated_in_stacks
 from fulltune_nb.training.rounding import stored_dtype
 
 MARGIN = 0.3
@@ -280,10 +281,11 @@ class Workload:
         return on_cpu() and self.stored != mx.float32
 
     def _copied(self, experts_apart: bool) -> int:
-        """Elements of a block's parameters that exist twice: in float32 on a CPU; its experts, under one another, on a GPU."""
+        """Elements of a block's parameters that exist twice: in float32 on a CPU; experts that lie in no stack, together, on a GPU."""
         if on_cpu():
             return self._half_on_cpu * self._largest_group(self.parameters, experts_apart)
-        return self._largest_group([name for name in self.parameters if ".experts." in name])
+        laid = updated_in_stacks(self.trained, self.config) + stacks_in(self.parameters.keys() - self.trained)
+        return self._largest_group([name for names in stacks_in(self.parameters) if names not in laid for name in names])
 
     def _largest_group(self, names: Collection[str], experts_apart: bool = False) -> int:
         """Elements of the block that has most of these parameters; or of the expert, if each counts by itself."""

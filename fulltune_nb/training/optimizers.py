@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from fulltune_nb import html
-from fulltune_nb.cpu import Kernels, kernels_for, on_cpu
+from fulltune_nb.cpu import Kernels, evaluate, kernels_for, on_cpu
 from fulltune_nb.errors import CheckpointError, TrainingError, listed, nearest
+from fulltune_nb.models.experts import lay_together, stacks_in
 from fulltune_nb.models.families import to_hf
-from fulltune_nb.models.parameters import holders_of, parameters_of, trainable_of
+from fulltune_nb.models.parameters import Stacked, apart, holders_of, parameters_of, together, trainable_of
 from fulltune_nb.settings import SettingError
 from fulltune_nb.training.adafactor import Adafactor
 from fulltune_nb.training.config import TrainConfig, optimizer_settings
@@ -108,6 +109,7 @@ class Optimizers:
         self._changed = False
         """Whether the step in progress has changed a parameter."""
         mx.eval(self._state)
+        self._lay_together()
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +127,7 @@ class Optimizers:
         Raises:
             TrainingError: a gradient of an unknown name or of another shape; nothing is updated.
         """
-        self._check_gradients(dict(tree_flatten(gradients)), None)
+        self._check_gradients(apart(dict(tree_flatten(gradients))), None)
         self.begin_step(learning_rate, gradient_scale)
         self.update_tensors(model, gradients)
         self.end_step()
@@ -160,6 +162,9 @@ class Optimizers:
             work.append((rule, rule.pieces(own, self._scalars[group])))
         for rule, pieces in work:
             rule.update(pieces, self._before, self._after)
+        # What a stack's parts are views of is there, or under way: so are they for whoever reads them, in whichever thread.
+        stacks = [tensor for own in tensors.values() for tensor in own if isinstance(tensor.holder, Stacked)]
+        evaluate([([holder[stack.key] for holder in stack.holder.holders], stack.state.holders) for stack in stacks])
 
     def passes(self, name: str) -> int:
         """How often `observe` must have seen all rows of a matrix before `update_tensors` can take some of them; 0 for most rules."""
@@ -188,12 +193,29 @@ class Optimizers:
     def _tensors(self, model: nn.Module, gradients: Mapping[str, Any], rows: slice | None) -> dict[Group, list[Tensor]]:
         if self._scalars is None:
             raise TrainingError("No step was begun: call begin_step(learning_rate) before the gradients come.")
-        gradients, tensors, rounding = dict(tree_flatten(gradients)), {}, Rounding(self._seed, self.step)
+        gradients, tensors, rounding = apart(dict(tree_flatten(gradients))), {}, Rounding(self._seed, self.step)
         self._check_gradients(gradients, rows)
-        for name, place in holders_of(model, gradients).items():
-            tensor = Tensor(name, *place, self._state[name], gradients[name], rows, rounding)
-            tensors.setdefault(self._groups[name], []).append(tensor)
+        places = holders_of(model, gradients)
+        for name, gradient in together(gradients, self._alike).items():
+            holders, keys, states = zip(*((*places[part], self._state[part]) for part in name.split(" ")), strict=True)
+            holder, state = (holders[0], states[0]) if len(holders) == 1 else (Stacked(holders), Stacked(states))
+            tensor = Tensor(name, holder, keys[0], state, gradient, rows, rounding)
+            tensors.setdefault(self._groups[name.split(" ")[0]], []).append(tensor)
         return tensors
+
+    def _alike(self, names: list[str]) -> bool:
+        """Whether these, parts of a stack, are updated as one."""
+        return self._rule(names[0]).in_stacks and len({self._groups.get(name) for name in names}) == 1
+
+    @property
+    def in_stacks(self) -> bool:
+        """Whether all trained experts are updated in stacks, so that their parameters and state may lie in these."""
+        return all(map(self._alike, stacks_in(self._shapes)))
+
+    def _lay_together(self) -> None:
+        for names in stacks_in(self._shapes) if self.in_stacks else ():
+            stack = Stacked([self._state[name] for name in names])
+            lay_together((stack, slot) for slot in stack)
 
     def _check_gradients(self, gradients: Mapping[str, mx.array], rows: slice | None) -> None:
         for name, gradient in gradients.items():
@@ -215,13 +237,13 @@ class Optimizers:
             raise TrainingError(f"rows of {name} {shape}: expected slice(start, stop) within 0 and {shape[0]}, got {rows}.")
 
     def _before(self, pieces: list[Piece]) -> None:
-        for piece in pieces if self.observers else ():
+        for piece in _apart(pieces) if self.observers else ():
             for observer in self.observers:
                 observer.before(piece)
         self._changed = True
 
     def _after(self, pieces: list[Piece]) -> None:
-        for piece in pieces if self.observers else ():
+        for piece in _apart(pieces) if self.observers else ():
             for observer in self.observers:
                 observer.after(piece.name, piece.first_row, piece.weight)
 
@@ -265,6 +287,7 @@ class Optimizers:
         for name, slot, s in slots:  # one at a time: what stands together is a copy
             self._state[name][slot] = s.together(slot, {part: arrays[f"{name}.{part}"] for part in s.stored(slot)})
             mx.eval(self._state[name][slot])
+        self._lay_together()
 
     @property
     def state_bytes(self) -> int:
@@ -288,6 +311,18 @@ class Optimizers:
             rows.append((group.optimizer, f"{group.factor:g}", f"{group.weight_decay:g}", len(names), f"{elements:,}"))
         state = f"Optimizer after {self.step:,} steps; its state takes {html.human_bytes(self.state_bytes)}"
         return html.table(("rule", "learning-rate factor", "weight decay", "tensors", "parameters"), rows, caption=state)
+
+
+def _apart(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The pieces, with its parts instead of each stack."""
+    for piece in pieces:
+        stack = piece.tensor
+        if not isinstance(stack.holder, Stacked):
+            yield piece
+            continue
+        held = zip(stack.name.split(" "), stack.holder.holders, stack.state.holders, stack.gradient, strict=True)
+        for name, holder, state, gradient in held:
+            yield replace(piece, tensor=Tensor(name, holder, stack.key, state, gradient, None, stack.rounding))
 
 
 # -- groups and rules -------------------------------------------------------------------------------------------------
@@ -365,7 +400,15 @@ def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dty
         config: `optimizer`, its settings and `weight_decay` count.
         dtype: of the parameters.
     """
+    stacks = updated_in_stacks(shapes, config)
+    apart = {name: shape for name, shape in shapes.items() if not any(name in names for names in stacks)}
+    shapes = apart | {names[0]: (len(names), *shapes[names[0]]) for names in stacks}
     return max((rule.update_bytes(own, dtype, config.weight_decay) for rule, own in _shapes_by_rule(shapes, config)), default=0)
+
+
+def updated_in_stacks(names: Iterable[str], config: TrainConfig) -> list[list[str]]:
+    """Of these trained parameters, by module path, those that are updated as a stack, where `lr_factors` treats all experts alike."""
+    return stacks_in(names) if _rules_of(config)[config.optimizer].in_stacks else []
 
 
 def random_bits_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dtype) -> int:

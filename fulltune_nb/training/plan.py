@@ -61,9 +61,9 @@ class Plan:
         """How gradients are computed: over the "whole" graph or "layerwise"."""
         return self.memory.backward
 
-    def make_engine(self, model: Decoder) -> Engine:
-        """What computes the gradients; the model's trainable parameters are those of the run by now."""
-        return make_engine(model, self.backward, self.grad_checkpoint, self.compiles, self.kernels, self.balance)
+    def make_engine(self, model: Decoder, in_stacks: bool) -> Engine:
+        """What computes the gradients; the model's trainable parameters are those of the run by now. `in_stacks`: see `WholeGraph`."""
+        return make_engine(model, self.backward, self.grad_checkpoint, self.compiles, self.kernels, self.balance, in_stacks)
 
 
 def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None) -> Plan:
@@ -242,7 +242,8 @@ def measured(plan: MemoryPlan, work: Workload, lm: Any, batches: StepBatches) ->
             before, updating = mx.get_active_memory(), 0
             mx.reset_peak_memory()
             compiled = not on_cpu() and _choose_compile(work, plan.backward, 0)[0]
-            engine = make_engine(model, plan.backward, work.config.grad_checkpoint, compiled, kernels_for(work.num_trained))
+            how = work.config.grad_checkpoint, compiled, kernels_for(work.num_trained)
+            engine = make_engine(model, plan.backward, *how, in_stacks=False)  # stacks would be of arrays that are there for now only
             gradients = engine.gradients(1, batches.of_step(batches.widest_step()))
             for piece in gradients.pieces():
                 shapes = {name: array.shape for name, array in piece.gradients.items()}

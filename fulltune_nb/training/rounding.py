@@ -81,24 +81,27 @@ class Rounding(NamedTuple):
 
         Args:
             arrays: float32.
-            places: for each its dtype, the tensor's name, and where in the tensor its first element stands.
+            places: for each its dtype, the tensor's name (a stack's parts' names), and where in the tensor its first element stands.
             streams: for each where it is computed.
         """
         found = []
         for x, (dtype, name, first), stream in zip(arrays, places, streams, strict=True):
-            key = None if self.seed is None or dtype == mx.float32 else rounding_key(self.seed, self.step, name)
+            key = None
+            if self.seed is not None and dtype != mx.float32:
+                key, *others = (rounding_key(self.seed, self.step, part) for part in name.split(" "))
+                key = [key, *others] if others else key
             with mx.stream(stream):
                 found.append(round_to(x, dtype, key, first))
         return found
 
 
-def round_to(x: mx.array, dtype: mx.Dtype, key: int | None, first: int = 0) -> mx.array:
+def round_to(x: mx.array, dtype: mx.Dtype, key: int | list[int] | None, first: int = 0) -> mx.array:
     """`x` in another dtype.
 
     Args:
         x: float32, or what is in `dtype` already and is returned as it is.
         dtype: float32 or bfloat16.
-        key: for stochastic rounding (`rounding_key`); None rounds to nearest even.
+        key: for stochastic rounding (`rounding_key`), on a GPU one for each part of a stack; None rounds to nearest even.
         first: place of x's first element in the tensor that x is a piece of, counted in elements.
 
     Returns:
@@ -134,10 +137,12 @@ def _carry(bits: mx.array, h: mx.array) -> mx.array:
     return ((bits + (h >> 16)) >> 16).astype(mx.uint16)
 
 
-def _rounded_by_one_kernel(x: mx.array, key: int, first: int) -> mx.array:
+def _rounded_by_one_kernel(x: mx.array, key: int | list[int], first: int) -> mx.array:
     """`round_to` on a GPU, with the same bits. It reads no random number: those of a row begin with the row's place."""
     columns = x.shape[-1]
-    begins = (key + (first + columns * np.arange(x.size // columns, dtype=np.uint64)) * _WEYL) % _MODULUS  # (R,), exact: below 2**64
+    keys = np.array(key, dtype=np.uint64).reshape(-1, 1)  # (parts, 1)
+    rows = np.arange(x.size // columns // len(keys), dtype=np.uint64)
+    begins = ((keys + (first + columns * rows) * _WEYL) % _MODULUS).reshape(-1)  # (R,), exact: below 2**64
     bits = x.astype(mx.float32).reshape(-1, columns).view(mx.uint32)  # (R, C)
     rounded = _carry_at(bits, mx.array(begins.astype(np.uint32))[:, None], _multiples(columns))
     return rounded.view(mx.bfloat16).reshape(x.shape)

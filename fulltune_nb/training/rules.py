@@ -55,10 +55,10 @@ class Slot:
 
 @dataclass(eq=False)
 class Tensor:
-    """A parameter that is about to be updated, with its gradient."""
+    """A parameter that is about to be updated, with its gradient; or a stack of some, which `Stacked` holds."""
 
     name: str
-    """Module path."""
+    """Module path; a stack's are all, with blanks between."""
     holder: Any
     """Module, dict or list of the model that holds the parameter, at `key`."""
     key: Any
@@ -215,6 +215,8 @@ class Rule(ABC):
     None: only the difference of float32 numbers is known."""
     two_at_a_time = True
     """The host waits for a batch when the next one is sent, so that what a GPU computes on the way is of two at most."""
+    in_stacks = False
+    """Tensors that are parts of a stack are updated as one, with the same bits."""
     temporary_bytes = (0, 0)
     """Of an element that is worked on, for float32 and for bfloat16 parameters: arrays on the way to the new ones, as measured."""
 
@@ -283,7 +285,7 @@ class Rule(ABC):
                 parts.append((piece, array, state))
         # The parameters first: Lion's new one reads the old moment, whose memory is free only after that.
         evaluate([tensor.array for tensor in whole], [new for _, new, _ in parts])
-        evaluate([tensor.state for tensor in whole], [state for *_, state in parts])
+        evaluate([list(tensor.state.values()) for tensor in whole], [state for *_, state in parts])
         if parts:  # a GPU would copy a tensor, of which it has yet to read rows, to change some
             mx.eval([(new, state) for _, new, state in parts])
         for piece, new, state in parts:

@@ -217,7 +217,7 @@ class Trainer:
         cap_cache(plan.gives_back)
         self._memory_plan = plan.memory
         self.optimizers, self._vocab_size = Optimizers(lm.model, config), lm.config.vocab_size
-        self.engine = plan.make_engine(lm.model)
+        self.engine = plan.make_engine(lm.model, self.optimizers.in_stacks)
         if stored is not None:
             self._go_on_with(stored)
         elif directory is not None:

@@ -32,7 +32,10 @@ CASES = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", **GELU},
-}
+    "mixtral": {
+        "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 def of_ours(model: Decoder) -> int:
