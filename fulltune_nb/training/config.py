@@ -150,7 +150,7 @@ class TrainConfig:
     compile: bool | None = setting(
         None, checks.optional(checks.flag),
         "Compile the passes through the model: on the CPU a tenth to a fifth faster for small models, the same numbers. Once a machine it "
-        "takes half a minute. None: on a GPU over the whole graph; on a Linux CPU for runs of some five minutes and more. On a CPU not "
+        "takes half a minute. None: on a GPU; on a Linux CPU for runs of some five minutes and more. On a CPU not "
         "possible with experts: True then has no effect, and an event says so.",
     )  # fmt: skip
     weights: str = setting(

@@ -44,7 +44,6 @@ AHEAD = {True: 16, False: 8}
 """Arrays of a size that MLX holds while it computes one of it, on a CPU, where exponentials are made of many operations, and elsewhere:
 it allocates ahead of what it computes."""
 
-
 LOGIT_BYTES = {"whole": 11, "layerwise": 14}
 """Of a chunk on a GPU: a logit and what is computed from it, in either dtype, as the way of the backward pass has it."""
 
@@ -289,13 +288,8 @@ class Workload:
 
     def _largest_group(self, names: Collection[str], experts_apart: bool = False) -> int:
         """Elements of the block that has most of these parameters; or of the expert, if each counts by itself."""
-        sizes: dict[str, int] = {}
-        for name in names:
-            path = name.split(".")
-            if path[0] == "layers":
-                group = ".".join(path[:5] if experts_apart and "experts" in path else path[:2])
-                sizes[group] = sizes.get(group, 0) + math.prod(self.parameters[name])
-        return max(sizes.values(), default=0)
+        groups = _by_block(names, experts_apart).items()
+        return max((sum(math.prod(self.parameters[name]) for name in own) for group, own in groups if "." in group), default=0)
 
     def _in_bytes(self, moments: Moments) -> Moments:
         """From elements of activations and gradients: float32 on a CPU, else as the weights."""
@@ -329,16 +323,22 @@ class Workload:
         heads = self.rows * self.tokens * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
         norms = len(BLOCK_NORMS[model.block]) * (2 if model.norm == "layer_no_params" else 3)
         of_cap = (2 if on_cpu() else 3) * (model.score_cap is not None)
+        widths = 4 if (model.mlp != "plain") == on_cpu() else 3  # a GPU computes a gate's activation again, and keeps one more of another
         scores = self._scores * (1 + of_cap + 2 * model.sinks)  # tanh's, and what is beside the sinks
-        return scores + heads + (norms + 2 * model.num_experts_per_token) * self._hidden + (3 if model.mlp == "plain" else 4) * width
+        return scores + heads + (norms + 2 * model.num_experts_per_token) * self._hidden + widths * width
 
-    def _ahead(self, *kinds: int) -> int:
-        """What MLX holds beyond need while arrays of these sizes are computed."""
-        return AHEAD[on_cpu()] * sum(kinds)
+    def _back(self, width: int) -> int:
+        """The largest moment of a block's backward pass: what it keeps, and a gradient of each of these arrays; on a GPU also of the
+        scores, beside that of their shares, and what is held of the residual stream's size."""
+        return 2 * self._kept(width) + (not on_cpu()) * (self._scores + AHEAD[False] * self._hidden)
+
+    def _ahead(self, width: int) -> int:
+        """A block's forward pass: on a CPU what MLX holds beyond need while arrays of these sizes are computed."""
+        return AHEAD[True] * (max(self._scores, width) + self._hidden) if on_cpu() else self._kept(width)
 
     def _chunk(self, logits: int, backward: str) -> int:
         """A chunk of so many logits, and what MLX holds of what is computed from them."""
-        return self._ahead(logits) if on_cpu() else LOGIT_BYTES[backward] * logits // self.stored.size
+        return AHEAD[True] * logits if on_cpu() else LOGIT_BYTES[backward] * logits // self.stored.size
 
     # The moments of a step.
 
@@ -348,15 +348,14 @@ class Workload:
         head = min(self.model.vocab_size * self.model.hidden_size, gradients)
         before = gradients if self.config.grad_accumulation_steps > 1 else 0  # sums of the micro-batches before
         copies = self._copied(experts_apart=False)
-        kept, ahead = self._kept(self._width), self._ahead(max(self._scores, self._width), self._hidden)
+        kept, ahead, back = self._kept(self._width), self._ahead(self._width), self._back(self._width)
         below = self._hidden if self.config.grad_checkpoint else kept  # of each block below the one that is computed
-        back = 2 * kept + (not on_cpu()) * 3 * self._scores
-        if self.config.grad_checkpoint:
-            back = max(back, ahead + on_cpu() * self._scores)
+        if self.config.grad_checkpoint and on_cpu():
+            back = max(back, ahead + self._scores)
         stack, ends = max(depth - 1, 0) * below, 2 * self._hidden
         forward = stack + ahead + copies
         if self.model.num_experts and on_cpu():  # read while the graph is made: of what was computed by then, MLX lets nothing go
-            forward = depth * (kept + self._ahead(self._scores, self._width, 2 * self._hidden) + copies)
+            forward = depth * (kept + AHEAD[True] * (self._scores + self._width + 2 * self._hidden) + copies)
             forward *= 1 + self.config.grad_checkpoint
         found = self._in_bytes({
             "forward": {"gradients": before, "activations": forward},
@@ -384,7 +383,7 @@ class Workload:
         piece, copies = self._largest_group(self.trained, experts_apart=on_cpu()), self._copied(experts_apart=True)
         apart = max(model.num_experts, 1) if on_cpu() else 1  # on a CPU it is one expert at a time
         width = max(self._width // apart, self.rows * self.tokens * model.shared_expert_size)
-        again, sums = self._ahead(max(self._scores, width), self._hidden) + copies, (several > 1) * piece
+        again, sums = self._ahead(width) + copies, (several > 1) * piece
 
         range_rows = vocabulary.ranges(model.vocab_size, model.hidden_size)[0].stop
         range_weights = range_rows * model.hidden_size
@@ -399,13 +398,25 @@ class Workload:
         found = self._in_bytes({
             "loss": {"activations": inputs + targets, "logits": (several - (not on_cpu())) * kept + chunk},
             "block again": {"activations": inputs + again, "logits": several * kept, "gradients": sums},
-            "block": {"activations": inputs + 2 * self._kept(width), "logits": several * kept, "gradients": sums + piece},
+            "block": {"activations": inputs + self._back(width), "logits": several * kept, "gradients": sums + piece},
             "vocabulary": {"activations": targets + 3 * hidden, "logits": several * kept or chunk, "gradients": ranges * range_weights},
             "update": {"activations": inputs, "logits": several * kept, "gradients": max(piece, range_weights)},
         })  # fmt: skip
         squares = 0 if self._kernels or not on_cpu() else found["update"]["gradients"]
-        found["update"]["update"] = max(update_bytes(self.shapes, self.config, self.stored), squares)
+        pieces = _by_block(self.trained, experts_apart=on_cpu()).values()
+        updates = (update_bytes({name: self.shapes[name] for name in own}, self.config, self.stored) for own in pieces)
+        found["update"]["update"] = max([squares, *updates])
         return found
+
+
+def _by_block(names: Collection[str], experts_apart: bool) -> dict[str, list[str]]:
+    """Block "layers.N", or expert of one, if each counts by itself -> its parameters among these; "" -> those outside of blocks."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        path = name.split(".")
+        of_expert = experts_apart and "experts" in path
+        groups.setdefault(".".join(path[: 5 if of_expert else 2]) if path[0] == "layers" else "", []).append(name)
+    return groups
 
 
 def _most_targets(split: Any, rows: int, config: TrainConfig) -> int:

@@ -162,7 +162,7 @@ def _choose_compile(work: Workload, backward: str, operations: float) -> tuple[b
         fast = kernels_for(work.num_trained) is not None and not (config.grad_checkpoint and backward == "whole")
         pays = fast and operations >= COMPILING_PAYS_FROM
     else:
-        pays = backward == "whole"
+        pays = True
     if work.model.num_experts and on_cpu():
         reason = "how many tokens an expert gets is known only when the batch is there"
     elif lacks_compiler():

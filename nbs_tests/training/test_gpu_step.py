@@ -137,11 +137,12 @@ def test_updates_are_measured(on_gpu):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="under this emulation MLX compiles for the CPU, with g++")
-def test_every_run_over_the_whole_graph_is_compiled(on_gpu, monkeypatch):
+@pytest.mark.parametrize("backward", ["whole", "layerwise"])
+def test_every_run_is_compiled(on_gpu, monkeypatch, backward):
     compiled, compile_ = [], mx.compile
     monkeypatch.setattr(mx, "compile", lambda *args, **settings: (compiled.append(args), compile_(*args, **settings))[1])
-    on_gpu(iters=2)
+    on_gpu(iters=2, backward=backward)
     assert compiled
     compiled.clear()
-    on_gpu(iters=2, compile=False)
+    on_gpu(iters=2, backward=backward, compile=False)
     assert not compiled
