@@ -15,7 +15,9 @@ PICTURE_WIDTH, PICTURE_HEIGHT = 640, 260  # pixels of the data panel's picture
 def button(description: str, tooltip: str, icon: str = "", style: str = "", toggles: bool = False) -> Any:
     """A button as wide as its text; one that `toggles` stays pressed until it is pressed again."""
     kind = widgets.ToggleButton if toggles else widgets.Button
-    return kind(description=description, tooltip=tooltip, icon=icon, button_style=style, layout=widgets.Layout(width="auto"))
+    made = kind(description=description, tooltip=tooltip, icon=icon, button_style=style, layout=widgets.Layout(width="auto"))
+    made.usual_tooltip = tooltip  # while it is not disabled for a reason, which the tooltip says then
+    return made
 
 
 def field(kind: type[widgets.DOMWidget], description: str, tooltip: str, layout: str | dict[str, str], **settings: Any) -> Any:
@@ -79,13 +81,12 @@ class TrainControls:
         more = ", and write a checkpoint" if can_save else ""
         self.stop = button("Stop", f"End this run after the step under way{more}; Run would still go on from there", "stop")
         self.sample_now = button("Sample now", "Have the prompts answered now", "comment")
-        self._tooltips = {name: widget.tooltip for name, widget in vars(self).items()}
 
     def allow(self, reasons: Mapping[str, str]) -> None:
         """Disables the buttons that have a reason, which their tooltip says then; enables the others that are named."""
         for name, reason in reasons.items():
             widget = getattr(self, name)
-            widget.disabled, widget.tooltip = bool(reason), reason or self._tooltips[name]
+            widget.disabled, widget.tooltip = bool(reason), reason or widget.usual_tooltip
 
     def _make_fields(self, splits: Sequence[str]) -> None:
         chosen = "valid" if "valid" in splits else splits[0]
