@@ -404,8 +404,9 @@ class Workload:
         })  # fmt: skip
         squares = 0 if self._kernels or not on_cpu() else found["update"]["gradients"]
         pieces = _by_block(self.trained, experts_apart=on_cpu()).values()
-        updates = (update_bytes({name: self.shapes[name] for name in own}, self.config, self.stored) for own in pieces)
-        found["update"]["update"] = max([squares, *updates])
+        updates = sorted(update_bytes({name: self.shapes[name] for name in own}, self.config, self.stored) for own in pieces)
+        # A GPU may still have one block's under way when the next one's is sent.
+        found["update"]["update"] = max(squares, sum(updates[-1 if on_cpu() else -2 :]))
         return found
 
 
