@@ -13,8 +13,9 @@ import asyncio
 import math
 import time
 import uuid
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ class _Run:
     """One run of a chart: where its history is found, and how much of it the page has."""
 
     def __init__(self, name: object, source: Any):
+        self._trainer = weakref.ref(source) if hasattr(source, "history") else None  # widgets live until they are closed
+        self._history = getattr(source, "history", source)
         self.name = cut(" ".join(printable(name).split()), _NAME)
-        self._source = source
         self.columns = Columns()
         self._size, self._whole = 0, 0  # of the stretches that were sent: their length, and how many of them are whole
         self._sent = dict.fromkeys(_KEPT, 0)
@@ -145,7 +147,9 @@ class _Run:
     @property
     def history(self) -> Sequence[Any]:
         """The reports, as they are now."""
-        return getattr(self._source, "history", self._source)
+        if self._trainer is not None and (trainer := self._trainer()) is not None:
+            self._history = trainer.history
+        return self._history
 
     def whole(self, most: int) -> dict[str, Any]:
         """All that the page shows of the run."""
@@ -232,14 +236,16 @@ class LossChart(anywidget.AnyWidget):
     # Made when a page asks for it, as after a reload: nothing large is kept, and what it gets is always whole.
     _whole = traitlets.Dict().tag(sync=True, to_json=lambda _, chart: chart._everything())
 
-    _trainers: Sequence[Any] = ()  # closing one that was refused is harmless
+    _trainers: Collection[Any] = ()  # closing one that was refused is harmless
     _timer: Any = None
 
-    def __init__(self, runs: Any):
+    def __init__(self, runs: Any, limit: int | None = None):
         """
         Args:
             runs: a trainer, or a history (a list of its reports); or several under names of yours, as a dictionary or as pairs.
+            limit: bytes of memory this machine has for training, shown with the memory.
         """
+        self._limit = limit
         self._runs = [_Run(name, source) for name, source in _named(runs)]
         self._most = max(_FEWEST_STRETCHES, _STRETCHES // max(1, len(self._runs)))
         for run in self._runs:
@@ -247,7 +253,7 @@ class LossChart(anywidget.AnyWidget):
         mark = f"fulltune-{uuid.uuid4().hex[:12]}"
         self._record = Record(mark, with_picture=True)
         self._due = self._told = -math.inf
-        self._trainers = [source for _, source in _named(runs) if hasattr(source, "listeners")]
+        self._trainers = weakref.WeakSet(source for _, source in _named(runs) if hasattr(source, "listeners"))
         super().__init__(_whole={"runs": len(self._runs)})
         self.add_class(mark)
         self.on_msg(self._asked)
@@ -270,8 +276,8 @@ class LossChart(anywidget.AnyWidget):
         if self._timer is None:
             try:
                 self._timer = asyncio.get_running_loop().call_later(_SECONDS, self._rest)
-            except RuntimeError:  # no event loop, so nobody to show it to
-                pass
+            except RuntimeError:  # no event loop, so no later
+                self.update()
 
     on_eval = on_event = on_change = on_step
 
@@ -307,7 +313,7 @@ class LossChart(anywidget.AnyWidget):
     # -- what is sent -----------------------------------------------------------------------------------------------
 
     def _everything(self) -> dict[str, Any]:
-        return {"names": [run.name for run in self._runs], "runs": [run.whole(self._most) for run in self._runs]}
+        return {"limit": self._limit, "names": [run.name for run in self._runs], "runs": [run.whole(self._most) for run in self._runs]}
 
     def _asked(self, _: Any, content: Any, __: Any) -> None:
         """The page missed something, or looks at a part."""

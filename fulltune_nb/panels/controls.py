@@ -7,8 +7,6 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from fulltune_nb.panels.live_plot import HEIGHT, WIDTH
-
 PICTURE_WIDTH, PICTURE_HEIGHT = 640, 260  # pixels of the data panel's picture
 
 
@@ -48,9 +46,11 @@ class TrainControls:
     Args:
         splits: names of what can be evaluated.
         can_save: whether the trainer has a place for checkpoints.
+        chart: the live chart.
     """
 
-    def __init__(self, splits: Sequence[str], can_save: bool):
+    def __init__(self, splits: Sequence[str], can_save: bool, chart: widgets.DOMWidget):
+        self.chart = chart
         self._make_buttons(can_save)
         self._make_fields(splits)
         self._make_displays()
@@ -63,9 +63,9 @@ class TrainControls:
             self.progress,
             self.status,
             self.error,
-            self.plot,
+            self.chart,
             self.tabs,
-            max_width=WIDTH + 20,
+            max_width=900,
         )
         self.box.add_class("fulltune-panel")
 
@@ -109,9 +109,6 @@ class TrainControls:
         self.progress = field(widgets.IntProgress, "progress", "Steps taken of all", "100%", min=0, max=1)
         self.status = widgets.HTML(tooltip="Where the run stands")
         self.error = widgets.HTML(tooltip="The last error", layout=widgets.Layout(display="none"))
-        size = {"width": f"{WIDTH}px", "height": f"{HEIGHT}px", "min_height": f"{HEIGHT}px"}  # before there is a picture too
-        # No tooltip here: with one, ipywidgets 8.1.9 fails to show an image at all. The line above says in words what it shows.
-        self.plot = widgets.Image(format="png", layout=widgets.Layout(**size, max_width="100%", object_fit="contain"))
         self.log = widgets.HTML(tooltip="What happened, newest first")
         self.samples = widgets.HTML(tooltip="Answers while learning, newest first")
 

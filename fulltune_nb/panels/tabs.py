@@ -19,11 +19,13 @@ from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
 from fulltune_nb.insight.losses import TokenLosses, token_losses
 from fulltune_nb.insight.updates import UpdateMeter, rounding_warning, survival_html
 from fulltune_nb.panels.controls import button, field, row, scrolled
-from fulltune_nb.panels.live_plot import MAX_SHARE, MIN_SECONDS
 from fulltune_nb.panels.loop import TrainLoop
 from fulltune_nb.panels.panel import Panel
 from fulltune_nb.plots import moving_mean
 from fulltune_nb.training.history import StepReport
+
+MIN_SECONDS = 1.0  # from one picture of a tab to the next
+MAX_SHARE = 0.02  # of the time that they may take while a run goes on
 
 
 class Tab:

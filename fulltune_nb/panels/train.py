@@ -16,21 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fulltune_nb.chart import LossChart
 from fulltune_nb.errors import ConfigError, TrainingError
 from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
+from fulltune_nb.insight import comparison
 from fulltune_nb.panels.controls import TrainControls
-from fulltune_nb.panels.live_plot import LivePlot
-from fulltune_nb.panels.loop import TrainLoop, hear, interruptible, loop_of
+from fulltune_nb.panels.loop import hear, interruptible, loop_of
 from fulltune_nb.panels.panel import Panel, error_html
 from fulltune_nb.panels.progress import PlainProgress, clock, progress
 from fulltune_nb.panels.run_record import record_html
 from fulltune_nb.panels.samples import Sample, Samples
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
 from fulltune_nb.panels.ways_on import how_to_go_on, reasons_against
+from fulltune_nb.plots import PNG_WIDTH, loss_png
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 from fulltune_nb.training.memory import machine_limit
 from fulltune_nb.training.trainer import Trainer
 
+RECORD_SECONDS = 1.0  # from the last news of a run that rests to its record, whose picture takes longer to draw
 REFRESH_SECONDS = 0.25  # numbers change no more often while steps are taken
 _LOG_KEPT, _LOG_SHOWN = 1000, 60
 _NOTE = "A picture and a table of the run will stand here when it pauses or ends. They stay in the notebook's file."
@@ -38,7 +41,7 @@ _CLOSE_LINES = '<div style="line-height:1.35">{}</div>'  # ipywidgets would set 
 
 
 class TrainPanel(Panel):
-    """Buttons, a live plot and a log for one trainer. `panel.start()`, `panel.pause()` and `await panel.wait()` do the same from code.
+    """Buttons, a live chart and a log for one trainer. `panel.start()`, `panel.pause()` and `await panel.wait()` do the same from code.
 
     In a notebook the run goes on behind the cells, one whole step after the other on the main thread: other cells can look at the
     history and at the weights meanwhile. Several panels of one trainer show and do the same. Everything but `start` works
@@ -56,13 +59,21 @@ class TrainPanel(Panel):
 
     MADE_BY, ERROR, PICTURE = "TrainPanel(trainer)", TrainingError, True
 
-    def __init__(self, trainer: Trainer, prompts: Sequence[str] = (), sample_every: int | None = None, max_tokens: int | None = None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        prompts: Sequence[str] = (),
+        sample_every: int | None = None,
+        max_tokens: int | None = None,
+        compare: Any = (),
+    ):
         """
         Args:
             trainer: may have taken steps already.
             prompts: texts the model answers every `sample_every` steps, greedily.
             sample_every: 0 for only when asked.
             max_tokens: of an answer at most.
+            compare: other runs for the chart, as `ft.compare` takes them: `["runs/a"]`, or under names.
 
         Raises:
             ConfigError: prompts or numbers that cannot be used.
@@ -72,7 +83,8 @@ class TrainPanel(Panel):
         self.samples = self.loop.shared(Samples)
         self.samples.set(prompts or None, sample_every, max_tokens)
         splits = [name for name in ("valid", "test", "train") if getattr(trainer.data, name) is not None]
-        self.controls = TrainControls(splits, trainer.run_dir is not None)
+        chart = LossChart([("this run", trainer), *_compared(compare)], machine_limit())
+        self.controls = TrainControls(splits, trainer.run_dir is not None, chart)
         super().__init__(self.controls.box)
         self.tabs: dict[str, Tab] = {kind.title: kind(self, self.loop) for kind in TABS}
         for tab in self.tabs.values():
@@ -164,6 +176,7 @@ class TrainPanel(Panel):
             self.loop.pause()
 
     def _let_go(self) -> None:
+        self.controls.chart._let_go()
         self.trainer = self.loop = self.samples = self._view = None
         self.tabs = {}
 
@@ -205,7 +218,7 @@ class TrainPanel(Panel):
             self.refresh()
 
     def refresh(self) -> None:
-        """Shows everything but the picture as it is now."""
+        """Shows everything but the chart, which hears the trainer itself, as it is now."""
         self._view.refresh()
 
     def _run_pressed(self) -> None:
@@ -280,14 +293,13 @@ class TrainView:
         self._panel, self._controls = panel, panel.controls
         self._trainer, self._loop, self._samples = trainer, loop, panel.samples
         self._open_tab = OpenTab(loop, panel._fail)
-        self._plot = loop.shared(_make_plot)
         self._pace = loop.pace
         self._record = panel._record
         self._log: deque[tuple[str, str, str]] = deque(maxlen=_LOG_KEPT)
         self._refreshed = -math.inf
         self._timer: Any = None
         self._samples_version = -1
-        self._shown_picture = b""
+        self._picture: tuple[Any, bytes] = (None, b"")  # what it is of, PNG
         for report in [*trainer.history.evals, *trainer.history.events][-_LOG_KEPT:]:
             self._note_report(report)
         trainer.listeners.append(self)
@@ -308,9 +320,6 @@ class TrainView:
         by_itself = trainer.state != "running"  # nothing comes behind it that would show it
         if by_itself or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self.refresh()
-        if self._plot.seconds_to_wait() == 0:
-            self._plot.draw(trainer.history)
-        self._show_picture()
         if self._open_tab.tab is not None:
             self._open_tab.tell()
 
@@ -382,7 +391,7 @@ class TrainView:
         return " · ".join(parts)
 
     def refresh(self) -> None:
-        """Shows everything but the picture as it is now."""
+        """Shows everything but the chart, which hears the trainer itself, as it is now."""
         if self._panel.closed:
             return
         self._refreshed = time.monotonic()
@@ -430,38 +439,36 @@ class TrainView:
     # -- picture and record ---------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Shows everything as it is now; the picture as soon as it may be drawn, and in the record too when the run is over."""
+        """Shows everything as it is now; a moment later in the record too, when the run is over."""
         if self._panel.closed:
             return
         self.refresh()
         if self._open_tab.tab is not None:
             self._open_tab.tell(rests=not self._loop.running)
         self._stop_timer()
-        wait = 0.0 if self._plot.is_current(self._trainer.history) else self._plot.seconds_to_wait(self._training)
-        self._timer = self._loop.later(wait, self._finish) if wait else None
-        if self._timer is None:
-            self._finish()
+        if self._record.placed and not self._training:
+            self._timer = self._loop.later(RECORD_SECONDS, self._finish)
+            if self._timer is None:
+                self._finish()
 
     def _finish(self) -> None:
-        """Draws now, unless the picture is current, and renews the record when the run is over."""
+        """Renews the record when the run is over."""
         self._stop_timer()
-        if self._panel.closed:
-            return
-        if not self._plot.is_current(self._trainer.history):
-            self._plot.draw(self._trainer.history)
-        self._show_picture()
-        if not self._training and self._record.placed:
-            self._record.renew(self._record_html(), f"{self._state()}: {self._status_line()}", self._plot.png)
+        if not self._panel.closed and not self._training and self._record.placed:
+            self._record.renew(self._record_html(), f"{self._state()}: {self._status_line()}", self._png(), PNG_WIDTH)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
 
-    def _show_picture(self) -> None:
-        """Of several panels of one trainer, one draws."""
-        if self._plot.png is not self._shown_picture:  # to compare some ten thousand bytes after every step would take longer
-            self._controls.plot.value = self._shown_picture = self._plot.png
+    def _png(self) -> bytes:
+        """The picture of the record, drawn when there is something new."""
+        history = self._trainer.history
+        shown = (len(history), history[-1] if history else None)
+        if self._picture[0] != shown:
+            self._picture = (shown, loss_png([("", history)]))
+        return self._picture[1]
 
     def place_record(self) -> None:
         """From now on the record stands in the cell being executed."""
@@ -471,8 +478,8 @@ class TrainView:
 
     def page(self) -> str:
         """Picture and record as HTML."""
-        picture = b64encode(self._plot.png).decode()
-        return f'<img alt="{esc(self._status_line())}" src="data:image/png;base64,{picture}"/>{self._record_html()}'
+        picture = b64encode(self._png()).decode()
+        return f'<img width="{PNG_WIDTH}" alt="{esc(self._status_line())}" src="data:image/png;base64,{picture}"/>{self._record_html()}'
 
     def _record_html(self) -> str:
         error = self._loop.error
@@ -480,8 +487,8 @@ class TrainView:
         return ("" if error is None else error_html(error)) + record_html(self._trainer, title, self._samples)
 
 
-def _make_plot(loop: TrainLoop) -> LivePlot:
-    return LivePlot(machine_limit())
+def _compared(runs: Any) -> list[tuple[str, Any]]:
+    return [(run.name, run.history) for run in comparison.compare(runs).runs] if len(runs) else []
 
 
 def _tab_opened(here: weakref.ref[TrainPanel], change: Any) -> None:

@@ -159,7 +159,7 @@ class View {
   build() {
     this.panes = PANES.map((pane) => make("button", { type: "button", onclick: () => this.choose(pane) }, pane.name));
     this.slider = make("input", { type: "range", min: 0, max: 20, step: 1, value: 0, oninput: () => this.smooth() });
-    this.window = make("output", {}, "off");
+    this.window = make("span", { class: "ft-window" }, "off");
     this.scale = make("input", { type: "checkbox", onchange: () => ((this.log = this.scale.checked), this.show()) });
     this.back = make("button", { type: "button", hidden: "", onclick: () => this.zoomTo(null) }, "Whole run");
     const bar = make("div", { class: "ft-bar" },
@@ -172,8 +172,10 @@ class View {
     });
     this.legend = make("div", { class: "ft-legend" });
     this.said = make("div", { class: "ft-hidden", "aria-live": "polite" });
-    this.events = make("details", { class: "ft-events" });
-    this.table = make("details", { class: "ft-table", ontoggle: () => this.fillTable() }, make("summary", {}, "Table"));
+    this.list = make("div");
+    this.events = make("details", { class: "ft-events", hidden: "", ontoggle: () => this.showEvents() }, make("summary"), this.list);
+    this.rows = make("div", { class: "ft-scroll", tabindex: 0, role: "region", "aria-label": "values" });
+    this.table = make("details", { class: "ft-table", ontoggle: () => this.fillTable() }, make("summary", {}, "Table"), this.rows);
     this.el.classList.add("ft-chart");
     // Its colour follows the page's theme, however that is set; a transition ends, or is broken off, when it has changed.
     for (const ending of ["transitionend", "transitioncancel"]) {
@@ -195,7 +197,7 @@ class View {
 
   smooth() {
     this.smoothing = +this.slider.value && Math.round(SMOOTHEST ** (this.slider.value / 20)) * 2 + 1;
-    this.window.textContent = this.smoothing ? `${this.smoothing} steps` : "off";
+    this.slider.ariaValueText = this.window.textContent = this.smoothing ? `${this.smoothing} steps` : "off";
     this.show();
   }
 
@@ -270,6 +272,11 @@ class View {
         });
       }
     });
+    const { limit } = this.store, highest = found.reduce((most, curve) => curve.y?.reduce((a, b) => Math.max(a, b), most) ?? most, 0);
+    if (this.pane.bytes && limit && highest) { // far above, its line would press the curves to the ground
+      const near = highest > limit / 4, x = near ? this.range() : [];
+      found.push({ key: "limit", label: `limit of this machine ${figure(limit, this.pane)}`, look: 5, thick: true, x, y: x.map(() => limit) });
+    }
     return found;
   }
 
@@ -277,7 +284,6 @@ class View {
     if (!this.box.isConnected) return;
     const drawn = this.curves();
     this.drawn = drawn;
-    this.values = null; // until the legend is made anew
     this.panes.forEach((button, number) => button.setAttribute("aria-pressed", String(PANES[number] === this.pane)));
     this.back.hidden = !this.zoom;
     this.slider.disabled = !this.pane.smooths;
@@ -406,7 +412,16 @@ class View {
 
   // -- words beside it
 
+  // Elements are made anew only where they change: the keyboard's focus may stand on them.
   showLegend() {
+    const made = JSON.stringify(this.drawn.map((curve) => [curve.key, curve.label, this.colour(curve), this.hidden.has(curve.key)]));
+    if (made !== this.legendMade) this.makeLegend();
+    this.legendMade = made;
+    this.read(this.at);
+  }
+
+  makeLegend() {
+    const focused = [...this.legend.children].indexOf(this.legend.getRootNode().activeElement);
     this.where = make("span", { class: "ft-step" });
     this.values = new Map();
     const items = this.drawn.map((curve) => {
@@ -420,7 +435,7 @@ class View {
       }, swatch, make("span", {}, curve.label), value);
     });
     this.legend.replaceChildren(this.where, ...items);
-    this.read(this.at);
+    this.legend.children[focused]?.focus();
   }
 
   // The values at a step, or the last ones.
@@ -433,7 +448,9 @@ class View {
     this.where.textContent = !steps.length ? "nothing recorded yet" : at === null ? `last step ${step(near)}` : `step ${step(near)}`;
     for (const curve of this.drawn) {
       const value = this.values.get(curve.key);
-      if (curve.marks) value.textContent = `${curve.count.toLocaleString("en-US")}`;
+      if (!value) continue; // the legend is not made yet
+      if (curve.key === "limit") value.textContent = "";
+      else if (curve.marks) value.textContent = `${curve.count.toLocaleString("en-US")}`;
       else if (!curve.x.length) value.textContent = "";
       else {
         const i = nearest(curve.x, near);
@@ -450,15 +467,16 @@ class View {
   }
 
   showEvents() {
-    const events = this.allEvents(), before = this.store.runs.reduce((sum, run) => sum + run.events.from, 0);
+    const events = this.allEvents(), before = this.store.runs.reduce((sum, run) => sum + run.events.from, 0), { open } = this.events;
+    const made = JSON.stringify([before, events.length, events.at(-1), open]);
+    if (made === this.eventsMade) return;
+    this.eventsMade = made;
     this.events.hidden = !events.length;
-    const listed = events.slice(-EVENTS_LISTED).map((event) => make("li", { value: event.number },
+    this.events.firstChild.textContent = `Events (${(before + events.length).toLocaleString("en-US")})`;
+    const listed = open ? events.slice(-EVENTS_LISTED) : [], more = before + events.length - listed.length;
+    const items = listed.map((event) => make("li", { value: event.number },
       make("b", {}, `${event.run}step ${step(event.step)}, ${event.kind}`), ` ${event.message}`));
-    const more = before + events.length - listed.length;
-    const open = this.events.open;
-    this.events.replaceChildren(make("summary", {}, `Events (${(before + events.length).toLocaleString("en-US")})`), make("ol", {}, ...listed),
-      more ? `… and ${more.toLocaleString("en-US")} before them` : "");
-    this.events.open = open;
+    this.list.replaceChildren(make("ol", {}, ...items), more ? `… and ${more.toLocaleString("en-US")} before them` : "");
   }
 
   describe() {
@@ -484,8 +502,7 @@ class View {
       return make("td", {}, curve.x[i] === at ? figure(curve.y[i], this.pane) : "");
     })));
     const told = every > 1 ? [make("div", {}, `${shown.length} of ${steps.length.toLocaleString("en-US")} steps; zoom in for more`)] : [];
-    const wide = make("div", { class: "ft-scroll", tabindex: 0 }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
-    this.table.replaceChildren(this.table.firstChild, ...told, wide);
+    this.rows.replaceChildren(...told, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
   }
 }
 
@@ -497,6 +514,7 @@ export default () => {
   return {
     initialize({ model }) {
       const all = model.get("_whole");
+      store.limit = all.limit;
       store.runs = (all.names ?? []).map((name) => new Run(name));
       (all.runs ?? []).forEach((message, number) => store.runs[number].take(message, message.fields));
       store.ask = (view, [low, high]) => {

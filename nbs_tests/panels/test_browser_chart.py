@@ -50,6 +50,7 @@ def test_the_chart_shows_the_historys_values_and_answers_to_the_hand(lab, folder
     output.locator("canvas").wait_for()
     assert "<img src=x onerror" in output.inner_text() and output.locator(FOREIGN).count() == 0
     output.locator(".ft-events summary").click()
+    output.locator(".ft-events li").nth(1).wait_for()
     assert output.locator(".ft-events li").count() == 2 and output.locator(FOREIGN).count() == 0
 
     assert lab.result(CODE, "history = made(20_000); print('ok')") == "ok"
@@ -90,6 +91,7 @@ def test_the_chart_shows_the_historys_values_and_answers_to_the_hand(lab, folder
     lab.page.keyboard.press("ArrowLeft")
     assert "step" in output.locator("[aria-live]").inner_text()
     output.locator(".ft-table summary").click()
+    output.locator(".ft-table tbody tr").first.wait_for()
     assert 10 < output.locator(".ft-table tbody tr").count() <= 61
 
     light = drawn(lab)

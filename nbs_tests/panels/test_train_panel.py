@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb.panels import live_plot
+from fulltune_nb.chart import LossChart
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.panel import error_html
 from fulltune_nb.panels.train import REFRESH_SECONDS, TrainPanel
@@ -114,12 +114,12 @@ def test_without_a_run_dir_save_is_disabled_and_says_why(make_trainer, panel_of)
 
 
 def test_every_control_has_a_description_or_a_tooltip():
-    controls = TrainControls(["train"], can_save=False)
+    controls = TrainControls(["train"], False, LossChart([]))
     for name, widget in vars(controls).items():
-        if name not in ("box", "plot", "tabs"):
+        if name not in ("box", "chart", "tabs", "_tooltips"):
             assert widget.tooltip, name
-    for widget in (controls.plot, controls.tabs, *controls.tabs.children):
-        assert not getattr(widget, "tooltip", None)  # the front end cannot show an image or a box that has one
+    for widget in (controls.tabs, *controls.tabs.children):
+        assert not getattr(widget, "tooltip", None)  # the front end cannot show a box that has one
     assert controls.split.value == "train"
 
 
@@ -135,7 +135,7 @@ def test_everything_but_start_works_in_plain_python(make_trainer, panel_of):
     assert panel.trainer.done
     assert [sample.step for sample in panel.sample()] == [8]
     assert "done" in panel.controls.status.value and panel.controls.progress.value == 8
-    assert bytes(panel.controls.plot.value).startswith(b"\x89PNG")
+    assert repr(panel.controls.chart) == "LossChart(1 run, 8 steps)"
     assert "loss" in panel._repr_html_() and "data:image/png" in panel._repr_html_()
     assert repr(panel) == "TrainPanel(done, step 8 of 8)"
 
@@ -349,7 +349,7 @@ async def test_two_panels_of_one_trainer_agree(make_trainer, panel_of):
     one.controls.prompts.value = "the"
     await asyncio.sleep(0.05)
     assert one.loop is two.loop and not one.loop.running
-    for name in ("status", "progress", "learning_rate", "log", "prompts", "plot"):
+    for name in ("status", "progress", "learning_rate", "log", "prompts"):
         assert getattr(one.controls, name).value == getattr(two.controls, name).value, name
 
 
@@ -397,10 +397,11 @@ def test_a_panel_without_a_name_of_its_own_lives_as_long_as_its_trainer(make_tra
 
 
 @in_loop
-async def test_pictures_and_numbers_come_seldom(make_trainer, panel_of, monkeypatch):
-    drawn, draw = [], live_plot.LivePlot.draw
-    monkeypatch.setattr(live_plot.LivePlot, "draw", lambda plot, history: (drawn.append(1), draw(plot, history))[1])
+async def test_curves_and_numbers_come_seldom(make_trainer, panel_of, monkeypatch):
+    sent, drawn = [], []
     panel = panel_of(make_trainer(iters=100_000, steps_per_eval=100_000))
+    monkeypatch.setattr(panel.controls.chart, "send", lambda content, buffers: sent.append(sum(map(len, buffers))))
+    monkeypatch.setattr("fulltune_nb.panels.train.loss_png", lambda runs: drawn.append(1))
     panel.start()
     started = asyncio.get_running_loop().time()
     refreshed = []
@@ -408,7 +409,7 @@ async def test_pictures_and_numbers_come_seldom(make_trainer, panel_of, monkeypa
     await until(lambda: asyncio.get_running_loop().time() > started + 2.0)
     panel.pause()
     await settled(panel)
-    assert len(drawn) <= 5
+    assert 2 < len(sent) <= 12 and not drawn
     assert len(refreshed) <= 2.5 / REFRESH_SECONDS + 4
 
 
@@ -419,6 +420,17 @@ def test_memory_of_old_reports_does_not_grow_in_the_log(make_trainer, panel_of):
     trainer.event("note", "number 1500")
     assert "number 1500" in panel.controls.log.value and "… and 940 before" in panel.controls.log.value
     assert mx.get_active_memory() > 0
+
+
+def test_the_chart_has_the_runs_to_compare_with_besides(make_trainer, panel_of):
+    other = make_trainer()
+    other.run(2)
+    panel = panel_of(make_trainer(), compare={"before": other})
+    panel.step(3)
+    state = panel.controls.chart.get_state()["_whole"]
+    assert state["names"] == ["this run", "before"] and [run["count"] for run in state["runs"]] == [3, 2]
+    with pytest.raises(ft.ConfigError, match="compare"):
+        TrainPanel(make_trainer(), compare="runs/a")
 
 
 def test_twenty_thousand_reports_make_a_small_record_and_a_small_panel(make_trainer, panel_of):
