@@ -121,7 +121,9 @@ class MemoryLimitError(TrainingError):
 
 
 class DeviceError(TrainingError):
-    """The device broke a computation off: it took too long, or the driver failed. The message says what helps; MLX's error is the cause.
+    """The device broke a computation off: it took too long, the driver failed, or a kernel could not be compiled.
+
+    The message says what helps; MLX's error is the cause.
 
     Attributes:
         late: it was told of only when a result was waited for, so that what was sent to the GPU before may be what failed.
@@ -200,7 +202,15 @@ _SHORTER = (
     " GPU, and letting the display sleep (`caffeinate -i` keeps the Mac awake meanwhile): docs/howto/on_a_mac.md."
 )
 _MORE_MEMORY = "What helps: {helps}."
+_ROOM = (
+    "Make room (some megabytes) on the disk of the folder of kernels, which nobody else may write to, and of TMPDIR, where g++ has its"
+    " temporary files; then go on. Or restart Python with XDG_CACHE_HOME and TMPDIR set to other folders of your own."
+)
 _DEVICE_ERRORS: tuple[tuple[type[DeviceError], str, str, str], ...] = (  # class, pattern, what it means, what helps; the first that matches
+    (
+        DeviceError, r"\[Compile::eval_cpu\]|Could not load C\+\+ shared library|filesystem error: ",
+        "MLX could not compile a kernel, or not load it", _ROOM,
+    ),
     (OutOfMemoryError, r"maximum allowed buffer size", "One array would be larger than the device allows", _MORE_MEMORY),
     (
         OutOfMemoryError, r"Resource limit \(\d+\) exceeded", "There are more arrays than Metal keeps",
@@ -217,6 +227,7 @@ _DEVICE_ERRORS: tuple[tuple[type[DeviceError], str, str, str], ...] = (  # class
         "The GPU failed", "Restart Python (the kernel) and go on from the last checkpoint; a GPU that has failed often fails on.",
     ),
 )  # fmt: skip
+_SHOWN = 400  # characters of MLX's text
 _LATE = re.compile(r"Command buffer execution failed|\[Event::|\bcu\w*(Synchronize|Query|PeekAtLastError|Launch\w*)\(")
 
 
@@ -227,15 +238,16 @@ def device_error(error: BaseException, helps: str) -> DeviceError | None:
         error: MLX raises RuntimeError, MemoryError where C++ found no memory.
         helps: what takes less memory in what was done, such as `IN_TRAINING`.
 
-    The texts are those of MLX 0.32 (`backend/metal/allocator.cpp`, `device.cpp`, `backend/cuda/allocator.cpp`, `utils.cpp`) and those that
-    Metal and CUDA put into them.
+    The texts are those of MLX 0.32 (`backend/metal/allocator.cpp`, `device.cpp`, `backend/cuda/allocator.cpp`, `utils.cpp`,
+    `backend/cpu/compiled.cpp`) and those that Metal and CUDA put into them.
     """
     if isinstance(error, FulltuneError) or not isinstance(error, (RuntimeError, MemoryError)):
         return None
     text = str(error).strip().rstrip(".") or type(error).__name__
     for kind, pattern, meaning, remedy in _DEVICE_ERRORS:
         if re.search(pattern, text) or (text == "MemoryError" and meaning == "Memory ran out"):
-            found = kind(f"{meaning}: {text[:400]}. {remedy.format(helps=helps)}")
+            shown = text if len(text) <= _SHOWN else f"{text[:100]} … {text[100 - _SHOWN :]}"  # a compiler's reason comes last
+            found = kind(f"{meaning}: {shown}. {remedy.format(helps=helps)}")
             found.late = _LATE.search(text) is not None
             return found
     return None

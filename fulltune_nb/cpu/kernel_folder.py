@@ -3,7 +3,8 @@
 On a CPU, MLX compiles kernels with g++ and loads them, by names that anybody can foresee, from `mlx/<version>/cpu` in the folder of
 temporary files. On a machine with many users that is a way to run code as another user (`docs/decisions/0023`). `import fulltune_nb`
 therefore gives MLX a folder in the user's cache, or a new one where that cannot be used; nothing else in the process, and none of its
-children, sees another folder of temporary files than before. Our own kernels are compiled there too.
+children, sees another folder of temporary files than before. Our own kernels are compiled there too. Where a folder that goes while
+the process runs cannot be made again for this user alone, or its disk is full, what needs a new kernel is a `DeviceError`.
 
 Each process has a folder to itself as long as it lives, since MLX writes in place; a later process finds the kernels of an earlier one.
 Where nothing can be compiled and loaded, or where mlx was imported first and its own folder is not safe, MLX goes on uncompiled, as
@@ -89,7 +90,7 @@ def _find() -> KernelFolder:
             folder = _own_folder(check_private(place))
             library = _load(folder) if compiles else None
         except (OSError, subprocess.SubprocessError) as error:
-            refused.append(f"{place}: {_why(error)}")
+            refused.append(f"{place}: {reason(error)}")
             with suppress(OSError):
                 place.rmdir()  # if it is empty
             continue
@@ -212,13 +213,18 @@ def _tidy(folder: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether an ELF file ends where its header says; one whose making was cut short has no header, or less behind it."""
+    """Whether an ELF file ends where its header says, and names the kernel that its own name promises.
+
+    One whose making was cut short has no header, or less behind it; one whose source found no room on the disk has no kernel.
+    """
     with library.open("rb") as file:
         header = file.read(64)
         if len(header) < 64 or header[:4] != b"\x7fELF":
             return False
         (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
-        return file.seek(0, os.SEEK_END) >= start + size * count
+        is_long_enough = file.seek(0, os.SEEK_END) >= start + size * count
+        file.seek(0)
+        return is_long_enough and library.stem.removeprefix("lib")[:200].encode() in file.read()  # MLX shortens longer names
 
 
 # ---- MLX's question ------------------------------------------------------------------------------------------------------------
@@ -272,7 +278,7 @@ def _problem_of_mlx_folder() -> str | None:
             raise OSError("the path goes through a link")
     except OSError as error:
         return (
-            f"mlx was imported before fulltune_nb, and would load kernels from {folder} ({_why(error)}). Restart Python (the kernel) and "
+            f"mlx was imported before fulltune_nb, and would load kernels from {folder} ({reason(error)}). Restart Python (the kernel) and "
             "`import fulltune_nb` first, or set TMPDIR to a folder of your own before Python begins."
         )
     return None
@@ -286,10 +292,10 @@ def _problem_of_compiler() -> str | None:
             try:
                 return _check_room(folder)
             except OSError as error:
-                return f"g++ writes its temporary files into {folder}, and {_why(error)}. Make room there, or set TMPDIR to another folder."
+                return f"g++ writes its temporary files into {folder}, and {reason(error)}. Make room there, or set TMPDIR to another one."
     return f"g++ finds no folder for its temporary files ({', '.join(named) or '/tmp'}). Set TMPDIR to a folder that can be written to."
 
 
-def _why(error: Exception) -> str:
+def reason(error: Exception) -> str:
     output = getattr(error, "stderr", None)
     return output.decode(errors="replace").strip()[-300:] if output else getattr(error, "strerror", None) or str(error)

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from fulltune_nb.cpu.blas import warn_caller
 from fulltune_nb.cpu.fast_math import on_cpu
-from fulltune_nb.cpu.kernel_folder import compiler_environment, ensure_kernel_folder
+from fulltune_nb.cpu.kernel_folder import CompileWarning, compiler_environment, ensure_kernel_folder, reason
 
 VARIABLE = "FULLTUNE_KERNELS"
 """Environment variable; "off" leaves everything to MLX."""
@@ -247,5 +248,7 @@ def compiled_kernels() -> Kernels | None:
             library, environment = Path(folder, "kernels.so"), compiler_environment(place)
             subprocess.run([path, *_FLAGS, "-o", library, source], check=True, capture_output=True, timeout=60, env=environment)
             return Kernels(ctypes.CDLL(str(library)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        what = f"fulltune_nb's kernels could not be compiled in {place} ({reason(error)})"
+        warn_caller(f"{what}: MLX does their work, which takes longer", CompileWarning)
         return None

@@ -391,7 +391,7 @@ class Trainer:
             what = f"The GPU failed before the update of step {self.step_count} was known to be whole"
         else:
             return self.lm.torn if self.lm.update_under_way else None
-        why = f", by {type(error).__name__}{f': {error}' if str(error) else ''}" if error else ""
+        why = f", by {type(error).__name__}{f': {error}' if str(error) else ''}".rstrip(".") if error else ""
         back = f"Trainer.resume({str(self.run_dir)!r})" if self.run_dir else "trainer.restore(a snapshot), or a new trainer"
         return (
             f"{what}{why}. Some weights may be new and some old, so they are neither trained on, nor used, nor saved. What is on the disk"

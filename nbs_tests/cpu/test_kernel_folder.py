@@ -76,6 +76,45 @@ def test_a_library_planted_in_the_folder_of_temporary_files_is_not_loaded(shared
     assert done.stdout == "RIGHT\n" and not done.stderr and kernels(tmp_path)
 
 
+TAKEN = """
+import os
+place = ensure_kernel_folder().path.parent
+os.rename(place, str(place) + "-old")
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "found"),
+    [("", "RIGHT"), ("os.mkdir(place)\nos.chmod(place, 0o777)\n", "no folder that this user alone can write to"),
+     ("os.symlink(str(place) + '-old', place)\n", "no folder that this user alone can write to")],
+    ids=["removed", "made by somebody else", "a link"],
+)  # fmt: skip
+def test_a_folder_that_goes_meanwhile_is_made_again_and_that_of_others_is_not_used(tmp_path, then, found):
+    done = python(OURS + WHERE + TAKEN + then + COMPUTE, tmp_path, tmp_path)
+    assert found in done.stdout + done.stderr and bool(kernels(tmp_path)) == (found == "RIGHT")
+
+
+def test_a_disk_that_is_full_when_a_kernel_is_new_is_told_and_the_run_can_be_saved_and_goes_on(tmp_path):
+    code = """
+import resource
+from fulltune_nb import tiny
+lm = fulltune_nb.load_model(tiny.BASE_MODEL)
+data = fulltune_nb.load_data({"train": [{"text": "a b c"}] * 4, "valid": [{"text": "a b"}]}, lm.tokenizer)
+trainer = fulltune_nb.Trainer(lm, data, fulltune_nb.TrainConfig(iters=1, batch_size=2, val_batches=0), run_dir="run")
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+try:
+    trainer.evaluate("valid")
+except fulltune_nb.errors.DeviceError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+print(trainer.save().name, trainer.run(), trainer.state)
+"""
+    done = python(OURS + code, tmp_path, tmp_path, cwd=tmp_path)
+    assert "MLX could not compile a kernel, or not load it: [Compile::eval_cpu]" in done.stdout and "Make room" in done.stdout
+    assert done.stdout.endswith("step-000000 None done\n")
+
+
 def test_two_users_compile_with_one_folder_of_temporary_files(shared):
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
@@ -113,7 +152,8 @@ def test_a_later_process_finds_the_kernels_and_one_beside_it_has_a_folder_of_its
 def test_a_process_that_was_killed_leaves_no_kernel_that_is_cut_short(tmp_path):
     place = make(tmp_path / "0" / "mlx" / "1.0" / "cpu", 0o700)
     whole = Path(mx.__file__).read_bytes()
-    for name, content in {"empty": b"", "short": whole[:-1], "unwritten": bytes(len(whole)), "whole": whole}.items():
+    damaged = {"empty": b"", "short": whole[:-1], "unwritten": bytes(len(whole)), "no_such_kernel": whole}
+    for name, content in {**damaged, "whole": whole}.items():
         (place / f"lib{name}.so").write_bytes(content)
     (place / "whole.cpp").touch()
     assert kernel_folder._own_folder(tmp_path) == tmp_path / "0"

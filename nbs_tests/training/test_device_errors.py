@@ -44,6 +44,14 @@ def test_every_text_becomes_an_error_with_what_helps(text):
     assert found.late == ("METAL" in text or "Synchronize" in text or "PeekAtLastError" in text)
 
 
+def test_a_kernel_that_cannot_be_compiled_is_told_with_the_compilers_reason():
+    text = f"[Compile::eval_cpu] Failed to compile function {'f4' * 300}: g++ -o tmp.so: final link failed: No space left on device"
+    for said in (text, "Could not load C++ shared library x.so: file too short", "filesystem error: cannot create directories"):
+        found = device_error(RuntimeError(said), IN_TRAINING)
+        assert type(found) is DeviceError and said[-50:] in str(found) and "Make room" in str(found) and "TMPDIR" in str(found)
+        assert len(str(found)) < 900 and not found.late
+
+
 def test_what_is_something_else_stays_what_it_is():
     for error in (
         RuntimeError("[matmul] Last dimension of first input with shape (2,3)"),
