@@ -270,10 +270,16 @@ class StoredRun:
     def __init__(self, run_dir: str | os.PathLike, force: bool):
         self.directory, self._force = RunDirectory.open(absolute(run_dir)), force
         try:
-            self.checkpoint, self._state, self._damaged = newest_whole(self.directory.path)
+            self._read()
+        except OSError as error:
+            self.directory.close()
+            raise CheckpointError(f"{self.directory.path} cannot be read: {error}. Make it readable; nothing of it was changed.") from error
         except BaseException:
             self.directory.close()
             raise
+
+    def _read(self) -> None:
+        self.checkpoint, self._state, self._damaged = newest_whole(self.directory.path)
         self._state["history"] += evaluated_since(self._state, read_metrics(self.directory.path)[0])
         self.notes, self._has_weights, self._other_template = self.directory.take_notes(), True, False
         if others := files_of_others(self.checkpoint):

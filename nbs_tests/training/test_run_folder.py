@@ -385,3 +385,20 @@ def test_a_pipe_in_a_model_folder_is_refused_by_name(make_lm, tmp_path):
     os.mkfifo(folder / "generation_config.json")
     with pytest.raises(ModelError, match=r"generation_config\.json is a pipe"):
         ft.load_model(folder)
+
+
+def test_what_cannot_be_read_at_a_resume_is_told_and_the_folder_let_go(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(run_dir=tmp_path / "run")
+    trainer.run(1)
+    lm, data = trainer.lm, trainer.data
+    trainer.save()
+    del trainer
+    gc.collect()
+
+    def denied(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="cannot be read: .*Permission denied"):
+        patch.setattr("fulltune_nb.training.run.files_of_others", denied)
+        ft.Trainer.resume(tmp_path / "run", lm, data)
+    assert ft.Trainer.resume(tmp_path / "run", lm, data).step_count == 1
