@@ -77,7 +77,7 @@ def stored(source: str) -> dict[str, Any]:
     """
     try:
         return json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         expected = 'a folder, or an object of JSON such as {"train": "folder"}'
         raise DataError(f"Expected {expected}, got {source[:80]!r} ({error}).") from None
 

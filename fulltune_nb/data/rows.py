@@ -215,7 +215,7 @@ def whole_file_problem(first: bytes, last: bytes) -> str | None:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

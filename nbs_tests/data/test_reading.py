@@ -118,6 +118,13 @@ def test_file_that_is_one_json_array_is_one_problem_that_says_how_to_go_on(tmp_p
     assert split.problems[0].startswith("train.jsonl: the file is one JSON array") and "json.load" in split.problems[0]
 
 
+def test_json_that_is_nested_without_end_is_told(tmp_path):
+    split = read(tmp_path, b"[" * 100_000 + b"\n]\n")
+    assert split.rows == [] and "one JSON array" in split.problems[0]
+    with pytest.raises(DataError, match="an object of JSON"):
+        reading.stored('{"train":' * 100_000)
+
+
 def test_array_on_one_line_is_told_the_same_way(tmp_path):
     assert "json.load and pass the rows" in read(tmp_path, b'[{"text": "a"}, {"text": "b"}]').problems[0]
 
