@@ -57,8 +57,8 @@ class _Logger(Attachable):
     def on_start(self, trainer: Any, target: int = 0) -> None:
         """Begins the log, with the settings."""
         if not self._begun:
-            self._begun = True
             self.open(trainer.config.to_dict(), trainer.run_dir)
+            self._begun = True
 
     def on_step(self, trainer: Any, report: Any) -> None:
         """A point for each number of the report."""

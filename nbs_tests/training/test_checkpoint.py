@@ -54,7 +54,7 @@ def test_resume_finds_data_and_model_by_itself(make_lm, tokenizer, tmp_path):
 def test_a_rate_set_by_hand_survives_resuming(make_trainer, make_data, tmp_path):
     trainer = make_trainer(run_dir=tmp_path / "run", lr_schedule="linear")
     trainer.run(2)
-    trainer.set_learning_rate(3e-5)
+    trainer.set_next_learning_rate(3e-5)
     trainer.save()
     resumed = ft.Trainer.resume(tmp_path / "run", data=make_data(10, mask_prompt=True))
     assert resumed.learning_rate == trainer.learning_rate == pytest.approx(3e-5)
