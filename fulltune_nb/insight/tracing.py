@@ -20,7 +20,7 @@ from fulltune_nb.insight.updates import block_of
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.models.layers import attention_shares
-from fulltune_nb.models.parameters import backward_through
+from fulltune_nb.models.parameters import apart, backward_through
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.loss import cross_entropy
 from fulltune_nb.training.trainer import Trainer
@@ -340,7 +340,7 @@ def gradients(
         through = partial(block, rotation=rotation, mask=mask)
         (slope,), own = backward_through({f"layers.{layer}": block}, through, [stream[layer]], slope)[1:]
         mx.eval(slope, own)
-        norms |= {name: _norm(array) for name, array in own.items()}
+        norms |= {name: _norm(array) for name, array in apart(own).items()}
         slopes.append(slope)
     own = backward_through({"embed_tokens": model.embed_tokens}, lambda: model.embed(ids, model.compute_dtype), [], slope)[2]
     for name, array in own.items():  # a tied embedding has a second gradient, from the head

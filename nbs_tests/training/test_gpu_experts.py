@@ -102,7 +102,7 @@ def stacks(lm) -> list[mx.array | None]:
 
 def test_an_answer_copies_the_experts_together_once_and_again_when_they_have_changed(make_lm):
     lm = make_lm(**MIXTRAL)
-    before = lm.generate("the quick", max_tokens=6)
+    before = make_lm(**MIXTRAL).generate("the quick", max_tokens=6)
     with gpu_like():
         assert all(one is None for one in stacks(lm))
         cache = make_cache(lm.config.windows)
