@@ -539,14 +539,18 @@ class Trainer:
         Raises:
             DataError: there is no such split.
         """
-        self.lm.check_whole()
-        with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
-            tell = partial(self._tell_evaluated, split, [time.monotonic()])
-            report = evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell)
+        report = self._evaluated(split, batches)
         self.record(report)
         if self._result_step == self.step_count:
             self._write_result()  # such as a test after the end
         return report
+
+    def _evaluated(self, split: str, batches: int | None) -> EvalReport:
+        """What `evaluate` records."""
+        self.lm.check_whole()
+        with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
+            tell = partial(self._tell_evaluated, split, [time.monotonic()])
+            return evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell)
 
     def _tell_evaluated(self, split: str, told: list[float], done: int, total: int) -> None:
         """So many batches of all are evaluated; `told` holds when callbacks last heard of it."""
@@ -557,17 +561,21 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Validation, once a step; keeps the best weights and counts towards `patience`."""
-        config, patience, loss = self.config, self.patience, None
+        config, patience, report, improved = self.config, self.patience, None, False
         due = self.step_count == self.total_steps or self.step_count % config.steps_per_eval == 0
         if due and patience.last_step != self.step_count and self.data.valid is not None and config.val_batches:
-            loss = self.evaluate("valid", None if config.val_batches < 0 else config.val_batches).loss
+            report = self._evaluated("valid", None if config.val_batches < 0 else config.val_batches)
+            with interrupts_deferred():  # else it would be recorded, but not counted, and done again by whoever goes on
+                self._keep(report)
+                improved = patience.improved(self.step_count, report.loss)
+                self._best_is_due = self._best_is_due or (improved and self.step_count > 0)
+            self.tell(_METHODS[EvalReport], report)
+            if self._result_step == self.step_count:
+                self._write_result()
         with interrupts_deferred():
-            if loss is not None:
-                if patience.improved(self.step_count, loss):
-                    self._best_is_due = self.step_count > 0
-                elif self.stopped_early:
-                    message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
-                    self.event("early_stop", message)
+            if report is not None and not improved and self.stopped_early:
+                message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
+                self.event("early_stop", message)
             self._write_best_if_due()
 
     def _write_best_if_due(self) -> None:
@@ -886,10 +894,13 @@ class Trainer:
 
     def record(self, report: StepReport | EvalReport | Event) -> None:
         """Adds an entry to the history and to the run's folder, and tells callbacks and listeners."""
+        self._keep(report)
+        self.tell(_METHODS[type(report)], report)
+
+    def _keep(self, report: StepReport | EvalReport | Event) -> None:
         self.history.append(report)
         if self._directory is not None:
             self._try_to_write(partial(self._directory.append, report))
-        self.tell(_METHODS[type(report)], report)
 
     def event(self, kind: str, message: str) -> None:
         """Records that something happened now."""

@@ -225,3 +225,21 @@ def test_a_run_killed_at_random_instants_goes_on_bit_for_bit():
 def test_a_run_interrupted_at_random_instants_is_always_that_of_a_whole_step():
     done = run_script("interrupted_runs", "--interrupts", "2", "--seed", "1")
     assert done.returncode == 0 and done.stdout.count("2 of 2 interrupts") == 3, done.stdout + done.stderr
+
+
+def test_an_evaluation_that_an_interrupt_came_upon_is_not_done_again(make_trainer, make_data, tmp_path):
+    class Interrupts:
+        def on_eval(self, trainer, report):
+            if report.step == 2:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(run_dir=tmp_path / "run", steps_per_eval=2)
+    trainer.run(callbacks=[Interrupts()])
+    assert trainer.interrupted and trainer.step_count == 2
+    resumed = ft.Trainer.resume(tmp_path / "run", data=trainer.data)
+    for one in (trainer, resumed):
+        assert one.patience.last_step == 2
+    del trainer
+    resumed.run(2)
+    assert [report.step for report in resumed.history.evals] == [0, 2, 4]
+    assert (tmp_path / "run" / "best").is_dir()
