@@ -14,6 +14,9 @@ import mlx.core as mx
 
 from fulltune_nb.cpu import on_cpu
 
+EMBEDDING = "embed_tokens.weight"
+"""Its name in a model, and the head's where both are one matrix."""
+
 
 def lookup(weight: mx.array, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
     """Rows of an embedding (V, D) for ids (B, T), in `dtype` or the weight's own: (B, T, D). On a GPU the gradient is float32."""

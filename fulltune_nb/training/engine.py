@@ -18,7 +18,7 @@ import numpy as np
 from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.models.decoder import Decoder
-from fulltune_nb.models.embedding import with_exact_sums
+from fulltune_nb.models.embedding import EMBEDDING, with_exact_sums
 from fulltune_nb.models.experts import RouterBalance, lay_together, stacks_of
 from fulltune_nb.models.parameters import Arrays, apart, backward_through, parameters_of, swapped_in, together, trainable_of
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
@@ -27,7 +27,6 @@ from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
 
 CHUNK_ELEMENTS = 2**23
 """Logits of a chunk where a kernel computes the loss: 32 MiB."""
-EMBEDDING = "embed_tokens.weight"
 
 
 Sums = tuple[mx.array | None, Arrays]

@@ -126,10 +126,10 @@ def _norm_by_products(arrays: list[mx.array]) -> mx.array:
     sums = []
     for array in arrays:
         array = array.astype(mx.float32) if array.size < FEW else array
-        rows = array.size // array.shape[-1]
-        if rows > MOST_ROWS:
-            rows = max(count for count in range(1, MOST_ROWS + 1) if array.size % count == 0)
-        rows = array.reshape(rows, 1, -1)
+        count = array.size // array.shape[-1]
+        if count > MOST_ROWS:
+            count = max(most for most in range(1, MOST_ROWS + 1) if array.size % most == 0)
+        rows = array.reshape(count, 1, -1)
         sums.append((rows @ rows.swapaxes(-1, -2)).astype(mx.float32).sum())
     return mx.sqrt(sum(sums))  # compiled, ten of these are added by one kernel
 

@@ -23,6 +23,7 @@ from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
+from fulltune_nb.models.embedding import EMBEDDING
 from fulltune_nb.models.experts import RouterBalance, Routing, lay_together, stacks_of
 from fulltune_nb.models.parameters import (
     Arrays,
@@ -356,9 +357,9 @@ class LayerwiseGradients:
         self._norm_gradients = None
         lowest = lowest_trained_block(self._trained, len(self._model.layers))
         for i in reversed(range(lowest, len(self._model.layers))):
-            yield from self._block_pieces(i, to_input=i > lowest or "embed_tokens.weight" in self._trained)
+            yield from self._block_pieces(i, to_input=i > lowest or EMBEDDING in self._trained)
         bias = self._head_bias_gradient()  # computed from the head's old weight, handed out after the weight's own
-        for name in ("lm_head.weight", "embed_tokens.weight"):
+        for name in ("lm_head.weight", EMBEDDING):
             if name in self._trained:
                 if optimizers is not None and len(self._ranges) > 1:
                     self._show_rows(name, optimizers)
@@ -409,7 +410,7 @@ class LayerwiseGradients:
 
     def _row_pieces(self, name: str) -> Iterator[GradientPiece]:
         """The gradient of the head's or the embedding's matrix, which may be one and the same."""
-        embedding = name == "embed_tokens.weight"
+        embedding = name == EMBEDDING
         head = not embedding or self._model.config.tie_word_embeddings
         for rows in self._ranges:
             gradient = self._head_gradients(rows)["weight"] if head else 0.0

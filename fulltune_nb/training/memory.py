@@ -26,6 +26,7 @@ from fulltune_nb.data.batches import padded_to, row_widths
 from fulltune_nb.data.split import check_ids
 from fulltune_nb.device import device_kind, length_multiple
 from fulltune_nb.models.decoder import BLOCK_NORMS
+from fulltune_nb.models.embedding import EMBEDDING
 from fulltune_nb.models.experts import stacks_in
 from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import lowest_trained_block, parameters_of, trained_names
@@ -272,7 +273,7 @@ class Workload:
     @property
     def _tied(self) -> bool:
         """Whether a trained embedding gets a second gradient, from the head."""
-        return self.model.tie_word_embeddings and "embed_tokens.weight" in self.trained
+        return self.model.tie_word_embeddings and EMBEDDING in self.trained
 
     @property
     def _half_on_cpu(self) -> bool:

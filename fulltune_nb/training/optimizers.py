@@ -401,8 +401,8 @@ def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dty
         dtype: of the parameters.
     """
     stacks = updated_in_stacks(shapes, config)
-    apart = {name: shape for name, shape in shapes.items() if not any(name in names for names in stacks)}
-    shapes = apart | {names[0]: (len(names), *shapes[names[0]]) for names in stacks}
+    single = {name: shape for name, shape in shapes.items() if not any(name in names for names in stacks)}
+    shapes = single | {names[0]: (len(names), *shapes[names[0]]) for names in stacks}
     return max((rule.update_bytes(own, dtype, config.weight_decay) for rule, own in _shapes_by_rule(shapes, config)), default=0)
 
 

@@ -540,9 +540,8 @@ class Trainer:
             DataError: there is no such split.
         """
         report = self._evaluated(split, batches)
-        self.record(report)
-        if self._result_step == self.step_count:
-            self._write_result()  # such as a test after the end
+        self._keep(report)
+        self._tell_report(report)
         return report
 
     def _evaluated(self, split: str, batches: int | None) -> EvalReport:
@@ -551,6 +550,11 @@ class Trainer:
         with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
             tell = partial(self._tell_evaluated, split, [time.monotonic()])
             return evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell)
+
+    def _tell_report(self, report: EvalReport) -> None:
+        self.tell(_METHODS[EvalReport], report)
+        if self._result_step == self.step_count:
+            self._write_result()  # such as a test after the end
 
     def _tell_evaluated(self, split: str, told: list[float], done: int, total: int) -> None:
         """So many batches of all are evaluated; `told` holds when callbacks last heard of it."""
@@ -569,9 +573,7 @@ class Trainer:
                 self._keep(report)
                 improved = patience.improved(self.step_count, report.loss)
                 self._best_is_due = self._best_is_due or (improved and self.step_count > 0)
-            self.tell(_METHODS[EvalReport], report)
-            if self._result_step == self.step_count:
-                self._write_result()
+            self._tell_report(report)
         with interrupts_deferred():
             if report is not None and not improved and self.stopped_early:
                 message = f"no better validation loss than {patience.best_loss:.4f} in {patience.waited} evaluations"
