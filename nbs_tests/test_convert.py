@@ -13,6 +13,7 @@ import pytest
 from fulltune_nb import convert as command
 from fulltune_nb.convert import main
 from fulltune_nb.tensor_files import open_npz, open_safetensors, safetensors_metadata
+from nbs_tests.memory_held import memory_held
 
 ARRAYS = {
     "model.embed_tokens.weight": mx.random.normal((5, 3), key=mx.random.key(0)),
@@ -171,8 +172,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, ending):
     source = tmp_path / f"in.{ending}"
     arrays = {f"layer.{number}": mx.zeros((1000, 2000)) for number in range(6)}  # 8 MB each
     mx.savez(str(source), **arrays) if ending == "npz" else mx.save_safetensors(str(source), arrays)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = memory_held()
     tracemalloc.start()
     try:
         command.convert(source, tmp_path / ("out.safetensors" if ending == "npz" else "out.npz"))

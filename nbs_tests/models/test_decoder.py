@@ -20,6 +20,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import load_decoder
 from fulltune_nb.models.layers import Norm, causal_mask
 from fulltune_nb.models.model_config import read_config
+from nbs_tests.memory_held import memory_held
 from nbs_tests.models.model_cases import CASES, FAMILIES, FIXTURES, IDS_SHAPE, NEW_TOKENS, SMALL, random_ids
 from nbs_tests.models.parity import (
     LOGITS_TOLERANCE,
@@ -203,8 +204,7 @@ def test_checkpointing_needs_less_memory():
         step = nn.value_and_grad(decoder, lambda ids, on=checkpoint: decoder.head(decoder.hidden_states(ids, grad_checkpoint=on)).sum())
         mx.eval(step(ids))
         mx.eval(decoder.parameters())
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = memory_held()
         mx.eval(step(ids))
         peaks.append(mx.get_peak_memory() - before)
         mx.eval(decoder.parameters())

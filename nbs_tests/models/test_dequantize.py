@@ -14,6 +14,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import dequantized
 from fulltune_nb.models.folder import hf_tensors, load_decoder, save_folder
 from fulltune_nb.models.model_config import read_config
+from nbs_tests.memory_held import memory_held
 from nbs_tests.models.parity import corrected, need, need_torch
 from nbs_tests.models.quantized_folders import RAW, in_groups, published_mxfp4_folder, quantized_folder
 
@@ -104,8 +105,7 @@ def test_not_more_than_one_tensor_is_in_memory_twice(tmp_path):
     mx.save_safetensors(str(tmp_path / "q.safetensors"), stored)
     del stored, parts
     lazy = dict(mx.load(str(tmp_path / "q.safetensors")))
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = memory_held()
     result = dequantized(lazy, {f"{number}.weight": shape for number in range(3)}, mx.bfloat16, "the test")
     assert sum(array.nbytes for array in result.values()) == 3 * size
     assert mx.get_peak_memory() - before < (3 + 1) * size

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from fulltune_nb.errors import ModelError, WeightsError
 from fulltune_nb.models.folder import INDEX_FILE, hf_tensors, load_decoder, resolve_model_path, weight_files
 from fulltune_nb.tensor_files import read_tensors
+from nbs_tests.memory_held import memory_held
 from nbs_tests.models.model_cases import random_ids
 from nbs_tests.models.parity import (
     EMBEDDING,
@@ -165,8 +166,7 @@ def test_loading_float16_does_not_keep_both_copies_in_memory(model_folder):
     raw = {**RAW, "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
     path = model_folder({name: mx.array(array).astype(mx.float16) for name, array in tensors_of(raw).items()}, raw)
     mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = memory_held()
     model = load_decoder(path)
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert mx.get_peak_memory() - before < 1.3 * size

@@ -16,6 +16,7 @@ from fulltune_nb.training import engine as engine_module
 from fulltune_nb.training import plan
 from fulltune_nb.training.engine import WholeGraph
 from fulltune_nb.training.layerwise import BlockPasses
+from nbs_tests.memory_held import memory_held
 from nbs_tests.models.model_cases import CASES
 from nbs_tests.models.parity import relative_error
 from nbs_tests.training.conftest import loss_and_gradients, random_batch
@@ -96,8 +97,7 @@ def test_logits_of_all_positions_never_exist_at_once(kernels, monkeypatch):
     batch = random_batch(16384, 32, 20, 1)
     engine = WholeGraph(model, kernels=kernels)
     engine.gradients(1, [batch])
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = memory_held()
     engine.gradients(1, [batch])
     assert mx.get_peak_memory() - before < len(batch.targets) * 16384 * 4
 
@@ -134,8 +134,7 @@ def test_grad_checkpoint_saves_memory_compiled_too(kernels, with_kernels):
     for checkpoint in (False, True):
         engine = WholeGraph(model, checkpoint, compiled=True, kernels=kernels if with_kernels else None)
         for _ in range(2):
-            before = mx.get_active_memory()
-            mx.reset_peak_memory()
+            before = memory_held()
             loss, gradients = loss_and_gradients(engine, batch)
             peaks[checkpoint] = mx.get_peak_memory() - before
             assert loss == pytest.approx(expected[0], rel=1e-6)

@@ -10,6 +10,7 @@ import pytest
 from fulltune_nb.training import loss as loss_module
 from fulltune_nb.training.loss import cross_entropy, cross_entropy_only
 from nbs_tests.gpu_like import gpu_like
+from nbs_tests.memory_held import memory_held
 
 NUM_POSITIONS, HIDDEN, VOCAB = 70, 16, 97
 
@@ -79,8 +80,7 @@ def test_logits_of_all_positions_never_exist_at_once(monkeypatch):
     mx.eval(hidden, weight, targets, weights)
 
     def peak(loss):
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = memory_held()
         mx.eval(mx.grad(loss, argnums=(0, 1))(hidden, weight))
         return mx.get_peak_memory() - before
 

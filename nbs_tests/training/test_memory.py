@@ -1,4 +1,3 @@
-import gc
 import json
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from fulltune_nb.training import memory
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.memory import cgroup_limits, machine_limit, read_memory
 from fulltune_nb.training.plan import preflight
+from nbs_tests.memory_held import memory_held
 
 MISTRAL_7B = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -54,7 +54,7 @@ def always_kept(plan):
 def test_a_seven_billion_model_is_planned_without_allocating_anything(set_limit, monkeypatch):
     monkeypatch.setenv("FULLTUNE_KERNELS", "off")
     set_limit(128 * GB)
-    before = mx.get_active_memory()
+    before = memory_held()
     plan = preflight(make_lm(**MISTRAL_7B), make_data(512), TrainConfig(batch_size=1, grad_checkpoint=True))
     assert mx.get_active_memory() - before < 10**7
     assert plan.parts["weights"] == 4 * 7_241_732_096
@@ -202,8 +202,7 @@ def run_of(tokenizer):
 def test_what_is_counted_and_what_is_measured_beside_the_peak_of_a_run(run_of, shape):
     """Counted: from a tenth too little to the margin too much. Measured: within 5%, and nothing is changed by it."""
     lm, data, config = run_of(shape)
-    gc.collect()  # what earlier tests left must not be freed in the middle of this one
-    outside = mx.get_active_memory() - sum(array.nbytes for array in parameters_of(lm.model).values())
+    outside = memory_held() - sum(array.nbytes for array in parameters_of(lm.model).values())
     counted = preflight(lm, data, config)
     random, weights, trainable = mx.array(mx.random.state[0]), parameters_of(lm.model), set(trainable_of(lm.model))
     bits = {name: np.array(array) for name, array in weights.items()}

@@ -13,6 +13,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.optimizers import Group, Optimizers, predict_state_bytes, update_bytes
+from nbs_tests.memory_held import memory_held
 from nbs_tests.models.model_cases import SMALL
 
 NAMES = ("adamw", "adam", "sgd", "adafactor", "lion", "muon", "adamw8bit", "lion8bit")
@@ -289,8 +290,7 @@ def test_an_update_needs_no_memory_of_its_own_but_lions_on_a_gpu_what_is_predict
     gradients = tree_map(mx.ones_like, model.parameters())
     mx.eval(gradients)
     for _ in range(2):  # the first time functions are traced
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = memory_held()
         optimizers.update(model, gradients, 1e-3)
         mx.synchronize()
     tensor = 4 * 1024 * 1024
@@ -308,8 +308,7 @@ def test_the_others_need_memory_for_a_part_of_the_model_only(name, monkeypatch):
     optimizers = Optimizers(model, TrainConfig(optimizer=name, optimizer_config={"ns_steps": 1} if name == "muon" else {}))
     gradients = tree_map(mx.ones_like, model.parameters())
     mx.eval(gradients)
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = memory_held()
     optimizers.update(model, gradients, 1e-3)
     mx.synchronize()
     assert mx.get_peak_memory() - before < 80 * 4 * 256 * 256 / 3

@@ -1,6 +1,5 @@
 """Packed rows: the loss and the gradients of the same examples unpacked; no example sees another; runs end, resume and fit."""
 
-import gc
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -21,6 +20,7 @@ from fulltune_nb.training import memory
 from fulltune_nb.training.engine import WholeGraph
 from fulltune_nb.training.layerwise import Layerwise
 from fulltune_nb.training.plan import preflight
+from nbs_tests.memory_held import memory_held
 from nbs_tests.models.model_cases import CASES, FAMILIES, SMALL
 from nbs_tests.training.conftest import loss_and_gradients, make_rows
 
@@ -254,8 +254,7 @@ def test_the_prediction_for_packed_rows_is_near_the_measured_peak(tokenizer, bat
     rows = [{"text": "a " * n} for n in [20, 35, 50, 60, 75, 90, 100] * 6]
     config = ft.TrainConfig(batch_size=batch_size, iters=3, packing=True, max_seq_length=256)
     data = ft.load_data({"train": rows}, tokenizer, config=config)
-    gc.collect()  # what earlier tests left must not be freed in the middle of this one
-    outside = mx.get_active_memory() - sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
+    outside = memory_held() - sum(array.nbytes for _, array in tree_flatten(lm.model.parameters()))
     plan = ft.preflight(lm, data, config)
     measured = max(report.peak_memory for report in ft.Trainer(lm, data, config).steps()) - outside
     assert plan.peak == pytest.approx(measured, rel=0.15)

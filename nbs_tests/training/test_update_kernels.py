@@ -11,6 +11,7 @@ from fulltune_nb.training.optimizers import Optimizers, predict_state_bytes, upd
 from fulltune_nb.training.rounding import round_to
 from nbs_tests.gpu_like import gpu_like
 from nbs_tests.kernel_counts import as_on_gpu, kernels
+from nbs_tests.memory_held import memory_held
 from nbs_tests.training.test_update_tensors import gradients, make_model
 
 DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
@@ -115,9 +116,7 @@ def test_an_update_on_a_gpu_writes_over_the_old_arrays_and_the_predicted_bytes_a
         optimizers, found = Optimizers(model, config_of(case)), {name: mx.ones_like(a) for name, a in tree_flatten(model.parameters())}
         mx.eval(model.parameters(), found)
         for _ in range(2):  # the first time functions are traced
-            mx.synchronize()
-            mx.reset_peak_memory()
-            before = mx.get_active_memory()
+            before = memory_held()
             optimizers.update(model, found, 1e-3)
             mx.eval(model.parameters(), optimizers.state_arrays())
         predicted = update_bytes({name: array.shape for name, array in found.items()}, config_of(case), dtype)

@@ -10,6 +10,7 @@ from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import TrainingError
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.optimizers import Optimizers, update_bytes
+from nbs_tests.memory_held import memory_held
 
 BY_ROWS = ("adamw", "adam", "sgd", "lion", "adamw8bit", "lion8bit")
 OF_WHOLE_TENSORS = ("adamw", "adam", "sgd", "lion")
@@ -104,8 +105,7 @@ def test_weights_and_state_stay_in_their_memory_and_the_predicted_bytes_are_enou
     found = tree_map(mx.ones_like, model.parameters())
     mx.eval(found)
     for _ in range(2):  # the first time functions are traced and the random numbers' table is made
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = memory_held()
         optimizers.update(model, found, 1e-3)
         mx.synchronize()
     used = mx.get_peak_memory() - before
