@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,21 +130,20 @@ def head_html(example: Example, more: str = "") -> str:
 def _as_text(example: Example, tokenizer) -> str:
     size = f"{example.source}: {len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on"
     cut = f", {example.cut:,} cut off" if example.cut else _window_text(example)
-    texts = [(decode(tokenizer, ids), trained) for ids, trained in runs(example)]
-    return f"{size}{cut}\n" + "".join(f"[[{text}]]" if trained else text for text, trained in texts)
+    texts = (f"[[{text}]]" if trained else text for text, _, trained in _shown_runs(example, tokenizer))
+    return f"{size}{cut}\n{''.join(texts)}"
 
 
 def runs_html(example: Example) -> str:
     """The decoded tokens in runs of trained and masked ones; shorter than a box per token."""
     if example.tokenizer is None:
         return f'<pre style="{_PRE}">{esc(example.text, CHARACTERS_SHOWN)}</pre>'
-    all_runs, left, parts = runs(example), CHARACTERS_SHOWN, []
-    for number, (ids, trained) in enumerate(all_runs):
+    all_runs, left, parts = _shown_runs(example, example.tokenizer), CHARACTERS_SHOWN, []
+    for number, (text, _, trained) in enumerate(all_runs):
         if left <= 0:
-            rest = sum(len(ids) for ids, _ in all_runs[number:]), sum(len(ids) for ids, trained in all_runs[number:] if trained)
+            rest = sum(size for _, size, _ in all_runs[number:]), sum(size for _, size, trained in all_runs[number:] if trained)
             parts.append(f"<b> … {rest[0]:,} tokens more, {rest[1]:,} of them trained on</b>")
             break
-        text = decode(example.tokenizer, ids)
         parts.append(_box(esc(text, left), "trained" if trained else "masked"))
         left -= len(text)
     return f'<pre style="{_PRE}">{"".join(parts)}</pre>'
@@ -153,8 +152,17 @@ def runs_html(example: Example) -> str:
 def runs(example: Example) -> list[tuple[np.ndarray, bool]]:
     """The tokens in runs that are trained on, or not."""
     borders = np.flatnonzero(np.diff(example.loss_mask)) + 1
-    pieces = zip(np.split(example.tokens, borders), np.split(example.loss_mask, borders), strict=True)
-    return [(ids, bool(mask[0])) for ids, mask in pieces if len(ids)]
+    parts = zip(np.split(example.tokens, borders), np.split(example.loss_mask, borders), strict=True)
+    return [(ids, bool(mask[0])) for ids, mask in parts if len(ids)]
+
+
+def _shown_runs(example: Example, tokenizer) -> list[tuple[str, int, bool]]:
+    """Text, number of tokens, and whether trained on, of each run; a character of several tokens is, where one of them is."""
+    mask = example.loss_mask.copy()
+    for border in (np.flatnonzero(np.diff(mask)) + 1).tolist():
+        start, stop = split_character(tokenizer, example.tokens, border)
+        mask[start:stop] = mask[start:stop].any()
+    return [(decode(tokenizer, ids), len(ids), trained) for ids, trained in runs(replace(example, loss_mask=mask))]
 
 
 def decode(tokenizer, ids: Sequence[int] | np.ndarray) -> str:
@@ -172,22 +180,28 @@ def _tokens_html(example: Example, tokenizer) -> str:
     """A box for each token; of a long example for those at both ends."""
     shown = np.arange(len(example.tokens))
     if len(shown) > TOKENS_SHOWN:
-        shown = np.concatenate([shown[: TOKENS_SHOWN // 2], shown[-TOKENS_SHOWN // 2 :]])
+        ends = (TOKENS_SHOWN // 2, len(shown) - TOKENS_SHOWN // 2)
+        first, last = (split_character(tokenizer, example.tokens, end) for end in ends)
+        shown = np.concatenate([shown[: first[1]], shown[last[0] :]])
     special = special_ids(tokenizer)
-    ids = example.tokens[shown].tolist()
     boxes, before = [], -1
-    for i, token, text in zip(shown.tolist(), ids, token_texts(tokenizer, ids), strict=True):
-        if i != before + 1:
-            hidden = example.loss_mask[before + 1 : i]
+    for piece in pieces(tokenizer, example.tokens[shown].tolist()):
+        places = shown[piece.start : piece.stop].tolist()
+        if places[0] != before + 1:
+            hidden = example.loss_mask[before + 1 : places[0]]
             boxes.append(f"<b> … {len(hidden):,} tokens not shown, {int(hidden.sum()):,} of them trained on … </b>")
-        kinds = ["trained" if example.loss_mask[i] else "masked"] + ["special"] * (token in special)
+        kinds = ["trained" if example.loss_mask[places].any() else "masked"] + ["special"] * (piece.ids[0] in special)
+        titles = (
+            f"token {i}, id {token}: {', '.join(['trained' if example.loss_mask[i] else 'masked', *kinds[1:]])}"
+            for i, token in zip(places, piece.ids, strict=True)
+        )
         # The browser drops a line break that comes first in <pre>; the mark before it prevents that.
-        boxes.append(_box(esc(visible(text)), *kinds, title=f"token {i}, id {token}: {', '.join(kinds)}"))
-        before = i
+        boxes.append(_box(esc(visible(piece.text)), *kinds, title="\n".join(titles)))
+        before = places[-1]
     if example.cut:
         cut = _cut_tokens(example, tokenizer)
         title = f"cut off by max_seq_length={len(example.tokens)}"
-        boxes += [_box(esc(visible(text)), "cut", title=title) for text in token_texts(tokenizer, cut)]
+        boxes += [_box(esc(visible(piece.text)), "cut", title=title) for piece in pieces(tokenizer, cut)]
         boxes.append(f"<b> … {example.cut - len(cut):,} more cut off</b>" if example.cut > len(cut) else "")
     return f'<pre style="{_PRE}">{"".join(boxes)}</pre>'
 
@@ -218,12 +232,62 @@ def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
     return [known[token_id] for token_id in ids]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What is shown as one of a text's tokens: one, or those that spell a character together."""
+
+    start: int
+    """Of its first token."""
+    ids: list[int]
+    text: str
+
+    @property
+    def stop(self) -> int:
+        """Behind its last token."""
+        return self.start + len(self.ids)
+
+
+_MOST_TOKENS = 8
+"""Of a piece. A character has at most 4 bytes, but where a token ends within the next one, so does the piece go on."""
+
+
+def pieces(tokenizer, ids: Sequence[int]) -> list[Piece]:
+    """Successive tokens of a text, as they are shown: each with its text, those that are parts of a character together.
+
+    What spells no character, as where a text begins or is cut off within one, is given token by token, by its bytes as in `token_texts`.
+    """
+    texts, found, start = token_texts(tokenizer, ids), [], 0
+    while start < len(ids):
+        piece = Piece(start, list(ids[start : start + 1]), texts[start])
+        for end in range(start + 2, min(start + _MOST_TOKENS, len(ids)) + 1):
+            if not all(texts[i].startswith("<") and "\ufffd" in decode(tokenizer, [ids[i]]) for i in (end - 2, end - 1)):
+                break  # one of the two is whole
+            whole = decode(tokenizer, ids[start:end])
+            if "\ufffd" not in whole:
+                piece = Piece(start, list(ids[start:end]), whole)
+                break
+        found.append(piece)
+        start = piece.stop
+    return found
+
+
+def split_character(tokenizer, tokens: np.ndarray, border: int) -> tuple[int, int]:
+    """Where the piece begins and ends that has tokens before and behind a border; twice the border where there is none."""
+    start = max(0, border - _MOST_TOKENS)
+    for piece in pieces(tokenizer, tokens[start : border + _MOST_TOKENS].tolist()):
+        if start + piece.start < border < start + piece.stop:
+            return start + piece.start, start + piece.stop
+    return border, border
+
+
 def _token_text(tokenizer, token_id: int) -> str:
     raw = tokenizer.convert_ids_to_tokens(token_id)
     if raw is None:
         return f"<id {token_id}>"
     text = decode(tokenizer, [token_id])
     if "\ufffd" in text and raw != text:
+        if re.fullmatch("<0x[0-9A-F]{2}>", raw):  # SentencePiece's
+            return f"<{raw[3:5]}>"
         return "<" + " ".join(f"{BYTE_ALPHABET[c]:02X}" for c in raw) + ">" if all(c in BYTE_ALPHABET for c in raw) else raw
     if raw.startswith("▁") and not text.startswith(" "):  # SentencePiece decoders drop the space before a first word
         text = " " + text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune_nb import svg
-from fulltune_nb.data.example import Example, token_texts, visible
+from fulltune_nb.data.example import Example, Piece, pieces, split_character, token_texts, visible
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, esc, more, table
@@ -309,13 +309,15 @@ def _style(value: float, trained: bool, compared: bool) -> str:
 
 def _example_html(row: ExampleLosses, tokenizer, texts: dict[int, str], left: int) -> str:
     """An example token by token, `left` tokens at most, below its losses as a strip where it is long; `texts` are tokens known so far."""
+    left = split_character(tokenizer, row.example.tokens, left)[1]
     tokens, trained, values = row.example.tokens[:left], row.trained, row.shown
     new = [token for token in np.unique(np.append(tokens, row.found.top_ids[:left])).tolist() if token not in texts]
     texts.update(zip(new, token_texts(tokenizer, new), strict=True))
     boxes = []
-    for i, token in enumerate(tokens.tolist()):
-        style = _style(float(values[i]), bool(trained[i]), row.base is not None)
-        boxes.append(f'<span style="{style}" title="{esc(_title(row, i, texts))}">{esc(visible(texts[token]))}</span>')
+    for piece in pieces(tokenizer, tokens.tolist()):
+        own = slice(piece.start, piece.stop)
+        style = _style(_sum(values[own]), bool(trained[own].any()), row.base is not None)
+        boxes.append(f'<span style="{style}" title="{esc(_title(row, piece, texts))}">{esc(visible(piece.text))}</span>')
     hidden = f"<b> … {len(row.losses) - len(tokens):,} tokens not shown</b>" if len(row.losses) > len(tokens) else ""
     difference = f", {np.mean(row.difference[trained]):+.4f} against the base" if row.base is not None and trained.any() else ""
     counts = f"loss {row.loss:.4f}{difference}, {len(row.losses):,} tokens, {int(trained.sum()):,} trained on"
@@ -324,7 +326,18 @@ def _example_html(row: ExampleLosses, tokenizer, texts: dict[int, str], left: in
     return f'<div><b>{esc(row.example.source)}</b> &nbsp; {counts}</div>{strip}<pre style="{_PRE}">{"".join(boxes)}{hidden}</pre>'
 
 
-def _title(row: ExampleLosses, i: int, texts: dict[int, str]) -> str:
+def _sum(values: np.ndarray) -> float:
+    """Of what is known; NaN where nothing is. The losses of a character's tokens are together the loss of the character."""
+    known = values[~np.isnan(values)]
+    return float(known.sum()) if len(known) else float("nan")
+
+
+def _title(row: ExampleLosses, piece: Piece, texts: dict[int, str]) -> str:
+    whole = [f"{len(piece.ids)} tokens, together {_sum(row.shown[piece.start : piece.stop]):.3f}"] if len(piece.ids) > 1 else []
+    return "\n\n".join([*whole, *(_title_of_token(row, i, texts) for i in range(piece.start, piece.stop))])
+
+
+def _title_of_token(row: ExampleLosses, i: int, texts: dict[int, str]) -> str:
     if i == 0:
         return f"token 0, id {row.example.tokens[0]}: nothing stands before it"
     lines = [

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb import svg
-from fulltune_nb.data.example import Example, token_texts, visible
+from fulltune_nb.data.example import Example, pieces, token_texts, visible
 from fulltune_nb.errors import IN_EVALUATION, ConfigError, DataError, tells_device_errors
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, facts
@@ -144,7 +144,7 @@ class Trace:
 
         chosen = pooled(self.attention(layer, head)[None], _MAP)[0]
         tile = -(-len(self.example.tokens) // _MAP)
-        names = [visible(text) for text in self.tokens[::tile]]
+        names = self._labels()[::tile]
         note = f", the largest of each {tile} × {tile} tokens" if tile > 1 else ""
         labels = ("token", "attends to", "share")
         return heat_map(chosen, names, names, labels, f"Block {layer}, head {head}{note}", (0.0, None), ax)
@@ -159,8 +159,13 @@ class Trace:
     def _heat_map(self, values: np.ndarray, label: str, title: str, ax: Axes | None, limits: tuple = (None, None)) -> Axes:
         from fulltune_nb.plots import heat_map
 
-        columns = [visible(text) for text in self.tokens[: values.shape[1]]]
+        columns = self._labels()[: values.shape[1]]
         return heat_map(values, range(len(values)), columns, ("layer (0: embedding)", "token", label), title, limits, ax)
+
+    def _labels(self) -> list[str]:
+        """(T,) what stands at each token; a character of several tokens at the first of them."""
+        shown = pieces(self._lm.tokenizer, self.example.tokens.tolist())
+        return [text for piece in shown for text in (visible(piece.text), *[""] * (len(piece.ids) - 1))]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.example.tokens)} tokens through {self.num_layers} blocks)"
@@ -367,7 +372,9 @@ def _lens_html(trace: Trace, tokenizer) -> str:
     first = max(0, length - _POSITIONS)
     lines = np.unique(np.linspace(0, layers - 1, min(layers, _LAYERS)).round().astype(int))
     columns = range(first, length)
-    cells = [f'<th style="text-align:left;padding:1px 6px">{esc(short(text, _TOKEN))}</th>' for text in trace.tokens[first:]]
+    head = '<th colspan="{}" style="text-align:left;padding:1px 6px">{}</th>'
+    shown = (piece for piece in pieces(tokenizer, trace.example.tokens.tolist()) if piece.stop > first)
+    cells = [head.format(piece.stop - max(first, piece.start), esc(short(piece.text, _TOKEN))) for piece in shown]
     rows = [f'<tr><th style="padding:1px 6px">after</th>{"".join(cells)}</tr>']
     for layer in lines[::-1].tolist():
         cells = [_lens_cell(trace, tokenizer, layer, i) for i in columns]

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fulltune_nb.data import load_data
-from fulltune_nb.data.example import BOS_DOUBLED, CUT_TOKENS_SHOWN, TOKENS_SHOWN, token_texts
+from fulltune_nb.data.example import BOS_DOUBLED, CUT_TOKENS_SHOWN, TOKENS_SHOWN, pieces, runs_html, token_texts
 from fulltune_nb.errors import ConfigError, DataError
 
 PAIRS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(5)]
@@ -137,3 +137,35 @@ def test_an_end_token_that_was_cut_off_is_shown(make_tokenizer):
 def test_begin_and_end_tokens_are_counted_and_warned_about(make_tokenizer):
     html = load_data({"train": [{"text": "<s>a fox"}]}, make_tokenizer(adds_bos=True)).show(1)._repr_html_()
     assert "2 BOS, 1 EOS" in html and f"⚠ {BOS_DOUBLED}" in html
+
+
+WORDS = "日本 שלום \U0001f600"
+
+
+def letters_of(html):
+    """What the boxes show, and the ids in their hover texts."""
+    boxes = re.findall(r'<(?:u|span) [^>]*title="([^"]*)">([^<]*)</(?:u|span)>', html)
+    return [text for _, text in boxes], [int(token) for title, _ in boxes for token in re.findall(r"id (\d+)", title)]
+
+
+def test_letters_of_several_tokens_are_shown_as_letters_with_all_their_tokens_behind_them(tokenizer):
+    example = load_data({"train": [{"text": WORDS}]}, tokenizer).train[0]
+    texts, ids = letters_of(example._repr_html_())
+    assert "".join(texts) == WORDS.replace(" ", "·") + "&lt;/s&gt;" and ids == example.tokens.tolist()
+
+
+def test_letters_at_the_edge_of_what_is_shown_or_trained_on_stay_whole(tokenizer):
+    example = load_data({"train": [{"text": "語字" * 200}]}, tokenizer).train[0]
+    texts, _ = letters_of(example._repr_html_())
+    assert set(texts) == {*"語字", "&lt;/s&gt;"}
+    assert "\ufffd" not in runs_html(example)  # the first token, a part of the first letter, is not trained on
+
+
+def test_byte_tokens_of_sentencepiece_are_letters_too():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    found = pieces(PreTrainedTokenizerFast(tokenizer_object=backend), [*"本é".encode(), 0xE6])
+    assert [piece.text for piece in found] == ["本", "é", "<E6>"]

@@ -191,3 +191,9 @@ def test_a_broken_model_is_shown_for_what_it_is(make_lm, make_data):
     lm.model.norm.weight = lm.model.norm.weight * mx.array(float("nan"))
     found = ft.token_losses(lm, make_data(2).train)
     assert np.isnan(found.loss) and "nan" in found._repr_html_() and "nan" in repr(found)
+
+
+def test_a_letter_of_several_tokens_is_shown_as_a_letter_with_the_sum_of_their_losses(make_lm):
+    found = ft.token_losses(make_lm(), "a日")
+    html = found._repr_html_()
+    assert ">日</span>" in html and f"3 tokens, together {found.rows[0].losses[-3:].sum():.3f}" in html
