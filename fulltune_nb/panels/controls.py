@@ -132,6 +132,7 @@ class DataControls:
         self.filter = field(widgets.Dropdown, "rows", "Which of its rows to go through", "210px", options=filters)
         tooltip = "Rows whose text has this in it, upper and lower case being the same; Enter searches, empty ends the search"
         self.search = field(widgets.Text, "search", tooltip, "280px", placeholder="text, then Enter", continuous_update=False)
+        self.all_rows = button("All rows", "End filter and search", "times")
         self.previous = button("Previous", "The row before, of those chosen", "chevron-left")
         self.next = button("Next", "The next row, of those chosen", "chevron-right")
         self.index = field(widgets.BoundedIntText, "index", "Go to this row, as in data.train[index]", "130px", min=0, max=0)
@@ -145,7 +146,7 @@ class DataControls:
         browse = widgets.VBox([row(self.previous, self.next, self.index, self.status), scrolled(self.lens)])
         self.tabs = widgets.Tab([browse, widgets.VBox([self.picture, self.lengths]), scrolled(self.checks)])
         self.tabs.titles = ("Rows", "Lengths", "Checks")
-        self.box = column(row(self.split, self.filter, self.search), self.tabs, max_width=900)
+        self.box = column(row(self.split, self.filter, self.search, self.all_rows), self.tabs, max_width=900)
 
 
 class ChatControls:

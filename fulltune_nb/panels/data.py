@@ -34,13 +34,16 @@ _PRE = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;line-heigh
 class DataPanel(Panel):
     """Browses the examples of a data set. Every control has a method here that does the same, with or without a notebook.
 
+    The row shown is always one of `rows`, which filter and search leave together. Where they leave none, none is shown, and the panel says
+    why; to go to another row by its index ends both.
+
     Nothing is computed with the model, so the panel may be used while training goes on.
 
     Attributes:
         data: the data set.
         checks: what was found in it: `.duplicates`, `.special_tokens`.
         split: name of the split looked at.
-        index: of the example looked at, as in `data.train[index]`.
+        index: of the example looked at, as in `data.train[index]`; where `rows` is empty, of the one before.
         filter: which rows of the split are gone through.
         rows: indices that `next` and `previous` go through: those left by filter and search.
         query: the text searched for; "" for none.
@@ -61,6 +64,8 @@ class DataPanel(Panel):
         self.query = ""
         self.hits: Hits | None = None
         self.rows = np.arange(len(data.splits[self.split]))
+        self._found_elsewhere = 0  # rows that have the text and are not left by the filter, where none is both
+        self._note = ""
         self.controls = DataControls(list(data.splits), FILTERS)
         super().__init__(self.controls.box)
         self.widget.panel = self  # shown without a name of its own, the panel lives as long as its widgets
@@ -73,24 +78,24 @@ class DataPanel(Panel):
 
     @property
     def example(self) -> Example | None:
-        """The example looked at; None in a split without rows."""
-        examples = self.data.splits[self.split]
-        return examples[self.index] if len(examples) else None
+        """The example looked at; None where filter and search leave no row of the split."""
+        return self.data.splits[self.split][self.index] if len(self.rows) else None
 
     def show(self, index: int | None = None, split: str | None = None, filter: str | None = None) -> None:
         """Goes to an example, of another split where one is named.
 
         Args:
-            index: of the example, as in `data.train[index]`; where left out, the first that the filter leaves.
+            index: of the example, as in `data.train[index]`; where left out, the first that filter and search leave, unless the present one
+                is left. Of an example that is not left, it ends both.
             split: "train", "valid" or "test".
             filter: one of "all", "cut off", "not trained on", "BOS or EOS warning", "also in another split".
 
         Raises:
-            DataError: no such split or no such index.
+            DataError: no such split or no such index, or the filter asked for does not leave it.
             ConfigError: no such filter.
         """
         with self._lock:
-            split, filter = split or self.split, filter or self.filter
+            asked, split, filter = filter, split or self.split, filter or self.filter
             if split not in self.data.splits:
                 raise DataError(f"There is no split {split!r} in this data set; it has {', '.join(self.data.splits)}.")
             if filter not in FILTERS:
@@ -98,13 +103,20 @@ class DataPanel(Panel):
             count = len(self.data.splits[split])
             if index is not None and not (isinstance(index, int) and 0 <= index < count):
                 raise DataError(f"{split} has the indices 0 to {count - 1:,}, got {index!r}.")
+            if asked is not None and index is not None and index not in self.checks.rows(split, filter):
+                raise DataError(f"{split}[{index}] is not among the rows {filter!r}. Leave out index or filter.")
+            self._note = ""
             if (split, filter) != (self.split, self.filter):
-                self.split, self.filter = split, filter
-                self._find_rows()
-            if index is not None:
-                self.index = index
-            elif self.index >= count or (len(self.rows) and self.index not in self.rows):
-                self.index = int(self.rows[0]) if len(self.rows) else 0
+                self._choose(split, filter, self.query)
+            if index is not None and index not in self.rows:
+                self._choose(split, FILTERS[0], "")
+                self._note = "filter and search are ended: this row is not among theirs"
+            self._show_rows(index)
+
+    def all_rows(self) -> None:
+        """Ends filter and search; the row looked at stays."""
+        with self._lock:
+            self._choose(self.split, FILTERS[0], "")
             self._show_rows()
 
     def next(self) -> None:
@@ -131,23 +143,23 @@ class DataPanel(Panel):
             The indices of the examples that have it.
         """
         with self._lock:
-            self.query = text
-            self._find_rows()
-            if len(self.rows) and self.index not in self.rows:
-                self.index = int(self.rows[0])
+            self._choose(self.split, self.filter, text)
             self._show_rows()
             return self.hits.rows if self.hits else []
 
     def _go(self, index: int) -> None:
-        self.index = int(index)
+        self.index, self._note = int(index), ""
         self._show_example()
 
-    def _find_rows(self) -> None:
-        """What filter and search leave of the split."""
-        rows = self.checks.rows(self.split, self.filter)
-        self.hits = search(self.data.splits[self.split].examples, rows, self.query) if self.query else None
+    def _choose(self, split: str, filter: str, query: str) -> None:
+        """What filter and search leave of a split."""
+        self.split, self.filter, self.query, self._note = split, filter, query, ""
+        rows, examples = self.checks.rows(split, filter), self.data.splits[split].examples
+        self.hits = search(examples, rows, query) if query else None
         self._filtered = len(rows)
         self.rows = rows if self.hits is None else np.array(self.hits.rows, dtype=np.int64)
+        both = query and filter != FILTERS[0] and not len(self.rows)
+        self._found_elsewhere = len(search(examples, range(len(examples)), query).rows) if both else 0
 
     # -- controls ---------------------------------------------------------------------------------------------------
 
@@ -159,6 +171,7 @@ class DataPanel(Panel):
         self.connect(controls.filter, self._filter_chosen)
         self.connect(controls.index, self.show)
         self.connect(controls.search, self.search)
+        self.connect(controls.all_rows, self.all_rows)
         controls.tabs.observe(lambda _: self._act(self._show_rows), "selected_index")
 
     def _split_chosen(self, split: str) -> None:
@@ -176,12 +189,16 @@ class DataPanel(Panel):
 
     # -- what is shown --------------------------------------------------------------------------------------------
 
-    def _show_rows(self) -> None:
-        """After a change of split, filter, search or tab."""
+    def _show_rows(self, index: int | None = None) -> None:
+        """After a change of split, filter, search or tab. Goes to a row, or to the first where the present one is not left."""
+        if index is not None or (len(self.rows) and self.index not in self.rows):
+            self.index = int(self.rows[0]) if index is None else index
         controls, split = self.controls, self.data.splits[self.split]
+        self.index = min(self.index, max(0, len(split) - 1))  # where no row is left, it may be another split's
         self.put(controls.split, self.split)
         self.put(controls.filter, self.filter)
         self.put(controls.search, self.query)
+        controls.all_rows.disabled = not self.query and self.filter == FILTERS[0]
         last = max(0, len(split) - 1)
         controls.index.max = max(controls.index.max, last)
         self.put(controls.index, self.index)  # before the bound comes down: a value above it would be changed, as if by the user
@@ -203,27 +220,39 @@ class DataPanel(Panel):
 
     @property
     def status(self) -> str:
-        """Which row this is, and how many there are to go through."""
-        example, total = self.example, len(self.data.splits[self.split])
-        if example is None:
-            return f"{self.split} has no rows"
-        place = int(np.searchsorted(self.rows, self.index)) + 1 if self.index in self.rows else 0
-        parts = [f"{example.source}", f"{total:,} rows in {self.split}"]
+        """Which row this is, and how many there are to go through; or why there are none."""
+        total, filtered = len(self.data.splits[self.split]), self.filter != FILTERS[0]
+        where = f"{counted(total, 'row')} in {self.split}"
+        if self.example is None:
+            return self._why_none(where)
+        parts, place = [self.example.source, where], int(np.searchsorted(self.rows, self.index)) + 1
         if self.hits is not None:
-            found = f"hit {place:,} of {len(self.rows):,}" if place else counted(len(self.rows), "hit")
-            if self.hits.looked_at < self._filtered:
-                found += f" in the first {self.hits.looked_at:,} rows (the others were not looked at)"
-            short = self.query if len(self.query) <= _SEARCH_CHARACTERS else f"{self.query[:_SEARCH_CHARACTERS]}…"
-            parts.append(f"{found} for {short!r}")
-        elif self.filter != FILTERS[0]:
-            parts.append(f"{place:,} of {len(self.rows):,} {self.filter}" if place else f"{len(self.rows):,} {self.filter}; not this one")
-        return " · ".join(parts)
+            parts.append(f"hit {place:,} of {len(self.rows):,}{self._searched()}")
+        elif filtered:
+            parts.append(f"{place:,} of {len(self.rows):,} {self.filter}")
+        return " · ".join([*parts, self._note] if self._note else parts)
+
+    def _why_none(self, where: str) -> str:
+        if not len(self.data.splits[self.split]):
+            return f"{self.split} has no rows"
+        if self.hits is None or not self._filtered:
+            return f"none of {where}: {self.filter}. Choose other rows, or press All rows."
+        elsewhere = f", {self._found_elsewhere:,} among all {where}" if self._found_elsewhere else f", of {where}"
+        return f"0 hits{self._searched()}{elsewhere}. Search for something else, or press All rows."
+
+    def _searched(self) -> str:
+        """What was searched for, and among which rows."""
+        short = self.query if len(self.query) <= _SEARCH_CHARACTERS else f"{self.query[:_SEARCH_CHARACTERS]}…"
+        among = f" among {counted(self._filtered, 'row')} ({self.filter})" if self.filter != FILTERS[0] else ""
+        if self.hits.looked_at < self._filtered:
+            among += f" in the first {self.hits.looked_at:,} of these rows (the others were not looked at)"
+        return f" for {short!r}{among}"
 
     def example_html(self) -> str:
         """The example looked at: what was found, its tokens, and the row as it was read."""
         example = self.example
         if example is None:
-            return "<div>no rows</div>"
+            return f'<div class="{NO_MATH}">{esc(self.status, 1000)}</div>'
         parts = []
         if self.query and (found := surroundings(example.text, self.query)):
             before, hit, after, count = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import html
 import io
 import threading
 
@@ -82,7 +83,7 @@ def test_search_counts_hits_and_shows_the_first(panel):
     shown = panel.controls.lens.value
     assert panel.index == 6 and "first of 60 in this row" in shown and "<mark><b>fox</b></mark>" in shown
     assert panel.search("no such text") == [] and "0 hits" in panel.status
-    assert panel.index == 6  # nothing to go to
+    assert panel.example is None and "fox" not in panel.controls.lens.value  # a row that has not the text is not shown
     assert panel.search("") == [] and panel.hits is None and len(panel.rows) == 8
 
 
@@ -92,6 +93,28 @@ def test_a_search_goes_on_in_another_split_and_heeds_the_filter(panel):
     assert panel.rows.tolist() == [0]
     panel.show(filter="cut off")
     assert panel.rows.tolist() == []
+
+
+def test_filter_and_search_that_leave_nothing_say_why_and_how_to_go_on(panel):
+    panel.show(filter="cut off")
+    panel.search("it is")
+    assert panel.example is None and "0 hits for 'it is' among 1 row (cut off), 7 among all 8 rows in train" in panel.status
+    assert panel.status in html.unescape(panel.controls.lens.value) and panel.controls.next.disabled
+    panel.controls.all_rows.click()
+    assert (panel.filter, panel.query, panel.rows.tolist()) == ("all", "", list(range(8))) and panel.controls.all_rows.disabled
+    assert panel.controls.filter.value == "all" and panel.controls.search.value == ""
+
+
+def test_a_row_shown_is_one_of_those_gone_through(panel, data):
+    panel.show(filter="cut off")
+    panel.controls.index.value = 3  # not cut off
+    assert panel.example is data.train[3] and panel.filter == "all" and "ended" in panel.status
+    panel.next()
+    assert panel.index == 4 and "ended" not in panel.status
+    panel.show(filter="cut off", split="test")
+    assert panel.example is None and "none of 2 rows in test: cut off" in panel.status
+    with pytest.raises(DataError, match="not among the rows 'cut off'"):
+        panel.show(0, filter="cut off")
 
 
 def test_a_search_that_had_to_stop_says_so(panel, monkeypatch):
