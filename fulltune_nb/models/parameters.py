@@ -65,12 +65,18 @@ def swapped_in(module: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[No
     So a function of the arrays is made of a module, for MLX to differentiate or compile. Its own arrays must come back before anything
     else is computed: what was put in belongs to a graph, and would keep it.
     """
-    own = {name: array for name, array in parameters_of(module).items() if name in arrays}
-    put_parameters(module, arrays)
+    holders = holders_of(module, arrays)
+    own = {name: holder[key] for name, (holder, key) in holders.items()}
+    _put(holders, arrays)
     try:
         yield
     finally:
-        put_parameters(module, own)
+        _put(holders, own)
+
+
+def _put(holders: Mapping[str, tuple[Any, str | int]], arrays: Mapping[str, mx.array]) -> None:
+    for name, (holder, key) in holders.items():
+        holder[key] = arrays[name]
 
 
 def backward_through(

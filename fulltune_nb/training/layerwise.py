@@ -68,36 +68,44 @@ class BlockPasses:
 
     def __init__(self, block: Block, compiled: bool = False):
         self.block = block
-        self._forward = mx.compile(self._output) if compiled else self._output
-        self._backward = mx.compile(self._gradients) if compiled else self._gradients
+        self._forward = mx.compile(self._output_of) if compiled else None
+        self._backward = mx.compile(self._gradients_of) if compiled else None
 
     def forward(self, x: mx.array, context: Context, balance: RouterBalance | None = None) -> mx.array:
         """The block's output (B, T, D); lazy. `balance` notes where tokens go, if the block has experts."""
-        if balance is not None and "experts" in self.block.mlp:
-            return self._output(self._read(), x, context, balance)
+        if self._forward is None or self._balances(balance):
+            return self.block(x, *context, balance=balance)
         return self._forward(self._read(), x, context)
 
     def backward(
         self, x: mx.array, cotangent: mx.array, context: Context, balance: RouterBalance | None = None
     ) -> tuple[mx.array, Arrays]:
         """Gradients with respect to x (B, T, D), and to the trainable parameters by their names in the block; lazy."""
-        if balance is not None and "experts" in self.block.mlp:
-            return self._gradients(self._read(), x, cotangent, context, balance)
+        if self._backward is None or self._balances(balance):
+            return self._gradients(x, cotangent, context, balance)
         return self._backward(self._read(), x, cotangent, context)
+
+    def _balances(self, balance: RouterBalance | None) -> bool:
+        return balance is not None and "experts" in self.block.mlp
+
+    def _gradients(
+        self, x: mx.array, cotangent: mx.array, context: Context, balance: RouterBalance | None = None
+    ) -> tuple[mx.array, Arrays]:
+        (to_x,), own = backward_through({"": self.block}, lambda x: self.block(x, *context, balance=balance), [x], cotangent)[1:]
+        return to_x, own
+
+    # Compiled, frozen parameters are inputs too: what is not an input would be a constant of the program.
 
     def _read(self) -> Arrays:
         return together(parameters_of(self.block))
 
-    def _output(self, parameters: Arrays, x: mx.array, context: Context, balance: RouterBalance | None = None) -> mx.array:
-        with swapped_in(self.block, apart(parameters)):  # frozen ones too: what is not an input would be a constant of the program
-            return self.block(x, *context, balance=balance)
-
-    def _gradients(
-        self, parameters: Arrays, x: mx.array, cotangent: mx.array, context: Context, balance: RouterBalance | None = None
-    ) -> tuple[mx.array, Arrays]:
+    def _output_of(self, parameters: Arrays, x: mx.array, context: Context) -> mx.array:
         with swapped_in(self.block, apart(parameters)):
-            (to_x,), own = backward_through({"": self.block}, lambda x: self.block(x, *context, balance=balance), [x], cotangent)[1:]
-        return to_x, own
+            return self.block(x, *context)
+
+    def _gradients_of(self, parameters: Arrays, x: mx.array, cotangent: mx.array, context: Context) -> tuple[mx.array, Arrays]:
+        with swapped_in(self.block, apart(parameters)):
+            return self._gradients(x, cotangent, context)
 
 
 # -- a block with a mixture of experts, one expert at a time -------------------------------------------------------------------
