@@ -107,6 +107,22 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def one_unit(sizes: Iterable[float]) -> tuple[float, str]:
+    """Bytes of a unit, and its name, for all sizes of a table: GB, or MB where the largest is less than one."""
+    return (1e9, "GB") if max(sizes, default=0) >= 1e9 else (1e6, "MB")
+
+
+def in_one_unit(sizes: Sequence[float]) -> list[str]:
+    """Bytes as texts, all in one unit, such as `["4.29 GB", "0.02 GB"]`."""
+    scale, unit = one_unit(sizes)
+    return [f"{hundredths(size / scale)} {unit}" for size in sizes]
+
+
+def hundredths(value: float) -> str:
+    """A number that is not negative with two decimals, such as `"0.52"`; `"<0.01"` for one that is less than that, and not 0."""
+    return "<0.01" if 0 < value < 0.005 else f"{value:,.2f}"
+
+
 def counted(count: int, noun: str) -> str:
     """`"1 row"`, `"2,000 rows"`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

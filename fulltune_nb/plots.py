@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import math
 import weakref
+from base64 import b64encode
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -22,7 +23,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import PALETTE, SHOWN_IN_MB
+from fulltune_nb.html import PALETTE, SHOWN_IN_MB, esc
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 
 if TYPE_CHECKING:
@@ -58,12 +59,13 @@ PNG_WIDTH = 880
 _own_figures: deque = deque()  # weak references to the figures made here that pyplot may still hold
 
 
-def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
+def plot_loss(history: Iterable[Any], ax: Axes | None = None, log: bool = False) -> Axes:
     """Training loss of every step, its moving mean beside it, evaluations as points, and events as dotted lines.
 
     Args:
         history: `trainer.history`, or any list of its reports; it may be empty.
         ax: where to draw; a new figure where left out.
+        log: whether the losses lie on a logarithmic scale, on which a loss of 0 cannot be shown.
 
     Raises:
         ConfigError: `history` is not a list of reports.
@@ -78,6 +80,8 @@ def plot_loss(history: Iterable[Any], ax: Axes | None = None) -> Axes:
             style = {"color": colour, "marker": marker, "markersize": size, "linestyle": line, "linewidth": 1.5}
             ax.plot(*_series([report for report in evals if report.split == split], "loss"), label=split, zorder=4, **style)
         _draw_events(ax, events, steps)
+        if log:
+            ax.set_yscale("log")
         return _over_steps(ax, _LOSS, empty=not steps and not evals)
 
 
@@ -141,21 +145,38 @@ def plot_runs(
 
 def loss_png(runs: Sequence[tuple[str, Iterable[Any]]]) -> bytes:
     """Loss and memory of a run, or the losses of several, (name, history) each, as a PNG with two pixels for each of `PNG_WIDTH`."""
+    return png(partial(_draw_loss_and_memory, runs[0][1]) if len(runs) == 1 else lambda figure: plot_runs(runs, figure.add_subplot(), True))
+
+
+def _draw_loss_and_memory(history: Iterable[Any], figure: Figure) -> None:
+    loss, memory = figure.subplots(1, 2, width_ratios=(3, 2))
+    plot_loss(history, loss), plot_memory(history, memory)
+
+
+def png(draw: Callable[[Figure], Any]) -> bytes:
+    """What is drawn on a figure of its own, as a PNG with two pixels for each of `PNG_WIDTH`."""
     from matplotlib.figure import Figure
     from PIL import Image  # comes with matplotlib
 
     with matplotlib.rc_context(_OWN_STYLE):
         figure = Figure(figsize=(PNG_WIDTH / 100, 3.2), dpi=200, facecolor="white")  # pyplot does not know of it
         figure.subplots_adjust(left=0.07, right=0.985, bottom=0.15, top=0.97, wspace=0.2)  # a layout that fits takes twice the time
-        if len(runs) == 1:
-            loss, memory = figure.subplots(1, 2, width_ratios=(3, 2))
-            plot_loss(runs[0][1], loss), plot_memory(runs[0][1], memory)
-        else:
-            plot_runs(runs, figure.add_subplot(), training=True)
+        draw(figure)
         canvas, file = FigureCanvasAgg(figure), io.BytesIO()
         canvas.draw()
         Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(64).save(file, "png")  # a third of the bytes
     return file.getvalue()
+
+
+def picture_html(plot: Callable[[Axes], Any], alt: str) -> str:
+    """What `plot` draws on the axes that it is given, as an element of a page; `alt` tells it to those who cannot see it."""
+
+    def draw(figure: Figure) -> None:
+        figure.set_layout_engine("constrained")
+        plot(figure.add_subplot())
+
+    data = b64encode(png(draw)).decode()
+    return f'<img width="{PNG_WIDTH}" style="max-width:100%" alt="{esc(alt)}" src="data:image/png;base64,{data}">'
 
 
 def _curves_of_run(history: Iterable[Any], training: bool) -> list[tuple[str, np.ndarray, np.ndarray]]:

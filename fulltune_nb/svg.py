@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fulltune_nb.html import NO_MATH, PALETTE, esc
+from fulltune_nb.html import NO_MATH, PALETTE, esc, hundredths
 
 BLUE, VERMILLION = PALETTE[0], PALETTE[5]
 _POINTS = 200  # of a curve
@@ -94,20 +94,22 @@ def named_bars(values: Mapping[str, float], title: str, width: int = 240) -> str
     return f"<div><b>{esc(title)}</b></div><table>{''.join(lines)}</table>"
 
 
-def stacked_bar(parts: Sequence[tuple[str, float]], limit: float | None = None, width: int = 560, unit: str = "") -> str:
+def stacked_bar(parts: Mapping[str, float], limit: float | None = None, width: int = 560, unit: str = "") -> str:
     """One lying bar of several parts, with a legend; an upright line marks `limit` where given.
 
     Args:
-        parts: (name, size) pairs, sizes in one unit.
+        parts: name -> size, all in one unit; a part of size 0 is not shown, and leaves its colour to no other.
         limit: where the line is drawn, in the same unit.
         width: pixels.
         unit: written behind each size in the legend.
     """
-    scale = width / max(sum(size for _, size in parts), limit or 0.0, 1e-12)
+    scale = width / max(sum(parts.values()), limit or 0.0, 1e-12)
     x, shapes, legend, labels = 0.0, [], [], []
-    for i, (name, size) in enumerate(parts):
+    for i, (name, size) in enumerate(parts.items()):
+        if not size:
+            continue
         colour = PALETTE[i % len(PALETTE)]
-        label = f"{name} {size:,.2f} {unit}".strip()
+        label = f"{name} {hundredths(size)} {unit}".strip()
         shapes.append(f'<rect x="{x:.1f}" y="4" width="{size * scale:.1f}" height="22" fill="{colour}"><title>{esc(label)}</title></rect>')
         labels.append(label)
         legend.append(f'<span style="margin-right:12px;white-space:nowrap"><span style="color:{colour}">■</span> {esc(label)}</span>')

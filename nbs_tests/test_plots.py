@@ -45,6 +45,10 @@ def test_every_loss_is_drawn_as_it_was():
     assert lines(ax)["training"] == ([1, 2, 3], losses)
 
 
+def test_losses_lie_on_a_logarithmic_scale_when_asked():
+    assert ft.plot_loss([step(1)]).get_yscale() == "linear" and ft.plot_loss([step(1)], log=True).get_yscale() == "log"
+
+
 def test_a_moving_mean_stands_beside_the_losses_of_long_runs_never_instead():
     losses = list(np.random.default_rng(0).normal(size=200))
     drawn = lines(ft.plot_loss([step(i + 1, loss) for i, loss in enumerate(losses)]))

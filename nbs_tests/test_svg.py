@@ -26,7 +26,7 @@ def places(shown: str) -> list[list[tuple[float, float]]]:
 def test_text_from_outside_is_only_text_in_every_picture(text):
     shown = [
         svg.curve([(1, 1.0), (2, 2.0)], text), svg.curves_file({text: [(1, 1.0)]}), svg.bars([1.0], [text], text),
-        svg.named_bars({text: 1.0}, text), svg.stacked_bar([(text, 1.0)], limit=2.0, unit=text),
+        svg.named_bars({text: 1.0}, text), svg.stacked_bar({text: 1.0}, limit=2.0, unit=text),
         svg.heat_map(np.ones((1, 1)), text, [text], lambda row, column: text, hidden=text),
     ]  # fmt: skip
     for picture in shown:
@@ -37,7 +37,7 @@ def test_text_from_outside_is_only_text_in_every_picture(text):
 def test_every_picture_says_in_words_what_it_shows():
     assert 'aria-label="loss, from 2.000 (top) to 1.000 (bottom)"' in svg.curve([(1, 1.0), (2, 2.0)], "loss")
     assert 'aria-label="rows"' in svg.bars([1], ["one"], "rows")
-    assert 'aria-label="a 1.00 GB, limit 2.00 GB"' in svg.stacked_bar([("a", 1.0)], limit=2.0, unit="GB")
+    assert 'aria-label="a 1.00 GB, limit 2.00 GB"' in svg.stacked_bar({"a": 1.0}, limit=2.0, unit="GB")
     assert 'aria-label="norm: faint is 1, solid is 10, by its logarithm"' in svg.heat_map(np.array([[1.0, 10.0]]), "norm")
 
 
@@ -67,12 +67,12 @@ def test_bars_keep_proportions_and_those_below_zero_hang_from_the_middle():
     shown = svg.bars([2.0, -1.0], ["up", "down"], "difference", signed=True, height=40)
     assert numbers("height", shown)[1:] == [20.0, 10.0] and numbers("y", shown) == [0.0, 20.0]
     assert len(set(re.findall('fill="(.*?)"', shown))) == 2
-    assert numbers("width", svg.stacked_bar([("a", 1.0), ("b", 3.0)], width=400))[:2] == [400.0, 100.0]
+    assert numbers("width", svg.stacked_bar({"a": 1.0, "b": 3.0}, width=400))[:2] == [400.0, 100.0]
     assert numbers("width", svg.named_bars({"a": 1.0, "b": 2.0, "c": math.nan}, "", width=100))[1::2] == [50.0, 100.0, 0.0]
 
 
 def test_dollar_signs_of_a_legend_stand_where_mathjax_does_not_look():
-    assert svg.stacked_bar([("$5 and $10", 1.0)]).count('class="mathjax_ignore') == 1
+    assert svg.stacked_bar({"$5 and $10": 1.0}).count('class="mathjax_ignore') == 1
 
 
 def test_shades_are_shares_or_logarithms_and_what_is_not_finite_stays_blank():

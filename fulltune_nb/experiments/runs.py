@@ -8,8 +8,6 @@ out_dir/<parameters>-<digest>/state.json        status, attempt, reason, seconds
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import subprocess
@@ -281,11 +279,6 @@ class Sweep(Sequence[Run]):
     def _plot_html(self) -> str:
         if not any(run.history for run in self.done):
             return ""
-        from matplotlib.figure import Figure
+        from fulltune_nb.plots import picture_html
 
-        figure = Figure(figsize=(7.0, 4.0), layout="constrained", facecolor="white")
-        self.plot(figure.add_subplot())
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=100)
-        encoded = base64.b64encode(picture.getvalue()).decode()
-        return f'<img alt="loss over the steps, a curve for each run" src="data:image/png;base64,{encoded}">'
+        return picture_html(self.plot, "loss over the steps, a curve for each run")

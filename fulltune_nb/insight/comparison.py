@@ -14,7 +14,8 @@ import yaml
 
 from fulltune_nb.errors import CheckpointError, ConfigError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, counted, cut, esc, human_bytes, more, table
+from fulltune_nb.html import NO_MATH, counted, cut, esc, in_one_unit, more, table
+from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import History, RunSummary
 from fulltune_nb.training.run import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics
 from fulltune_nb.training.trainer import Trainer
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from fulltune_nb.chart import LossChart
     from fulltune_nb.plots import Axes
 
+_WORDS = {
+    "steps": "steps taken",
+    "last_loss": "training loss of the last step",
+    "best_valid_loss": "best validation loss",
+    "last_valid_loss": "last validation loss",
+    "test_loss": "test loss at the end",
+    "tokens_per_second": "trained tokens a second",
+    "peak_memory": "most memory in use",
+    "seconds": "seconds in steps",
+}
+"""Figures of the table, as it calls them."""
+_MEANINGS = {setting.name: setting.metadata["help"].replace("`", "") for setting in dataclasses.fields(TrainConfig)}
 _RESULTS = 12  # entries of result.json that the table shows
 _SETTING = 120  # characters of a value
 
@@ -114,9 +127,11 @@ class Comparison:
         told = [results[name] for name in shown]
         own = [name for name in results if name.startswith("result.") and results[name] not in told]
         shown, hidden = shown + own[:_RESULTS], more(len(own) - _RESULTS, "entries of result.json, in .results")
-        rows = [(name.replace("_", " "), *(_readable(name, value) for value in results[name])) for name in shown]
-        differing = [(name, *(cut(str(value), _SETTING) for value in values)) for name, values in self.differences.items()]
-        settings = table(("setting", *names), differing, "Settings that differ") if differing else "<div>All settings are the same.</div>"
+        rows = [(_in_words(name), *_readable(name, results[name])) for name in shown]
+        given = {name: [_text(value, "not set") for value in values] for name, values in self.differences.items()}
+        differing = [(name, *values, _MEANINGS.get(name, "")) for name, values in given.items()]
+        headers, caption = ("setting", *names, "meaning"), "Settings that differ"
+        settings = table(headers, differing, caption) if differing else "<div>All settings are the same.</div>"
         notes = "".join(f"<div>⚠ {esc(run.name)}: {esc(note)}</div>" for run in self.runs for note in run.notes)
         return f'<div class="{NO_MATH}">{table(("", *names), rows, "Results")}{hidden}{settings}{notes}</div>'
 
@@ -195,11 +210,25 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _readable(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
+def _in_words(name: str) -> str:
+    """What a figure is called in the table."""
+    own = name.removeprefix("result.")
+    return _WORDS.get(name) or f"{own.replace('.', ', ').replace('_', ' ')}, by result.json"
+
+
+def _readable(name: str, values: Sequence[Any]) -> list[str]:
+    """A figure of each run, all in one unit, with ✓ at the lowest loss where they differ."""
     if name == "peak_memory":
-        return human_bytes(value)
+        sizes = iter(in_one_unit([value for value in values if value is not None]))
+        return ["not known" if value is None else next(sizes) for value in values]
+    losses = [value for value in values if value is not None and value == value] if name in _WORDS and name.endswith("loss") else []
+    best = min(losses) if len(set(losses)) > 1 else None
+    return [_text(value, "not known") + (" ✓ lowest" if best is not None and value == best else "") for value in values]
+
+
+def _text(value: Any, missing: str) -> str:
+    if value is None:
+        return missing
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return cut(str(value), _SETTING)

@@ -139,7 +139,10 @@ class LearningRateSearch:
             show.append(("lowest loss at", f"{self.lowest_loss_rate:.3g}, {self.below:.2g} times the suggestion, as {why}"))
         show.append(("tried", f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}, a step each; all taken back"))
         show += [("note", note) for note in self.notes]
-        return f'<div class="{NO_MATH}">{facts("Learning-rate range test", show)}</div>'
+        from fulltune_nb.plots import picture_html
+
+        picture = picture_html(self.plot, f"loss against the learning rate, {show[0][0]} {show[0][1]}")
+        return f'<div class="{NO_MATH}">{facts("Learning-rate range test", show)}{picture}</div>'
 
 
 def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: float = 1.0) -> LearningRateSearch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fulltune_nb import html
@@ -358,12 +358,18 @@ class TrainConfig:
         return f"TrainConfig({', '.join(f'{name}={value!r}' for name, value in self._given().items())})"
 
     def _repr_html_(self) -> str:
-        changed = self.changed()
-        shown = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in self.to_dict().items()}
+        """What was set, with its meaning; the defaults folded below it."""
+        changed, values = self.changed(), self.to_dict()
+        shown = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+        shown |= {name: "not set" for name, value in values.items() if value is None}
         shown |= {name: "as the data" for name in names_of(DataSettings) if getattr(self, name) is None}
-        rows = [(name, value, "set" if name in changed else "default") for name, value in shown.items()]
-        rows.sort(key=lambda row: row[2] == "default")
-        return html.table(("setting", "value", ""), rows, caption="Training settings")
+        meanings = {field.name: field.metadata["help"].replace("`", "") for field in fields(self)}
+        rows = {name: (name, value, meanings[name]) for name, value in shown.items()}
+        own = [rows.pop(name) for name in changed]
+        headers, title = ("setting", "value", "meaning"), "Training settings"
+        first = html.table(headers, own, f"{title}: what was set") if own else f"<b>{title}: nothing was set</b>"
+        folded = f"<summary>{html.counted(len(rows), 'setting')} with the default</summary>{html.table(headers, rows.values())}"
+        return f"<div>{first}<details>{folded}</details></div>"
 
 
 # `__new__` takes anything; what help and completion show is this.

@@ -161,10 +161,12 @@ _KINDS: dict[str, type] = {report.kind_of_report: report for report in (StepRepo
 
 
 def _readable(report: _Record) -> Iterator[tuple[str, object]]:
+    memory = [own.name for own in dataclasses.fields(report) if own.name.endswith("_memory")]
+    sizes = dict(zip(memory, html.in_one_unit([getattr(report, name) for name in memory]), strict=True))
     for own in dataclasses.fields(report):
         value = getattr(report, own.name)
-        if own.name.endswith("_memory"):
-            value = html.human_bytes(value)
+        if own.name in sizes:
+            value = sizes[own.name]
         elif isinstance(value, float):
             value = f"{value:.6g}"
         elif isinstance(value, int):

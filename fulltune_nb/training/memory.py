@@ -64,7 +64,7 @@ class MemoryReading:
         return f"MemoryReading({', '.join(f'{name} {html.human_bytes(size)}' for name, size in vars(self).items())})"
 
     def _repr_html_(self) -> str:
-        return html.facts("Memory in use by MLX", [(name, html.human_bytes(size)) for name, size in vars(self).items()])
+        return html.facts("Memory in use by MLX", zip(vars(self), html.in_one_unit(list(vars(self).values())), strict=True))
 
 
 def read_memory() -> MemoryReading:
@@ -119,6 +119,10 @@ def cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
 # -- what a run needs --------------------------------------------------------------------------------------------------------------
 
 
+_PARTS = ("weights", "optimizer state", "gradients", "activations", "logits", "random bits", "gradients and activations", "cache")
+"""Of a plan, in the order in which they are drawn: each has its colour in every plan."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """The memory a run needs at its largest moment."""
@@ -166,10 +170,11 @@ class MemoryPlan:
         return "measured" if self.measured else f"counted, most often up to {MARGIN:.0%} too much"
 
     def _repr_html_(self) -> str:
-        scale, unit = (1e9, "GB") if self.peak >= 1e9 else (1e6, "MB")
-        parts = [(name, size / scale) for name, size in {**self.parts, "cache": self.cache}.items() if size]
+        scale, unit = html.one_unit([self.peak])
+        sizes = {**dict.fromkeys(_PARTS, 0), **self.parts, "cache": self.cache}
+        parts = {name: size / scale for name, size in sizes.items()}
         verdict = f"{'fits' if self.fits else 'does not fit'} in {html.human_bytes(self.limit)}"
-        title = f"<div><b>Memory: {html.human_bytes(self.peak)} at the peak {verdict}</b>, {self._how}</div>"
+        title = f"<div><b>Memory: {self.peak / scale:,.2f} {unit} at the peak {verdict}</b>, {self._how}</div>"
         near = self.peak + self.cache > self.limit / 20  # a limit far above would leave nothing of the parts to see
         assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
         advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)

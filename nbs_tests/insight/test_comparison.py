@@ -35,11 +35,20 @@ def test_results_and_differences_are_those_of_the_runs(runs):
     assert [text.get_text() for text in found.plot().get_legend().get_texts()] == ["a, training", "a, valid", "b, training", "b, valid"]
 
 
+def test_the_table_is_in_words_and_marks_the_lowest_loss(runs):
+    (a, _), (b, _) = runs
+    found = ft.compare([a, b])
+    shown = found._repr_html_()
+    assert "best validation loss" in shown and "best_valid_loss" not in shown and "Peak learning rate." in shown
+    losses = found.results["best_valid_loss"]
+    assert f"{min(losses):.4g} ✓ lowest" in shown and f"{max(losses):.4g} ✓" not in shown
+
+
 def test_what_result_json_says_again_is_shown_once(runs):
     found = ft.compare([folder for folder, _ in runs])
     assert found.results["result.steps"] == [4, 4]
     shown = found._repr_html_()
-    assert "result.steps" not in shown and "result.peak" not in shown and "result.valid" in shown
+    assert "result.steps" not in shown and "result.peak" not in shown and ", perplexity, by result.json" in shown
 
 
 def test_a_test_of_earlier_weights_is_not_the_runs(make_trainer, tmp_path):

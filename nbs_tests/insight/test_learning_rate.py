@@ -132,4 +132,5 @@ def test_wrong_numbers_are_refused(make_trainer):
 def test_plots_and_frames(make_trainer):
     found = ft.find_lr(make_trainer(), steps=20)
     assert len(found.to_frame()) == len(found.rates) and "suggestion" in found._repr_html_() and "suggestion" in repr(found)
+    assert 'src="data:image/png' in found._repr_html_()
     found.plot().figure.canvas.draw()

@@ -331,3 +331,9 @@ def test_the_cell_shows_every_setting_and_escapes_texts():
     shown = TrainConfig(text_feature="<script>alert(1)</script>")._repr_html_()
     assert "<script>" not in shown and "&lt;script&gt;" in shown
     assert all(f.name in shown for f in dataclasses.fields(TrainConfig))
+
+
+def test_the_cell_begins_with_what_was_set_and_says_what_it_means():
+    first, folded = TrainConfig(learning_rate=1e-4, epochs=2)._repr_html_().split("<details>")
+    assert "learning_rate" in first and "Peak learning rate." in first and "epochs" in first and "seed" not in first
+    assert "seed" in folded and "nothing was set" in TrainConfig()._repr_html_()

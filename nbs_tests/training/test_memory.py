@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -153,6 +154,18 @@ def test_the_plan_shows_its_parts_against_the_limit(set_limit):
     assert all(name in shown for name in ("weights", "optimizer state", "does not fit", "<svg", "limit 1.00 GB", "<li>"))
     assert repr(plan).startswith("MemoryPlan(peak ") and "\n" not in repr(plan)
     json.dumps(plan.parts)
+
+
+def test_a_part_has_its_colour_in_every_plan_and_all_parts_one_unit():
+    def colours(**settings):
+        shown = preflight(make_lm(**MISTRAL_7B), make_data(), TrainConfig(**settings))._repr_html_()
+        legend = re.findall(r'color:(#\w+)">■</span> ([a-z ]+) [<\d&;lt.,]+ (\w+)<', shown)
+        assert {unit for *_, unit in legend} == {"GB"}
+        return {name: colour for colour, name, _ in legend}
+
+    whole, lean = colours(), colours(memory="lean", optimizer="sgd")
+    assert set(whole) != set(lean) and {"weights", "activations"} <= set(whole) & set(lean)
+    assert all(whole[name] == lean[name] for name in set(whole) & set(lean))
 
 
 def test_a_limit_far_above_the_parts_is_told_and_not_drawn(set_limit):
