@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-import uuid
 import weakref
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +26,7 @@ import traitlets
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.html import counted, cut, printable, table
 from fulltune_nb.plots import PNG_WIDTH, loss_png
-from fulltune_nb.record import Record, close_earlier
+from fulltune_nb.record import Record, close_earlier, new_mark
 from fulltune_nb.training.history import EvalReport, Event, RunSummary, StepReport
 
 SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory", "active_memory", "cache_memory")
@@ -250,7 +249,7 @@ class LossChart(anywidget.AnyWidget):
         self._most = max(_FEWEST_STRETCHES, _STRETCHES // max(1, len(self._runs)))
         for run in self._runs:
             run.news(self._most)
-        mark = f"fulltune-{uuid.uuid4().hex[:12]}"
+        mark = new_mark()
         self._record = Record(mark, with_picture=True)
         self._due = self._told = -math.inf
         self._trainers = weakref.WeakSet(source for _, source in _named(runs) if hasattr(source, "listeners"))
@@ -348,7 +347,9 @@ class LossChart(anywidget.AnyWidget):
 
     def _renew_record(self) -> None:
         if self._record.placed:
-            self._record.renew(self._page(), self._line(), loss_png([(run.name, run.history) for run in self._runs]), PNG_WIDTH)
+            png = loss_png([(run.name, run.history) for run in self._runs])
+            missing = "" if all(trainer.done for trainer in self._trainers) else "Runs may have gone on since."
+            self._record.renew(self._page(), self._line(), png, PNG_WIDTH, missing)
 
 
 def show(chart: LossChart, page: str = "", line: str = "") -> None:
@@ -361,7 +362,7 @@ def show(chart: LossChart, page: str = "", line: str = "") -> None:
     from IPython.display import display
 
     close_earlier(chart)
-    display({**chart._repr_mimebundle_()[0], "text/plain": repr(chart)}, raw=True)
+    display({**chart._repr_mimebundle_()[0], "text/plain": "LossChart: a widget, which lives while its kernel does"}, raw=True)
     chart._record.place("", repr(chart))
     chart._renew_record()
     if page:

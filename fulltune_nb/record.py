@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
+import uuid
 import weakref
 from base64 import b64encode
 from typing import Any
+
+from fulltune_nb.html import esc
 
 
 def in_kernel() -> bool:
@@ -46,48 +50,59 @@ def current_cell() -> tuple[str, str] | None:
     return str(parent.get("metadata", {}).get("cellId") or ""), str(parent.get("header", {}).get("msg_id") or "")
 
 
+def new_mark() -> str:
+    """A class that nothing else on any page has."""
+    return f"fulltune-{uuid.uuid4().hex[:12]}"
+
+
 # -- the record -----------------------------------------------------------------------------------------------------------
 
-_MOVED = "The record of this panel stands further down, where a later cell put it."
 _EMPTY = {"text/html": "", "text/plain": ""}
 
 
 class Record:
     """Outputs of a cell that stay in the notebook's file: a table, and a picture above it where wanted.
 
-    Hidden while the panel's box, which has the class `mark`, stands in the same cell; where there is no picture, anywhere on the page.
+    A front end may stop taking in what the record says: its page was loaded anew, or is closed, or the kernel is gone. So what is not the
+    last word says when it was written and what may be missing; and pages that come later are told by `record_keeper`.
+
+    Args:
+        mark: class of a box; while that is there the record is hidden, in the same cell; where there is no picture, anywhere on the page.
+            "" for a record that stands alone.
+        with_picture: whether there is ever one.
     """
 
     def __init__(self, mark: str, with_picture: bool):
-        self._name = f"{mark}-record"
+        self._name = f"{mark or new_mark()}-record"
         beside = f".jp-OutputArea:has(.{mark}) .jp-OutputArea-child"
         both = f"{beside}:has(.{self._name}), {beside}:has(+ .jp-OutputArea-child .{self._name})"  # the picture stands before the table
-        self._rule = f"<style>{both if with_picture else f'body:has(.{mark}) .{self._name}'} {{ display: none; }}</style>"
+        hidden = both if with_picture else f"body:has(.{mark}) .{self._name}"
+        self._rule = f"<style>{hidden} {{ display: none; }}</style>" if mark else ""
         self._with_picture = with_picture
-        self._picture: Any = None
-        self._table: Any = None
+        self._outputs: list[Any] = []  # handles of what was displayed: the picture, where there is one, and the table
+        self._place = ""  # a class that only the table has
         self._cell: tuple[str, str] | None = None
 
     @property
     def placed(self) -> bool:
         """Whether there is a cell that holds the record."""
-        return self._table is not None
+        return bool(self._outputs)
 
-    def place(self, page: str, line: str) -> None:
-        """Moves the record into the cell being executed, with this content until it is renewed. Without a kernel nothing happens."""
+    def place(self, page: str, line: str, missing: str = "", always: bool = False) -> None:
+        """Moves the record into the cell being executed, with this content until it is renewed. Without a kernel only if `always`."""
         cell = current_cell()
-        if cell is None or (self.placed and cell == self._cell):
+        if (cell is None and not always) or (self.placed and cell == self._cell):
             return
         from IPython.display import display
 
         if self.placed:
-            self.renew(_MOVED, _MOVED)
-        self._cell = cell
-        if self._with_picture:
-            self._picture = display(_EMPTY, raw=True, display_id=True)
-        self._table = display(self._bundle(page, line), raw=True, display_id=True)
+            moved = "A later cell has taken this record over."
+            self.renew(f"<div>{moved}</div>", moved, missing=" ")
+        self._cell, self._place = cell, new_mark()
+        bundles = self._bundles(page, line, b"", None, missing)
+        self._outputs = [display(data, metadata=metadata, raw=True, display_id=True) for data, metadata in bundles]
 
-    def renew(self, page: str, line: str, png: bytes = b"", width: int | None = None) -> None:
+    def renew(self, page: str, line: str, png: bytes = b"", width: int | None = None, missing: str = "") -> None:
         """Changes what the record says.
 
         Args:
@@ -95,13 +110,28 @@ class Record:
             line: the same in a line of plain text.
             png: the picture; empty for none.
             width: pixels of the page that the picture is as wide as; it may have more of its own, for screens that show them.
+            missing: what may have come since, in a sentence; "" where this is the last word.
         """
-        if self._picture is not None:
-            picture = {"image/png": b64encode(png).decode(), "text/plain": line} if png else _EMPTY
-            look = {"alt": line, **({"width": width} if width else {})}
-            self._picture.update(picture, raw=True, metadata={"image/png": look} if png else {})
-        if self._table is not None:
-            self._table.update(self._bundle(page, line), raw=True)
+        if not self.placed:
+            return
+        bundles = self._bundles(page, line, png, width, missing)
+        for output, (data, metadata) in zip(self._outputs, bundles, strict=True):
+            output.update(data, raw=True, metadata=metadata)
+        if in_kernel():
+            from fulltune_nb.record_keeper import keep
 
-    def _bundle(self, page: str, line: str) -> dict[str, str]:
-        return {"text/html": f'{self._rule}<div class="{self._name}">{page}</div>', "text/plain": line}
+            keep(self._place, bundles)
+
+    def _bundles(self, page: str, line: str, png: bytes, width: int | None, missing: str) -> list[tuple[dict, dict]]:
+        """(data, metadata) of each output."""
+        if missing:
+            written = f"Written at {time.strftime('%Y-%m-%d %H:%M:%S %Z')}. {missing}".strip()
+            page, line = f"{page}<div>{esc(written)}</div>", f"{line.rstrip('.')}. {written}"
+        marked = f'{self._rule}<div class="{self._place} {self._name}">{page}</div>'
+        table: tuple[dict, dict] = ({"text/html": marked, "text/plain": line}, {})
+        if not self._with_picture:
+            return [table]
+        if not png:
+            return [(_EMPTY, {}), table]
+        look = {"alt": line, **({"width": width} if width else {})}
+        return [({"image/png": b64encode(png).decode(), "text/plain": line}, {"image/png": look}), table]

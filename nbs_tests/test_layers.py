@@ -20,14 +20,14 @@ LAYERS = [
     ["models"],
     ["data"],
     ["training"],
-    ["plots", "record", "chart"],
+    ["plots", "record", "record_keeper", "chart"],
     ["insight"],
     ["panels"],
     ["experiments"],
     ["tiny", "command_line", "full", "generate", "convert", "demo", "doctor", "sweep", "__main__"],
 ]
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
-SHOWS = ("plots", "record", "chart", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
+SHOWS = ("plots", "record", "record_keeper", "chart", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends
 FRONT_ENDS = ("anywidget", "ipywidgets", "IPython", "matplotlib")
 DATA_NEEDS = ("data", "errors", "html", "svg", "files", "settings", "chat_template", "tokenizer")
 LINES_IN_FILE, LINES_IN_FUNCTION = 500, 60

@@ -40,6 +40,7 @@ class ChatPanel(Panel):
     """
 
     MADE_BY, ERROR = "ChatPanel(lm)", GenerationError
+    MISSING = "What was said after that does not stand here."
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class ChatPanel(Panel):
         if whole_turn:
             self.refresh()
             if not self.busy:
-                self._record.renew(self._repr_html_(), repr(self))
+                self._record.renew(self._repr_html_(), repr(self), missing=self.MISSING)
         elif time.monotonic() - self._drawn >= REDRAW_SECONDS:
             self._draw_live()
 

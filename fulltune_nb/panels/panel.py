@@ -7,7 +7,6 @@ own, hidden by a style rule while the widgets are on the page. Without them, aft
 from __future__ import annotations
 
 import threading
-import uuid
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ import ipywidgets as widgets
 
 from fulltune_nb.errors import IN_TRAINING, FulltuneError, device_error
 from fulltune_nb.html import NO_MATH, esc
-from fulltune_nb.record import Record, close_earlier
+from fulltune_nb.record import Record, close_earlier, new_mark
 
 _CLASS = "fulltune-styled"
 _PLACE = f".{_CLASS}" * 4  # so often that it outweighs the rules of ipywidgets, which forbid some fields an outline
@@ -25,7 +24,7 @@ _FOCUS = "outline: 2px solid var(--jp-ui-font-color0, currentColor) !important; 
 _GONE = "⚠ The kernel that this panel belonged to is gone; what stands here is what it showed last. Run the cell again."
 _RULES = f"""<style>
 {_PLACE} :focus-visible {{ {_FOCUS} }}
-{_PLACE}.jupyter-widgets-disconnected::after {{ content: "{_GONE}"; padding: 4px 0 }}
+{_PLACE}.jupyter-widgets-disconnected::before {{ content: "{_GONE}"; padding: 4px 0; font-weight: bold }}
 </style>"""
 
 _UNEXPECTED = (
@@ -53,11 +52,13 @@ class Panel:
     """What a closed panel raises."""
     PICTURE: ClassVar[bool] = False
     """Whether the record has a picture."""
+    MISSING: ClassVar[str] = ""
+    """What the record may lack that came after it was written; "" where nothing can."""
 
     def __init__(self, widget: widgets.Box):
         self.widget = widget
         self.closed = False
-        mark = f"fulltune-{uuid.uuid4().hex[:12]}"
+        mark = new_mark()
         self._record = Record(mark, self.PICTURE)
         self._control_error: BaseException | None = None
         self._entries: set[widgets.Widget] = set()  # fields whose entry has not been taken in yet
@@ -148,12 +149,13 @@ class Panel:
 
         self._check_open()
         close_earlier(self)
-        display({**self.widget._repr_mimebundle_(), "text/plain": repr(self)}, raw=True)
+        says = f"{type(self).__name__}: widgets, which live while their kernel does"  # nothing of now: it stays in the file
+        display({**self.widget._repr_mimebundle_(), "text/plain": says}, raw=True)
         self._place_record()
 
     def _place_record(self) -> None:
         """Puts the panel's record into the cell being executed."""
-        self._record.place(self._repr_html_(), repr(self))
+        self._record.place(self._repr_html_(), repr(self), self.MISSING)
 
     def _repr_html_(self) -> str:
         """All that the panel says, for where its widgets are not."""

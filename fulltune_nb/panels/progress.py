@@ -16,16 +16,18 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fulltune_nb import svg
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import SHOWN_IN_MB, esc, facts, human_bytes, printable, table
-from fulltune_nb.record import in_kernel
-from fulltune_nb.training.history import StepReport
+from fulltune_nb.html import SHOWN_IN_MB, cut, esc, facts, human_bytes, printable, table
+from fulltune_nb.record import Record, in_kernel
+from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 
 VARIABLE = "FULLTUNE_PROGRESS"
 REFRESH_SECONDS = 1.0  # a notebook's output changes no more often
+CURVE_SECONDS = 10.0  # nor its curve, for which the whole history is read
 SILENCE_SECONDS = 60.0  # with slow steps, a plain line comes at the latest after so long
 LOADING_SECONDS = 3.0  # loading that takes no longer shows nothing
 LOG_SECONDS = 15.0  # between two lines of a log about loading
@@ -63,6 +65,46 @@ def clock(seconds: float) -> str:
 def memory_size(count: float) -> str:
     """Bytes as `0.52 GB`; of a tiny model as `21.50 MB`."""
     return f"{count / 1e9:.2f} GB" if count >= SHOWN_IN_MB else human_bytes(count)
+
+
+# -- what records of runs have in common --------------------------------------------------------------------------------------
+
+
+def evaluations_table(rows: Sequence[tuple[float, EvalReport]], total: int) -> str:
+    """Training and validation loss side by side; "" for no rows.
+
+    Args:
+        rows: the latest evaluations, each behind the mean training loss of the steps before it.
+        total: how many there were.
+    """
+    cells = [(f"{r.step:,}", f"{loss:.4f}", r.split, f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.tokens:,}") for loss, r in rows]
+    headers = ("step", "training loss", "evaluated", "its loss", "perplexity", "tokens")
+    return table(headers, cells, _caption("Evaluations", total, len(cells))) if cells else ""
+
+
+def events_table(events: Sequence[tuple[int, str, str]], total: int) -> str:
+    """(step, kind, message) of the latest events, of so many in all; "" for none."""
+    cells = [(f"{step:,}", kind.replace("_", " "), cut(message)) for step, kind, message in events]
+    return table(("step", "event", ""), cells, _caption("Events", total, len(cells))) if cells else ""
+
+
+def _caption(what: str, there: int, shown: int) -> str:
+    return what if there == shown else f"{what}: the last {shown} of {there:,}"
+
+
+def curve_of(history: History) -> str:
+    """The training loss as a small curve; "" before the second step."""
+    steps = history.steps
+    return svg.curve([(report.step, report.loss) for report in steps], f"training loss over {len(steps):,} steps")
+
+
+def may_be_missing(trainer: Any) -> str:
+    """What a record of a run that is written now may lack when it is read; "" when the run has come to its end."""
+    if trainer.state in ("done", "stopped early"):
+        return ""
+    folder = trainer.run_dir
+    where = f"{cut(str(folder))}/metrics.jsonl says" if folder else "the trainer knows while this kernel lives"
+    return f"The run may have gone on since; how far, {where}."
 
 
 def _one_line(text: object) -> str:
@@ -245,32 +287,35 @@ class NotebookProgress(_Progress):
     """One output that changes at most once a second and ends as a table that needs no kernel to be read."""
 
     def begin(self, trainer: Any) -> None:
-        from IPython.display import display
-
-        self._evals: deque = deque(maxlen=_SHOWN)
-        self._events: deque = deque(maxlen=_SHOWN)
+        self._evals: deque[tuple[float, EvalReport]] = deque(maxlen=_SHOWN)
+        self._events: deque[tuple[int, str, str]] = deque(maxlen=_SHOWN)
+        self._counts = [0, 0]  # evaluations and events there were
+        self._curve, self._curve_drawn = "", -math.inf
         self._drawn = time.monotonic()
-        self._handle = display(self._bundle(trainer, "starting"), raw=True, display_id=True)
+        self._record = Record("", with_picture=False)
+        self._record.place(*self._texts(trainer, "starting"), always=True)
 
     def show_step(self, trainer: Any, report: Any) -> None:
         self._refresh(trainer)
 
     def on_eval(self, trainer: Any, report: Any) -> None:
-        self._evals.append((f"{report.step:,}", report.split, f"{report.loss:.4f}", f"{report.perplexity:.3f}"))
+        self._evals.append((self.pace.loss, report))
+        self._counts[0] += 1
         self._refresh(trainer)
 
     def on_save(self, trainer: Any, path: Any) -> None:
-        self._events.append((f"{trainer.step_count:,}", "saved", str(path)))
-        self._refresh(trainer)
+        self.on_event(trainer, Event(trainer.step_count, "saved", str(path), 0.0))
 
     def on_event(self, trainer: Any, event: Any) -> None:
-        self._events.append((f"{event.step:,}", event.kind.replace("_", " "), event.message))
+        self._events.append((event.step, event.kind, event.message))
+        self._counts[1] += 1
         self._refresh(trainer)
 
     def on_doing(self, trainer: Any) -> None:
         self._draw_now(trainer)
 
     def on_end(self, trainer: Any) -> None:
+        self._curve_drawn = -math.inf
         self._draw(trainer, self.ended(trainer, with_peak=False))
 
     def _refresh(self, trainer: Any) -> None:
@@ -282,9 +327,13 @@ class NotebookProgress(_Progress):
 
     def _draw(self, trainer: Any, state: str) -> None:
         self._drawn = time.monotonic()
-        self._handle.update(self._bundle(trainer, state), raw=True)
+        if self._drawn - self._curve_drawn >= CURVE_SECONDS:
+            self._curve, self._curve_drawn = curve_of(trainer.history), self._drawn
+        page, line, missing = self._texts(trainer, state)
+        self._record.renew(page, line, missing=missing)
 
-    def _bundle(self, trainer: Any, state: str) -> dict[str, str]:
+    def _texts(self, trainer: Any, state: str) -> tuple[str, str, str]:
+        """The output as HTML and in a line, and what may be missing in it."""
         step, total = trainer.step_count, trainer.total_steps
         title = f"step {step:,} of {total:,}: {state}"
         pairs = self._pairs()
@@ -292,11 +341,9 @@ class NotebookProgress(_Progress):
         parts = [f"<div>{bar}</div>"]
         if pairs:
             parts.append(facts("", pairs))
-        if self._evals:
-            parts.append(table(("step", "split", "loss", "perplexity"), self._evals, "Evaluations"))
-        if self._events:
-            parts.append(table(("step", "event", ""), self._events, "Events"))
-        return {"text/html": "".join(parts), "text/plain": ", ".join([title, *(f"{name} {value}" for name, value in pairs)])}
+        parts += [self._curve, evaluations_table(self._evals, self._counts[0]), events_table(self._events, self._counts[1])]
+        line = ", ".join([title, *(f"{name} {value}" for name, value in pairs)])
+        return "".join(parts), line, may_be_missing(trainer)
 
     def _pairs(self) -> list[tuple[str, str]]:
         report = self.pace.last
@@ -323,7 +370,8 @@ class LoadingProgress:
     """
 
     def __init__(self, what: str, total: int):
-        self._what, self._total, self._handle = _one_line(what), max(total, 1), None
+        self._what, self._total, self._shown = _one_line(what), max(total, 1), False
+        self._record = Record("", with_picture=False)
         self._started = time.monotonic()
         self._due = self._started + LOADING_SECONDS
 
@@ -338,7 +386,7 @@ class LoadingProgress:
 
     def end(self) -> None:
         """It is done, or has failed."""
-        if self._handle is not None:
+        if self._shown:
             self._show(_shape(), f"{self._what}: {clock(time.monotonic() - self._started)}", is_last=True)
 
     def _show(self, shape: str, text: str, is_last: bool = False) -> None:
@@ -349,11 +397,9 @@ class LoadingProgress:
             shown = "" if is_last else printable(text)[:columns]
             print("\r" + printable(shown.ljust(columns)), end="\r" if is_last else "", file=sys.stderr, flush=True)
         elif shape == "notebook":
-            from IPython.display import display
-
-            bundle = {"text/plain": text, "text/html": f"<div>{esc(text)}</div>"}
-            if self._handle is None:
-                self._handle = display(bundle, raw=True, display_id=True)
+            page, missing = f"<div>{esc(text)}</div>", "" if is_last else "It may have gone on since."
+            if self._record.placed:
+                self._record.renew(page, text, missing=missing)
             else:
-                self._handle.update(bundle, raw=True)
-        self._handle = self._handle or shape
+                self._record.place(page, text, missing, always=True)
+        self._shown = True

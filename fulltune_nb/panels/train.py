@@ -23,7 +23,7 @@ from fulltune_nb.insight import comparison
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.loop import hear, interruptible, loop_of
 from fulltune_nb.panels.panel import Panel, error_html
-from fulltune_nb.panels.progress import PlainProgress, clock, progress
+from fulltune_nb.panels.progress import PlainProgress, clock, may_be_missing, progress
 from fulltune_nb.panels.run_record import record_html
 from fulltune_nb.panels.samples import Sample, Samples
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
@@ -33,10 +33,10 @@ from fulltune_nb.training.history import EvalReport, Event, StepReport
 from fulltune_nb.training.memory import machine_limit
 from fulltune_nb.training.trainer import Trainer
 
-RECORD_SECONDS = 1.0  # from the last news of a run that rests to its record, whose picture takes longer to draw
+RECORD_SECONDS = 60.0  # from record to record while a run goes on
+SETTLED_SECONDS = 1.0  # from the last news of a run that rests to its record, whose picture takes longer to draw
 REFRESH_SECONDS = 0.25  # numbers change no more often while steps are taken
 _LOG_KEPT, _LOG_SHOWN = 1000, 60
-_NOTE = "A picture and a table of the run will stand here when it pauses or ends. They stay in the notebook's file."
 _CLOSE_LINES = '<div style="line-height:1.35">{}</div>'  # ipywidgets would set them 28 pixels apart
 
 
@@ -83,7 +83,8 @@ class TrainPanel(Panel):
         self.samples = self.loop.shared(Samples)
         self.samples.set(prompts or None, sample_every, max_tokens)
         splits = [name for name in ("valid", "test", "train") if getattr(trainer.data, name) is not None]
-        chart = LossChart([("this run", trainer), *_compared(compare)], machine_limit())
+        others = [(run.name, run.history) for run in comparison.compare(compare).runs] if len(compare) else []
+        chart = LossChart([("this run", trainer), *others], machine_limit())
         self.controls = TrainControls(splits, trainer.run_dir is not None, chart)
         super().__init__(self.controls.box)
         self.tabs: dict[str, Tab] = {kind.title: kind(self, self.loop) for kind in TABS}
@@ -111,7 +112,7 @@ class TrainPanel(Panel):
         self.controls.allow({"pause": reasons_against(self.trainer, self.loop, self.samples)["pause"]})
 
     async def wait(self) -> None:
-        """Returns when the run is paused, done or interrupted; the cell then shows a picture and a table that stay.
+        """Returns when the run is paused, done or interrupted. The cell shows a table, and then a picture, that stay.
 
         Raises:
             Exception: the run's own error.
@@ -123,6 +124,8 @@ class TrainPanel(Panel):
         if in_lines:  # a log shall show that something moves
             lines.on_start(trainer, self.loop.goal)
             trainer.listeners.append(lines)
+        if not self.closed:
+            self._place_record()  # now: a page that is loaded anew meanwhile no longer takes a cell's outputs in
         try:
             await self.loop.wait()
         finally:
@@ -130,7 +133,7 @@ class TrainPanel(Panel):
                 trainer.listeners.remove(lines)
                 lines.on_end(trainer)
             if not self.closed:
-                self._place_record()
+                self._view.write_record()
 
     def step(self, n: int = 1) -> StepReport | None:
         """Takes `n` steps here and now, with evaluations and checkpoints when due, and returns the last report; None when done.
@@ -184,7 +187,7 @@ class TrainPanel(Panel):
 
     def _connect(self) -> None:
         controls = self.controls
-        self.connect(controls.run, self._run_pressed)
+        self.connect(controls.run, self.start)
         self.connect(controls.pause, self._pause_pressed, at_once=True)
         self.connect(controls.step, self._step_pressed)
         self.connect(controls.step_n, self._step_n_pressed)
@@ -220,9 +223,6 @@ class TrainPanel(Panel):
     def refresh(self) -> None:
         """Shows everything but the chart, which hears the trainer itself, as it is now."""
         self._view.refresh()
-
-    def _run_pressed(self) -> None:
-        self.start()
 
     def _pause_pressed(self) -> None:
         self.pause()
@@ -297,6 +297,7 @@ class TrainView:
         self._record = panel._record
         self._log: deque[tuple[str, str, str]] = deque(maxlen=_LOG_KEPT)
         self._refreshed = -math.inf
+        self._recorded = -math.inf
         self._timer: Any = None
         self._samples_version = -1
         self._picture: tuple[Any, bytes] = (None, b"")  # what it is of, PNG
@@ -320,6 +321,8 @@ class TrainView:
         by_itself = trainer.state != "running"  # nothing comes behind it that would show it
         if by_itself or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self.refresh()
+        if time.monotonic() - self._recorded >= RECORD_SECONDS:
+            self.write_record()
         if self._open_tab.tab is not None:
             self._open_tab.tell()
 
@@ -336,12 +339,10 @@ class TrainView:
         self.settle()
 
     def on_change(self, trainer: Trainer) -> None:
-        """A run has begun or ended, or what all panels share has been changed."""
+        """A run has begun or ended, a cell's too, or what all panels share has been changed."""
         self.settle()
 
-    def on_end(self, trainer: Trainer) -> None:
-        """A cell's `trainer.run` is over."""
-        self.on_change(trainer)
+    on_end = on_change
 
     def on_doing(self, trainer: Trainer) -> None:
         """What is done beside steps has begun, gone on or ended."""
@@ -447,15 +448,18 @@ class TrainView:
             self._open_tab.tell(rests=not self._loop.running)
         self._stop_timer()
         if self._record.placed and not self._training:
-            self._timer = self._loop.later(RECORD_SECONDS, self._finish)
+            self._timer = self._loop.later(SETTLED_SECONDS, self.write_record)
             if self._timer is None:
-                self._finish()
+                self.write_record()
 
-    def _finish(self) -> None:
-        """Renews the record when the run is over."""
+    def write_record(self) -> None:
+        """Renews the record; its picture takes long to draw, so it is there when the run rests."""
         self._stop_timer()
-        if not self._panel.closed and not self._training and self._record.placed:
-            self._record.renew(self._record_html(), f"{self._state()}: {self._status_line()}", self._png(), PNG_WIDTH)
+        self._recorded = time.monotonic()
+        if not self._panel.closed and self._record.placed:
+            png = self._png() if self._trainer.history and not self._training else b""
+            page, line, missing = self._record_texts()
+            self._record.renew(page, line, png, PNG_WIDTH, missing)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -472,23 +476,21 @@ class TrainView:
 
     def place_record(self) -> None:
         """From now on the record stands in the cell being executed."""
-        self._record.place(_NOTE, _NOTE)
-        if self._trainer.history:
-            self._finish()
+        self._record.place(*self._record_texts())
+        if self._trainer.history and not self._training:
+            self.write_record()
 
     def page(self) -> str:
         """Picture and record as HTML."""
         picture = b64encode(self._png()).decode()
-        return f'<img width="{PNG_WIDTH}" alt="{esc(self._status_line())}" src="data:image/png;base64,{picture}"/>{self._record_html()}'
+        return f'<img width="{PNG_WIDTH}" alt="{esc(self._status_line())}" src="data:image/png;base64,{picture}"/>{self._record_texts()[0]}'
 
-    def _record_html(self) -> str:
+    def _record_texts(self) -> tuple[str, str, str]:
+        """The record as HTML and in a line, and what may be missing in it."""
         error = self._loop.error
         title = f"{self._state().capitalize()} at step {self._trainer.step_count:,} of {self._trainer.total_steps:,}"
-        return ("" if error is None else error_html(error)) + record_html(self._trainer, title, self._samples)
-
-
-def _compared(runs: Any) -> list[tuple[str, Any]]:
-    return [(run.name, run.history) for run in comparison.compare(runs).runs] if len(runs) else []
+        page = ("" if error is None else error_html(error)) + record_html(self._trainer, title, self._samples, self._training)
+        return page, f"{self._state()}: {self._status_line()}", may_be_missing(self._trainer)
 
 
 def _tab_opened(here: weakref.ref[TrainPanel], change: Any) -> None:

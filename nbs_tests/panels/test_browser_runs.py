@@ -12,7 +12,7 @@ import pytest
 from fulltune_nb import tiny
 from nbs_tests.jupyterlab import write_notebook
 from nbs_tests.panels.kernels import SETUP
-from nbs_tests.test_browser import CODE, PANEL, WAITING, browser, button, folder, lab, server, wait_for_text  # noqa: F401  fixtures among them
+from nbs_tests.test_browser import CODE, PANEL, WAITING, browser, button, folder, lab, server, shown_step, wait_for_text  # noqa: F401  fixtures among them
 
 pytestmark = pytest.mark.long
 
@@ -81,3 +81,32 @@ def test_twenty_thousand_reports_leave_the_panel_responsive_and_the_file_small(l
     assert any("image/png" in output.get("data", {}) for output in saved.cells[WAITING].outputs)
     print(f"the notebook's file: {path.stat().st_size:,} bytes")
     lab.command("kernelmenu:shutdown")
+
+
+def test_a_page_loaded_anew_during_a_run_still_saves_how_it_ended(lab, folder):  # noqa: F811
+    path = folder / "reloaded.ipynb"
+    panel = "trainer = make_trainer(iters=3000)\npanel = TrainPanel(trainer)\npanel"
+    write_notebook(path, [SETUP, "0", panel, "panel.start(); await panel.wait()"])
+    lab.open(path.name)
+    for number in (0, PANEL):
+        lab.result(number, [SETUP, "", panel][number], seconds=60)
+    lab.run_cell(CODE)
+    wait_for_text(lab, "step [1-9][0-9]* of")
+    lab.save()
+    lab.page.wait_for_timeout(1000)
+    record = saved_record(path)
+    assert record.startswith("running: step") and re.search(r"Written at \d{4}-\d\d-\d\d .* may have gone on since", record)
+    lab.open(path.name, kernel=False)
+    wait_for_text(lab, "running")
+    button(lab, "Pause").click()
+    wait_for_text(lab, "paused")
+    lab.output(CODE).locator("img[src^='data:image/png']").wait_for(timeout=20_000)
+    lab.save()
+    lab.page.wait_for_timeout(1000)
+    assert saved_record(path).startswith(f"paused: step {shown_step(lab)} of")
+    lab.command("kernelmenu:shutdown")
+
+
+def saved_record(path: Path) -> str:
+    """The text of the last output of the cell that waits."""
+    return nbformat.read(path, as_version=4).cells[CODE].outputs[-1]["data"]["text/plain"]

@@ -47,7 +47,7 @@ class FakeTrainer:
         self.callback, self.moment = callback, moment
         self.config, self.data = SimpleNamespace(steps_per_report=every), SimpleNamespace(notes_shown=False)
         self.total_steps, self.step_count = total, 0
-        self.history, self.state, self.status = History(), "done", "running"
+        self.history, self.state, self.status, self.run_dir = History(), "done", "running", None
         self.doing = self.failure = ""
 
     def run(self, n=None, seconds=1.0):
@@ -263,12 +263,12 @@ class Shown:
     def __init__(self):
         self.bundles = []
 
-    def __call__(self, bundle, raw, display_id):
+    def __call__(self, bundle, raw, display_id, metadata=None):
         assert raw and display_id
         self.bundles.append(bundle)
         return self
 
-    def update(self, bundle, raw):
+    def update(self, bundle, raw, metadata=None):
         assert raw
         self.bundles.append(bundle)
 
@@ -299,6 +299,33 @@ def test_a_notebook_ends_with_a_record_that_tells_everything(moment, shown):
     for part in ("step 20 of 1,200: paused after 0:00", "0.52 GB", "10,000 tokens/s", "2.5000", "12.180", "changed", "runs/a", "1.00"):
         assert part in page
     assert text.startswith("step 20 of 1,200: paused after 0:00, epoch 1.00, loss 2.4500")
+
+
+def test_a_notebook_says_when_it_was_written_until_the_run_is_done(moment, shown):
+    trainer = FakeTrainer(NotebookProgress(), moment)
+    trainer.state = "running"
+    trainer.callback.on_start(trainer, 30)
+    trainer.step()
+    for kind in ("text/html", "text/plain"):
+        assert re.search(r"Written at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d .*may have gone on since", shown.bundles[-1][kind])
+    trainer.state = "done"
+    trainer.callback.on_end(trainer)
+    assert "Written at" not in str(shown.bundles[-1])
+
+
+def test_a_notebook_shows_training_beside_validation_loss_a_curve_and_how_many_are_not_shown(moment, shown):
+    trainer = FakeTrainer(NotebookProgress(), moment)
+    trainer.callback.on_start(trainer, 30)
+    for number in range(10):
+        trainer.step()
+        trainer.evaluate()
+        trainer.event("note", f"number {number}")
+    trainer.callback.on_end(trainer)
+    page = shown.bundles[-1]["text/html"]
+    assert "Evaluations: the last 8 of 10" in page and "Events: the last 8 of 10" in page and "number 1<" not in page
+    row = re.findall(r"<tr>(.*?)</tr>", page.split("Evaluations")[1].split("</table>")[0])[-1]
+    assert re.findall(r">([^<]+)<", row)[:4] == ["10", "3.4500", "valid", "2.5000"]
+    assert "<polyline" in page and "training loss over 10 steps" in page
 
 
 def test_foreign_text_is_shown_as_text(moment, shown):
