@@ -1,4 +1,4 @@
-"""Which kind of device MLX computes on, and the memory that the GPU of a Mac is allowed for the length of a run or an answer.
+"""Which kind of device MLX computes on, its memory, and what of it the GPU of a Mac is allowed for the length of a run or an answer.
 
 Two limits of MLX are for Metal alone. *Wired* memory stays where it is: macOS neither compresses nor moves it, and the GPU need not ask for
 it anew (MLX's pull request 2006: 14% in training). It is nothing by default, and more than the rest of the machine can spare freezes it.
@@ -11,11 +11,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 import mlx.core as mx
+import psutil
 
 WIRED_SHARE = 0.85
 """Of the recommended working set, itself two thirds to three quarters of a Mac's memory, as the most that is wired."""
+_DEVICE_KEYS = ("max_recommended_working_set_size", "total_memory", "memory_size")  # Metal's, then CUDA's
+_UNLIMITED = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
 
 
 def device_kind() -> str:
@@ -37,6 +41,44 @@ def length_multiple() -> int:
 def recommended_working_set() -> int:
     """Bytes that Metal recommends to use at most; 0 on other devices."""
     return int(mx.device_info(mx.default_device()).get("max_recommended_working_set_size", 0)) if device_kind() == "metal" else 0
+
+
+def machine_limit() -> int:
+    """Bytes that arrays may take on MLX's default device.
+
+    Metal: what the system recommends as the largest working set (most of the memory, which the GPU shares). CUDA: the device's
+    memory. CPU: main memory, or the limit of the control group (a container's) where that is smaller.
+    """
+    if mx.default_device().type == mx.DeviceType.gpu:
+        info = mx.device_info(mx.default_device())
+        for key in _DEVICE_KEYS:
+            if info.get(key):
+                return int(info[key])
+    return min([psutil.virtual_memory().total, *cgroup_limits()])
+
+
+def cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Every memory limit that holds for this process: of its own control group and of those above, version 1 and 2."""
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        path = PurePosixPath(group)
+        for parent in (path, *path.parents):
+            try:
+                text = (top / str(parent).lstrip("/") / name).read_text().strip()
+            except OSError:  # a group seen from within its container has another path
+                continue
+            if text.isdigit() and int(text) < _UNLIMITED:
+                yield int(text)
 
 
 @contextmanager

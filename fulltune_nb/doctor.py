@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
 
     def work() -> int:
+        from fulltune_nb.device import machine_limit
         from fulltune_nb.system_info import system_info
-        from fulltune_nb.training.memory import machine_limit
 
         info, limit = system_info(measure=True), machine_limit()
         if arguments.json:

@@ -108,12 +108,97 @@ def test_greedy_text_is_that_of_transformers_for_64_tokens(lm, tmp_path):
         assert tokens == found[0, len(ids) :].tolist()
 
 
+def read_whole(*prompt):
+    """The logits after a prompt, and how far it was read after each chunk but the last."""
+    reading, read = prefill(*prompt), []
+    while True:
+        try:
+            read.append(next(reading))
+        except StopIteration as end:
+            return end.value, [(piece.read, piece.total) for piece in read]
+
+
 def test_a_long_prompt_is_read_in_chunks_with_the_same_result(llama):
     ids = mx.array([list(range(10, 490)) * 3])
     cache = make_cache(llama.config.windows)
-    chunked = prefill(llama.model, ids, cache)
-    assert cache[0].offset == ids.shape[1] > 2 * 512
+    chunked, read = read_whole(llama.model, ids, cache)
+    assert cache[0].offset == ids.shape[1] > 2 * 512 and read == [(512, 1440), (1024, 1440)]
     assert mx.allclose(chunked, llama.model(ids)[:, -1], atol=1e-5)
+
+
+def test_on_a_cpu_chunks_get_smaller_the_more_their_tokens_cost(monkeypatch):
+    monkeypatch.setattr(generation, "_CHUNK_WORK", 2**27)
+    for scaling in (None, {"type": "dynamic", "factor": 2.0}):  # of the second, all tokens depend on how many there are
+        mx.random.seed(0)
+        decoder = Decoder(read_config({"model_type": "llama", **SMALL, "max_position_embeddings": 600, "rope_scaling": scaling}))
+        ids = mx.array([list(range(10, 490)) * 2])
+        found, read = read_whole(decoder, ids, make_cache(decoder.config.windows))
+        sizes = np.diff([0, *(read for read, _ in read), 960])
+        assert len(read) > 4 and max(sizes) < 512 and min(sizes[:-1]) >= 32 and sizes[0] > sizes[-2]
+        assert mx.allclose(found, decoder(ids)[:, -1], atol=1e-5)
+        assert read_whole(decoder, ids[:, :512], make_cache(decoder.config.windows))[1] == []  # a short one at once
+
+
+@pytest.mark.filterwarnings("ignore:.*the model was made for")
+def test_a_stream_can_say_how_far_a_long_prompt_is_read_and_be_left_there(llama):
+    prompt = list(range(10, 490)) * 3
+    stream = llama.stream(prompt, max_tokens=5)
+    steps = list(stream.steps)
+    assert [(step.read, step.total) for step in steps if not step] == [(512, 1440), (1024, 1440)]
+    pieces = list(llama.stream(prompt, max_tokens=5))
+    assert all(pieces) and pieces == [step for step in steps if step] and "".join(pieces) == llama.generate(prompt, max_tokens=5)
+    left = llama.stream(prompt, max_tokens=5)
+    assert next(left.steps) == ""
+    left.close()
+    assert list(left) == list(left.steps) == []
+    both = [prompt, "The quick"]
+    assert llama.generate_many(both, max_tokens=5) == [llama.generate(text, max_tokens=5) for text in both]
+
+
+@pytest.mark.filterwarnings("ignore:.*the model was made for")
+def test_a_prompt_that_memory_cannot_hold_is_refused_before_anything_runs(llama, monkeypatch):
+    weights = sum(array.nbytes for _, array in tree_flatten(llama.model.parameters()))
+    monkeypatch.setattr(generation, "machine_limit", lambda: weights + 1000)
+    monkeypatch.setattr(generation, "make_cache", None)
+    for ask in (llama.generate, lambda prompt: next(llama.stream(prompt)), lambda prompt: llama.generate_many([prompt])):
+        with pytest.raises(GenerationError, match="1 prompt of up to 1,440 tokens: keys and values take .* this machine has"):
+            ask(list(range(10, 490)) * 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({}, 64),
+        ({"max_position_embeddings": None}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 256),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}, 128),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}, 64),
+    ],
+    ids=str,
+)
+def test_a_prompt_longer_than_the_model_was_made_for_is_warned_of(tokenizer, settings, length, recwarn):
+    lm = LanguageModel.from_config({"model_type": "llama", **SMALL, "max_position_embeddings": 64, **settings}, tokenizer)
+    assert lm.context_length == length
+    for tokens in (length or 2048, (length or 10**4) + 1):
+        prompt = [5] * tokens
+        lm.generate(prompt, max_tokens=1)
+        next(lm.stream(prompt, max_tokens=1), None)
+        lm.generate_many([prompt, [5]], max_tokens=1)
+        said = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+        assert len(said) == (3 if length and tokens > length else 0)
+        assert all(f"has {tokens:,} tokens, but the model was made for {length:,}" in text for text in said)
+    messages = [{"role": "user", "content": "Hello! " * 300}]
+    if length:
+        with pytest.warns(UserWarning, match=f"made for {length}"):
+            lm.chat(messages, max_tokens=1)
+
+
+def test_where_the_config_says_nothing_the_tokenizer_tells_how_long_a_text_may_be(make_tokenizer):
+    tokenizer = make_tokenizer()
+    lm = LanguageModel.from_config({"model_type": "llama", **SMALL, "max_position_embeddings": None}, tokenizer)
+    assert lm.context_length is None
+    tokenizer.model_max_length = 4096
+    assert lm.context_length == 4096
 
 
 @pytest.mark.parametrize(
@@ -136,7 +221,7 @@ def test_on_a_gpu_chunks_of_a_long_prompt_are_larger_where_no_scores_are_held(se
     expected = decoder(ids)[:, -1]
     decoder.hidden_states = lambda ids, *rest, **more: (read.append(ids.shape[1]), hidden_states(ids, *rest, **more))[1]
     with gpu_like():
-        found = prefill(decoder, ids, make_cache(decoder.config.windows))
+        found, _ = read_whole(decoder, ids, make_cache(decoder.config.windows))
     assert read == chunks
     assert mx.allclose(found, expected, atol=1e-5)
 

@@ -6,7 +6,8 @@ Dimension letters: B rows, T tokens, V vocabulary, N candidates that are left af
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from fulltune_nb.cpu import on_cpu
-from fulltune_nb.device import memory_limits, recommended_working_set
+from fulltune_nb.device import machine_limit, memory_limits, recommended_working_set
 from fulltune_nb.errors import IN_GENERATION, GenerationError, tells_device_errors
+from fulltune_nb.html import counted, human_bytes, printable
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.detokenizer import Detokenizer, StopStrings, make_detokenizer
 from fulltune_nb.models.kv_cache import KVCache, make_cache
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 _PREFILL_TOKENS = 512  # of one row at a time: bounds the attention scores of a long prompt
 _FUSED_PREFILL_TOKENS = 2048  # where no scores are held: bounds what else a block computes, and is enough work for a GPU
 _PREFILL_BATCH_TOKENS = 8192  # of all rows at a time
+_CHUNK_WORK = 2**31  # multiply-adds on a CPU at a time, in a prompt that has several chunks: some tenths of a second
+_SCORE_WORK = 256  # multiply-adds that take as long as the mask and the exponential of one attention score
+_HALF_PRECISION_WORK = 4  # so many times as long take products that are not in float32, which alone have a fast BLAS
+_FEWEST_TOKENS = 32  # in a chunk; with fewer, reading the weights would cost more than the products
 _MAX_SPREAD = 16  # tokens between the shortest and the longest prompt of a batch; each costs a step
 
 
@@ -137,30 +143,55 @@ def candidate_scores(logits: mx.array, sampling: Sampling) -> tuple[mx.array | N
     return candidates, mx.where(kept, scores, -mx.inf)
 
 
-def prefill(model: Decoder, ids: mx.array, cache: Sequence[KVCache]) -> mx.array:
-    """Reads prompts (B, T) into the cache, some hundred or thousand tokens at a time, and returns the next token's logits (B, V)."""
-    rows, length = ids.shape
-    size, lengths = _prefill_tokens(model, rows, length), {"lengths": mx.array([length])} if model.config.by_length else {}
-    for begin in range(0, length, size):
-        hidden = model.hidden_states(ids[:, begin : begin + size], cache, **lengths)
-        if begin + size < length:  # of these tokens later ones need keys and values alone
-            mx.eval([layer.arrays for layer in cache])
-    return model.head(hidden[:, -1])
+class Reading(str):
+    """An empty piece of an answer that has not begun yet: of the prompt's `total` tokens, so many are `read`."""
+
+    def __new__(cls, read: int, total: int):
+        made = super().__new__(cls)
+        made.read, made.total = read, total
+        return made
 
 
-def _prefill_tokens(model: Decoder, rows: int, length: int) -> int:
-    """Of each row at a time. On a CPU all at once where the rotation of the first token depends on how many there are, as before."""
+def prefill(model: Decoder, ids: mx.array, cache: Sequence[KVCache]) -> Generator[Reading, None, mx.array]:
+    """Reads prompts (B, T) into the cache, some ten to thousand tokens at a time.
+
+    Yields:
+        After each chunk but the last, how far it is.
+
+    Returns:
+        The next token's logits (B, V).
+    """
+    (rows, length), end = ids.shape, 0
+    lengths = {"lengths": mx.array([length])} if model.config.by_length else {}
+    while True:
+        begin, end = end, min(length, end + _chunk_tokens(model, rows, length, end))
+        hidden = model.hidden_states(ids[:, begin:end], cache, **lengths)
+        if end == length:
+            return model.head(hidden[:, -1])
+        mx.eval([layer.arrays for layer in cache])  # of these tokens later ones need keys and values alone
+        yield Reading(end, length)
+
+
+def _chunk_tokens(model: Decoder, rows: int, length: int, begin: int) -> int:
+    """Of each row, in the chunk that begins at a token. On a CPU those of a long prompt get smaller the more each token costs, so that a
+    notebook can be used between them; how small is a matter of the model and the place alone, so that answers can be repeated."""
     config = model.config
-    if config.by_length and on_cpu():
-        return length
     fused = not on_cpu() and config.score_cap is None and not config.sinks
-    return max(1, min(_FUSED_PREFILL_TOKENS if fused else _PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
+    most = max(1, min(_FUSED_PREFILL_TOKENS if fused else _PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
+    if length <= most or not on_cpu():
+        return most
+    weights = [array for layer in model.layers for array in parameters_of(layer).values()]
+    scores = config.num_heads * sum(min(window or begin, begin) + most for window in config.windows)
+    work = sum(array.size for array in weights) + scores * 2 * config.head_dim
+    if model.embed_tokens.weight.dtype != mx.float32:
+        work *= _HALF_PRECISION_WORK
+    return min(most, max(_FEWEST_TOKENS, _CHUNK_WORK // (rows * (work + scores * _SCORE_WORK))))
 
 
 @tells_device_errors(IN_GENERATION)
 def decode(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
-) -> Iterator[list[int | None]]:
+) -> Iterator[list[int | None] | Reading]:
     """Token after token, all prompts side by side.
 
     The prompts may differ in length: all are read up to the length of the shortest; then, step by step, the longer ones take
@@ -168,14 +199,46 @@ def decode(
     is computed as it would be alone.
 
     Yields:
-        For each step and row, the token drawn, or None while the row's prompt is still being read. Rows go on until the last
-        has had `max_tokens`; the caller ends them earlier.
+        While prompts of several chunks are read, how far that is. Then for each step and row, the token drawn, or None while the row's
+        prompt is still being read. Rows go on until the last has had `max_tokens`; the caller ends them earlier.
 
     Raises:
-        GenerationError: the model's output is NaN or inf.
+        GenerationError: the model's output is NaN or inf, or the prompts need more memory than there is.
     """
-    with _memory_limits(model, len(prompts), max(map(len, prompts)) + sampling.max_tokens):
+    longest = max(map(len, prompts))
+    _check_memory(model, len(prompts), longest)
+    with _memory_limits(model, len(prompts), longest + sampling.max_tokens):
         yield from _decoded(model, prompts, sampling, seeds)
+
+
+def warn_of_length(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """Tells of prompts with more tokens than the model was made for."""
+    lengths = [len(prompt) for prompt in prompts]
+    if limit is not None and (longer := sum(length > limit for length in lengths)):
+        which = "The prompt" if len(lengths) == 1 else f"{longer:,} of {counted(len(lengths), 'prompt')}, the longest of which"
+        text = f"{which} has {max(lengths):,} tokens, but the model was made for {limit:,}: answers to longer texts are often nonsense."
+        warnings.warn(printable(f"{text} Ask something shorter."), stacklevel=4)
+
+
+def _check_memory(model: Decoder, rows: int, tokens: int) -> None:
+    """
+    Raises:
+        GenerationError: weights, and keys and values of so many prompts of so many tokens, are more than this machine has.
+    """
+    needed, limit = _cache_bytes(model, rows, tokens), machine_limit()
+    if needed + sum(array.nbytes for array in parameters_of(model).values()) > limit:
+        prompts = f"{counted(rows, 'prompt')} of up to {tokens:,} tokens"
+        raise GenerationError(
+            f"{prompts}: keys and values take {human_bytes(needed)} beside the weights, and this machine has {human_bytes(limit)}."
+            " Shorten what is asked; of many prompts, answer fewer at a time (batch_size)."
+        )
+
+
+def _cache_bytes(model: Decoder, rows: int, tokens: int) -> int:
+    """Of the keys and values of so many tokens."""
+    config = model.config
+    kept = rows * sum(min(window or tokens, tokens) for window in config.windows) * 2 * config.num_kv_heads * config.head_dim
+    return kept * model.embed_tokens.weight.itemsize
 
 
 def _memory_limits(model: Decoder, rows: int, tokens: int) -> AbstractContextManager[None]:
@@ -184,19 +247,19 @@ def _memory_limits(model: Decoder, rows: int, tokens: int) -> AbstractContextMan
     if not recommended_working_set():
         return nullcontext()
     config, weights = model.config, parameters_of(model)
-    size, at_once = model.embed_tokens.weight.itemsize, rows * _prefill_tokens(model, rows, tokens)
-    kept = rows * sum(min(window or tokens, tokens) for window in config.windows) * 2 * config.num_kv_heads * config.head_dim
-    needed = size * (kept + at_once * (4 * config.hidden_size + 3 * config.intermediate_size) + rows * config.vocab_size)
+    size, at_once = model.embed_tokens.weight.itemsize, rows * _chunk_tokens(model, rows, tokens, 0)
+    other = at_once * (4 * config.hidden_size + 3 * config.intermediate_size) + rows * config.vocab_size
+    needed = _cache_bytes(model, rows, tokens) + size * other
     return memory_limits(sum(array.nbytes for array in weights.values()) + needed, needed)
 
 
 def _decoded(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
-) -> Iterator[list[int | None]]:
+) -> Iterator[list[int | None] | Reading]:
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     cache, sampler = make_cache(model.config.windows), Sampler(sampling, seeds)
     ids = mx.array([list(prompt[:shortest]) for prompt in prompts])
-    logits = prefill(model, ids, cache)
+    logits = yield from prefill(model, ids, cache)
     if not mx.isfinite(logits).all().item():
         raise GenerationError("The model's output holds NaN or inf: its weights are broken. Load them again, or go back to a checkpoint.")
     tokens = _next_tokens(sampler, logits, prompts, shortest)
@@ -208,7 +271,7 @@ def _decoded(
         if position + 1 < end:  # set the next step going before this one is looked at, so that the device need not wait
             if position in switches:  # from here on all tokens are rotated otherwise, those in the cache too
                 cache = make_cache(model.config.windows)
-                logits = prefill(model, ids, cache)
+                logits = yield from prefill(model, ids, cache)
             else:
                 logits = model(tokens[:, None], cache)[:, -1]  # (B, 1) -> (B, V)
             following = _next_tokens(sampler, logits, prompts, position + 1)
@@ -256,6 +319,19 @@ class Answer:
         return text
 
 
+class AnswerStream(Generator[str, None, None]):
+    """Pieces of an answer's text, none of them empty. `steps`: the same, and a `Reading` after each chunk of a long prompt."""
+
+    def __init__(self, steps: Generator[str, None, None]):
+        self.steps = steps
+
+    def send(self, value: None) -> str:
+        return next(filter(None, self.steps))
+
+    def throw(self, *error: Any) -> str:
+        return self.steps.throw(*error)
+
+
 def stream_answer(
     model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
@@ -263,8 +339,8 @@ def stream_answer(
     sampling: Sampling,
     stop_ids: frozenset[int],
     continues: bool = True,
-) -> Iterator[str]:
-    """Pieces of text, none of them empty.
+) -> Generator[str, None, None]:
+    """Pieces of text, none of them empty but those that say how far a long prompt is read.
 
     Args:
         model: the weights as they are at each step.
@@ -275,8 +351,10 @@ def stream_answer(
         continues: the answer goes on with the prompt's text, so that a space between them is kept; False: it is a text of its own.
     """
     answer = Answer(make_detokenizer(tokenizer, prompt if continues else ()), sampling, stop_ids)
-    for (token,) in decode(model, [prompt], sampling, [sampling.first_seed()]):
-        if piece := answer.add(token):
+    for step in decode(model, [prompt], sampling, [sampling.first_seed()]):
+        if isinstance(step, Reading):
+            yield step
+        elif piece := answer.add(step[0]):
             yield piece
         if answer.finished:
             return
@@ -301,6 +379,8 @@ def answer_many(
     for batch in batches_by_length(lengths, batch_size, _spread(model, max(lengths, default=0))):
         answers = {row: Answer(make_detokenizer(tokenizer, prompts[row] if continues else ()), sampling, stop_ids) for row in batch}
         for tokens in decode(model, [prompts[row] for row in batch], sampling, [first_seed + row for row in batch]):
+            if isinstance(tokens, Reading):
+                continue
             for row, token in zip(batch, tokens, strict=True):
                 if token is not None and not answers[row].finished:
                     texts[row] += answers[row].add(token)

@@ -31,7 +31,7 @@ from fulltune_nb.model_json import read_json
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import quantization_of
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, resolve_model_path, save_folder
-from fulltune_nb.models.generation import Sampling, answer_many, stream_answer
+from fulltune_nb.models.generation import AnswerStream, Sampling, answer_many, stream_answer, warn_of_length
 from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import parameters_of, put_parameters
 from fulltune_nb.models.unread_keys import check_unread
@@ -106,6 +106,12 @@ class LanguageModel:
     def dtype(self) -> str:
         """Storage dtype of the weights, such as `"float32"`."""
         return str(self.model.embed_tokens.weight.dtype).removeprefix("mlx.core.")
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of the longest text that the model was made for, as its config says, else its tokenizer; None: neither does."""
+        of_tokenizer = self.tokenizer.model_max_length  # a number beyond all texts where it was not told
+        return self.config.positions or (int(of_tokenizer) if 0 < of_tokenizer < 10**9 else None)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -212,7 +218,7 @@ class LanguageModel:
         """
         self.check_whole()
         sampling, ends = self._with_ends(Sampling(max_tokens, temperature, top_p, top_k, min_p, stop, seed))
-        return stream_answer(self.model, self.tokenizer, prompt_ids(self.tokenizer, prompt, self.config.vocab_size), sampling, ends)
+        return self._stream(prompt_ids(self.tokenizer, prompt, self.config.vocab_size), sampling, ends)
 
     def chat(
         self,
@@ -260,7 +266,7 @@ class LanguageModel:
         self.check_whole()
         sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, stop, seed)
         tokens = self.chat_tokens(messages, tools)  # may give the tokenizer its template, which says where answers end
-        return stream_answer(self.model, self.tokenizer, tokens, *self._with_ends(sampling, chat=True), continues=False)
+        return self._stream(tokens, *self._with_ends(sampling, chat=True), continues=False)
 
     def generate_many(self, prompts: Sequence[Prompt], batch_size: int = 32, **settings: Any) -> list[str]:
         """`generate` for many prompts, side by side: some ten times as fast.
@@ -307,7 +313,12 @@ class LanguageModel:
             warnings.warn(printable(note), stacklevel=3)
         return chat_ids(self.tokenizer, messages, tools, self.config.vocab_size)
 
+    def _stream(self, prompt: list[int], sampling: Sampling, ends: frozenset[int], continues: bool = True) -> AnswerStream:
+        warn_of_length([prompt], self.context_length)
+        return AnswerStream(stream_answer(self.model, self.tokenizer, prompt, sampling, ends, continues))
+
     def _many(self, prompts: list[list[int]], batch_size: int, settings: Mapping[str, Any], chat: bool) -> list[str]:
+        warn_of_length(prompts, self.context_length)
         sampling, ends = self._with_ends(Sampling(**settings), chat)
         return answer_many(self.model, self.tokenizer, prompts, sampling, ends, continues=not chat, batch_size=max(1, batch_size))
 

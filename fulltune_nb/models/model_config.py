@@ -155,6 +155,12 @@ class ModelConfig:
         """The smallest window of any layer, in tokens; None where every layer sees everything."""
         return min((window for window in self.windows if window is not None), default=None)
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest text that the model was made for, by scaled rotations too; None where `config.json` does not say."""
+        stated = self.raw.get("max_position_embeddings")
+        return self.rope.reach(stated) if isinstance(stated, int) and stated > 0 else None
+
     def _repr_html_(self) -> str:
         rows = [(f.name, ", ".join(sorted(v)) if isinstance(v := getattr(self, f.name), frozenset) else v) for f in fields(self) if f.repr]
         return facts("What the decoder is built from", rows)

@@ -16,7 +16,7 @@ import numpy as np
 
 from fulltune_nb.cpu import on_cpu
 from fulltune_nb.errors import ModelError
-from fulltune_nb.model_json import CONFIG, checked_value
+from fulltune_nb.model_json import CONFIG, MOST, checked_value
 
 Rotation = dict[str, mx.array | float]
 """What queries and keys are turned by: `cos` and `sin` (..., T, R/2); or, for MLX's kernel on a GPU, `wavelengths` (R/2,), tokens a
@@ -46,6 +46,15 @@ class RopeConfig:
     def switches_at(self) -> int | None:
         """The length in tokens beyond which a text has other frequencies, at all its places; None: there is none."""
         return int(dict(self.parameters)["original_max_position_embeddings"]) if self.scaling == "longrope" else None
+
+
+    def reach(self, positions: int) -> int:
+        """Tokens of the longest text that a model made for so many positions can tell apart by this rotation."""
+        parameters = dict(self.parameters)
+        if self.scaling not in ("linear", "dynamic", "yarn"):  # of the others `positions` is what they reach
+            return positions
+        reached = parameters["factor"] * parameters.get("original_max_position_embeddings", positions)
+        return max(positions, int(min(reached, MOST)))
 
 
 _NEEDED = {

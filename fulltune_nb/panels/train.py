@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.chart import LossChart
+from fulltune_nb.device import machine_limit
 from fulltune_nb.errors import ConfigError, TrainingError
 from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
 from fulltune_nb.insight import comparison
@@ -30,7 +31,6 @@ from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
 from fulltune_nb.panels.ways_on import how_to_go_on, reasons_against
 from fulltune_nb.plots import PNG_WIDTH, loss_png
 from fulltune_nb.training.history import EvalReport, Event, StepReport
-from fulltune_nb.training.memory import machine_limit
 from fulltune_nb.training.trainer import Trainer
 
 RECORD_SECONDS = 60.0  # from record to record while a run goes on

@@ -1,4 +1,4 @@
-"""The memory a step needs at its largest moment, counted from shapes, and what this machine has.
+"""The memory a step needs at its largest moment, counted from shapes.
 
 Counted are the arrays that have to exist: weights, the optimizer's moments, gradients, what blocks keep for the backward pass, a chunk of
 logits, what an update needs. Beside these MLX holds arrays that it has allocated ahead of time; of them a number is assumed, rather too
@@ -10,21 +10,19 @@ Dimension letters: B rows, T tokens, M = B * T positions, N trained positions, D
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
 from fulltune_nb import html, svg
 from fulltune_nb.cpu import cache_limit, kernels_for, on_cpu
 from fulltune_nb.data.batches import padded_to, row_widths
 from fulltune_nb.data.split import check_ids
-from fulltune_nb.device import device_kind, length_multiple
+from fulltune_nb.device import device_kind, length_multiple, machine_limit
 from fulltune_nb.models.decoder import BLOCK_NORMS
 from fulltune_nb.models.embedding import EMBEDDING
 from fulltune_nb.models.experts import stacks_in
@@ -70,50 +68,6 @@ class MemoryReading:
 def read_memory() -> MemoryReading:
     """MLX's memory counters now. They count on the CPU too."""
     return MemoryReading(mx.get_active_memory(), mx.get_peak_memory(), mx.get_cache_memory())
-
-
-# -- what this machine has ---------------------------------------------------------------------------------------------------------
-
-_DEVICE_KEYS = ("max_recommended_working_set_size", "total_memory", "memory_size")  # Metal's, then CUDA's
-_UNLIMITED = 2**60  # cgroup v1 writes a number near 2**63 where there is no limit
-
-
-def machine_limit() -> int:
-    """Bytes that arrays may take on MLX's default device.
-
-    Metal: what the system recommends as the largest working set (most of the memory, which the GPU shares). CUDA: the device's
-    memory. CPU: main memory, or the limit of the control group (a container's) where that is smaller.
-    """
-    if mx.default_device().type == mx.DeviceType.gpu:
-        info = mx.device_info(mx.default_device())
-        for key in _DEVICE_KEYS:
-            if info.get(key):
-                return int(info[key])
-    return min([psutil.virtual_memory().total, *cgroup_limits()])
-
-
-def cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Every memory limit that holds for this process: of its own control group and of those above, version 1 and 2."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            top, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        path = PurePosixPath(group)
-        for parent in (path, *path.parents):
-            try:
-                text = (top / str(parent).lstrip("/") / name).read_text().strip()
-            except OSError:  # a group seen from within its container has another path
-                continue
-            if text.isdigit() and int(text) < _UNLIMITED:
-                yield int(text)
 
 
 # -- what a run needs --------------------------------------------------------------------------------------------------------------

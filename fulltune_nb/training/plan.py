@@ -130,8 +130,7 @@ def _without_effect(config: TrainConfig, data: Any, total_steps: int) -> list[tu
 
 def _beyond_positions(lm: Any, data: Any) -> list[tuple[str, str]]:
     """A note for each split with rows longer than what the model was made for: kind and message of an event."""
-    limit = lm.config.raw.get("max_position_embeddings")
-    if not isinstance(limit, int) or limit < 1:
+    if (limit := lm.config.positions) is None:
         return []
     notes = []
     for name, split in data.splits.items():

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fulltune_nb as ft
+from fulltune_nb.device import machine_limit
 from fulltune_nb.errors import FulltuneError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
-from fulltune_nb.training.memory import machine_limit
 
 BASE = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096}
 WORDS = 500

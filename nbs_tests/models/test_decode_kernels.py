@@ -11,7 +11,7 @@ import pytest
 
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import save_folder
-from fulltune_nb.models.generation import Sampler, Sampling, prefill
+from fulltune_nb.models.generation import Sampler, Sampling
 from fulltune_nb.models.kv_cache import make_cache
 from fulltune_nb.models.model_config import read_config
 from nbs_tests.kernel_counts import as_on_gpu, kernels
@@ -42,7 +42,7 @@ def of_a_token(decoder: Decoder, sampling: Sampling) -> Counter[str]:
     """The second one drawn after a prompt."""
     with as_on_gpu(fused_attention=True):
         cache, sampler = make_cache(decoder.config.windows), Sampler(sampling, [0])
-        first = sampler(prefill(decoder, PROMPT, cache))
+        first = sampler(decoder(PROMPT, cache)[:, -1])
         mx.eval(first, [layer.arrays for layer in cache])
         return kernels(sampler(decoder(first[:, None], cache)[:, -1]))
 

@@ -12,7 +12,7 @@ import fulltune_nb as ft
 from fulltune_nb.models import experts
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.folder import save_folder
-from fulltune_nb.models.generation import Sampling, prefill
+from fulltune_nb.models.generation import Sampling
 from fulltune_nb.models.kv_cache import make_cache
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of, stack_of, together
@@ -106,7 +106,7 @@ def test_an_answer_copies_the_experts_together_once_and_again_when_they_have_cha
     with gpu_like():
         assert all(one is None for one in stacks(lm))
         cache = make_cache(lm.config.windows)
-        prefill(lm.model, mx.array([[3, 4, 5, 6, 7]]), cache)
+        lm.model(mx.array([[3, 4, 5, 6, 7]]), cache)
         made = stacks(lm)
         first = lm.model(mx.array([[8]]), cache)
         assert all(one is not None for one in made) and lm.generate("the quick", max_tokens=6) == before

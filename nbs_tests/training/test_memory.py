@@ -10,14 +10,14 @@ import fulltune_nb as ft
 from fulltune_nb.cpu import on_cpu
 from fulltune_nb.data.batches import padded_to
 from fulltune_nb.data.settings import DataSettings
-from fulltune_nb.device import device_kind, length_multiple
+from fulltune_nb.device import cgroup_limits, device_kind, length_multiple, machine_limit
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of, trainable_of
 from fulltune_nb.training import memory
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.memory import cgroup_limits, machine_limit, read_memory
+from fulltune_nb.training.memory import read_memory
 from fulltune_nb.training.plan import preflight
 from nbs_tests.memory_held import memory_held
 
@@ -298,7 +298,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     found = list(cgroup_limits(tmp_path / "proc", tmp_path / "sys"))
     assert sorted(found) == [2_000_000_000, 3_000_000_000]
     assert list(cgroup_limits(tmp_path / "missing", tmp_path / "sys")) == []
-    monkeypatch.setattr(memory, "cgroup_limits", lambda: [123])
+    monkeypatch.setattr("fulltune_nb.device.cgroup_limits", lambda: [123])
     monkeypatch.setattr(memory.mx, "default_device", lambda: mx.Device(mx.cpu))
     assert machine_limit() == 123
 
