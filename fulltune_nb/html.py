@@ -64,9 +64,17 @@ def _spelled(match: re.Match) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
-    """An HTML table; every cell and header is escaped, and cut after 20,000 characters. Numbers are set to the right."""
-    head = "".join(f'<th scope="col" style="text-align:left;padding:2px 10px">{esc(h)}</th>' for h in headers)
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", least_width: str = "0") -> str:
+    """An HTML table; every cell and header is escaped, and cut after 20,000 characters. Numbers are set to the right.
+
+    Args:
+        headers: of the columns.
+        rows: a value for each column.
+        caption: above; "" for none.
+        least_width: of a column, in CSS. A table that has one may be wider than its place, so it goes into `scrolling`.
+    """
+    style = f"text-align:left;padding:2px 10px;min-width:{least_width}"
+    head = "".join(f'<th scope="col" style="{style}">{esc(h)}</th>' for h in headers)
     return _table(f"<thead><tr>{head}</tr></thead>", ("".join(_cell(value) for value in row) for row in rows), caption)
 
 
@@ -91,6 +99,11 @@ def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:
     """A titled two-column table of names and values; the names are the headers of their rows."""
     head = '<th scope="row" style="text-align:left;font-weight:normal;padding:2px 10px;vertical-align:top">{}</th>'
     return _table("", (head.format(esc(name)) + _cell(value) for name, value in pairs), title)
+
+
+def scrolling(content: str, name: str) -> str:
+    """HTML in a box with a bar to scroll it from side to side, which the keyboard reaches, where it is wider than its place."""
+    return f'<div style="overflow-x:auto" role="region" aria-label="{esc(name)}" tabindex="0">{content}</div>'
 
 
 def more(count: int, what: str) -> str:

@@ -55,7 +55,7 @@ class TrainControls:
         self._make_fields(splits)
         self._make_displays()
         samples = row(self.prompts, self.sample_every, self.max_tokens, self.sample_now)
-        self.tabs = widgets.Tab([scrolled(self.log, "220px"), widgets.VBox([samples, scrolled(self.samples, "220px")])])
+        self.tabs = widgets.Tab([scrolled(self.log, "220px"), widgets.VBox([samples, scrolled(self.samples, "320px")])])
         self.tabs.titles = ("Log", "Samples")
         self.box = column(
             row(self.run, self.pause, self.step, self.step_count, self.step_n, self.stop),
@@ -98,8 +98,8 @@ class TrainControls:
             "250px", step=None, **whenever,
         )  # fmt: skip
         self.prompts = field(
-            widgets.Textarea, "prompts", "Prompts the model answers while it learns, one a line", {"width": "60%", "min_width": "280px"},
-            placeholder="one prompt a line", rows=3, **whenever,
+            widgets.Textarea, "prompts", "Prompts the model answers while it learns, one a line; ⏎ stands for a line break within one",
+            {"width": "60%", "min_width": "280px"}, placeholder="one prompt a line; add one by a new line", rows=3, **whenever,
         )  # fmt: skip
         tooltip = "Steps from one answer to the next; 0 for never"
         self.sample_every = field(number, "every", tooltip, "130px", value=0, min=0, max=10**9, **whenever)
@@ -110,7 +110,7 @@ class TrainControls:
         self.status = widgets.HTML(tooltip="Where the run stands")
         self.error = widgets.HTML(tooltip="The last error", layout=widgets.Layout(display="none"))
         self.log = widgets.HTML(tooltip="What happened, newest first")
-        self.samples = widgets.HTML(tooltip="Answers while learning, newest first")
+        self.samples = widgets.HTML(tooltip="Answers while learning: a row for each prompt, a column for each step, newest first")
 
     def add_tab(self, title: str, content: widgets.Widget) -> None:
         """Puts a further tab behind those there are."""

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fulltune_nb.errors import ConfigError, FulltuneError
-from fulltune_nb.html import NO_MATH, cut, table
+from fulltune_nb.html import NO_MATH, cut, more, scrolling, table
 from fulltune_nb.panels.loop import TrainLoop
 from fulltune_nb.settings import whole_number
 
 KEPT = 2000
-SHOWN = 60
-_ANSWER_CHARACTERS = 1500  # of an answer that are shown
+_PROMPTS, _STEPS = 30, 8  # rows and columns of the table
+_ANSWER_CHARACTERS = 600  # of an answer that are shown
 _FIELD_CHARACTERS = 20_000
+LINE_BREAK = "⏎"
+"""Stands for a line break within a prompt, where a field has one prompt a line."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Samples:
         every: steps from one taking to the next, beginning before the first step; 0 for never.
         max_tokens: tokens of an answer at most.
         rows: the answers, oldest first; the latest 2,000.
+        dropped: answers before these, which are no longer kept.
         wanted: whether they are to be answered at the next opportunity.
         version: grows with every change of what is above.
     """
@@ -47,6 +50,7 @@ class Samples:
         self.every = 0
         self.max_tokens = 64
         self.rows: deque[Sample] = deque(maxlen=KEPT)
+        self.dropped = 0
         self.wanted = False
         self.version = 0
         self._last_step = -1
@@ -67,9 +71,12 @@ class Samples:
 
     @property
     def prompts_text(self) -> str | None:
-        """The prompts one a line, as a text field holds them; None where it cannot: line breaks within one, or 20,000 characters."""
-        text = "\n".join(self.prompts)
-        return text if len(text) < _FIELD_CHARACTERS and text.count("\n") == max(0, len(self.prompts) - 1) else None
+        """The prompts one a line, as a text field holds them, `LINE_BREAK` for a line break within one.
+
+        None where it cannot: that sign itself in a prompt, or 20,000 characters.
+        """
+        text = "\n".join(prompt.replace("\n", LINE_BREAK) for prompt in self.prompts)
+        return text if len(text) < _FIELD_CHARACTERS and not any(LINE_BREAK in prompt for prompt in self.prompts) else None
 
     async def take_when_due(self, loop: TrainLoop) -> None:
         """Answers all prompts if it is time, letting go of the event loop after every piece. A pause cuts it off."""
@@ -97,6 +104,7 @@ class Samples:
     def _answers(self) -> Iterator[None]:
         for prompt in self.prompts:
             step, answer = self._loop.trainer.step_count, ""
+            self.dropped += len(self.rows) == KEPT
             self.rows.append(Sample(step, prompt, answer))
             try:
                 for piece in self._stream(prompt):
@@ -117,11 +125,23 @@ class Samples:
             return trainer.lm.stream(prompt, **settings)
         return trainer.lm.stream_chat([{"role": "user", "content": prompt}], **settings)
 
-    def to_html(self, shown: int = SHOWN) -> str:
-        """The latest answers as a table, newest first."""
+    def to_html(self, most_prompts: int = _PROMPTS, most_steps: int = _STEPS) -> str:
+        """A table with a row for each prompt, those of now first, and a column for each step, the newest first."""
         if not self.rows:
             return f'<div class="{NO_MATH}">no samples yet</div>'
-        latest = list(self.rows)[-shown:][::-1]
-        rows = [(f"{sample.step:,}", cut(sample.prompt), cut(sample.answer, _ANSWER_CHARACTERS)) for sample in latest]
-        more = f"<div>… and {len(self.rows) - len(latest):,} before them</div>" if len(self.rows) > len(latest) else ""
-        return table(("step", "prompt", "answer"), rows, "Samples, newest first") + more
+        answers = {(sample.prompt, sample.step): sample.answer for sample in self.rows}
+        prompts = list(dict.fromkeys([*self.prompts, *(prompt for prompt, _ in reversed(answers))]))
+        steps = sorted({step for _, step in answers}, reverse=True)
+        rows = [
+            (cut(prompt), *(cut(answers.get((prompt, step), ""), _ANSWER_CHARACTERS) for step in steps[:most_steps]))
+            for prompt in prompts[:most_prompts]
+        ]
+        headers = ("prompt", *(f"step {step:,}" for step in steps[:most_steps]))
+        shown = scrolling(table(headers, rows, "Samples, newest first", least_width="9em"), "samples")
+        hidden = more(len(prompts) - most_prompts, "prompts") + more(len(steps) - most_steps, "steps before these")
+        return f"{shown}{hidden}{more(self.dropped, 'answers, no longer kept')}"
+
+
+def prompts_of(text: str) -> list[str]:
+    """The prompts of a text that has one a line, `LINE_BREAK` for a line break within one."""
+    return [line.replace(LINE_BREAK, "\n") for line in text.split("\n")]

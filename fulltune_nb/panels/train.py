@@ -26,7 +26,7 @@ from fulltune_nb.panels.loop import hear, interruptible, loop_of
 from fulltune_nb.panels.panel import Panel, error_html
 from fulltune_nb.panels.progress import PlainProgress, clock, may_be_missing, progress
 from fulltune_nb.panels.run_record import record_html
-from fulltune_nb.panels.samples import Sample, Samples
+from fulltune_nb.panels.samples import Sample, Samples, prompts_of
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
 from fulltune_nb.panels.ways_on import how_to_go_on, reasons_against
 from fulltune_nb.plots import PNG_WIDTH, loss_png
@@ -259,7 +259,7 @@ class TrainPanel(Panel):
                 self.sample()
 
     def _set_samples(self, name: str, value: Any) -> None:
-        self.samples.set(**{name: value.split("\n") if name == "prompts" else value})
+        self.samples.set(**{name: prompts_of(value) if name == "prompts" else value})
         self.loop.tell_change()
 
     def _rate_entered(self, rate: float) -> None:
@@ -425,7 +425,8 @@ class TrainView:
         controls, samples, put = self._controls, self._samples, self._panel.put
         text = samples.prompts_text
         controls.prompts.disabled = text is None
-        put(controls.prompts, f"{len(samples.prompts)} prompts given in code" if text is None else text)
+        put(controls.prompts, f"{len(samples.prompts)} prompts, too long to be edited here" if text is None else text)
+        controls.prompts.rows = min(8, 2 + len(samples.prompts))
         put(controls.sample_every, samples.every)
         put(controls.max_tokens, samples.max_tokens)
         controls.samples.value = _CLOSE_LINES.format(samples.to_html())
@@ -435,7 +436,7 @@ class TrainView:
             return "<div>nothing yet</div>"
         latest = [(step, kind, cut(text)) for step, kind, text in list(self._log)[-_LOG_SHOWN:][::-1]]
         hidden = len(self._log) - len(latest)
-        return table(("step", "event", ""), latest) + (f"<div>… and {hidden:,} before them</div>" if hidden else "")
+        return table(("step", "event", "what happened"), latest) + (f"<div>… and {hidden:,} before them</div>" if hidden else "")
 
     # -- picture and record ---------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import fulltune_nb as ft
 from fulltune_nb.chart import LossChart
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.panel import error_html
+from fulltune_nb.panels.samples import Sample
 from fulltune_nb.panels.train import REFRESH_SECONDS, TrainPanel
 from nbs_tests.panels.conftest import HOSTILE, in_loop, settled, until
 
@@ -273,7 +274,8 @@ async def test_samples_are_taken_every_n_steps_from_before_the_first(make_traine
         (step, prompt) for step in (0, 4, 8) for prompt in ("the quick", "lazy dog")
     ]
     assert panel.trainer.lm.chat([{"role": "user", "content": "lazy dog"}], max_tokens=3) == panel.samples.rows[-1].answer
-    assert panel.controls.samples.value.count("lazy dog") == 3
+    table = panel.controls.samples.value
+    assert table.count("lazy dog") == 1 and re.findall(r">step (\d)<", table) == ["8", "4", "0"]  # prompts are rows, steps are columns
 
 
 @in_loop
@@ -331,7 +333,21 @@ def test_unusable_sample_settings_are_errors(make_trainer, settings):
 
 def test_prompts_with_line_breaks_are_kept_whole(make_trainer, panel_of):
     panel = panel_of(make_trainer(), prompts=["one\ntwo"])
-    assert panel.samples.prompts == ("one\ntwo",) and panel.controls.prompts.disabled
+    assert panel.controls.prompts.value == "one⏎two" and not panel.controls.prompts.disabled
+    panel.controls.prompts.value = "one⏎two\nthree"
+    assert panel.samples.prompts == ("one\ntwo", "three")
+    panel.samples.set(["a ⏎ of one's own"])
+    panel.refresh()
+    assert panel.controls.prompts.disabled  # it would become a line break
+
+
+def test_the_table_of_samples_is_bounded_and_tells_what_is_left_out(make_trainer, panel_of):
+    samples = panel_of(make_trainer()).samples
+    samples.set([f"prompt {i}" for i in range(50)])
+    samples.rows.extend(Sample(step, prompt, f"{prompt} at {step}") for step in range(40) for prompt in samples.prompts)
+    shown = samples.to_html(most_prompts=30, most_steps=8)
+    assert shown.count("<tr>") == 1 + 30 and re.findall(r">step (\d+)<", shown) == [str(step) for step in range(39, 31, -1)]
+    assert "prompt 0 at 39" in shown and "20 more prompts" in shown and "32 more steps before these" in shown
 
 
 # -- several panels, closing ---------------------------------------------------------------------------------------------------
