@@ -1,7 +1,8 @@
-"""A real JupyterLab in a real browser, for tests. Settings and files are in temporary folders, none are the user's."""
+"""A real JupyterLab, or another front end, in a real browser, for tests. Settings and files are in temporary folders, never the user's."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,28 +40,47 @@ def find_browser() -> str | None:
     return given or next(filter(None, map(shutil.which, _NAMES)), None)
 
 
+def axe_core() -> str:
+    """The script of axe-core, which looks for what people who see little, or use no mouse, cannot use."""
+    found = importlib.util.find_spec("axe_playwright_python")
+    needs(found, "axe-core (pip install axe-playwright-python)")
+    return Path(found.origin).with_name("axe.min.js").read_text("utf-8")
+
+
+# By front end: how it is started (the port and the folder are put in), and its address, where `{}` stands for the notebook's path.
+_JUPYTER = "--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=t --ServerApp.root_dir={folder}"
+_SERVERS = {
+    "jupyterlab": (f"jupyterlab {_JUPYTER} --LabApp.expose_app_in_browser=True", "lab/tree/{}?token=t&reset"),
+    "notebook": (f"notebook {_JUPYTER} --JupyterNotebookApp.expose_app_in_browser=True", "notebooks/{}?token=t"),
+    "voila": ("voila --no-browser --port={port} --Voila.ip=127.0.0.1 --Voila.port_retries=0 {folder}", "voila/render/{}"),
+    "marimo": ("marimo -q run {folder}/chart.py --headless --no-token --port={port}", ""),
+}
+FRONT_ENDS = tuple(_SERVERS)
+
+
 @contextmanager
-def jupyterlab(folder: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
-    """Runs a JupyterLab whose notebooks are in `folder`; gives its address, with `{}` where the notebook's path goes."""
+def served(front_end: str, folder: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
+    """Runs a front end whose notebooks are in `folder` (marimo: chart.py); gives its address, with `{}` where the notebook's path goes."""
+    needs(importlib.util.find_spec(front_end), f"{front_end} (pip install -e '.[frontends]')")
     private = folder / ".jupyter-of-the-test"
-    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "XDG_CONFIG_HOME")
     names += ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     variables = {**os.environ, **{name: str(private / name.lower()) for name in names}, **(environment or {})}
     variables.pop("MPLBACKEND", None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0"]
-    command += ["--IdentityProvider.token=t", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"]
+    command, path = _SERVERS[front_end]
+    words = [word.format(port=port, folder=folder) for word in command.split()]
     private.mkdir()
     quiet = private / "jupyterlab_settings_dir/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     with open(private / "log", "w") as log:
-        server = subprocess.Popen(command, env=variables, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen([sys.executable, "-m", *words], env=variables, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_for(f"http://127.0.0.1:{port}/api?token=t", server, private / "log")
-            yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=t&reset"
+            _wait_for(f"http://127.0.0.1:{port}/", server, private / "log")
+            yield f"http://127.0.0.1:{port}/{path}"
         finally:
             server.send_signal(signal.SIGTERM)
             try:
@@ -72,11 +93,13 @@ def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
     end = time.monotonic() + 60
     while True:
         try:
-            urllib.request.urlopen(address, timeout=2).close()
+            urllib.request.urlopen(address, timeout=5).close()
             return
+        except urllib.error.HTTPError:
+            return  # it answers
         except OSError:
             if server.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"JupyterLab does not answer:\n{log.read_text()[-3000:]}") from None
+                raise RuntimeError(f"{server.args[2]} does not answer:\n{log.read_text()[-3000:]}") from None
             time.sleep(0.1)
 
 

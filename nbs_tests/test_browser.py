@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
-from nbs_tests.jupyterlab import Lab, find_browser, jupyterlab, needs, write_notebook
+from nbs_tests.jupyterlab import Lab, axe_core, find_browser, needs, served, write_notebook
 from nbs_tests.panels.kernels import SETUP
 
 pytestmark = pytest.mark.long
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(browser, folder):
-    with jupyterlab(folder, {"PYTHONPATH": str(Path(__file__).parents[1])}) as address:
+    with served("jupyterlab", folder, {"PYTHONPATH": str(Path(__file__).parents[1])}) as address:
         yield address
 
 
@@ -104,13 +104,32 @@ def shown_step(lab: Lab) -> int:
     return int(re.search(r"step ([\d,]+) of", status(lab)).group(1).replace(",", ""))
 
 
-def picture(lab: Lab, name: str) -> None:
-    if where := os.environ.get("FULLTUNE_PICTURES"):
-        Path(where).mkdir(parents=True, exist_ok=True)
-        for theme in ("Light", "Dark"):
-            lab.theme(f"JupyterLab {theme}")
-            lab.page.locator(".fulltune-panel").screenshot(path=f"{where}/{name}-{theme.lower()}.png")
-        lab.theme("JupyterLab Light")
+FINDINGS = """async () => {
+    const all = root => [...root.querySelectorAll('*')].flatMap(one => [one, ...(one.shadowRoot ? all(one.shadowRoot) : [])]);
+    const include = all(document).filter(one => one.matches('.fulltune-styled, .ft-chart')); // marimo's have roots of their own
+    const {violations} = await axe.run({include}, {resultTypes: ['violations']});
+    const grave = violations.filter(found => ['critical', 'serious'].includes(found.impact));
+    return grave.map(found => found.id + ': ' + found.nodes.slice(0, 3).map(node => node.html + ' ' + node.failureSummary).join(' | '));
+}"""
+
+
+def look(lab: Lab, name: str) -> None:
+    """axe-core finds nothing critical or serious in a panel, light and dark; and writes pictures of it, where they are wanted."""
+    where = os.environ.get("FULLTUNE_PICTURES")
+    found = {}
+    lab.page.evaluate(axe_core())
+    for theme in ("Light", "Dark"):
+        lab.theme(f"JupyterLab {theme}")
+        found[theme] = lab.page.evaluate(FINDINGS)
+        panel = lab.output(PANEL).locator(".fulltune-styled").first
+        if where:
+            panel.screenshot(path=f"{where}/{name}-{theme.lower()}.png")
+            panel.evaluate("panel => { panel.style.width = '360px'; }")
+            lab.page.wait_for_timeout(300)
+            panel.screenshot(path=f"{where}/{name}-{theme.lower()}-narrow.png")
+            panel.evaluate("panel => { panel.style.width = ''; }")
+    lab.theme("JupyterLab Light")
+    assert found == {"Light": [], "Dark": []}
 
 
 def wait_for_text(lab: Lab, pattern: str, seconds: float = 20) -> None:
@@ -149,7 +168,7 @@ def test_run_pause_step_and_cells_meanwhile(trained):
     button(lab, "Evaluate").click()
     lab.output(PANEL).get_by_text("valid loss").first.wait_for(timeout=20_000)
     lab.page.wait_for_timeout(1500)
-    picture(lab, "train-panel")
+    look(lab, "train-panel")
 
 
 def test_interrupting_the_kernel_pauses_and_the_losses_stay_the_same(trained):
@@ -199,7 +218,7 @@ def test_hostile_text_stays_text(trained):
     text = lab.output(PANEL).inner_text()
     assert text.count("<img src=x onerror=alert(1)>") >= 3 and "$$x$$" in text
     assert lab.output(PANEL).locator(FOREIGN).count() == 0 and len(text) < 60_000  # of the millions
-    picture(lab, "hostile")
+    look(lab, "hostile")
     lab.result(WAITING, CELL_OUTPUTS, seconds=60)
     lab.output(WAITING).get_by_text("Training history").wait_for(timeout=20_000)
     assert lab.output(WAITING).inner_text().count("<img src=x onerror=alert(1)>") >= 6

@@ -7,8 +7,6 @@ from typing import Any
 
 import ipywidgets as widgets
 
-PICTURE_WIDTH, PICTURE_HEIGHT = 640, 260  # pixels of the data panel's picture
-
 
 def button(description: str, tooltip: str, icon: str = "", style: str = "", toggles: bool = False) -> Any:
     """A button as wide as its text; one that `toggles` stays pressed until it is pressed again."""
@@ -34,8 +32,9 @@ def column(*children: widgets.Widget, max_width: int) -> widgets.VBox:
     return widgets.VBox(children, layout=widgets.Layout(width="100%", max_width=f"{max_width}px", overflow="visible"))
 
 
-def scrolled(child: widgets.Widget, height: str = "420px") -> widgets.Box:
-    """A box with a scroll bar where it is needed; browsers let the keyboard reach what scrolls."""
+def scrolled(child: widgets.HTML, height: str = "420px") -> widgets.Box:
+    """A box with a scroll bar where it is needed; what is in it has the keyboard's focus, which ipywidgets 8.1 gives no box."""
+    child.tabbable = True
     # No tooltip here: with one, ipywidgets 8.1.9 fails to show a box at all. What is in it has one.
     return widgets.Box([child], layout=widgets.Layout(max_height=height, overflow="auto", display="block"))
 
@@ -138,13 +137,10 @@ class DataControls:
         self.index = field(widgets.BoundedIntText, "index", "Go to this row, as in data.train[index]", "130px", min=0, max=0)
         self.status = widgets.HTML(tooltip="Where this row stands")
         self.lens = widgets.HTML(tooltip="The row, token by token")
-        self.lengths = widgets.HTML(tooltip="Lengths in words")
-        # Without a tooltip, which ipywidgets 8.1 cannot show on pictures: it shows an error instead. The words below say the same.
-        size = {"width": f"{PICTURE_WIDTH}px", "height": f"{PICTURE_HEIGHT}px", "max_width": "100%", "object_fit": "contain"}
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(**size))
+        self.lengths = widgets.HTML(tooltip="Lengths in a picture and in words")
         self.checks = widgets.HTML(tooltip="What was found in the data set")
         browse = widgets.VBox([row(self.previous, self.next, self.index, self.status), scrolled(self.lens)])
-        self.tabs = widgets.Tab([browse, widgets.VBox([self.picture, self.lengths]), scrolled(self.checks)])
+        self.tabs = widgets.Tab([browse, self.lengths, scrolled(self.checks)])
         self.tabs.titles = ("Rows", "Lengths", "Checks")
         self.box = column(row(self.split, self.filter, self.search, self.all_rows), self.tabs, max_width=900)
 
@@ -166,7 +162,7 @@ class ChatControls:
         self.show_transcript = button("Transcript", "The conversation as plain text, to select and copy", "copy", toggles=True)
         tooltip = "The conversation as plain text: click into it, then select all and copy"
         self.transcript = field(widgets.Textarea, "transcript", tooltip, {"width": "100%", "display": "none"}, rows=8)
-        self.log = widgets.HTML(tooltip="The conversation so far", layout=widgets.Layout(flex="0 0 auto", width="auto"))
+        self.log = widgets.HTML(tooltip="The conversation so far", tabbable=True, layout=widgets.Layout(flex="0 0 auto", width="auto"))
         self.live = widgets.HTML(tooltip="The answer being written", layout=widgets.Layout(flex="0 0 auto", width="auto"))
         self.status = widgets.HTML(tooltip="What is going on")
         # In reverse, so that the page stays at the bottom while an answer grows: no script does that here.

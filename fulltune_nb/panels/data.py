@@ -20,7 +20,7 @@ from fulltune_nb.data.example import ADVICE, Example, Lens, SpecialTokenCheck
 from fulltune_nb.data.look import Duplicates, Hits, counts_table, find_duplicates, search, surroundings
 from fulltune_nb.errors import ConfigError, DataError, listed
 from fulltune_nb.html import NO_MATH, PALETTE, counted, esc, facts, table
-from fulltune_nb.panels.controls import PICTURE_HEIGHT, PICTURE_WIDTH, DataControls
+from fulltune_nb.panels.controls import DataControls
 from fulltune_nb.panels.panel import Panel
 
 FILTERS = ("all", "cut off", "not trained on", "BOS or EOS warning", "also in another split")
@@ -204,8 +204,7 @@ class DataPanel(Panel):
         self.put(controls.index, self.index)  # before the bound comes down: a value above it would be changed, as if by the user
         controls.index.max = last
         if controls.tabs.selected_index == 1:  # drawn when looked at
-            controls.picture.value = self._plot.draw(split, self.data.settings.max_seq_length)
-            controls.lengths.value = f"<div style='line-height:1.5'>{esc(lengths_text(split))}</div>"
+            controls.lengths.value = self._lengths_html()
         if controls.tabs.selected_index == 2:
             controls.checks.value = self.checks.to_html()
         self._show_example()
@@ -270,10 +269,13 @@ class DataPanel(Panel):
         return f"DataPanel({self.split}[{self.index}], {self.data!r})"
 
     def _repr_html_(self) -> str:
+        return f"{self.checks.to_html()}{self._lengths_html()}{self.example_html()}"
+
+    def _lengths_html(self) -> str:
         split = self.data.splits[self.split]
         png, words = b64encode(self._plot.draw(split, self.data.settings.max_seq_length)).decode(), esc(lengths_text(split))
-        image = f'<img src="data:image/png;base64,{png}" alt="{words}" width="{PICTURE_WIDTH}" height="{PICTURE_HEIGHT}">'
-        return f"{self.checks.to_html()}{image}<div>{words}</div>{self.example_html()}"
+        image = f'<img alt="{words}" style="max-width:100%" src="data:image/png;base64,{png}"/>'
+        return f'<div style="line-height:1.5">{image}<div>{words}</div></div>'
 
 
 def _row_text(example: Example) -> str:
@@ -375,6 +377,7 @@ def _named(names: Iterable[str]) -> str:
 # -- lengths --------------------------------------------------------------------------------------------------------------
 
 _BINS = 40
+_FIGURE = 6.4, 2.6  # inches of 100 pixels
 _WIDE = 30  # a longest row so many times the median gets a logarithmic axis
 _BLUE, _VERMILLION, _INK = PALETTE[0], PALETTE[5], "#222222"
 
@@ -401,7 +404,7 @@ class LengthPlot:
     """Draws histograms of row lengths, with the cut at `max_seq_length`, on one figure that is used again. From any thread."""
 
     def __init__(self) -> None:
-        self._figure = Figure(figsize=(PICTURE_WIDTH / 100, PICTURE_HEIGHT / 100), dpi=100, facecolor="white")
+        self._figure = Figure(figsize=_FIGURE, dpi=100, facecolor="white")
         FigureCanvasAgg(self._figure)
         self._lock = threading.Lock()
 

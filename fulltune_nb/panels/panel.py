@@ -24,6 +24,9 @@ _FOCUS = "outline: 2px solid var(--jp-ui-font-color0, currentColor) !important; 
 _GONE = "⚠ The kernel that this panel belonged to is gone; what stands here is what it showed last. Run the cell again."
 _RULES = f"""<style>
 {_PLACE} :focus-visible {{ {_FOCUS} }}
+{_PLACE} .widget-html-content {{ min-width: 0 }} /* a wide table scrolls; the words above it do not */
+{_PLACE} .widget-inline-hbox {{ max-width: 100% }}
+{_PLACE} .lm-TabBar-tab {{ flex-basis: auto; color: var(--jp-ui-font-color1, inherit) }}
 {_PLACE}.jupyter-widgets-disconnected::before {{ content: "{_GONE}"; padding: 4px 0; font-weight: bold }}
 </style>"""
 

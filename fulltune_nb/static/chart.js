@@ -329,7 +329,7 @@ class View {
       spanGaps: false,
     }));
     return {
-      width: this.width(), height: HEIGHT, padding: [12, 14, 0, 0], legend: { show: false },
+      width: this.width(), height: HEIGHT, padding: [12, 28, 0, 0], legend: { show: false },
       cursor: { drag: { x: true, y: false, setScale: false }, points: { size: 7 }, y: false },
       scales: { x: { time: false }, y: { distr: this.log ? 3 : 1, range: (_, low, high) => this.room(low, high) } },
       axes: [

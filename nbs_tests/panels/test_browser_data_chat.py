@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 
 from nbs_tests.jupyterlab import Lab, write_notebook
 from nbs_tests.panels.kernels import SETUP
-from nbs_tests.test_browser import browser, folder, lab, server  # noqa: F401  fixtures
+from nbs_tests.test_browser import browser, folder, lab, look, server  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.long
 
@@ -91,15 +89,6 @@ def assert_nothing_broke_out(lab: Lab) -> None:  # noqa: F811
     assert foreign.count() == 0
 
 
-def picture(lab: Lab, name: str) -> None:  # noqa: F811
-    if where := os.environ.get("FULLTUNE_PICTURES"):
-        Path(where).mkdir(parents=True, exist_ok=True)
-        for theme in ("Light", "Dark"):
-            lab.theme(f"JupyterLab {theme}")
-            lab.output(PANEL).locator(".jupyter-widgets").first.screenshot(path=f"{where}/{name}-{theme.lower()}.png")
-        lab.theme("JupyterLab Light")
-
-
 def reopen_without_kernel(lab: Lab, text: str) -> None:  # noqa: F811
     """Once the record, which is hidden behind the panel, says what it should."""
     lab.output(PANEL).locator("[class$='-record']").filter(has_text=text).first.wait_for(state="attached")
@@ -112,7 +101,7 @@ def reopen_without_kernel(lab: Lab, text: str) -> None:  # noqa: F811
 
 def test_rows_can_be_browsed_searched_and_filtered(open_panel):
     lab = open_panel(DATA)  # noqa: F811
-    picture(lab, "data-panel")
+    look(lab, "data-panel")
     button(lab, "Next").click()
     says(lab, "train:2 · 40 rows in train")
     says(lab, "EOS stands twice in a row")
@@ -130,14 +119,14 @@ def test_rows_can_be_browsed_searched_and_filtered(open_panel):
     lab.output(PANEL).get_by_label("rows").select_option("also in another split")
     says(lab, "The same text stands in train:6")
     tab(lab, "Lengths")
-    image = lab.output(PANEL).locator("img.widget-image")
+    image = lab.output(PANEL).locator(".fulltune-styled img")
     image.wait_for(timeout=10_000)
     lab.page.wait_for_timeout(1500)
     assert image.evaluate("image => image.naturalWidth") == 640
-    picture(lab, "data-panel-lengths")
+    look(lab, "data-panel-lengths")
     tab(lab, "Checks")
     says(lab, "train:6 = test:1")
-    picture(lab, "data-panel-checks")
+    look(lab, "data-panel-checks")
     assert_nothing_broke_out(lab)
 
 
@@ -162,7 +151,7 @@ def test_a_chat_streams_answers_to_what_is_typed(open_panel):
     expect(transcript).to_have_value(re.compile(re.escape("You:\n$5 and $10 for ships")))  # once the kernel has answered the click
     button(lab, "Transcript").click()
     assert_nothing_broke_out(lab)
-    picture(lab, "chat-panel")
+    look(lab, "chat-panel")
     reopen_without_kernel(lab, "again")
     lab.output(PANEL).locator("table").get_by_text("$5 and $10 for ships").wait_for(timeout=20_000)
 
@@ -177,7 +166,7 @@ def test_two_models_are_compared_and_the_record_is_there_without_a_kernel(open_p
         says(lab, name)
     record = lab.output(PANEL).get_by_text("Conversation", exact=True)
     assert record.count() == 1 and not record.is_visible()  # while the panel itself is there
-    picture(lab, "chat-panel-compare")
+    look(lab, "chat-panel-compare")
     answers = lab.result(CODE, "print(*(a.text.strip()[:8] for a in panel.conversation.turns[0].answers), sep='|')").split("|")
     reopen_without_kernel(lab, "the quick fox")
     lab.output(PANEL).get_by_text("Conversation", exact=True).wait_for(timeout=20_000)
@@ -231,7 +220,7 @@ def test_hostile_prompts_answers_names_and_errors_stay_text(open_panel):
         assert shown in text
     assert len(text) < 60_000  # of the million characters
     assert_nothing_broke_out(lab)
-    picture(lab, "chat-panel-hostile")
+    look(lab, "chat-panel-hostile")
     reopen_without_kernel(lab, "ValueError")
     lab.output(PANEL).get_by_text("ValueError").first.wait_for(timeout=20_000)
     assert_nothing_broke_out(lab)

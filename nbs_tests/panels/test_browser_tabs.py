@@ -8,7 +8,7 @@ import pytest
 
 from nbs_tests.jupyterlab import write_notebook
 from nbs_tests.panels.kernels import SETUP
-from nbs_tests.test_browser import CODE, PANEL, browser, button, folder, lab, picture, server, wait_for_text  # noqa: F401
+from nbs_tests.test_browser import CODE, PANEL, browser, button, folder, lab, look, server, wait_for_text  # noqa: F401
 
 pytestmark = pytest.mark.long
 
@@ -108,18 +108,18 @@ def test_the_tabs_look_inside_while_the_run_goes_on(shown):
     wait_for_text(lab, "paused")
     panel.get_by_text(re.compile(r"by block and step 1 to \d+")).wait_for()
     lab.page.wait_for_timeout(1500)  # the plot is drawn anew
-    picture(lab, "train-panel-updates")
+    look(lab, "train-panel-updates")
     panel.get_by_role("tab", name="Batch").click()
     panel.get_by_text("its loss was").first.wait_for()
     panel.get_by_label("steps that stand out").select_option(index=1)
     button(lab, "Token losses").click()
     panel.get_by_text("losses by the weights after step").first.wait_for()
-    picture(lab, "train-panel-batch")
+    look(lab, "train-panel-batch")
     panel.get_by_role("tab", name="Callbacks").click()
     panel.get_by_text("perplexity on general text").wait_for()
     assert "<img src=x onerror=" in panel.inner_text()
     assert panel.locator("script, iframe, img[src='x'], mjx-container, .jupyter-widgets-error-widget").count() == 0
-    picture(lab, "train-panel-callbacks")
+    look(lab, "train-panel-callbacks")
     lab.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
     gone = lab.page.locator(".fulltune-panel.jupyter-widgets-disconnected")
     gone.wait_for()
