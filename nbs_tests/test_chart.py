@@ -13,6 +13,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.chart import SHOWN, LossChart, stretches
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.record_keeper import _Keeper
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m\u202e"
@@ -169,12 +170,14 @@ def test_a_comparison_has_a_chart_of_its_runs(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node checks the syntax of the script")
-def test_the_script_is_a_module_that_a_browser_reads(tmp_path):
-    (tmp_path / "chart.mjs").write_text(str(LossChart._esm), "utf-8")
-    done = subprocess.run(["node", "--check", tmp_path / "chart.mjs"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", [LossChart._esm, _Keeper._esm], ids=["chart", "record keeper"])
+def test_the_script_is_a_module_that_a_browser_reads(tmp_path, script):
+    (tmp_path / "script.mjs").write_text(str(script), "utf-8")
+    done = subprocess.run(["node", "--check", tmp_path / "script.mjs"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_script_reaches_nothing_outside_and_writes_texts_as_texts():
-    own = (Path(ft.__file__).parent / "static/chart.js").read_text("utf-8")
+@pytest.mark.parametrize("name", ["chart.js", "record_keeper.js"])
+def test_the_script_reaches_nothing_outside_and_writes_texts_as_texts(name):
+    own = (Path(ft.__file__).parent / "static" / name).read_text("utf-8")
     assert not any(word in own for word in ("http", "innerHTML", "insertAdjacent", "eval(", "import "))

@@ -27,7 +27,7 @@ _RULES = f"""<style>
 {_PLACE} .widget-html-content {{ min-width: 0 }} /* a wide table scrolls; the words above it do not */
 {_PLACE} .widget-inline-hbox {{ max-width: 100% }}
 {_PLACE} .lm-TabBar-tab {{ flex-basis: auto; color: var(--jp-ui-font-color1, inherit) }}
-{_PLACE}.jupyter-widgets-disconnected::before {{ content: "{_GONE}"; padding: 4px 0; font-weight: bold }}
+{_PLACE}.jupyter-widgets-disconnected::before {{ content: "{_GONE}"; padding: 4px 0; font: bold 13px var(--jp-ui-font-family, sans-serif) }}
 </style>"""
 
 _UNEXPECTED = (

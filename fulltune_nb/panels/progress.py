@@ -77,8 +77,9 @@ def evaluations_table(rows: Sequence[tuple[float, EvalReport]], total: int) -> s
         rows: the latest evaluations, each behind the mean training loss of the steps before it.
         total: how many there were.
     """
-    cells = [(f"{r.step:,}", f"{loss:.4f}", r.split, f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.tokens:,}") for loss, r in rows]
-    headers = ("step", "training loss", "evaluated", "its loss", "perplexity", "tokens")
+    figures = [(f"{r.step:,}", f"{loss:.4f}" if r.step else "-", r) for loss, r in rows]
+    cells = [(step, loss, r.split, f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.tokens:,}") for step, loss, r in figures]
+    headers = ("step", "training loss", "split", "its loss", "perplexity", "tokens")
     return table(headers, cells, _caption("Evaluations", total, len(cells))) if cells else ""
 
 
@@ -98,13 +99,18 @@ def curve_of(history: History) -> str:
     return svg.curve([(report.step, report.loss) for report in steps], f"training loss over {len(steps):,} steps")
 
 
+def due_again(seconds: float, started: float) -> float:
+    """When what began at `started`, and has just been done, may be done again: after so many seconds, and with 1% of the time at most."""
+    return time.monotonic() + max(seconds, 99 * (time.monotonic() - started))
+
+
 def may_be_missing(trainer: Any) -> str:
     """What a record of a run that is written now may lack when it is read; "" when the run has come to its end."""
     if trainer.state in ("done", "stopped early"):
         return ""
     folder = trainer.run_dir
-    where = f"{cut(str(folder))}/metrics.jsonl says" if folder else "the trainer knows while this kernel lives"
-    return f"The run may have gone on since; how far, {where}."
+    where = f"{cut(str(folder))}/metrics.jsonl says how far" if folder else "trainer.step_count says how far, while this kernel lives"
+    return f"The run may have gone on since: {where}."
 
 
 def _one_line(text: object) -> str:
@@ -290,7 +296,7 @@ class NotebookProgress(_Progress):
         self._evals: deque[tuple[float, EvalReport]] = deque(maxlen=_SHOWN)
         self._events: deque[tuple[int, str, str]] = deque(maxlen=_SHOWN)
         self._counts = [0, 0]  # evaluations and events there were
-        self._curve, self._curve_drawn = "", -math.inf
+        self._curve, self._curve_due = "", -math.inf
         self._drawn = time.monotonic()
         self._record = Record("", with_picture=False)
         self._record.place(*self._texts(trainer, "starting"), always=True)
@@ -315,7 +321,7 @@ class NotebookProgress(_Progress):
         self._draw_now(trainer)
 
     def on_end(self, trainer: Any) -> None:
-        self._curve_drawn = -math.inf
+        self._curve_due = -math.inf
         self._draw(trainer, self.ended(trainer, with_peak=False))
 
     def _refresh(self, trainer: Any) -> None:
@@ -327,8 +333,9 @@ class NotebookProgress(_Progress):
 
     def _draw(self, trainer: Any, state: str) -> None:
         self._drawn = time.monotonic()
-        if self._drawn - self._curve_drawn >= CURVE_SECONDS:
-            self._curve, self._curve_drawn = curve_of(trainer.history), self._drawn
+        if self._drawn >= self._curve_due:
+            self._curve = curve_of(trainer.history)
+            self._curve_due = due_again(CURVE_SECONDS, self._drawn)
         page, line, missing = self._texts(trainer, state)
         self._record.renew(page, line, missing=missing)
 

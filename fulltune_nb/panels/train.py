@@ -24,7 +24,7 @@ from fulltune_nb.insight import comparison
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.loop import hear, interruptible, loop_of
 from fulltune_nb.panels.panel import Panel, error_html
-from fulltune_nb.panels.progress import PlainProgress, clock, may_be_missing, progress
+from fulltune_nb.panels.progress import PlainProgress, clock, due_again, may_be_missing, progress
 from fulltune_nb.panels.run_record import record_html
 from fulltune_nb.panels.samples import Sample, Samples, prompts_of
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
@@ -33,7 +33,7 @@ from fulltune_nb.plots import PNG_WIDTH, loss_png
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 from fulltune_nb.training.trainer import Trainer
 
-RECORD_SECONDS = 60.0  # from record to record while a run goes on
+RECORD_SECONDS = 20.0  # from record to record while a run goes on
 SETTLED_SECONDS = 1.0  # from the last news of a run that rests to its record, whose picture takes longer to draw
 REFRESH_SECONDS = 0.25  # numbers change no more often while steps are taken
 _LOG_KEPT, _LOG_SHOWN = 1000, 60
@@ -297,7 +297,7 @@ class TrainView:
         self._record = panel._record
         self._log: deque[tuple[str, str, str]] = deque(maxlen=_LOG_KEPT)
         self._refreshed = -math.inf
-        self._recorded = -math.inf
+        self._record_due = -math.inf
         self._timer: Any = None
         self._samples_version = -1
         self._picture: tuple[Any, bytes] = (None, b"")  # what it is of, PNG
@@ -321,7 +321,7 @@ class TrainView:
         by_itself = trainer.state != "running"  # nothing comes behind it that would show it
         if by_itself or time.monotonic() - self._refreshed >= REFRESH_SECONDS:
             self.refresh()
-        if time.monotonic() - self._recorded >= RECORD_SECONDS:
+        if time.monotonic() >= self._record_due:
             self.write_record()
         if self._open_tab.tab is not None:
             self._open_tab.tell()
@@ -456,11 +456,12 @@ class TrainView:
     def write_record(self) -> None:
         """Renews the record; its picture takes long to draw, so it is there when the run rests."""
         self._stop_timer()
-        self._recorded = time.monotonic()
+        started = time.monotonic()
         if not self._panel.closed and self._record.placed:
             png = self._png() if self._trainer.history and not self._training else b""
             page, line, missing = self._record_texts()
             self._record.renew(page, line, png, PNG_WIDTH, missing)
+        self._record_due = due_again(RECORD_SECONDS, started)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

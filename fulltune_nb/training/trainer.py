@@ -454,13 +454,11 @@ class Trainer:
                 if self.step_count or not self.done:
                     self._evaluate_if_due()  # what an interrupt kept from being done after the last step
                     self._save_if_due()
-                while self.step_count < target and not self.stopped_early:
+                while self.step_count < target and not self.stopped_early and not self.pausing:
                     report = self.step()
                     self._evaluate_if_due()
                     self._save_if_due()
                     yield report
-                    if self.pausing:
-                        break
         finally:
             self.tell("on_change")  # however the loop was left
 

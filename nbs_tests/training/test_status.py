@@ -42,6 +42,19 @@ def test_the_status_says_what_is_done_while_it_is_done(make_trainer, tmp_path):
     assert trainer.status == "done"
 
 
+def test_a_pause_during_what_is_due_before_the_first_step_takes_no_step(make_trainer):
+    class PausesEvaluation:
+        def on_doing(self, trainer):
+            if trainer.doing.startswith("evaluating"):
+                trainer.pause()
+
+    trainer = make_trainer(iters=9, steps_per_eval=3)
+    for _ in range(3):
+        trainer.step()  # which does not evaluate
+    trainer.run(callbacks=[PausesEvaluation()])
+    assert trainer.step_count == 3 and trainer.status == "paused" and trainer.history.evals[-1].step == 3
+
+
 def test_a_callback_pauses_the_run_at_a_whole_step_with_what_is_due_at_it(make_trainer):
     class PausesAt3:
         def on_step(self, trainer, report):
