@@ -115,11 +115,16 @@ _HOMES = {
     "trace": "insight.tracing",
 }
 
+_MODULES = ("insight", "tiny")
+"""Modules that are public as a whole, such as `ft.tiny`."""
+
 
 def __getattr__(name: str) -> Any:
-    """Imports the module that a public name lives in, the first time it is asked for."""
+    """Imports the module that a public name lives in, or is, the first time it is asked for."""
     if name == "__version__":
         return package_versions(["fulltune_nb"])["fulltune_nb"]
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")  # which becomes an attribute by itself
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

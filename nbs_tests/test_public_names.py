@@ -39,6 +39,10 @@ def test_every_name_is_there_and_says_what_it_is(name):
     assert inspect.getdoc(value)
 
 
+def test_public_modules_are_there_without_an_import_of_their_own():
+    assert python("import fulltune_nb as ft; assert ft.tiny.BASE_MODEL.is_dir() and ft.insight.Forgetting").returncode == 0
+
+
 def test_dir_lists_the_public_names_and_nothing_else():
     assert [name for name in dir(ft) if not name.startswith("_")] == NAMES
 

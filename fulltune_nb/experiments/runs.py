@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,9 +28,12 @@ from fulltune_nb.files import write_text
 from fulltune_nb.frames import frame
 from fulltune_nb.panels.progress import clock
 from fulltune_nb.training.history import History
-from fulltune_nb.training.run import read_metrics
+from fulltune_nb.training.run import METRICS_FILE, read_metrics
 
 _STATE = "state.json"
+_TAIL = 8192  # bytes at the end of a file that tell how far a run is
+_PROGRESS = re.compile(r"^(step \d+/\d+): (loss [-\d.a-z]+)(?:, .*?(\d[\d:]* left))?", re.MULTILINE)
+_METRIC = re.compile(r'"kind": "step", "step": (\d{1,15}), .*?"loss": (-?\d{1,30}(?:\.\d{1,30})?(?:e[-+]?\d{1,3})?)[,}]')
 _HEADERS = ("run", "status", "split", "loss", "perplexity", "time")
 
 
@@ -102,11 +106,21 @@ class Run:
         return next(((split, float(loss)) for split, loss in candidates if _is_number(loss)), None)
 
     def outcome(self) -> str:
-        """The loss of a run that is done, the reason of a failure."""
+        """The loss of a run that is done, the reason of a failure; of one that is under way its step, its loss and the time left."""
         if self.status == "failed":
             return html.cut(" ".join(self.reason.split()))
+        if self.status == "running":
+            return self._under_way()
         loss = self.loss() if self.status == "done" else None
         return "" if loss is None else f"{loss[0]} loss {loss[1]:.4f}"
+
+    def _under_way(self) -> str:
+        """By the last line of progress in its log; of a notebook that shows none, by its metrics, which do not tell the time left."""
+        if lines := _PROGRESS.findall(_tail(self.attempt_folder / "log.txt")):
+            return ", ".join(part for part in lines[-1] if part)
+        if steps := _METRIC.findall(_tail(self.run_dir / METRICS_FILE)):
+            return f"step {int(steps[-1][0]):,}, loss {float(steps[-1][1]):.3f}"
+        return ""
 
     def recall(self) -> None:
         """Takes up what an earlier sweep left behind. A run that was cut off is begun anew."""
@@ -161,6 +175,18 @@ class Run:
         if self.status == "failed":
             self.reason = str(outcome.get("reason") or _reason_of(code, self.attempt_folder / "log.txt"))
         self.remember()
+
+
+def _tail(path: Path) -> str:
+    """The end of a file that grows; "" where there is none."""
+    if not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            return file.read(_TAIL).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def _reason_of(code: int, log: Path) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LOCK = "sweep.lock"
 """In the folder of a sweep; locked while it is under way."""
 _REDRAW_SECONDS = 1.0
+_LINE_SECONDS = 60.0  # from one line about a run under way to the next
 
 
 def sweep(
@@ -179,12 +180,19 @@ class ProgressLines(Progress):
     """Whole lines on standard output: for terminals and logs."""
 
     def __init__(self, runs: Sequence[Run]):
+        self._runs, self._told = runs, time.monotonic()
         self._total, self._number = len(runs), sum(run.status == "done" for run in runs)
         print(printable(f"{self._total} runs" + (f", {self._number} of them done before" if self._number else "")), flush=True)
 
     def update(self, finished: Run | None = None) -> None:
-        """A line for a run that is done or has failed."""
+        """A line for a run that is done or has failed; now and then one for each that is under way."""
         from fulltune_nb.panels.progress import clock
+
+        if time.monotonic() - self._told >= _LINE_SECONDS:
+            self._told = time.monotonic()
+            for run in self._runs:
+                if run.status == "running" and (text := run.outcome()):
+                    print(printable(f"running: {run.label}: {text}"), flush=True)
 
         if finished is not None:
             self._number += 1

@@ -297,6 +297,22 @@ def test_in_a_notebook_a_table_changes_in_place(tmp_path, monkeypatch):
     assert not any("<script>" in text or "<i>" in text for text in shown)
 
 
+def test_a_run_under_way_tells_its_step_its_loss_and_the_time_left(tmp_path, monkeypatch, capsys):
+    from fulltune_nb.experiments.sweep import ProgressLines
+
+    run = Run({"x": 1}, tmp_path, "x=1", status="running", attempt=1)
+    (tmp_path / "1" / "run").mkdir(parents=True)
+    assert run.outcome() == ""
+    (tmp_path / "1" / "run" / "metrics.jsonl").write_text('{"kind": "step", "step": 7, "epoch": 0.1, "loss": 2.5, "tokens": 3}\n{"kind"')
+    assert run.outcome() == "step 7, loss 2.500"
+    log = "x\nstep 20/500: loss 0.25, lr 1.0e-03, 9 tokens/s, peak 69.57 MB, 1:26 left\nstep 20/500: valid loss 0.2, perplexity 1.2\n"
+    (tmp_path / "1" / "log.txt").write_text(log)
+    assert run.outcome() == "step 20/500, loss 0.25, 1:26 left"
+    monkeypatch.setattr("fulltune_nb.experiments.sweep._LINE_SECONDS", 0.0)
+    ProgressLines([run]).update()
+    assert "running: x=1: step 20/500, loss 0.25, 1:26 left" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("wanted", "kernel", "kind"),
     [("", True, "ProgressTable"), ("", False, "ProgressLines"), ("plain", True, "ProgressLines"), ("off", True, "Progress")],
