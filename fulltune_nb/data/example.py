@@ -271,6 +271,12 @@ def pieces(tokenizer, ids: Sequence[int]) -> list[Piece]:
     return found
 
 
+def said_text(tokenizer, begun: Sequence[int], token_id: int) -> str:
+    """A token's text behind the first tokens of a character: the character, where the token completes one."""
+    found = pieces(tokenizer, [*begun, token_id])
+    return found[0].text if len(found) == 1 else token_texts(tokenizer, [token_id])[0]
+
+
 def split_character(tokenizer, tokens: np.ndarray, border: int) -> tuple[int, int]:
     """Where the piece begins and ends that has tokens before and behind a border; twice the border where there is none."""
     start = max(0, border - _MOST_TOKENS)

@@ -218,7 +218,7 @@ def _in_words(name: str) -> str:
 
 def _readable(name: str, values: Sequence[Any]) -> list[str]:
     """A figure of each run, all in one unit, with ✓ at the lowest loss where they differ."""
-    if name == "peak_memory":
+    if name.endswith("peak_memory") and all(value is None or type(value) in (int, float) for value in values):
         sizes = iter(in_one_unit([value for value in values if value is not None]))
         return ["not known" if value is None else next(sizes) for value in values]
     losses = [value for value in values if value is not None and value == value] if name in _WORDS and name.endswith("loss") else []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune_nb import svg
-from fulltune_nb.data.example import Example, Piece, pieces, split_character, token_texts, visible
+from fulltune_nb.data.example import Example, Piece, pieces, said_text, split_character, token_texts, visible
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, counted, cut, esc, more, table
@@ -317,7 +317,7 @@ def _example_html(row: ExampleLosses, tokenizer, texts: dict[int, str], left: in
     for piece in pieces(tokenizer, tokens.tolist()):
         own = slice(piece.start, piece.stop)
         style = _style(_sum(values[own]), bool(trained[own].any()), row.base is not None)
-        boxes.append(f'<span style="{style}" title="{esc(_title(row, piece, texts))}">{esc(visible(piece.text))}</span>')
+        boxes.append(f'<span style="{style}" title="{esc(_title(row, piece, texts, tokenizer))}">{esc(visible(piece.text))}</span>')
     hidden = f"<b> … {len(row.losses) - len(tokens):,} tokens not shown</b>" if len(row.losses) > len(tokens) else ""
     difference = f", {np.mean(row.difference[trained]):+.4f} against the base" if row.base is not None and trained.any() else ""
     counts = f"loss {row.loss:.4f}{difference}, {len(row.losses):,} tokens, {int(trained.sum()):,} trained on"
@@ -332,9 +332,14 @@ def _sum(values: np.ndarray) -> float:
     return float(known.sum()) if len(known) else float("nan")
 
 
-def _title(row: ExampleLosses, piece: Piece, texts: dict[int, str]) -> str:
-    whole = [f"{len(piece.ids)} tokens, together {_sum(row.shown[piece.start : piece.stop]):.3f}"] if len(piece.ids) > 1 else []
-    return "\n\n".join([*whole, *(_title_of_token(row, i, texts) for i in range(piece.start, piece.stop))])
+def _title(row: ExampleLosses, piece: Piece, texts: dict[int, str], tokenizer) -> str:
+    if len(piece.ids) == 1:
+        return _title_of_token(row, piece.start, texts)
+    parts = [f"{len(piece.ids)} tokens, together {_sum(row.shown[piece.start : piece.stop]):.3f}"]
+    for i in range(piece.start, piece.stop):
+        begun, said = piece.ids[: i - piece.start], row.found.top_ids[i].tolist()
+        parts.append(_title_of_token(row, i, {token: said_text(tokenizer, begun, token) for token in said}))
+    return "\n\n".join(parts)
 
 
 def _title_of_token(row: ExampleLosses, i: int, texts: dict[int, str]) -> str:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from fulltune_nb import svg
-from fulltune_nb.data.example import Example, pieces, token_texts, visible
+from fulltune_nb.data.example import Example, pieces, said_text, token_texts, visible
 from fulltune_nb.errors import IN_EVALUATION, ConfigError, DataError, tells_device_errors
 from fulltune_nb.frames import frame
 from fulltune_nb.html import NO_MATH, cut, esc, facts
@@ -373,11 +373,13 @@ def _lens_html(trace: Trace, tokenizer) -> str:
     lines = np.unique(np.linspace(0, layers - 1, min(layers, _LAYERS)).round().astype(int))
     columns = range(first, length)
     head = '<th colspan="{}" style="text-align:left;padding:1px 6px">{}</th>'
-    shown = (piece for piece in pieces(tokenizer, trace.example.tokens.tolist()) if piece.stop > first)
+    shown = [piece for piece in pieces(tokenizer, trace.example.tokens.tolist()) if piece.stop > first]
+    # Token -> the first tokens of the character that the token behind it goes on with.
+    begun = {i - 1: piece.ids[: i - piece.start] for piece in shown for i in range(piece.start, piece.stop)}
     cells = [head.format(piece.stop - max(first, piece.start), esc(short(piece.text, _TOKEN))) for piece in shown]
     rows = [f'<tr><th style="padding:1px 6px">after</th>{"".join(cells)}</tr>']
     for layer in lines[::-1].tolist():
-        cells = [_lens_cell(trace, tokenizer, layer, i) for i in columns]
+        cells = [_lens_cell(trace, tokenizer, layer, i, begun.get(i, [])) for i in columns]
         name = f"block {layer}" if layer else "embedding"
         rows.append(f'<tr><th style="text-align:left;padding:1px 6px">{name}</th>{"".join(cells)}</tr>')
     hidden = f"; {first:,} tokens before these are not shown" if first else ""
@@ -387,15 +389,15 @@ def _lens_html(trace: Trace, tokenizer) -> str:
     return f'<div style="overflow:auto"><table style="border-collapse:collapse">{head}{"".join(rows)}</table></div>'
 
 
-def _lens_cell(trace: Trace, tokenizer, layer: int, i: int) -> str:
+def _lens_cell(trace: Trace, tokenizer, layer: int, i: int, begun: list[int]) -> str:
     tokens, ids, shares = trace.example.tokens, trace.top_ids[layer, i], trace.top_probabilities[layer, i]
-    texts, share = token_texts(tokenizer, ids.tolist()), float(shares[0])
+    texts, share = [said_text(tokenizer, begun, token) for token in ids.tolist()], float(shares[0])
     right = " ✓" if i + 1 < len(tokens) and ids[0] == tokens[i + 1] else ""
     alpha = f"{round(110 * min(1.0, share)) if np.isfinite(share) else 0:02x}"
     style = f"padding:1px 6px;white-space:pre;background:{svg.BLUE}{alpha};text-align:left"
     percent = f"{share:.0%}" if np.isfinite(share) else "nan"
     title = esc(ranking(texts, shares))
-    return f'<td style="{style}" title="{title}">{esc(short(texts[0], _TOKEN))}{right} <small>{percent}</small></td>'
+    return f'<td style="{style}" title="{title}"><bdi>{esc(short(texts[0], _TOKEN))}</bdi>{right} <small>{percent}</small></td>'
 
 
 def _residual_html(norms: np.ndarray) -> str:

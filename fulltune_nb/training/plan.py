@@ -265,12 +265,15 @@ def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
     def named(changes: dict[str, Any], separator: str) -> str:
         return separator.join(f"{name}={value!r}" for name, value in changes.items() if value != getattr(config, name))
 
+    def size(count: int) -> str:
+        return html.in_one_unit([count, changed.limit])[0]  # in the unit of what there is
+
     enough = False
     for costs, candidates in _changes(Workload.of(lm, data, config)):
         for changes in candidates:
             if (changed := plan(changes)).fits:
                 enough = True
-                yield f"Set {named(changes, ' and ')} ({costs}): {html.human_bytes(changed.peak)}."
+                yield f"Set {named(changes, ' and ')} ({costs}): {size(changed.peak)}."
                 break
     if enough:
         return
@@ -278,11 +281,11 @@ def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
         changed = plan(changes)
         if changed.fits:
             together = named(changes, ", ")
-            yield f"No single change is enough; these together are: {together}: {html.human_bytes(changed.peak)}."
+            yield f"No single change is enough; these together are: {together}: {size(changed.peak)}."
             return
     yield (
-        f"The weights alone are {html.human_bytes(changed.parts['weights'])} in bfloat16, and even layer by layer, with small batches, "
-        f"short rows and adafactor, a step needs {html.human_bytes(changed.peak)}: take a smaller model, train a part of it (train_only), "
+        f"The weights alone are {size(changed.parts['weights'])} in bfloat16, and even layer by layer, with small batches, "
+        f"short rows and adafactor, a step needs {size(changed.peak)}: take a smaller model, train a part of it (train_only), "
         "or a machine with more memory."
     )
 

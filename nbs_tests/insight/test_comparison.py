@@ -110,7 +110,7 @@ def test_what_holds_no_run_is_refused(tmp_path):
 
 def test_hostile_files_are_only_text(tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps({HOSTILE: HOSTILE, "seed": HOSTILE}))
-    (tmp_path / "result.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    (tmp_path / "result.json").write_text(json.dumps({HOSTILE: HOSTILE, "peak_memory": HOSTILE}))
     other = tmp_path / "b"
     other.mkdir()
     (other / "config.yaml").write_text("seed: 3\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -162,3 +164,11 @@ def test_thirty_two_layers_and_four_thousand_tokens_are_drawn_in_bounded_room(ma
     assert "4,080 tokens before these are not shown" in html and html.count("<rect") == 33 * 64
     for draw in (found.plot, found.plot_lens, lambda: found.plot_attention(1)):
         draw().figure.canvas.draw()  # how long it takes: nbs_tests/benchmarks/drawing_time.py
+
+
+def test_what_is_said_within_a_letter_is_the_letter_it_completes(make_lm):
+    lm = make_lm()
+    found = ft.trace(lm, "a日")
+    found.top_ids[-1, -2] = found.example.tokens[-1]  # the last layer says the letter's last byte
+    html = found._repr_html_()
+    assert re.findall(r'<th colspan="3"[^>]*>([^<]*)</th>', html) == ["日"] and "<bdi>日</bdi> ✓" in html
