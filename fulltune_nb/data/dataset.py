@@ -83,6 +83,14 @@ class DataSet:
         return trained_ends(self.train, self.tokenizer, self.settings)
 
     @cached_property
+    def single_turn(self) -> bool:
+        """Whether each row of `train` is one question and its answer; of plain text none is."""
+        if self.train is None or self.train.format != "chat":
+            return self.train is not None and self.train.format == "completions"
+        conversations = (example.row.get(self.settings.chat_feature) or () for example in self.train)
+        return all(sum(message.get("role") == "user" for message in messages) <= 1 for messages in conversations)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the fingerprints of all splits."""
         return hashlib.sha256("\n".join(f"{name} {split.fingerprint}" for name, split in self.splits.items()).encode()).hexdigest()

@@ -12,13 +12,17 @@ from fulltune_nb.errors import ConfigError, GenerationError
 from fulltune_nb.html import NO_MATH, esc, printable
 from fulltune_nb.models.generation import Sampling
 from fulltune_nb.models.language_model import LanguageModel
-from fulltune_nb.panels.controls import ChatControls
+from fulltune_nb.panels.controls import OWN_NUMBERS, ChatControls
 from fulltune_nb.panels.conversation import TURNS_SHOWN, Answering, Conversation
 from fulltune_nb.panels.loop import running_loop
 from fulltune_nb.panels.panel import Panel
+from fulltune_nb.training.card import training_of
 
 REDRAW_SECONDS = 0.1  # the answer on the page changes no more often
-ENTER_SECONDS = 0.3  # in which the text that Enter was pressed behind arrives, if it is not there already
+PRESETS = {"exact": (0.0, 1.0, 0), "balanced": (0.7, 0.9, 0), "creative": (1.0, 0.95, 0)}
+"""Temperature, top-p and top-k. Exact takes the likeliest token each time."""
+_ELSEWHERE = ("repetition_penalty", "no_repeat_ngram_size", "min_p", "typical_p", "penalty_alpha", "epsilon_cutoff", "eta_cutoff")
+"""What a `generation_config.json` may name for drawing, and the panel has no field for."""
 
 
 class ChatPanel(Panel):
@@ -52,6 +56,7 @@ class ChatPanel(Panel):
         max_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        alone: bool | None = None,
     ):
         """
         Args:
@@ -62,19 +67,25 @@ class ChatPanel(Panel):
             max_tokens: of an answer at most.
             temperature: 0 takes the likeliest token each time.
             top_p: draw among the fewest likeliest tokens that hold this much probability.
+            alone: whether each prompt is asked alone, and not with the conversation so far; the panel has a field for it. None: where the
+                rows that a model was trained on have one turn each, which it or the card of its folder knows. Such a model has never
+                seen a second turn.
 
         Raises:
-            ConfigError: not language models, twice the same one, or a wrong number of names.
+            ConfigError: not language models, twice the same one, a wrong number of names, or `alone` is neither of the three.
             GenerationError: a setting out of range.
         """
-        Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)  # says what is wrong
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)  # says what is wrong
         models = _checked_models(lm, other)
+        if alone not in (None, True, False):
+            raise ConfigError(f"ChatPanel: alone: expected True, False or None, got {alone!r:.80}.")
         self.conversation = Conversation(_checked_names(names, len(models)))
         self.notes = list(dict.fromkeys(note for model in models if (note := ensure_chat_template(model.tokenizer))))
-        self.controls = ChatControls(len(models), system, max_tokens, temperature, top_p)
+        self._presets = {**PRESETS, **self._own_presets(models)}
+        alone = any(training_of(model)[0] for model in models) if alone is None else bool(alone)
+        self.controls = ChatControls(len(models), system, sampling, alone, self._presets)
         super().__init__(self.controls.box)
         self.widget.panel = self  # shown without a name of its own, the panel lives as long as its widgets
-        self._enter_seen = False  # Enter was pressed, and its text may still be on its way
         self._drawn = 0.0
         self._answering = Answering(models, self.conversation, self._settings, self._changed)
         self._connect()
@@ -145,10 +156,28 @@ class ChatPanel(Panel):
         self._answering.clear()
         self.refresh()
 
-    def _settings(self) -> tuple[str, dict[str, Any]]:
+    def _settings(self) -> tuple[str, bool, dict[str, Any]]:
         controls = self.controls
-        numbers = {"max_tokens": controls.max_tokens, "temperature": controls.temperature, "top_p": controls.top_p}
-        return controls.system.value, {name: field.value for name, field in numbers.items()}
+        names = ("max_tokens", "temperature", "top_p", "top_k")
+        return controls.system.value, controls.alone.value, {name: getattr(controls, name).value for name in names}
+
+    def _own_presets(self, models: Sequence[LanguageModel]) -> dict[str, tuple[float, float, int]]:
+        """The sampling that each model's `generation_config.json` asks for, where it does; what of it cannot be had is noted."""
+        presets = {}
+        for name, model in zip(self.conversation.names, models, strict=True):
+            given = getattr(model, "generation_config", None) or {}
+            if given.get("do_sample") is not True:
+                continue
+            values = {key: given[key] for key in ("temperature", "top_p", "top_k") if given.get(key) is not None}
+            try:
+                own = Sampling(**{"temperature": 1.0, **values})
+            except GenerationError as error:
+                self.notes.append(f"generation_config.json of {name}: {error} It is no preset here.")
+                continue
+            presets[f"{name}'s own"] = (own.temperature, own.top_p, own.top_k)
+            if left := [key for key in _ELSEWHERE if given.get(key) not in (None, 0, 1)]:
+                self.notes.append(f"generation_config.json of {name} has {', '.join(left)} too, which the panel does not apply.")
+        return presets
 
     # -- controls ---------------------------------------------------------------------------------------------------
 
@@ -158,42 +187,35 @@ class ChatPanel(Panel):
         self.connect(controls.stop, self.stop)
         self.connect(controls.regenerate, self.regenerate)
         self.connect(controls.clear, self.clear)
-        self.connect(controls.line, self._line_entered)
-        self.connect(controls.several_lines, self._several_lines_pressed)
-        self.connect(controls.show_transcript, self._transcript_pressed)
-        controls.line.on_msg(lambda _, content, __: content.get("event") == "submit" and self._post(self._enter_pressed))
+        self.connect(controls.preset, self._preset_chosen)
+        for field in (controls.temperature, controls.top_p, controls.top_k, controls.show_transcript):
+            self.connect(field, self._entered)
+        controls.prompt.on_submit(lambda text: self._post(partial(self._send_text, text)))
 
     def _post(self, action: Callable[[], Any]) -> None:
         """MLX is for the thread that made the panel."""
         self._answering.post(partial(self._act, action))
 
-    def _enter_pressed(self) -> None:
-        # A browser tells of Enter before it sends the text, which it does not send again if it has done so before, when the field
-        # lost the cursor. While steps are taken, the two can come far apart: look again after some time, twice.
-        self._enter_seen = True
-        self._answering.soon(ENTER_SECONDS, lambda: self._answering.soon(0.05, lambda: self._act(self._line_settled)))
-
-    def _line_entered(self, _: str) -> None:
-        self._line_settled()
-
-    def _line_settled(self) -> None:
-        if self._enter_seen:
-            self._enter_seen = False
-            self._send_entered()
-
     def _send_entered(self) -> None:
-        text = self.controls.entered.value
+        self._send_text(self.controls.prompt.value)
+
+    def _send_text(self, text: str) -> None:
         if not text.strip():
             return
         if self.busy:
             raise GenerationError("An answer is being written. Stop it, or wait for its end; then send again.")
-        self.put(self.controls.entered, "")
+        self.controls.prompt.take(text)
         self.send(text)
 
-    def _several_lines_pressed(self, _: bool) -> None:
-        self.controls.swap_fields()
+    def _preset_chosen(self, name: str) -> None:
+        for field, value in zip(self._sampling_fields(), self._presets.get(name, ()), strict=False):
+            self.put(field, value)
+        self.refresh()
 
-    def _transcript_pressed(self, _: bool) -> None:
+    def _sampling_fields(self) -> tuple[Any, ...]:
+        return self.controls.temperature, self.controls.top_p, self.controls.top_k
+
+    def _entered(self, _: Any) -> None:
         self.refresh()
 
     # -- what is shown --------------------------------------------------------------------------------------------
@@ -220,6 +242,8 @@ class ChatPanel(Panel):
         earlier = f'<div class="{NO_MATH}">… {hidden:,} earlier turns not shown</div>' if hidden > 0 else ""
         controls.log.value = earlier + conversation.bubbles(finished[-TURNS_SHOWN:]) if finished else ""
         self._draw_live()
+        numbers = tuple(field.value for field in self._sampling_fields())
+        self.put(controls.preset, next((name for name, values in self._presets.items() if values == numbers), OWN_NUMBERS))
         controls.stop.disabled = not busy
         controls.regenerate.disabled = busy or not conversation.turns
         controls.send.disabled = busy

@@ -7,6 +7,11 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from fulltune_nb.models.generation import Sampling
+from fulltune_nb.panels.prompt import PromptField
+
+OWN_NUMBERS = "the numbers beside"  # no preset
+
 
 def button(description: str, tooltip: str, icon: str = "", style: str = "", toggles: bool = False) -> Any:
     """A button as wide as its text; one that `toggles` stays pressed until it is pressed again."""
@@ -150,12 +155,21 @@ class ChatControls:
 
     Args:
         models: how many there are.
-        system, max_tokens, temperature, top_p: what the fields hold at first.
+        system, sampling, alone: what the fields hold at first.
+        presets: name -> temperature, top-p, top-k.
     """
 
-    def __init__(self, models: int, system: str, max_tokens: int, temperature: float, top_p: float):
-        self._make_settings(system, max_tokens, temperature, top_p)
-        self._make_prompt()
+    def __init__(self, models: int, system: str, sampling: Sampling, alone: bool, presets: Mapping[str, tuple[float, float, int]]):
+        self._make_settings(system, sampling, presets)
+        # Not a field of ipywidgets: none of several lines tells of Enter.
+        self.prompt = PromptField(
+            description="prompt", placeholder="Ask something; Enter sends, Shift+Enter begins a new line",
+            tooltip="The prompt; Enter sends it, Shift+Enter begins a new line", layout=widgets.Layout(flex="1 1 300px", width="auto"),
+        )  # fmt: skip
+        self.send = button("Send", "Ask the model", "paper-plane", "primary")
+        tooltip = "What the model reads before an answer: this prompt, or every turn above it too; the system prompt in either case"
+        ways = [("each prompt alone", True), ("as a conversation", False)]
+        self.alone = field(widgets.Dropdown, "ask", tooltip, "220px", options=ways, value=alone)
         self.stop = button("Stop", "End the answer that is being written; what is there stays", "stop")
         self.regenerate = button("Regenerate", "Answer the last prompt anew; with temperature 0 the answer is the same", "refresh")
         self.clear = button("Clear", "Forget the conversation", "trash")
@@ -170,45 +184,25 @@ class ChatControls:
         self.box = column(
             widgets.Box([self.live, self.log], layout=widgets.Layout(**talk)),
             self.status,
-            row(self.line, self.lines, self.several_lines, self.send),
-            row(self.stop, self.regenerate, self.clear, self.show_transcript),
-            row(self.temperature, self.top_p, self.max_tokens, self.system),
+            row(self.prompt, self.send),
+            row(self.alone, self.stop, self.regenerate, self.clear, self.show_transcript),
+            row(self.preset, self.temperature, self.top_p, self.top_k, self.max_tokens, self.system),
             self.transcript,
             max_width=760 if models == 1 else 1000,
         )
 
-    def _make_settings(self, system: str, max_tokens: int, temperature: float, top_p: float) -> None:
-        number = widgets.BoundedFloatText
+    def _make_settings(self, system: str, sampling: Sampling, presets: Mapping[str, tuple[float, float, int]]) -> None:
+        tooltip = "Fills in temperature, top-p and top-k"
+        self.preset = field(widgets.Dropdown, "sampling", tooltip, "200px", options=[*presets, OWN_NUMBERS], value=OWN_NUMBERS)
+        number, whole = widgets.BoundedFloatText, widgets.BoundedIntText
         tooltip = "0: always the likeliest token; 1: as the model's own probabilities say; more: wilder"
-        self.temperature = field(number, "temperature", tooltip, "160px", value=temperature, min=0.0, max=1e9, step=0.1)
+        self.temperature = field(number, "temperature", tooltip, "160px", value=sampling.temperature, min=0.0, max=1e9, step=0.1)
         tooltip = "Draw among the fewest likeliest tokens that hold this much probability; 1: among all"
-        self.top_p = field(number, "top-p", tooltip, "120px", value=top_p, min=0.0, max=1.0, step=0.05)
+        self.top_p = field(number, "top-p", tooltip, "120px", value=sampling.top_p, min=0.0, max=1.0, step=0.05)
+        self.top_k = field(whole, "top-k", "Draw among this many likeliest tokens; 0: among all", "120px", value=0, min=0, max=10**9)
         tooltip = "Tokens after which an answer ends in any case"
-        self.max_tokens = field(widgets.BoundedIntText, "max tokens", tooltip, "160px", value=max_tokens, min=1, max=10**9)
+        self.max_tokens = field(whole, "max tokens", tooltip, "160px", value=sampling.max_tokens, min=1, max=10**9)
         self.system = field(
             widgets.Textarea, "system prompt", "Put before the conversation, from the next answer on; many models have learned to heed it",
             {"flex": "1 1 300px", "width": "auto"}, value=system, placeholder="none", rows=2, continuous_update=False,
         )  # fmt: skip
-
-    def _make_prompt(self) -> None:
-        # Not sent letter by letter: while the kernel is busy, letters and Enter would come in another order than typed.
-        rest, whole = {"flex": "1 1 300px", "width": "auto"}, {"continuous_update": False}
-        tooltip, hint = "The prompt; Enter sends it", "Ask something; Enter sends"
-        self.line = field(widgets.Text, "prompt", tooltip, rest, placeholder=hint, **whole)
-        tooltip, hint = "The prompt, of several lines; the Send button sends it", "Ask something; the Send button sends"
-        self.lines = field(widgets.Textarea, "prompt", tooltip, {**rest, "display": "none"}, placeholder=hint, rows=4, **whole)
-        tooltip = "A field for prompts of several lines; Enter then begins a new line"
-        self.several_lines = button("Lines", tooltip, "align-left", toggles=True)
-        self.send = button("Send", "Ask the model", "paper-plane", "primary")
-
-    @property
-    def entered(self) -> widgets.Text | widgets.Textarea:
-        """The field that is used for prompts now."""
-        return self.lines if self.several_lines.value else self.line
-
-    def swap_fields(self) -> None:
-        """Shows the field of one line or that of several; what was typed goes along."""
-        shown, hidden = (self.lines, self.line) if self.several_lines.value else (self.line, self.lines)
-        if hidden.value:
-            shown.value, hidden.value = hidden.value, ""
-        shown.layout.display, hidden.layout.display = None, "none"

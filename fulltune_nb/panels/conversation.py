@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any
 
 from fulltune_nb.errors import FulltuneError, GenerationError
 from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
+from fulltune_nb.models.generation import Reading
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.panels.loop import Background, Hold, let_go
+from fulltune_nb.training.card import training_of
 
 TURNS_SHOWN = 50
 """Turns on the page; earlier ones are counted."""
@@ -32,6 +35,7 @@ _PRE = (
     "color:inherit;border:none;font-family:var(--jp-content-font-family, sans-serif);font-size:var(--jp-content-font-size1, 14px)"
 )
 _BUBBLE = "padding:6px 10px;border-radius:6px;line-height:1.45;min-width:0"
+_WRAPPED = "overflow-wrap:anywhere;white-space:pre-wrap"
 _COLOURS = (PALETTE[0], PALETTE[5])  # told apart by their names and places too
 
 
@@ -44,11 +48,28 @@ class Answer:
     """One of waiting, writing, done, stopped, failed."""
     problem: str = ""
     """Why it failed and what to do."""
+    reading: str = ""
+    """How far a long prompt is read; empty when it is."""
+    step: int = 0
+    """Optimizer steps that the model had been trained for; 0: none, or it is not known."""
+    notes: list[str] = field(default_factory=list)
+    """What the model warned of."""
 
     @property
     def open(self) -> bool:
         """Whether more is to come."""
         return self.state in ("waiting", "writing")
+
+    def add(self, piece: str) -> None:
+        """More text; or, empty, how far the prompt is read."""
+        self.text += piece
+        self.reading = f"reading the prompt, {piece.read:,} of {piece.total:,} tokens" if isinstance(piece, Reading) else ""
+
+    @property
+    def told(self) -> str:
+        """Where it comes from and where it stands; empty where there is nothing to say."""
+        state = self.reading if self.state == "writing" and self.reading else _STATES[self.state]
+        return ", ".join(part for part in (f"step {self.step:,}" if self.step else "", state) if part)
 
 
 @dataclass
@@ -59,6 +80,13 @@ class Turn:
     answers: list[Answer]
     note: str = ""
     """Something to know about how it was answered."""
+    alone: bool = False
+    """Whether the models read nothing of the turns before it."""
+
+    @property
+    def way(self) -> str:
+        """How it was asked, in words."""
+        return "asked alone" if self.alone else "asked as a conversation"
 
     @property
     def open(self) -> bool:
@@ -75,7 +103,8 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     def messages(self, which: int, turn: Turn, system: str = "") -> list[dict[str, str]]:
-        """What model `which` is to read before it answers a turn: the turns before it that it has answered, and the prompt.
+        """What model `which` is to read before it answers a turn: the turns before it that it has answered, if it is
+        not asked alone, and the prompt.
 
         Args:
             which: number of the model.
@@ -83,7 +112,7 @@ class Conversation:
             system: the system prompt; "" for none.
         """
         found = [{"role": "system", "content": system}] if system.strip() else []
-        for earlier in self.turns:
+        for earlier in () if turn.alone else self.turns:
             if earlier is turn:
                 break
             if earlier.answers[which].text:
@@ -96,10 +125,9 @@ class Conversation:
         """The whole as plain text."""
         parts = []
         for turn in self.turns:
-            parts.append(f"You:\n{turn.prompt}")
+            parts.append(f"You{' (asked alone)' if turn.alone else ''}:\n{turn.prompt}")
             for name, answer in zip(self.names, turn.answers, strict=True):
-                state = _STATES[answer.state]
-                parts.append(f"{name}{f' ({state})' if state else ''}:\n{answer.text or answer.problem}")
+                parts.append(f"{name}{f' ({answer.told})' if answer.told else ''}:\n{answer.text or answer.problem}")
         return "\n\n".join(parts)
 
     def bubbles(self, turns: Sequence[Turn]) -> str:
@@ -110,16 +138,19 @@ class Conversation:
         answers = zip(self.names, turn.answers, _COLOURS, strict=False)
         columns = "".join(_bubble(name, answer, colour) for name, answer, colour in answers)
         note = f'<div style="opacity:0.8;font-size:12px;line-height:1.4">{esc(turn.note)}</div>' if turn.note else ""
+        head = f"<b>You</b> <i>({turn.way})</i>"
         you = f'{_BUBBLE};margin:8px 0 6px 12%;border:1px solid {PALETTE[7]};background:{PALETTE[7]}22'
         return (
-            f'<div style="{you}"><b>You</b><pre dir="auto" style="{_PRE}">{esc(turn.prompt, CHARACTERS_SHOWN)}</pre></div>'
+            f'<div style="{you}">{head}<pre dir="auto" style="{_PRE}">{esc(turn.prompt, CHARACTERS_SHOWN)}</pre></div>'
             f'<div style="display:grid;grid-template-columns:repeat(auto-fit, minmax(220px, 1fr));gap:8px">{columns}</div>{note}'
         )
 
     def to_html(self) -> str:
         """The latest turns as a table: what stays in the notebook."""
         shown = self.turns[-TURNS_SHOWN:]
-        rows = [(cut(turn.prompt, _RECORD_CHARACTERS), *(_cell_text(answer) for answer in turn.answers), turn.note) for turn in shown]
+        rows = [
+            (cut(turn.prompt, _RECORD_CHARACTERS), *map(_cell_text, turn.answers), f"{turn.way}\n{turn.note}".strip()) for turn in shown
+        ]
         if not rows:
             return f'<div class="{NO_MATH}">Conversation with {esc(" and ".join(self.names))}: nothing said yet</div>'
         more = f", the last {len(shown)} of {len(self.turns):,} turns" if len(shown) < len(self.turns) else ""
@@ -127,20 +158,18 @@ class Conversation:
 
 
 def _bubble(name: str, answer: Answer, colour: str) -> str:
-    state = _STATES[answer.state]
-    head = f"<b>{esc(name)}</b>" + (f" <i>({state})</i>" if state else "")
+    head = f"<b>{esc(name)}</b>" + (f" <i>({answer.told})</i>" if answer.told else "")
     empty = "" if answer.open or answer.text or answer.problem else " <i>(an empty answer)</i>"
     text = f'<pre dir="auto" style="{_PRE}">{esc(answer.text, CHARACTERS_SHOWN)}</pre>' if answer.text else ""
-    problem = ""
+    problem = "".join(f'<div style="{_WRAPPED}">⚠ {esc(note, 2000)}</div>' for note in answer.notes)
     if answer.problem:
-        problem = f'<div role="alert" style="overflow-wrap:anywhere;white-space:pre-wrap">⚠ {esc(answer.problem, 2000)}</div>'
+        problem += f'<div role="alert" style="{_WRAPPED}">⚠ {esc(answer.problem, 2000)}</div>'
     return f'<div style="{_BUBBLE};border-left:4px solid {colour};background:{colour}18">{head}{text}{empty}{problem}</div>'
 
 
 def _cell_text(answer: Answer) -> str:
-    state = _STATES[answer.state]
-    problem = f"⚠ {cut(answer.problem, _RECORD_CHARACTERS)}" if answer.problem else ""
-    parts = [cut(answer.text, _RECORD_CHARACTERS), problem, f"({state})" if state else ""]
+    problems = [f"⚠ {cut(text, _RECORD_CHARACTERS)}" for text in (*answer.notes, answer.problem) if text]
+    parts = [cut(answer.text, _RECORD_CHARACTERS), *problems, f"({answer.told})" if answer.told else ""]
     return "\n".join(part for part in parts if part)
 
 
@@ -162,14 +191,15 @@ class Answering(Background):
         self,
         models: Sequence[LanguageModel],
         conversation: Conversation,
-        settings: Callable[[], tuple[str, dict[str, Any]]],
+        settings: Callable[[], tuple[str, bool, dict[str, Any]]],
         changed: Callable[[bool], None],
     ):
         """
         Args:
             models: whom to ask.
             conversation: where turns are added.
-            settings: gives the system prompt and the settings of `stream_chat`, when an answer begins.
+            settings: gives the system prompt and the settings of `stream_chat`, when an answer begins; between them, whether a prompt
+                is asked alone, which is looked at when it comes.
             changed: called after every piece with False, and with True when a turn begins or ends.
         """
         super().__init__()
@@ -187,17 +217,11 @@ class Answering(Background):
         else:
             super().post(action)
 
-    def soon(self, seconds: float, action: Callable[[], Any]) -> None:
-        """Has `action` called after some time; at once where no event loop runs. On the own thread only."""
-        self.capture_event_loop()
-        if self.later(seconds, action) is None:
-            action()
-
     # -- what can be done, on the own thread -----------------------------------------------------------------------
 
     def ask(self, prompt: str) -> Turn:
         """Adds a turn and sees that it is answered: in the background, or at once where no event loop runs."""
-        turn = Turn(prompt, [Answer() for _ in self.models])
+        turn = Turn(prompt, [Answer() for _ in self.models], alone=self._settings()[1])
         self.conversation.turns.append(turn)
         self._begin()
         return turn
@@ -213,7 +237,7 @@ class Answering(Background):
             raise GenerationError("Nothing was asked yet, so there is nothing to answer again. Send a prompt first.")
         if self.busy:
             raise GenerationError("An answer is being written. Stop it, or wait for its end.")
-        turns[-1].answers, turns[-1].note = [Answer() for _ in self.models], ""
+        turns[-1].answers, turns[-1].note, turns[-1].alone = [Answer() for _ in self.models], "", self._settings()[1]
         self._begin()
         return turns[-1]
 
@@ -291,13 +315,16 @@ class Answering(Background):
                     answer.state = "stopped"
 
     async def _write(self, turn: Turn) -> None:
-        system, settings = self._settings()
+        system, _, settings = self._settings()
         streams: dict[int, Iterator[str]] = {}
         for which, answer in enumerate(turn.answers):
-            messages = self.conversation.messages(which, turn, system)
-            answer.state = "writing"
-            with self._telling(answer, system):
-                streams[which] = self.models[which].stream_chat(messages, **settings)
+            model, messages = self.models[which], self.conversation.messages(which, turn, system)
+            answer.state, answer.step = "writing", training_of(model)[1]
+            with self._telling(answer, system), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                stream = model.stream_chat(messages, **settings)
+                streams[which] = getattr(stream, "steps", stream)  # which let go while a long prompt is read
+                answer.notes = [str(warning.message) for warning in told]
         self._changed(True)
         await let_go()
         try:
@@ -309,7 +336,7 @@ class Answering(Background):
                         if piece is None:
                             answer.state = "done"
                         else:
-                            answer.text += piece
+                            answer.add(piece)
                     if not answer.open:
                         del streams[which]
                 self._changed(False)

@@ -107,7 +107,8 @@ class Samples:
             self.dropped += len(self.rows) == KEPT
             self.rows.append(Sample(step, prompt, answer))
             try:
-                for piece in self._stream(prompt):
+                stream = self._stream(prompt)
+                for piece in getattr(stream, "steps", stream):  # which let go while a long prompt is read
                     answer += piece
                     self._replace_last(Sample(step, prompt, answer))
                     yield

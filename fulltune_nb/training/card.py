@@ -5,12 +5,14 @@ Markdown is markup too: what comes from outside (names of models and folders, se
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fulltune_nb import svg
 from fulltune_nb.data.dataset import DataSet
@@ -22,6 +24,7 @@ from fulltune_nb.training.history import History
 
 CURVE = "training_loss.svg"
 _PACKAGES = ("fulltune_nb", "mlx", "transformers")
+_FRONT_MATTER = 8192  # bytes of a README.md that are looked at
 _ROWS = 12  # of the table of evaluations; more are thinned out
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PLAIN = re.compile(r"[^\w ,./:+=()&;#\\-]|_|\\")  # what could mean something to Markdown; & ; # are left to `esc`
@@ -47,8 +50,19 @@ class ModelCard:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of tokens and loss masks."""
+        _ = self.single_turn  # while the data are there
         data, self._data = self._data, None
         return data.fingerprint
+
+    @cached_property
+    def single_turn(self) -> bool:
+        """Whether each row is one question and its answer."""
+        return self._data.single_turn
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self.history.steps[-1].step if self.history.steps else 0
 
     def files(self) -> dict[str, str]:
         """File name -> text: the card, and the curve that it shows; nothing before the first step."""
@@ -109,6 +123,8 @@ class ModelCard:
             base_model=self.base if self._is_hub_id() else None,
             datasets=[data_id] if _HUB_ID.fullmatch(data_id) else None,
             tags=["fulltune_nb", "mlx"],
+            single_turn=self.single_turn,
+            trained_steps=self.steps,
         ).to_yaml()
 
     def _before_and_after(self) -> list[tuple[object, ...]]:
@@ -125,6 +141,22 @@ class ModelCard:
         valid = [(f"{r.step:,}", "valid", f"{r.loss:.4f}", f"{r.perplexity:,.3f}") for r in self.history.evals if r.split == "valid"]
         rows = valid or [(f"{r.step:,}", "train", f"{r.loss:.4f}", "") for r in self.history.steps]
         return [*rows[: -1 : math.ceil(len(rows) / _ROWS)], rows[-1]]
+
+
+def training_of(lm: Any) -> tuple[bool, int]:
+    """Whether each row that a model was last trained on is one question and its answer, and its steps (0: not known): by its trainer's
+    card, or the one in the folder that it was loaded from."""
+    if (card := getattr(lm, "card", None)) is not None:
+        return card.single_turn, card.steps
+    page = Path(getattr(lm, "source", None) or "") / "README.md"
+    try:
+        with page.open("rb") if page.is_file() else io.BytesIO() as file:
+            text = file.read(_FRONT_MATTER).decode("utf-8", "replace")
+    except OSError:
+        return False, 0
+    front = text.removeprefix("---\n").partition("\n---\n")[0] if text.startswith("---\n") else ""
+    steps = re.search(r"^trained_steps: (\d{1,12})$", front, re.MULTILINE)
+    return re.search(r"^single_turn: true$", front, re.MULTILINE) is not None, int(steps[1]) if steps else 0
 
 
 def _source_name(source: str | None) -> str:

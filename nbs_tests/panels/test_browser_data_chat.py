@@ -141,19 +141,43 @@ def test_a_chat_streams_answers_to_what_is_typed(open_panel):
     says(lab, "$5 and $10 for ships")
     assert int(lab.result(CODE, "print(len(seen))")) > 3
     assert lab.result(CODE, "print(panel.conversation.turns[0].answers[0].state)") == "done"
-    assert lab.output(PANEL).get_by_label("prompt", exact=True).first.input_value() == ""
+    field = lab.output(PANEL).get_by_label("prompt", exact=True)
+    expect(field).to_have_value("")
+    field.fill("pasted\nlines")
+    field.press("Shift+Enter")
+    field.press_sequentially("and more")
+    button(lab, "Send").click()
+    expect(field).to_have_value("")
+    lab.page.wait_for_function("() => !document.body.innerText.includes('Answering')", timeout=60_000)
+    assert lab.result(CODE, "print(repr(panel.conversation.turns[1].prompt))") == repr("pasted\nlines\nand more")
+    assert lab.result(CODE, "print(len(panel.conversation.turns))") == "2"  # Shift+Enter ran no cell and sent nothing
     ask(lab, "again")
     says(lab, "Answering")
+    field.fill("typed meanwhile")
+    field.press("Enter")
+    says(lab, "An answer is being written")
+    expect(field).to_have_value("typed meanwhile")
     button(lab, "Stop").click()
     says(lab, "stopped before its end")
     button(lab, "Transcript").click()
     transcript = lab.output(PANEL).get_by_label("transcript")
-    expect(transcript).to_have_value(re.compile(re.escape("You:\n$5 and $10 for ships")))  # once the kernel has answered the click
+    begin = re.compile(re.escape("You (asked alone):\n$5 and $10 for ships"))
+    expect(transcript).to_have_value(begin)  # once the kernel has answered the click
     button(lab, "Transcript").click()
     assert_nothing_broke_out(lab)
     look(lab, "chat-panel")
     reopen_without_kernel(lab, "again")
     lab.output(PANEL).locator("table").get_by_text("$5 and $10 for ships").wait_for(timeout=20_000)
+
+
+def test_a_prompt_of_12000_tokens_can_be_stopped_while_it_is_read(open_panel):
+    lab = open_panel("panel = ft.ChatPanel(ft.load_model(tiny.BASE_MODEL), max_tokens=20)\npanel")  # noqa: F811
+    ask(lab, "the quick fox has seen " * 1090)
+    says(lab, "reading the prompt", seconds=60)
+    look(lab, "chat-panel-reading")
+    button(lab, "Stop").click()
+    says(lab, "stopped before its end", seconds=10)
+    says(lab, "but the model was made for 1,024")
 
 
 def test_two_models_are_compared_and_the_record_is_there_without_a_kernel(open_panel):

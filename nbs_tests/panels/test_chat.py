@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import ipywidgets as widgets
 import pytest
 from ipywidgets.widgets.widget import _instances
 
+import fulltune_nb as ft
 from fulltune_nb.errors import ConfigError, GenerationError
 from fulltune_nb.panels import chat as module
 from fulltune_nb.panels.chat import ChatPanel
@@ -72,7 +74,7 @@ def test_the_conversation_goes_on_with_its_system_prompt(lm, chat_of, monkeypatc
     messages, settings = asked[1]
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
     assert [m["content"] for m in messages] == ["Be brief.", "one", first, "two"]
-    assert settings == {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0}
+    assert settings == {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0, "top_k": 0}
     panel.controls.system.value, panel.controls.temperature.value, panel.controls.top_p.value = "", 0.7, 0.9
     panel.regenerate()
     messages, settings = asked[2]
@@ -344,26 +346,24 @@ def test_an_interrupt_stops_the_answer_and_wait_returns(lm, chat_of):
 
 
 def press_enter(panel, text):
-    """What a browser sends: Enter first, then the text."""
-    panel.controls.line._handle_custom_msg({"event": "submit"}, [])
-    panel.controls.line.value = text
+    """What the page sends."""
+    panel.controls.prompt._handle_custom_msg({"submitted": text}, [])
 
 
 @in_loop
 async def test_enter_sends_and_empties_the_field(lm, chat_of):
-    panel = chat_of(lm)
-    press_enter(panel, "one")
-    assert panel.controls.line.value == ""
-    await panel.wait()
-    panel.controls.line.value = "two"  # the field lost the cursor: sent to the kernel, not to the model
+    panel, told = chat_of(lm), []
+    panel.controls.prompt.send = told.append
+    panel.controls.prompt.value = "one\ntwo"  # the cursor left the field before: sent to the kernel, not to the model
     await asyncio.sleep(0.02)
-    assert len(panel.conversation.turns) == 1
-    panel.controls.line._handle_custom_msg({"event": "submit"}, [])
-    await until(lambda: len(panel.conversation.turns) == 2)
+    assert panel.conversation.turns == []
+    press_enter(panel, "one\ntwo")
+    assert panel.controls.prompt.value == "" and told == [{"taken": "one\ntwo"}]
     await panel.wait()
-    assert panel.conversation.turns[1].prompt == "two"
-    await asyncio.sleep(2 * module.ENTER_SECONDS)
-    assert len(panel.conversation.turns) == 2
+    for nothing in ("", " \n", None, 3):
+        press_enter(panel, nothing)
+    await asyncio.sleep(0.02)
+    assert [turn.prompt for turn in panel.conversation.turns] == ["one\ntwo"]
 
 
 def off(panel):
@@ -375,11 +375,11 @@ async def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_not
     panel = chat_of(lm, max_tokens=500)
     controls = panel.controls
     assert off(panel) == [False, True, True, True]
-    controls.line.value = "one"
+    controls.prompt.value = "one"
     controls.send.click()
     assert off(panel) == [True, False, True, False]
     press_enter(panel, "two")
-    assert "An answer is being written" in controls.status.value and controls.line.value == "two"
+    assert "An answer is being written" in controls.status.value and len(panel.conversation.turns) == 1
     await until(lambda: panel.conversation.turns[0].answers[0].text)
     controls.stop.click()
     await panel.wait()
@@ -392,14 +392,117 @@ async def test_buttons_do_what_the_methods_do_and_are_off_when_they_would_do_not
     assert panel.conversation.turns == []
 
 
-def test_prompts_of_several_lines_have_a_field_of_their_own(lm, chat_of):
+# -- alone or as a conversation -----------------------------------------------------------------------------------------
+
+
+def asked_in(panel):
+    """What each turn's model read, turn after turn."""
+    messages = [panel.conversation.messages(0, turn, panel.controls.system.value) for turn in panel.conversation.turns]
+    return [[message["content"] for message in one] for one in messages]
+
+
+def test_a_prompt_asked_alone_is_answered_as_the_first_and_every_turn_says_how_it_was_asked(lm, chat_of):
+    panel = chat_of(lm, alone=True, system="Be brief.")
+    panel.send("one")
+    panel.send("two")
+    assert asked_in(panel) == [["Be brief.", "one"], ["Be brief.", "two"]]
+    alone = lm.chat([{"role": "system", "content": "Be brief."}, *user("two")], max_tokens=12)
+    assert panel.conversation.turns[1].answers[0].text == alone
+    panel.controls.alone.value = False
+    panel.send("three")
+    assert len(asked_in(panel)[2]) == 6
+    for html in (panel.controls.log.value, panel._repr_html_()):
+        assert html.count("asked alone") == 2 and html.count("asked as a conversation") == 1
+    assert panel.transcript.count("You (asked alone):") == 2 and panel.transcript.count("You:") == 1
+    panel.controls.alone.value = True
+    panel.regenerate()
+    assert asked_in(panel)[2] == ["Be brief.", "three"] and panel.controls.log.value.count("asked alone") == 3
+
+
+def test_without_a_word_it_is_as_the_training_rows_were(make_lm, make_data, chat_of, tmp_path):
+    assert not chat_of(make_lm()).controls.alone.value  # nothing is known
+
+    def turns(count):
+        return {"messages": [{"role": role, "content": "the quick fox"} for _ in range(count) for role in ("user", "assistant")]}
+
+    text = [{"text": "the quick fox"}] * 4
+    for rows, alone in (([turns(1)] * 4, True), ([turns(1)] * 3 + [turns(2)], False), (text, False)):
+        lm = make_lm()
+        data = ft.load_data({"train": rows}, lm.tokenizer)
+        trainer = ft.Trainer(lm, data, ft.TrainConfig(iters=1, batch_size=2))
+        assert chat_of(lm).controls.alone.value is alone
+        assert chat_of(make_lm(), lm).controls.alone.value is alone and not chat_of(lm, alone=False).controls.alone.value
+        trainer.run()
+        again = ft.load_model(lm.save(tmp_path / f"{alone}{rows[0].keys()}"))
+        panel = chat_of(again)
+        panel.send("one")
+        assert panel.controls.alone.value is alone and "(step 1)" in panel.transcript
+    with pytest.raises(ConfigError, match="alone: expected True, False or None"):
+        ChatPanel(lm, alone="yes")
+
+
+@pytest.mark.parametrize("text", ["single_turn: true\n", "---\na: b\n---\nsingle_turn: true\n", "---\nsingle_turn: 'true'\n---\n", "\xff"])
+def test_a_card_of_others_says_nothing_of_it(make_lm, chat_of, tmp_path, text):
+    folder = make_lm().save(tmp_path / "model")
+    (folder / "README.md").write_text(text, "utf-8")
+    assert not chat_of(ft.load_model(folder)).controls.alone.value
+
+
+def test_the_step_of_a_trained_model_stands_with_each_answer(make_trainer, chat_of):
+    trainer = make_trainer(iters=4)
+    panel = chat_of(trainer.lm)
+    panel.send("one")
+    trainer.run(3)
+    panel.send("two")
+    assert [turn.answers[0].step for turn in panel.conversation.turns] == [0, 3]
+    for text in (panel.controls.log.value, panel.transcript, panel._repr_html_()):
+        assert text.count("(step 3)") == 1
+
+
+# -- long prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_is_read_between_cells_and_says_how_far_and_that_it_is_too_long(lm, chat_of, monkeypatch):
+    monkeypatch.setattr(module, "REDRAW_SECONDS", 0.0)
+    seen = []
+
+    async def main():
+        panel = chat_of(lm)
+        panel.controls.live.observe(lambda change: seen.append(change.new), "value")
+        panel.send("the quick fox " * 600)
+        answer = panel.conversation.turns[0].answers[0]
+        await until(lambda: answer.reading)
+        panel.stop()
+        await panel.wait()
+        assert answer.state == "stopped" and not answer.text
+        panel.send("the quick fox " * 600)
+        await panel.wait()
+        return panel
+
+    panel = asyncio.run(main())
+    assert any(re.search(r"reading the prompt, 512 of [\d,]+ tokens", html) for html in seen)
+    assert panel.conversation.turns[1].answers[0].text and "reading the prompt" not in panel.controls.log.value
+    for html in (panel.controls.log.value, panel._repr_html_()):
+        assert html.count("but the model was made for") == 2
+
+
+# -- sampling -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_fills_in_the_numbers_and_is_left_when_they_change(lm, chat_of, monkeypatch):
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}
+    monkeypatch.setattr(lm, "generation_config", own)
     panel = chat_of(lm)
-    panel.controls.line.value = "begun"
-    panel.controls.several_lines.value = True
-    assert panel.controls.lines.value == "begun" and panel.controls.line.layout.display == "none"
-    panel.controls.lines.value = "one\ntwo"
-    panel.controls.send.click()
-    assert panel.conversation.turns[0].prompt == "one\ntwo" and panel.controls.lines.value == ""
+    controls = panel.controls
+    assert controls.preset.value == "exact" and "repetition_penalty too" in controls.status.value
+    for name, numbers in (("creative", (1.0, 0.95, 0)), ("Model's own", (0.6, 0.9, 20)), ("exact", (0.0, 1.0, 0))):
+        controls.preset.value = name
+        assert (controls.temperature.value, controls.top_p.value, controls.top_k.value) == numbers and controls.preset.value == name
+    controls.top_k.value = 3
+    assert controls.preset.value == "the numbers beside"
+    monkeypatch.setattr(lm, "generation_config", {**own, "top_p": "high"})
+    other = chat_of(lm)
+    assert "Model's own" not in other.controls.preset.options and "top_p: expected" in other.controls.status.value
 
 
 def test_callbacks_on_another_thread_leave_mlx_to_the_own_one(lm, chat_of, monkeypatch):
@@ -413,7 +516,7 @@ def test_callbacks_on_another_thread_leave_mlx_to_the_own_one(lm, chat_of, monke
 
     async def main():
         panel = chat_of(lm)
-        panel.controls.line.value = "one"
+        panel.controls.prompt.value = "one"
         thread = threading.Thread(target=panel.controls.send.click)
         thread.start()
         thread.join()

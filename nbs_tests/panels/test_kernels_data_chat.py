@@ -27,12 +27,12 @@ def data_panel(kernel):
 @pytest.fixture
 def chat(kernel):
     kernel.run("trainer = make_trainer(); panel = ft.ChatPanel(trainer.lm, max_tokens=24); panel", cell_id="the chat's")
-    yield ids(kernel, ("panel.controls", ("line", "send", "stop", "regenerate", "clear", "max_tokens")))
+    yield ids(kernel, ("panel.controls", ("prompt", "send", "stop", "regenerate", "clear", "max_tokens")))
     kernel.run("panel.close(); await asyncio.sleep(0.05)")
 
 
 def ask(kernel, chat, text):
-    kernel.enter(chat["line"], value=text)
+    kernel.enter(chat["prompt"], value=text)
     kernel.press(chat["send"])
 
 
@@ -65,7 +65,7 @@ def test_what_is_typed_is_answered_and_streamed(kernel, chat, way):
     until(lambda: kernel.value("len(panel.conversation.turns) == 1 and not panel.busy"))
     [[state, text]] = answers(kernel)
     assert state == "done" and text and kernel.value("len(seen)") > 2
-    assert kernel.value("panel.controls.line.value") == ""
+    assert kernel.value("panel.controls.prompt.value") == ""
     kernel.run("seen.clear()")
     kernel.press(chat["regenerate"])
     until(lambda: kernel.value("len(seen) > 2 and not panel.busy"))
