@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 
@@ -248,15 +249,18 @@ class Piece:
 
 
 _MOST_TOKENS = 8
-"""Of a piece. A character has at most 4 bytes, but where a token ends within the next one, so does the piece go on."""
+"""Of a character. It has at most 4 bytes, but where a token ends within the next one, what belongs together goes on."""
+_NEAR = 32
+"""Tokens before and behind a place in which the piece that it stands in is looked for."""
 
 
 def pieces(tokenizer, ids: Sequence[int]) -> list[Piece]:
     """Successive tokens of a text, as they are shown: each with its text, those that are parts of a character together.
 
-    What spells no character, as where a text begins or is cut off within one, is given token by token, by its bytes as in `token_texts`.
+    A character is what a reader sees as one: a letter with its marks, an emoji of several. What spells no character, as where a text
+    begins or is cut off within one, is given token by token, by its bytes as in `token_texts`.
     """
-    texts, found, start = token_texts(tokenizer, ids), [], 0
+    texts, found, start, special = token_texts(tokenizer, ids), [], 0, special_ids(tokenizer)
     while start < len(ids):
         piece = Piece(start, list(ids[start : start + 1]), texts[start])
         for end in range(start + 2, min(start + _MOST_TOKENS, len(ids)) + 1):
@@ -266,9 +270,26 @@ def pieces(tokenizer, ids: Sequence[int]) -> list[Piece]:
             if "\ufffd" not in whole:
                 piece = Piece(start, list(ids[start:end]), whole)
                 break
+        if found and _goes_on(found[-1].text, piece.text) and special.isdisjoint((found[-1].ids[-1], piece.ids[0])):
+            before = found.pop()
+            piece = Piece(before.start, before.ids + piece.ids, before.text + piece.text)
         found.append(piece)
         start = piece.stop
     return found
+
+
+_JOINER = "\u200d"
+_COLOURS = ("\U0001f3fb", "\U0001f3ff")  # of an emoji's skin, the first and the last
+_FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is spelled by two of them
+
+
+def _goes_on(before: str, text: str) -> bool:
+    """Whether a text begins within the character that the text before it ends with."""
+    first = text[:1]
+    if not first or first.isascii() and not before.endswith(_JOINER):
+        return False
+    half_a_flag = (len(before) - len(before.rstrip(_FLAGS))) % 2 == 1 and first in _FLAGS
+    return before.endswith(_JOINER) or first == _JOINER or category(first)[0] == "M" or _COLOURS[0] <= first <= _COLOURS[1] or half_a_flag
 
 
 def said_text(tokenizer, begun: Sequence[int], token_id: int) -> str:
@@ -279,8 +300,8 @@ def said_text(tokenizer, begun: Sequence[int], token_id: int) -> str:
 
 def split_character(tokenizer, tokens: np.ndarray, border: int) -> tuple[int, int]:
     """Where the piece begins and ends that has tokens before and behind a border; twice the border where there is none."""
-    start = max(0, border - _MOST_TOKENS)
-    for piece in pieces(tokenizer, tokens[start : border + _MOST_TOKENS].tolist()):
+    start = max(0, border - _NEAR)
+    for piece in pieces(tokenizer, tokens[start : border + _NEAR].tolist()):
         if start + piece.start < border < start + piece.stop:
             return start + piece.start, start + piece.stop
     return border, border

@@ -154,6 +154,12 @@ def test_letters_of_several_tokens_are_shown_as_letters_with_all_their_tokens_be
     assert "".join(texts) == WORDS.replace(" ", "·") + "&lt;/s&gt;" and ids == example.tokens.tolist()
 
 
+@pytest.mark.parametrize("character", ["e\u0301", "ש\u05c1\u05b8", "❤\ufe0f", "👍🏽", "👨\u200d👩\u200d👧", "🇩🇪", "한", "ก\u0e49"])
+def test_a_character_of_several_code_points_is_one(tokenizer, character):
+    found = pieces(tokenizer, tokenizer.encode(f"{character * 2}</s>{character}", add_special_tokens=False))
+    assert [piece.text for piece in found] == [character, character, "</s>", character]
+
+
 def test_letters_at_the_edge_of_what_is_shown_or_trained_on_stay_whole(tokenizer):
     example = load_data({"train": [{"text": "語字" * 200}]}, tokenizer).train[0]
     texts, _ = letters_of(example._repr_html_())
