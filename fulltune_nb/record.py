@@ -101,6 +101,7 @@ class Record:
         self._cell, self._place = cell, new_mark()
         bundles = self._bundles(page, line, b"", None, missing)
         self._outputs = [display(data, metadata=metadata, raw=True, display_id=True) for data, metadata in bundles]
+        self._keep(bundles)
 
     def renew(self, page: str, line: str, png: bytes = b"", width: int | None = None, missing: str = "") -> None:
         """Changes what the record says.
@@ -117,10 +118,13 @@ class Record:
         bundles = self._bundles(page, line, png, width, missing)
         for output, (data, metadata) in zip(self._outputs, bundles, strict=True):
             output.update(data, raw=True, metadata=metadata)
-        if in_kernel():
+        self._keep(bundles)
+
+    def _keep(self, bundles: list[tuple[dict, dict]]) -> None:
+        if self._cell is not None and in_kernel():
             from fulltune_nb.record_keeper import keep
 
-            keep(self._place, bundles)
+            keep(self._place, self._cell[0], bundles)
 
     def _bundles(self, page: str, line: str, png: bytes, width: int | None, missing: str) -> list[tuple[dict, dict]]:
         """(data, metadata) of each output."""
