@@ -274,7 +274,7 @@ class DataPanel(Panel):
     def _lengths_html(self) -> str:
         split = self.data.splits[self.split]
         png, words = b64encode(self._plot.draw(split, self.data.settings.max_seq_length)).decode(), esc(lengths_text(split))
-        image = f'<img alt="{words}" style="max-width:100%" src="data:image/png;base64,{png}"/>'
+        image = f'<img alt="{words}" width="{_FIGURE[0] * _DPI:.0f}" style="max-width:100%" src="data:image/png;base64,{png}"/>'
         return f'<div style="line-height:1.5">{image}<div>{words}</div></div>'
 
 
@@ -377,7 +377,7 @@ def _named(names: Iterable[str]) -> str:
 # -- lengths --------------------------------------------------------------------------------------------------------------
 
 _BINS = 40
-_FIGURE = 6.4, 2.6  # inches of 100 pixels
+_FIGURE, _DPI = (6.4, 2.6), 100  # inches, and pixels of the page in one; the picture has twice as many, for screens that show them
 _WIDE = 30  # a longest row so many times the median gets a logarithmic axis
 _BLUE, _VERMILLION, _INK = PALETTE[0], PALETTE[5], "#222222"
 
@@ -404,7 +404,7 @@ class LengthPlot:
     """Draws histograms of row lengths, with the cut at `max_seq_length`, on one figure that is used again. From any thread."""
 
     def __init__(self) -> None:
-        self._figure = Figure(figsize=_FIGURE, dpi=100, facecolor="white")
+        self._figure = Figure(figsize=_FIGURE, dpi=2 * _DPI, facecolor="white")
         FigureCanvasAgg(self._figure)
         self._lock = threading.Lock()
 
@@ -418,7 +418,7 @@ class LengthPlot:
             _draw_bars(axes, lengths, split, max_seq_length, wide)
             _style(axes, wide)
             file = io.BytesIO()
-            self._figure.savefig(file, format="png", dpi=100)
+            self._figure.savefig(file, format="png", dpi="figure")
             return file.getvalue()
 
 

@@ -122,7 +122,7 @@ def test_rows_can_be_browsed_searched_and_filtered(open_panel):
     image = lab.output(PANEL).locator(".fulltune-styled img")
     image.wait_for(timeout=10_000)
     lab.page.wait_for_timeout(1500)
-    assert image.evaluate("image => image.naturalWidth") == 640
+    assert image.evaluate("image => image.naturalWidth") == 1280
     look(lab, "data-panel-lengths")
     tab(lab, "Checks")
     says(lab, "train:6 = test:1")

@@ -262,7 +262,7 @@ def test_the_picture_is_drawn_when_looked_at_and_follows_the_split(panel):
     assert panel.controls.lengths.value == ""
     panel.controls.tabs.selected_index = 1
     first = panel.controls.lengths.value
-    assert Image.open(io.BytesIO(b64decode(re.search("base64,([^\"]+)", first)[1]))).size == (640, 260)
+    assert Image.open(io.BytesIO(b64decode(re.search("base64,([^\"]+)", first)[1]))).size == (1280, 520)
     panel.show(split="test")
     words = lengths_text(panel.data.test)
     assert panel.controls.lengths.value.split("base64,")[1] != first.split("base64,")[1]
