@@ -33,7 +33,7 @@ _PREFILL_BATCH_TOKENS = 8192  # of all rows at a time
 _CHUNK_WORK = 2**31  # multiply-adds on a CPU at a time, in a prompt that has several chunks: some tenths of a second
 _SCORE_WORK = 256  # multiply-adds that take as long as the mask and the exponential of one attention score
 _HALF_PRECISION_WORK = 4  # so many times as long take products that are not in float32, which alone have a fast BLAS
-_FEWEST_TOKENS = 32  # in a chunk; with fewer, reading the weights would cost more than the products
+_FEWEST_TOKENS = {"products": 32, "scores": 8}  # in a chunk; with fewer, reading weights, keys and values would cost more than the work
 _MAX_SPREAD = 16  # tokens between the shortest and the longest prompt of a batch; each costs a step
 
 
@@ -180,12 +180,13 @@ def _chunk_tokens(model: Decoder, rows: int, length: int, begin: int) -> int:
     most = max(1, min(_FUSED_PREFILL_TOKENS if fused else _PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
     if length <= most or not on_cpu():
         return most
-    weights = [array for layer in model.layers for array in parameters_of(layer).values()]
+    slower = 1 if model.embed_tokens.weight.dtype == mx.float32 else _HALF_PRECISION_WORK
     scores = config.num_heads * sum(min(window or begin, begin) + most for window in config.windows)
-    work = sum(array.size for array in weights) + scores * 2 * config.head_dim
-    if model.embed_tokens.weight.dtype != mx.float32:
-        work *= _HALF_PRECISION_WORK
-    return min(most, max(_FEWEST_TOKENS, _CHUNK_WORK // (rows * (work + scores * _SCORE_WORK))))
+    work = {
+        "products": slower * sum(array.size for layer in model.layers for array in parameters_of(layer).values()),
+        "scores": scores * (_SCORE_WORK + slower * 2 * config.head_dim),
+    }  # of one token
+    return min(most, *(max(_FEWEST_TOKENS[kind], _CHUNK_WORK // (rows * size)) for kind, size in work.items()))
 
 
 @tells_device_errors(IN_GENERATION)
