@@ -87,8 +87,8 @@ class DataSet:
         """Whether each row of `train` is one question and its answer; of plain text none is."""
         if self.train is None or self.train.format != "chat":
             return self.train is not None and self.train.format == "completions"
-        conversations = (example.row.get(self.settings.chat_feature) or () for example in self.train)
-        return all(sum(message.get("role") == "user" for message in messages) <= 1 for messages in conversations)
+        conversations = (row.get(self.settings.chat_feature) or () for row in self.train.examples.rows)
+        return all(sum(message.get("role") == "user" for message in messages) == 1 for messages in conversations)
 
     @cached_property
     def fingerprint(self) -> str:
