@@ -151,6 +151,7 @@ def test_a_chat_streams_answers_to_what_is_typed(open_panel):
     lab.page.wait_for_function("() => !document.body.innerText.includes('Answering')", timeout=60_000)
     assert lab.result(CODE, "print(repr(panel.conversation.turns[1].prompt))") == repr("pasted\nlines\nand more")
     assert lab.result(CODE, "print(len(panel.conversation.turns))") == "2"  # Shift+Enter ran no cell and sent nothing
+    lab.result(CODE, "panel.controls.max_tokens.value = 100_000")
     ask(lab, "again")
     says(lab, "Answering")
     field.fill("typed meanwhile")
