@@ -118,7 +118,13 @@ def read_whole(*prompt):
             return end.value, [(piece.read, piece.total) for piece in read]
 
 
-def test_a_long_prompt_is_read_in_chunks_with_the_same_result(llama):
+@pytest.fixture
+def chunks_of_512(monkeypatch):
+    """Whatever computes."""
+    monkeypatch.setattr(generation, "_FUSED_PREFILL_TOKENS", 512)
+
+
+def test_a_long_prompt_is_read_in_chunks_with_the_same_result(llama, chunks_of_512):
     ids = mx.array([list(range(10, 490)) * 3])
     cache = make_cache(llama.config.windows)
     chunked, read = read_whole(llama.model, ids, cache)
@@ -128,6 +134,7 @@ def test_a_long_prompt_is_read_in_chunks_with_the_same_result(llama):
 
 def test_on_a_cpu_chunks_get_smaller_the_more_their_tokens_cost(monkeypatch):
     monkeypatch.setattr(generation, "_CHUNK_WORK", 2**27)
+    monkeypatch.setattr(generation, "on_cpu", lambda: True)
     for scaling in (None, {"type": "dynamic", "factor": 2.0}):  # of the second, all tokens depend on how many there are
         mx.random.seed(0)
         decoder = Decoder(read_config({"model_type": "llama", **SMALL, "max_position_embeddings": 600, "rope_scaling": scaling}))
@@ -140,7 +147,7 @@ def test_on_a_cpu_chunks_get_smaller_the_more_their_tokens_cost(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*the model was made for")
-def test_a_stream_can_say_how_far_a_long_prompt_is_read_and_be_left_there(llama):
+def test_a_stream_can_say_how_far_a_long_prompt_is_read_and_be_left_there(llama, chunks_of_512):
     prompt = list(range(10, 490)) * 3
     stream = llama.stream(prompt, max_tokens=5)
     steps = list(stream.steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from ipywidgets.widgets.widget import _instances
 
 import fulltune_nb as ft
 from fulltune_nb.errors import ConfigError, GenerationError
+from fulltune_nb.models import generation
 from fulltune_nb.panels import chat as module
 from fulltune_nb.panels.chat import ChatPanel
 from fulltune_nb.panels.conversation import TURNS_SHOWN, Answer, Conversation, Turn
 from fulltune_nb.panels.loop import loop_of
+from fulltune_nb.panels.prompt import PromptField
 from nbs_tests.data.test_lens import ATTACK, Page
 from nbs_tests.panels.conftest import in_loop, until
 from nbs_tests.panels.test_data import all_widgets
@@ -366,6 +369,14 @@ async def test_enter_sends_and_empties_the_field(lm, chat_of):
     assert [turn.prompt for turn in panel.conversation.turns] == ["one\ntwo"]
 
 
+def test_the_fields_script_is_a_module_and_writes_texts_as_texts(tmp_path):
+    script = str(PromptField._esm)
+    assert not any(word in script for word in ("http", "innerHTML", "insertAdjacent", "eval(", "import "))
+    (tmp_path / "prompt.mjs").write_text(script, "utf-8")
+    if node := shutil.which("node"):
+        assert subprocess.run([node, "--check", tmp_path / "prompt.mjs"], capture_output=True).returncode == 0
+
+
 def off(panel):
     return [getattr(panel.controls, name).disabled for name in ("send", "stop", "regenerate", "clear")]
 
@@ -464,6 +475,7 @@ def test_the_step_of_a_trained_model_stands_with_each_answer(make_trainer, chat_
 
 def test_a_long_prompt_is_read_between_cells_and_says_how_far_and_that_it_is_too_long(lm, chat_of, monkeypatch):
     monkeypatch.setattr(module, "REDRAW_SECONDS", 0.0)
+    monkeypatch.setattr(generation, "_FUSED_PREFILL_TOKENS", 512)
     seen = []
 
     async def main():
