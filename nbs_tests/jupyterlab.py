@@ -34,6 +34,11 @@ def needs(there: object, what: str) -> None:
         pytest.skip(message)
 
 
+def needs_front_end(name: str) -> None:
+    """As `needs`, of the package of a front end."""
+    needs(importlib.util.find_spec(name), f"{name} (pip install -e '.[frontends]')")
+
+
 def find_browser() -> str | None:
     """The browser's path, or None."""
     given = os.environ.get(BROWSER_VARIABLE)
@@ -61,7 +66,7 @@ FRONT_ENDS = tuple(_SERVERS)
 @contextmanager
 def served(front_end: str, folder: Path, environment: dict[str, str] | None = None) -> Iterator[str]:
     """Runs a front end whose notebooks are in `folder` (marimo: chart.py); gives its address, with `{}` where the notebook's path goes."""
-    needs(importlib.util.find_spec(front_end), f"{front_end} (pip install -e '.[frontends]')")
+    needs_front_end(front_end)
     private = folder / ".jupyter-of-the-test"
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "XDG_CONFIG_HOME")
     names += ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")

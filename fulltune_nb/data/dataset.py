@@ -21,7 +21,7 @@ from fulltune_nb.data.rows import SPLITS, RawSplit, bad_rows_error, detect_forma
 from fulltune_nb.data.settings import FEATURES, DataSettings, resolve_settings, with_date
 from fulltune_nb.data.split import Split, with_valid
 from fulltune_nb.errors import ConfigError, DataError
-from fulltune_nb.html import printable
+from fulltune_nb.html import counted, printable
 from fulltune_nb.settings import whole_number
 
 _REASONS_SHOWN = 3  # of the rows that are left out, in the notes
@@ -270,8 +270,9 @@ def _left_out(split: Split, by_template: Mapping[str, Sequence[str]], settings: 
     of_rows = f"of {len(split) + dropped - split.windows + split.split_rows:,} rows"
     of_examples = f"of {len(split):,} windows and rows" if split.windows else of_rows
     notes = [
-        cut and f"{cut:,} {of_rows} cut to {limit} tokens ({split.tokens_cut:,} tokens lost).",
-        dropped and f"{dropped:,} {of_rows} left out, because they have more than {limit} tokens ({split.tokens_dropped:,} tokens lost).",
+        cut and f"{cut:,} {of_rows} cut to {limit} tokens ({counted(split.tokens_cut, 'token')} lost).",
+        dropped
+        and f"{dropped:,} {of_rows} left out, because they have more than {limit} tokens ({counted(split.tokens_dropped, 'token')} lost).",
         split.windows and f"{split.split_rows:,} {of_rows} split into {split.windows:,} windows of at most {limit} tokens.",
         untrainable and f"{untrainable:,} {of_examples} have no token to train on and stay out of the batches.",
         *(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbs_tests.jupyterlab import FRONT_ENDS, Lab, axe_core, served, write_notebook
+from nbs_tests.jupyterlab import FRONT_ENDS, Lab, axe_core, needs_front_end, served, write_notebook
 from nbs_tests.panels import kernels
 from nbs_tests.test_browser import FINDINGS, FOREIGN, browser, folder, lab, server  # noqa: F401
 
@@ -72,6 +72,7 @@ def ink(chart) -> tuple[int, int]:
 @contextmanager
 def shown(front_end: str, browser, folder: Path):  # noqa: F811
     """The page of a front end that has run `ELSEWHERE` and `PANEL`, and how it is made dark; of two pixels a unit."""
+    needs_front_end(front_end)
     write_notebook(folder / "chart.ipynb", ELSEWHERE if front_end == "marimo" else ELSEWHERE + PANEL)
     if front_end == "marimo":
         (folder / "pyproject.toml").write_text('[tool.marimo.display]\ntheme = "system"\n')
