@@ -55,7 +55,8 @@ class Scripted:
     """Stands for a model: says the given tokens, one after the other, whatever it reads."""
 
     def __init__(self, tokens, vocab_size=500):
-        kinds = {"positions": None, "windows": (None,), "ropes": (RopeConfig(1e4, 2),), "by_length": False, "score_cap": None, "sinks": False}
+        kinds = {"positions": None, "windows": (None,), "ropes": (RopeConfig(1e4, 2),), "by_length": False}
+        kinds |= {"score_cap": None, "sinks": False}
         sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_kv_heads", "head_dim"), 1)
         self.config = SimpleNamespace(**kinds, **sizes, vocab_size=vocab_size)
         self.embed_tokens, self._tokens = SimpleNamespace(weight=mx.zeros((vocab_size, 1))), list(tokens)
