@@ -112,8 +112,12 @@ def fork(work: Callable[[], None], output: Path | None = None) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        os._exit(code)
+        while True:
+            try:
+                sys.stdout.flush()
+                os._exit(code)
+            except KeyboardInterrupt:  # the work is over: it is no matter of the package
+                pass
 
 
 def run_to_end(work: Callable[[], None], output: Path | None = None) -> int:

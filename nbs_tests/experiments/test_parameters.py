@@ -102,8 +102,8 @@ def test_without_a_run_dir_the_first_unused_folder_is_taken(tmp_path, monkeypatc
 
 
 def test_hostile_values_are_shown_escaped():
-    shown = read_experiment({"model": "<script>alert(1)</script>", "run_dir": "<b>"})._repr_html_()
-    assert "<script>" not in shown and "<b>" not in shown
+    shown = read_experiment({"model": "<script>alert(1)</script>", "run_dir": "<b>here"})._repr_html_()
+    assert "<script>" not in shown and "<b>here" not in shown and "&lt;b&gt;here" in shown
 
 
 def test_the_experiment_notebook_has_every_setting_as_a_parameter():
