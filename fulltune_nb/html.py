@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html as _html
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 
 SHOWN_IN_MB = 1e8
@@ -99,6 +100,12 @@ def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:
     """A titled two-column table of names and values; the names are the headers of their rows."""
     head = '<th scope="row" style="text-align:left;font-weight:normal;padding:2px 10px;vertical-align:top">{}</th>'
     return _table("", (head.format(esc(name)) + _cell(value) for name, value in pairs), title)
+
+
+def image(png: bytes, alt: str, width: float) -> str:
+    """A picture as an element of a page, so many pixels wide or as wide as its place; `alt` tells it to those who cannot see it."""
+    data = b64encode(png).decode()
+    return f'<img width="{width:.0f}" style="max-width:100%" alt="{esc(alt)}" src="data:image/png;base64,{data}"/>'
 
 
 def scrolling(content: str, name: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import weakref
-from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.html import PALETTE, SHOWN_IN_MB, esc
+from fulltune_nb.html import PALETTE, SHOWN_IN_MB, image
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 
 if TYPE_CHECKING:
@@ -175,8 +174,7 @@ def picture_html(plot: Callable[[Axes], Any], alt: str) -> str:
         figure.set_layout_engine("constrained")
         plot(figure.add_subplot())
 
-    data = b64encode(png(draw)).decode()
-    return f'<img width="{PNG_WIDTH}" style="max-width:100%" alt="{esc(alt)}" src="data:image/png;base64,{data}">'
+    return image(png(draw), alt, PNG_WIDTH)
 
 
 def _curves_of_run(history: Iterable[Any], training: bool) -> list[tuple[str, np.ndarray, np.ndarray]]:

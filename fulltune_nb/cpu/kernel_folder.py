@@ -297,5 +297,6 @@ def _problem_of_compiler() -> str | None:
 
 
 def reason(error: Exception) -> str:
+    """What a program said last that failed, else the system's words for the error."""
     output = getattr(error, "stderr", None)
     return output.decode(errors="replace").strip()[-300:] if output else getattr(error, "strerror", None) or str(error)

@@ -131,8 +131,8 @@ def head_html(example: Example, more: str = "") -> str:
 def _as_text(example: Example, tokenizer) -> str:
     size = f"{example.source}: {len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained on"
     cut = f", {example.cut:,} cut off" if example.cut else _window_text(example)
-    texts = (f"[[{text}]]" if trained else text for text, _, trained in _shown_runs(example, tokenizer))
-    return f"{size}{cut}\n{''.join(texts)}"
+    texts = [(decode(tokenizer, ids), trained) for ids, trained in _shown_runs(example, tokenizer)]
+    return f"{size}{cut}\n" + "".join(f"[[{text}]]" if trained else text for text, trained in texts)
 
 
 def runs_html(example: Example) -> str:
@@ -140,11 +140,12 @@ def runs_html(example: Example) -> str:
     if example.tokenizer is None:
         return f'<pre style="{_PRE}">{esc(example.text, CHARACTERS_SHOWN)}</pre>'
     all_runs, left, parts = _shown_runs(example, example.tokenizer), CHARACTERS_SHOWN, []
-    for number, (text, _, trained) in enumerate(all_runs):
+    for number, (ids, trained) in enumerate(all_runs):
         if left <= 0:
-            rest = sum(size for _, size, _ in all_runs[number:]), sum(size for _, size, trained in all_runs[number:] if trained)
+            rest = sum(len(ids) for ids, _ in all_runs[number:]), sum(len(ids) for ids, trained in all_runs[number:] if trained)
             parts.append(f"<b> … {rest[0]:,} tokens more, {rest[1]:,} of them trained on</b>")
             break
+        text = decode(example.tokenizer, ids)
         parts.append(_box(esc(text, left), "trained" if trained else "masked"))
         left -= len(text)
     return f'<pre style="{_PRE}">{"".join(parts)}</pre>'
@@ -157,13 +158,13 @@ def runs(example: Example) -> list[tuple[np.ndarray, bool]]:
     return [(ids, bool(mask[0])) for ids, mask in parts if len(ids)]
 
 
-def _shown_runs(example: Example, tokenizer) -> list[tuple[str, int, bool]]:
-    """Text, number of tokens, and whether trained on, of each run; a character of several tokens is, where one of them is."""
+def _shown_runs(example: Example, tokenizer) -> list[tuple[np.ndarray, bool]]:
+    """As `runs`, but none ends within a character: one of several tokens is trained on where one of them is."""
     mask = example.loss_mask.copy()
     for border in (np.flatnonzero(np.diff(mask)) + 1).tolist():
         start, stop = split_character(tokenizer, example.tokens, border)
         mask[start:stop] = mask[start:stop].any()
-    return [(decode(tokenizer, ids), len(ids), trained) for ids, trained in runs(replace(example, loss_mask=mask))]
+    return runs(replace(example, loss_mask=mask))
 
 
 def decode(tokenizer, ids: Sequence[int] | np.ndarray) -> str:

@@ -161,32 +161,37 @@ def prefill(model: Decoder, ids: mx.array, cache: Sequence[KVCache]) -> Generato
     Returns:
         The next token's logits (B, V).
     """
-    (rows, length), end = ids.shape, 0
+    (rows, length), begin = ids.shape, 0
     lengths = {"lengths": mx.array([length])} if model.config.by_length else {}
-    while True:
-        begin, end = end, min(length, end + _chunk_tokens(model, rows, length, end))
-        hidden = model.hidden_states(ids[:, begin:end], cache, **lengths)
-        if end == length:
-            return model.head(hidden[:, -1])
-        mx.eval([layer.arrays for layer in cache])  # of these tokens later ones need keys and values alone
-        yield Reading(end, length)
+    for end in _chunk_ends(model, rows, length):
+        hidden, begin = model.hidden_states(ids[:, begin:end], cache, **lengths), end
+        if end < length:
+            mx.eval([layer.arrays for layer in cache])  # of these tokens later ones need keys and values alone
+            yield Reading(end, length)
+    return model.head(hidden[:, -1])
 
 
-def _chunk_tokens(model: Decoder, rows: int, length: int, begin: int) -> int:
-    """Of each row, in the chunk that begins at a token. On a CPU those of a long prompt get smaller the more each token costs, so that a
+def _most_tokens(model: Decoder, rows: int) -> int:
+    """Of each row in a chunk."""
+    fused = not on_cpu() and model.config.score_cap is None and not model.config.sinks
+    return max(1, min(_FUSED_PREFILL_TOKENS if fused else _PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
+
+
+def _chunk_ends(model: Decoder, rows: int, length: int) -> Iterator[int]:
+    """Where the chunks of each row end, in tokens. On a CPU those of a long prompt get smaller the more each token costs, so that a
     notebook can be used between them; how small is a matter of the model and the place alone, so that answers can be repeated."""
-    config = model.config
-    fused = not on_cpu() and config.score_cap is None and not config.sinks
-    most = max(1, min(_FUSED_PREFILL_TOKENS if fused else _PREFILL_TOKENS, _PREFILL_BATCH_TOKENS // rows))
+    config, most = model.config, _most_tokens(model, rows)
     if length <= most or not on_cpu():
-        return most
+        yield from (*range(most, length, most), length)
+        return
     slower = 1 if model.embed_tokens.weight.dtype == mx.float32 else _HALF_PRECISION_WORK
-    scores = config.num_heads * sum(min(window or begin, begin) + most for window in config.windows)
-    work = {
-        "products": slower * sum(array.size for layer in model.layers for array in parameters_of(layer).values()),
-        "scores": scores * (_SCORE_WORK + slower * 2 * config.head_dim),
-    }  # of one token
-    return min(most, *(max(_FEWEST_TOKENS[kind], _CHUNK_WORK // (rows * size)) for kind, size in work.items()))
+    products, end = slower * sum(array.size for layer in model.layers for array in parameters_of(layer).values()), 0
+    while end < length:
+        scores = config.num_heads * sum(min(window or end, end) + most for window in config.windows)
+        work = {"products": products, "scores": scores * (_SCORE_WORK + slower * 2 * config.head_dim)}  # of one token
+        size = min(most, *(max(_FEWEST_TOKENS[kind], _CHUNK_WORK // (rows * own)) for kind, own in work.items()))
+        end = min(length, end + size)
+        yield end
 
 
 @tells_device_errors(IN_GENERATION)
@@ -248,7 +253,7 @@ def _memory_limits(model: Decoder, rows: int, tokens: int) -> AbstractContextMan
     if not recommended_working_set():
         return nullcontext()
     config, weights = model.config, parameters_of(model)
-    size, at_once = model.embed_tokens.weight.itemsize, rows * _chunk_tokens(model, rows, tokens, 0)
+    size, at_once = model.embed_tokens.weight.itemsize, rows * _most_tokens(model, rows)
     other = at_once * (4 * config.hidden_size + 3 * config.intermediate_size) + rows * config.vocab_size
     needed = _cache_bytes(model, rows, tokens) + size * other
     return memory_limits(sum(array.nbytes for array in weights.values()) + needed, needed)

@@ -47,7 +47,6 @@ class RopeConfig:
         """The length in tokens beyond which a text has other frequencies, at all its places; None: there is none."""
         return int(dict(self.parameters)["original_max_position_embeddings"]) if self.scaling == "longrope" else None
 
-
     def reach(self, positions: int) -> int:
         """Tokens of the longest text that a model made for so many positions can tell apart by this rotation."""
         parameters = dict(self.parameters)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import threading
-from base64 import b64encode
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -19,7 +18,7 @@ from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.example import ADVICE, Example, Lens, SpecialTokenCheck
 from fulltune_nb.data.look import Duplicates, Hits, counts_table, find_duplicates, search, surroundings
 from fulltune_nb.errors import ConfigError, DataError, listed
-from fulltune_nb.html import NO_MATH, PALETTE, counted, esc, facts, table
+from fulltune_nb.html import NO_MATH, PALETTE, counted, esc, facts, image, table
 from fulltune_nb.panels.controls import DataControls
 from fulltune_nb.panels.panel import Panel
 
@@ -273,9 +272,8 @@ class DataPanel(Panel):
 
     def _lengths_html(self) -> str:
         split = self.data.splits[self.split]
-        png, words = b64encode(self._plot.draw(split, self.data.settings.max_seq_length)).decode(), esc(lengths_text(split))
-        image = f'<img alt="{words}" width="{_FIGURE[0] * _DPI:.0f}" style="max-width:100%" src="data:image/png;base64,{png}"/>'
-        return f'<div style="line-height:1.5">{image}<div>{words}</div></div>'
+        png, words = self._plot.draw(split, self.data.settings.max_seq_length), lengths_text(split)
+        return f'<div style="line-height:1.5">{image(png, words, _FIGURE[0] * _DPI)}<div>{esc(words)}</div></div>'
 
 
 def _row_text(example: Example) -> str:

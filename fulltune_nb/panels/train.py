@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 from fulltune_nb.chart import LossChart
 from fulltune_nb.device import machine_limit
 from fulltune_nb.errors import ConfigError, TrainingError
-from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, table
+from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, image, table
 from fulltune_nb.insight import comparison
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.loop import hear, interruptible, loop_of
@@ -484,8 +483,7 @@ class TrainView:
 
     def page(self) -> str:
         """Picture and record as HTML."""
-        picture = b64encode(self._png()).decode()
-        return f'<img width="{PNG_WIDTH}" alt="{esc(self._status_line())}" src="data:image/png;base64,{picture}"/>{self._record_texts()[0]}'
+        return image(self._png(), self._status_line(), PNG_WIDTH) + self._record_texts()[0]
 
     def _record_texts(self) -> tuple[str, str, str]:
         """The record as HTML and in a line, and what may be missing in it."""
