@@ -11,6 +11,7 @@ Full fine-tuning of language models with MLX. The commands, each with --help:
   python -m fulltune_nb.full        trains and tests a model
   python -m fulltune_nb.generate    answers a prompt
   python -m fulltune_nb.convert     a model file from .npz to .safetensors, or back
+  python -m fulltune_nb.export      a model taken elsewhere: quantized for mlx-lm, GGUF, Ollama, the hub
   python -m fulltune_nb.sweep       runs a notebook with many parameters
   python -m fulltune_nb.doctor      says what this machine is, and what is missing
 """

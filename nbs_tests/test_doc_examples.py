@@ -34,6 +34,8 @@ NOT_RUN = {
     "guide.md: installation; CUDA",
     "use_the_result.md: mlx-lm is another package, tested in nbs_tests/models",
     "use_the_result.md: needs a checkout of llama.cpp and a network",
+    "use_the_result.md: needs llama.cpp and Ollama",
+    "use_the_result.md: uploads to a network",
 }
 
 

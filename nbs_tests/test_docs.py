@@ -86,9 +86,9 @@ def test_the_readme_has_the_two_commands_first_and_once_each():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_use_flags_that_exist(page):
-    from fulltune_nb import convert, demo, full, generate
+    from fulltune_nb import convert, demo, export, full, generate
 
-    parsers = {module.__name__.split(".")[-1]: module.build_parser() for module in (convert, demo, full, generate)}
+    parsers = {module.__name__.split(".")[-1]: module.build_parser() for module in (convert, demo, export, full, generate)}
     parsers["sweep"] = importlib.import_module("fulltune_nb.sweep.__main__").build_parser()
     for module, rest in re.findall(r"^python -m fulltune_nb\.(\w+)(?![\w.])(.*)$", page.read_text("utf-8"), re.MULTILINE):
         flags = {flag for action in parsers[module]._actions for flag in action.option_strings}

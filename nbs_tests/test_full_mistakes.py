@@ -66,6 +66,6 @@ def test_weights_tested_on_other_tokens_than_they_were_trained_on_are_told_with_
 def test_the_package_itself_names_its_commands():
     done = subprocess.run([sys.executable, "-m", "fulltune_nb"], capture_output=True, text=True)
     assert done.returncode == 2
-    for name in ("demo", "full", "generate", "convert", "sweep"):
+    for name in ("demo", "full", "generate", "convert", "export", "sweep"):
         assert f"python -m fulltune_nb.{name} " in done.stdout
     assert done.stdout == commands.COMMANDS

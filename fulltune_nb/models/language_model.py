@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from fulltune_nb.chat_template import Prompt, answer_end, chat_ids, ensure_chat_template, prompt_ids
 from fulltune_nb.errors import (
@@ -30,10 +29,12 @@ from fulltune_nb.html import facts, human_bytes, printable
 from fulltune_nb.model_json import read_json
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import quantization_of
+from fulltune_nb.models.export import export
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, resolve_model_path, save_folder
 from fulltune_nb.models.generation import AnswerStream, Sampling, answer_many, stream_answer, warn_of_length
 from fulltune_nb.models.model_config import ModelConfig, read_config
-from fulltune_nb.models.parameters import parameters_of, put_parameters
+from fulltune_nb.models.parameters import parameters_of
+from fulltune_nb.models.token_rows import set_token_rows
 from fulltune_nb.models.unread_keys import check_unread
 from fulltune_nb.settings import show, whole_number
 from fulltune_nb.tokenizer import load_tokenizer
@@ -367,6 +368,39 @@ class LanguageModel:
         save_folder(folder, self.model, self.tokenizer, **self.beside_weights())
         return folder
 
+    def export(
+        self,
+        where: str | os.PathLike,
+        to: str = "hf",
+        quantization: str | None = None,
+        private: bool = True,
+        confirm: Callable[[str], bool] | None = None,
+    ) -> Path | str:
+        """Takes the model elsewhere; `docs/howto/use_the_result.md` has what each target needs.
+
+        Args:
+            where: a new or empty folder; for `"gguf"` a new file, for `"hub"` a repository such as `"me/my-model"`.
+            to: `"hf"`: as `save`. `"mlx-4bit"` or `"mlx-8bit"`: quantized by mlx-lm. `"gguf"`: by llama.cpp's converter. `"ollama"`: GGUF
+                and a Modelfile with the chat template and the ends. `"hub"`: uploaded to the Hugging Face hub.
+            quantization: of GGUF, such as `"q8_0"` or `"Q4_K_M"`; None: bf16.
+            private: whether a repository that is made is private. One that is there has to be what this says, or less public.
+            confirm: is told what will be uploaded, and says whether to; None asks by `input`.
+
+        Returns:
+            The place; of the hub the repository's address.
+
+        Raises:
+            ConfigError: an unknown target or quantization, or a name that does not do.
+            MissingDependencyError: mlx-lm or llama.cpp is not there; the message has the commands.
+            ModelError: the place is taken or cannot be written, a converter failed, or the upload was refused.
+        """
+        if to == "hf" and quantization is None:
+            return self.save(where)
+        self.check_whole()
+        sampling, ends = self._with_ends(Sampling(), chat=bool(self.tokenizer.chat_template))
+        stops = tuple(dict.fromkeys((*self.tokenizer.convert_ids_to_tokens(sorted(ends)), *sampling.stop)))
+        return export(where, to, self.save, self.tokenizer, stops, quantization, private, confirm)
+
     def beside_weights(self) -> dict[str, Any]:
         """What a saved folder has besides weights and tokenizer: arguments of `fill_folder`."""
         texts = self.card.files() if self.card is not None else {}
@@ -461,36 +495,3 @@ def load_model(
         lm = LanguageModel(model, load_tokenizer(folder), source, generation_config)
         lm.dequantized = quantization_of(read_json(folder / "config.json"))
     return lm
-
-
-# ---- rows for new tokens, V rows of D = hidden_size
-
-_NOISE = 0.1  # standard deviations of a dimension: enough to tell new tokens apart, too little for any of them to be likely
-
-
-def set_token_rows(model: Decoder, vocab_size: int, new: Sequence[int], known: int, seed: int) -> None:
-    """Gives a model `vocab_size` rows; each that is added, and each of a new token, is the mean of the known rows plus a little noise.
-
-    The mean keeps what the model says of the tokens it knows nearly as it was; a row of zeros, or of large numbers, may be likelier than
-    all of them (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
-
-    Args:
-        model: changed in place: embedding (V, D), head (V, D) and its bias (V,), those that it has, and the configuration.
-        vocab_size: V from now on, no less than before.
-        new: ids of new tokens whose rows are there already.
-        known: the rows before this one are of tokens that the model knows.
-        seed: of the noise.
-    """
-    before, grown = model.config.vocab_size, {}
-    rows = np.array(sorted({*new, *range(before, vocab_size)}), dtype=np.int64)
-    random = np.random.RandomState(seed)
-    for name, array in sorted(parameters_of(model).items()):  # sorted, so that a seed gives the same noise each time
-        if name.split(".")[0] in ("embed_tokens", "lm_head") and array.shape[0] == before:
-            old = array[:known].astype(mx.float32)
-            noise = mx.array(random.standard_normal((len(rows), *array.shape[1:])).astype(np.float32))
-            values = old.mean(axis=0) + _NOISE * mx.sqrt(old.var(axis=0)) * noise
-            grown[name] = mx.concatenate([array, mx.zeros((vocab_size - before, *array.shape[1:]), array.dtype)])
-            grown[name][mx.array(rows)] = values.astype(array.dtype)
-    mx.eval(grown)
-    put_parameters(model, grown)
-    model._config = replace(model.config, vocab_size=vocab_size, raw={**model.config.raw, "vocab_size": vocab_size})
