@@ -31,6 +31,7 @@ from fulltune_nb.errors import (  # noqa: E402
     FulltuneError,
     ModelError,
     TrainingError,
+    tells_missing_backend,
 )
 from fulltune_nb.sweep import sweep  # noqa: E402  at once: loaded later, the module would take the function's name
 from fulltune_nb.system_info import package_versions, system_info  # noqa: E402  at once, for the same reason
@@ -127,7 +128,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")  # which becomes an attribute by itself
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with tells_missing_backend():
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

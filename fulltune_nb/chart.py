@@ -19,15 +19,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import anywidget
 import numpy as np
-import traitlets
 
-from fulltune_nb.errors import ConfigError
+from fulltune_nb.errors import ConfigError, optional_import
 from fulltune_nb.html import counted, cut, printable, table
 from fulltune_nb.plots import PNG_WIDTH, loss_png
 from fulltune_nb.record import Record, close_earlier, new_mark
 from fulltune_nb.training.history import EvalReport, Event, RunSummary, StepReport
+
+with optional_import("A chart", "notebook"):
+    import anywidget
+    import traitlets
 
 SHOWN = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory", "active_memory", "cache_memory")
 """Fields of a `StepReport` that the chart has curves of."""

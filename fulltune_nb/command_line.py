@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
-from fulltune_nb.errors import IN_LOADING, FulltuneError, TrainingError, device_errors, nearest
+from fulltune_nb.errors import IN_LOADING, FulltuneError, TrainingError, device_errors, nearest, tells_missing_backend
 from fulltune_nb.html import printable
 from fulltune_nb.settings import as_typed
 from fulltune_nb.training.signals import ENDING, leave_closed_outputs
@@ -82,7 +82,7 @@ def add_fields(group: Any, cls: type) -> None:
 def run(work: Callable[[], int]) -> int:
     """Runs a command's work and turns what goes wrong into an exit code and one message on standard error."""
     try:
-        with device_errors(IN_LOADING):  # what else uses the device says so itself
+        with tells_missing_backend(), device_errors(IN_LOADING):  # what else uses the device says so itself
             return work()
     except FulltuneError as error:
         print(printable(f"error: {error}"), file=sys.stderr)

@@ -148,6 +148,36 @@ class MissingDependencyError(FulltuneError, ImportError):
     """An optional package is not installed; the message names the install command."""
 
 
+@contextmanager
+def optional_import(what: str, extra: str) -> Iterator[None]:
+    """Within the block an import of a package that is not installed raises `MissingDependencyError`, which names the command.
+
+    Args:
+        what: is needed, such as "plot_loss".
+        extra: of this package, which brings it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        command = f"pip install 'fulltune_nb[{extra}]'"
+        raise MissingDependencyError(f"{what} needs the package {package!r}, which is not installed: {command}.") from error
+
+
+@contextmanager
+def tells_missing_backend() -> Iterator[None]:
+    """Within the block an import of MLX without its backend, on Linux a package of its own, raises `MissingDependencyError`."""
+    try:
+        yield
+    except ImportError as error:
+        if "libmlx" not in str(error):
+            raise
+        raise MissingDependencyError(
+            f"MLX is installed without what computes ({error}): pip install 'fulltune_nb[cpu]', or with an NVIDIA GPU"
+            " 'fulltune_nb[cuda13]' or 'fulltune_nb[cuda12]'. Never two of them in one environment."
+        ) from error
+
+
 def closest(name: object, valid: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
     """Up to `most` of `valid` that are spelt much like `name`, the likest first; upper case, - and _ make no difference."""
     by_lower = {v.lower().replace("-", "_"): v for v in valid}

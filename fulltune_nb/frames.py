@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fulltune_nb.errors import MissingDependencyError
+from fulltune_nb.errors import optional_import
 
 
 def frame(rows: Iterable[Mapping[str, Any]] | Mapping[str, Sequence], columns: Sequence[str] | None = None) -> Any:
@@ -18,8 +18,6 @@ def frame(rows: Iterable[Mapping[str, Any]] | Mapping[str, Sequence], columns: S
     Raises:
         MissingDependencyError: pandas is not installed.
     """
-    try:
+    with optional_import("to_frame", "pandas"):
         import pandas
-    except ImportError as error:
-        raise MissingDependencyError("to_frame needs pandas. Install it with: pip install pandas") from error
     return pandas.DataFrame(rows if isinstance(rows, Mapping) else list(rows), columns=columns)

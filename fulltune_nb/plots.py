@@ -15,15 +15,18 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.font_manager import findfont
-from matplotlib.ft2font import FT2Font
 
-from fulltune_nb.errors import ConfigError
+from fulltune_nb.errors import ConfigError, optional_import
 from fulltune_nb.html import PALETTE, SHOWN_IN_MB, image
-from fulltune_nb.training.history import EvalReport, Event, StepReport
+from fulltune_nb.training.history import EvalReport, Event, StepReport, moving_mean
+
+with optional_import("A plot", "notebook"):
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+    from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,7 +158,6 @@ def _draw_loss_and_memory(history: Iterable[Any], figure: Figure) -> None:
 def png(draw: Callable[[Figure], Any]) -> bytes:
     """What is drawn on a figure of its own, as a PNG with two pixels for each of `PNG_WIDTH`."""
     from matplotlib.figure import Figure
-    from PIL import Image  # comes with matplotlib
 
     with matplotlib.rc_context(_OWN_STYLE):
         figure = Figure(figsize=(PNG_WIDTH / 100, 3.2), dpi=200, facecolor="white")  # pyplot does not know of it
@@ -298,19 +300,6 @@ def _series(reports: list, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Step numbers and values, both (n,) float64; what is not finite is NaN, where a line breaks."""
     values = np.array([getattr(report, field) for report in reports], dtype=np.float64)
     return np.array([report.step for report in reports], dtype=np.float64), np.where(np.isfinite(values), values, np.nan)
-
-
-def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The centred mean over `window` values, fewer at the ends; never across a NaN: each finite stretch is taken by itself."""
-    smooth = np.full_like(values, np.nan)
-    finite = np.isfinite(values)
-    borders = np.flatnonzero(np.diff(finite, prepend=False, append=False))  # start, end, start, end, ...
-    for start, end in zip(borders[::2], borders[1::2], strict=True):
-        sums = np.concatenate([[0.0], np.cumsum(values[start:end])])
-        at = np.arange(end - start)
-        low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, end - start)
-        smooth[start:end] = (sums[high] - sums[low]) / (high - low)
-    return smooth
 
 
 def stretches(values: np.ndarray, most: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import weakref
 from base64 import b64encode
 from typing import Any
 
+from fulltune_nb.errors import MissingDependencyError, optional_import
 from fulltune_nb.html import esc
 
 
@@ -93,7 +94,8 @@ class Record:
         cell = current_cell()
         if (cell is None and not always) or (self.placed and cell == self._cell):
             return
-        from IPython.display import display
+        with optional_import("Progress in a notebook", "notebook"):
+            from IPython.display import display
 
         if self.placed:
             moved = "A later cell has taken this record over."
@@ -122,8 +124,10 @@ class Record:
 
     def _keep(self, bundles: list[tuple[dict, dict]]) -> None:
         if self._cell is not None and in_kernel():
-            from fulltune_nb.record_keeper import keep
-
+            try:
+                from fulltune_nb.record_keeper import keep
+            except MissingDependencyError:  # without widgets a record stays as it was at the time it names
+                return
             keep(self._place, self._cell[0], bundles)
 
     def _bundles(self, page: str, line: str, png: bytes, width: int | None, missing: str) -> list[tuple[dict, dict]]:

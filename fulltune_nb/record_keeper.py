@@ -10,8 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import anywidget
-from IPython import get_ipython
+from fulltune_nb.errors import optional_import
+
+with optional_import("A record that pages loaded later are told of", "notebook"):
+    import anywidget
+    from IPython import get_ipython
 
 _KEPT = 32  # records, the latest renewed; some 50 KB each
 

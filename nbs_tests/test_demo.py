@@ -84,7 +84,7 @@ def test_a_missing_notebook_is_said_with_what_to_do(tmp_path, monkeypatch, capsy
     assert demo.main(["--out", str(tmp_path / "out"), "--notebook", str(tmp_path / "none.ipynb")]) == 2
     assert "none.ipynb is no file" in capsys.readouterr().err
     monkeypatch.setattr(demo, "NOTEBOOK", "99_missing.ipynb")
-    with pytest.raises(ft.ConfigError, match=r"99_missing.ipynb was not found in .*pip install -e \.\), or give the notebook's path"):
+    with pytest.raises(ft.ConfigError, match=r"99_missing.ipynb was not found in .*00_quickstart.ipynb"):
         demo.find_notebook(demo.NOTEBOOK)
 
 

@@ -80,7 +80,7 @@ def test_python_examples_are_python_and_use_names_that_exist(page):
 
 def test_the_readme_has_the_two_commands_first_and_once_each():
     blocks = [block.strip() for block in code_blocks(README, "bash")]
-    assert blocks[:2] == ["pip install -e '.[cpu]' && python -m fulltune_nb.demo", "pip install -e '.[cpu,test]' && pytest"]
+    assert blocks[:2] == ["pip install -e '.[cpu,notebook]' && python -m fulltune_nb.demo", "pip install -e '.[cpu,test]' && pytest"]
     assert all(len(re.findall(rf"^{re.escape(block)}$", README, re.MULTILINE)) == 1 for block in blocks[:2])
 
 

@@ -43,6 +43,11 @@ def test_the_environment_installs_this_project_with_an_extra_that_exists():
     assert "pip" in conda_packages()  # else conda warns, and takes a pip from elsewhere
 
 
+def test_extras_that_others_include_exist():
+    own = [Requirement(line) for extra in EXTRAS.values() for line in extra if Requirement(line).name == PROJECT["name"]]
+    assert own and all(included in EXTRAS for line in own for included in line.extras)
+
+
 def test_both_ask_for_the_same_python():
     assert conda_packages()["python"] == SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(">=3.11")
 
@@ -75,14 +80,15 @@ FLOORS = {"mlx": "0.32", "transformers": "5", "ipywidgets": "8.1", "anywidget": 
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_floors_are_those_of_the_documentation(name):
-    (line,) = [line for line in PROJECT["dependencies"] if Requirement(line).name == name]
+    (line,) = [line for line in [*PROJECT["dependencies"], *EXTRAS["notebook"]] if Requirement(line).name == name]
     assert Requirement(line).specifier == SpecifierSet(f">={FLOORS[name]}")
     assert f"{name} {FLOORS[name]}" in (ROOT / "docs" / "guide.md").read_text("utf-8")
 
 
 def test_everything_the_package_imports_is_declared():
-    declared = {Requirement(line).name.lower().replace("-", "_") for line in PROJECT["dependencies"]}
-    optional = {"pandas", "datasets", "tensorboard", "trackio", "wandb", "sentencepiece"}  # asked for with a message that names it
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+    declared = {Requirement(line).name.lower().replace("-", "_") for line in lines}
+    optional = {"sentencepiece"}  # asked for with a message that names it
     aliases = {"yaml": "pyyaml", "PIL": "pillow"}
     aliases |= {"IPython": "ipykernel", "traitlets": "ipykernel", "nbformat": "nbconvert", "tokenizers": "transformers"}
     aliases |= {"nbclient": "papermill"}
@@ -93,5 +99,7 @@ def test_everything_the_package_imports_is_declared():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "optional_import":
+                assert node.args[1].value in EXTRAS if isinstance(node.args[1], ast.Constant) else True, ast.unparse(node)
     third_party = {aliases.get(name, name) for name in imported if name not in sys.stdlib_module_names} - {"fulltune_nb"} - optional
     assert third_party <= declared | {"scipy_openblas32"}, third_party - declared

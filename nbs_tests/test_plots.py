@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fulltune_nb as ft
-from fulltune_nb import plots
+from fulltune_nb.training.history import moving_mean
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_the_moving_mean_stops_at_nan_and_begins_anew_behind_it():
 @pytest.mark.parametrize("values", [[], [math.nan], [math.nan] * 3, [1.0], [1.0, math.nan, 2.0]])
 def test_the_moving_mean_is_the_plain_mean_of_each_window(values):
     expected = [v if math.isnan(v) else np.mean([v]) for v in values]
-    np.testing.assert_equal(plots.moving_mean(np.array(values), 3), np.array(expected))
+    np.testing.assert_equal(moving_mean(np.array(values), 3), np.array(expected))
 
 
 def test_evaluations_are_points_that_differ_by_marker_too():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb.data.rows import SPLITS, RawSplit, read_table, split_named
-from fulltune_nb.errors import DataError, MissingDependencyError, listed
+from fulltune_nb.errors import DataError, listed, optional_import
 from fulltune_nb.files import check_own_file
 
 PREFIX = "hf:"
@@ -157,13 +157,8 @@ def read_parquet(name: str, path: Path) -> RawSplit:
 
 
 def _library(needed_for: str) -> Any:
-    try:
+    with optional_import(f"{needed_for}: reading it, unlike JSON Lines (train.jsonl),", "datasets"):
         import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{needed_for} is read by the package 'datasets', which is not installed: pip install 'fulltune_nb[datasets]', or pip install"
-            " datasets. Rows in JSON Lines (train.jsonl) need nothing more."
-        ) from error
     return datasets
 
 

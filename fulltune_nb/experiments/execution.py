@@ -9,17 +9,17 @@ import json
 import os
 import signal
 import sys
-import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from fulltune_nb.errors import ConfigError, FulltuneError, TrainingError
+from fulltune_nb.errors import ConfigError, FulltuneError, TrainingError, nearest, optional_import
 from fulltune_nb.files import write_text
 from fulltune_nb.html import printable
 
@@ -53,8 +53,11 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
         NotebookError: a cell raised; the message has its traceback.
         ConfigError: there is no such notebook.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
+    with optional_import("Executing a notebook", "notebook"):
+        import ipykernel  # noqa: F401  the kernel's own process would fail for the lack of it
+        import nbconvert  # noqa: F401  write_html comes after the work
+        import papermill
+        from nbclient.exceptions import DeadKernelError
 
     if not notebook.is_file():
         raise ConfigError(f"{notebook} is no file; expected a notebook.")
@@ -110,17 +113,15 @@ def _check_every_cell_ran(executed: Path) -> None:
 
 
 def find_notebook(name: str) -> Path:
-    """A notebook of the package: of the checkout, or where an installed package keeps it.
+    """A notebook of the package.
 
     Raises:
-        ConfigError: it is at neither place.
+        ConfigError: it has none of this name.
     """
-    places = [Path(__file__).parents[2] / "notebooks", Path(sysconfig.get_path("data"), "share", "fulltune_nb", "notebooks")]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    looked = " and ".join(map(str, places))
-    raise ConfigError(f"{name} was not found in {looked}. Install from a checkout (pip install -e .), or give the notebook's path.")
+    folder = Path(str(files("fulltune_nb"))) / "notebooks"  # of a checkout, a link to its folder of that name
+    if (folder / name).is_file():
+        return (folder / name).resolve()
+    raise ConfigError(f"{name} was not found in {folder}. {nearest(name, (path.name for path in folder.glob('*.ipynb')))}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fulltune_nb.errors import ConfigError, MissingDependencyError
+from fulltune_nb.errors import ConfigError, optional_import
 from fulltune_nb.files import absolute
 from fulltune_nb.training.callbacks import Attachable
 
@@ -42,13 +42,8 @@ class _Logger(Attachable):
     extra: str
 
     def __init__(self) -> None:
-        try:
+        with optional_import(type(self).__name__, self.extra):
             self._library = importlib.import_module(self.package)
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"{type(self).__name__} needs the package {self.package.split('.')[0]!r}, which is not installed: "
-                f"pip install 'fulltune_nb[{self.extra}]', or pip install {self.extra}."
-            ) from error
         self._begun = False
 
     def __repr__(self) -> str:

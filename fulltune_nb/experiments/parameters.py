@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune_nb import html
-from fulltune_nb.errors import ConfigError, nearest
+from fulltune_nb.errors import ConfigError, nearest, optional_import
 from fulltune_nb.settings import as_typed, show
 from fulltune_nb.training.config import TrainConfig, without_rival
 
@@ -221,8 +221,8 @@ def parameter_names(notebook: Path) -> list[str]:
     Raises:
         ConfigError: no notebook, or one without such a cell: papermill's values would be overwritten by the notebook's own.
     """
-    import nbformat
-
+    with optional_import("Reading a notebook", "notebook"):
+        import nbformat
     try:
         cells = nbformat.read(notebook, as_version=4).cells
     except Exception as error:  # nbformat raises many kinds here, json's among them

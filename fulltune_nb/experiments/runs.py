@@ -21,6 +21,7 @@ from typing import Any
 
 from fulltune_nb import html
 from fulltune_nb.data.settings import DATE_VARIABLE
+from fulltune_nb.errors import MissingDependencyError
 from fulltune_nb.experiments.execution import OUTCOME, REQUEST
 from fulltune_nb.experiments.parameters import label, varied
 from fulltune_nb.experiments.result import FILE, read_result
@@ -305,6 +306,8 @@ class Sweep(Sequence[Run]):
     def _plot_html(self) -> str:
         if not any(run.history for run in self.done):
             return ""
-        from fulltune_nb.plots import picture_html
-
+        try:
+            from fulltune_nb.plots import picture_html
+        except MissingDependencyError as error:
+            return f"<div>{html.esc(error)}</div>"
         return picture_html(self.plot, "loss over the steps, a curve for each run")

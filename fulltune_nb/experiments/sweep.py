@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.errors import ConfigError
+from fulltune_nb.errors import ConfigError, optional_import
 from fulltune_nb.files import held, write_text
 from fulltune_nb.html import printable
 
@@ -209,7 +209,8 @@ class ProgressTable(Progress):
     """One output of the cell that changes, and stays in the saved notebook."""
 
     def __init__(self, runs: Sequence[Run]):
-        from IPython.display import HTML, display
+        with optional_import("Progress in a notebook", "notebook"):
+            from IPython.display import HTML, display
 
         self._runs, self._started = runs, time.monotonic()
         self._shown = self._html()

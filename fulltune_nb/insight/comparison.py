@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fulltune_nb.errors import CheckpointError, ConfigError
+from fulltune_nb.errors import CheckpointError, ConfigError, MissingDependencyError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, counted, cut, esc, in_one_unit, more, table
+from fulltune_nb.html import NO_MATH, counted, cut, esc, in_one_unit, more, printable, table
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import History, RunSummary
 from fulltune_nb.training.run import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics
@@ -114,8 +115,11 @@ class Comparison:
         return LossChart([(run.name, run.history) for run in self.runs])
 
     def _ipython_display_(self) -> None:
-        from fulltune_nb.chart import show
-
+        try:
+            from fulltune_nb.chart import show
+        except MissingDependencyError as error:
+            warnings.warn(printable(error), stacklevel=2)
+            raise NotImplementedError from error  # by which IPython goes on to `_repr_html_`
         show(self.chart(), self._repr_html_(), repr(self))
 
     def __repr__(self) -> str:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fulltune_nb.errors import ConfigError, NonFiniteError
+from fulltune_nb.errors import ConfigError, MissingDependencyError, NonFiniteError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, facts
+from fulltune_nb.html import NO_MATH, esc, facts
 from fulltune_nb.insight.updates import UpdateMeter, survival
 from fulltune_nb.settings import whole_number
+from fulltune_nb.training.history import moving_mean
 from fulltune_nb.training.schedule import final_share, make_schedule
 from fulltune_nb.training.trainer import Trainer
 
@@ -61,8 +62,6 @@ class LearningRateSearch:
             stochastic: as the attribute.
             final_share: what the schedule's last rate is of its highest one.
         """
-        from fulltune_nb.plots import moving_mean
-
         self.rates, self.losses = np.array(rates, np.float64), np.array(losses, np.float64)
         self.survival, self.dtype, self.stochastic = np.array(survivals, np.float64), dtype, stochastic
         finite = np.where(np.isfinite(self.losses), self.losses, np.nan)
@@ -139,9 +138,12 @@ class LearningRateSearch:
             show.append(("lowest loss at", f"{self.lowest_loss_rate:.3g}, {self.below:.2g} times the suggestion, as {why}"))
         show.append(("tried", f"{len(self.rates)} rates from {self.rates[0]:.3g} to {self.rates[-1]:.3g}, a step each; all taken back"))
         show += [("note", note) for note in self.notes]
-        from fulltune_nb.plots import picture_html
-
-        picture = picture_html(self.plot, f"loss against the learning rate, {show[0][0]} {show[0][1]}")
+        try:
+            from fulltune_nb.plots import picture_html
+        except MissingDependencyError as error:
+            picture = f"<div>{esc(error)}</div>"
+        else:
+            picture = picture_html(self.plot, f"loss against the learning rate, {show[0][0]} {show[0][1]}")
         return f'<div class="{NO_MATH}">{facts("Learning-rate range test", show)}{picture}</div>'
 
 

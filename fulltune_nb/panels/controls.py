@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ipywidgets as widgets
-
+from fulltune_nb.errors import optional_import
 from fulltune_nb.models.generation import Sampling
 from fulltune_nb.panels.prompt import PromptField
+
+with optional_import("A panel", "notebook"):
+    import ipywidgets as widgets
 
 OWN_NUMBERS = "the numbers beside"  # no preset
 

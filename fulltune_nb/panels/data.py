@@ -9,18 +9,20 @@ from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fulltune_nb.data.dataset import DataSet, Split
 from fulltune_nb.data.example import ADVICE, Example, Lens, SpecialTokenCheck
 from fulltune_nb.data.look import Duplicates, Hits, counts_table, find_duplicates, search, surroundings
-from fulltune_nb.errors import ConfigError, DataError, listed
+from fulltune_nb.errors import ConfigError, DataError, listed, optional_import
 from fulltune_nb.html import NO_MATH, PALETTE, counted, esc, facts, image, table
 from fulltune_nb.panels.controls import DataControls
 from fulltune_nb.panels.panel import Panel
+
+with optional_import("A panel", "notebook"):
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 FILTERS = ("all", "cut off", "not trained on", "BOS or EOS warning", "also in another split")
 """Which rows of a split there are to choose from."""

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import ipywidgets as widgets
-
-from fulltune_nb.errors import IN_TRAINING, FulltuneError, device_error
+from fulltune_nb.errors import IN_TRAINING, FulltuneError, device_error, optional_import
 from fulltune_nb.html import NO_MATH, esc
 from fulltune_nb.record import Record, close_earlier, new_mark
+
+with optional_import("A panel", "notebook"):
+    import ipywidgets as widgets
 
 _CLASS = "fulltune-styled"
 _PLACE = f".{_CLASS}" * 4  # so often that it outweighs the rules of ipywidgets, which forbid some fields an outline

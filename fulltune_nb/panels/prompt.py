@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anywidget
-import traitlets
+from fulltune_nb.errors import optional_import
+
+with optional_import("A panel", "notebook"):
+    import anywidget
+    import traitlets
 
 _STATIC = Path(__file__).parents[1] / "static"
 

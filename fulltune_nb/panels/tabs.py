@@ -10,19 +10,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ipywidgets as widgets
 import numpy as np
 
 from fulltune_nb.data.example import Lens
-from fulltune_nb.errors import FulltuneError
+from fulltune_nb.errors import FulltuneError, optional_import
 from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
 from fulltune_nb.insight.losses import TokenLosses, token_losses
 from fulltune_nb.insight.updates import UpdateMeter, rounding_warning, survival_html
 from fulltune_nb.panels.controls import button, field, row, scrolled
 from fulltune_nb.panels.loop import TrainLoop
 from fulltune_nb.panels.panel import Panel
-from fulltune_nb.plots import moving_mean
-from fulltune_nb.training.history import StepReport
+from fulltune_nb.training.history import StepReport, moving_mean
+
+with optional_import("A panel", "notebook"):
+    import ipywidgets as widgets
 
 MIN_SECONDS = 1.0  # from one picture of a tab to the next
 MAX_SHARE = 0.02  # of the time that they may take while a run goes on

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from fulltune_nb import html, svg
 from fulltune_nb.errors import CheckpointError
 from fulltune_nb.frames import frame
@@ -338,3 +340,16 @@ class History(list):
         if hidden:
             parts.append(f"<div>… and {hidden:,} before them</div>")
         return "".join(parts)
+
+
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The centred mean over `window` values, fewer at the ends; never across a NaN: each finite stretch is taken by itself."""
+    smooth = np.full_like(values, np.nan)
+    finite = np.isfinite(values)
+    borders = np.flatnonzero(np.diff(finite, prepend=False, append=False))  # start, end, start, end, ...
+    for start, end in zip(borders[::2], borders[1::2], strict=True):
+        sums = np.concatenate([[0.0], np.cumsum(values[start:end])])
+        at = np.arange(end - start)
+        low, high = np.maximum(at - window // 2, 0), np.minimum(at + window // 2 + 1, end - start)
+        smooth[start:end] = (sums[high] - sums[low]) / (high - low)
+    return smooth

@@ -86,7 +86,7 @@ def test_a_frame_has_a_row_for_each_report():
 
 def test_without_pandas_the_error_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(MissingDependencyError, match="pip install pandas"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'fulltune_nb\[pandas\]'"):
         History([step(1)]).to_frame()
 
 
