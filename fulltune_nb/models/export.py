@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.errors import ConfigError, MissingDependencyError, ModelError, listed, nearest
+from fulltune_nb.errors import ConfigError, ModelError, listed, nearest, optional_import
 from fulltune_nb.files import flush_to_disk, is_empty, put_in_place, unfinished_folder, write_text
 from fulltune_nb.html import counted, human_bytes, printable
 from fulltune_nb.models.folder import INDEX_FILE
@@ -84,12 +84,8 @@ def export(
 
 def _quantize(work: Path, write: WriteFolder, made: Path, bits: int) -> None:
     """By mlx-lm, which knows what each family leaves unquantized. Tokenizer, card and ends are those of our own folder."""
-    try:
+    with optional_import("quantizing for MLX", "mlx-lm"):
         from mlx_lm import convert
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Quantizing for MLX needs mlx-lm. Install it with: pip install 'fulltune_nb[mlx-lm]', or pip install mlx-lm"
-        ) from error
     full = work / "hf"
     write(full)
     try:

@@ -76,8 +76,8 @@ def resolve_model_path(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # model*: some repositories hold the weights a second time, as consolidated.safetensors
-    patterns = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    # model*: some repositories hold the weights a second time, as consolidated.safetensors. README.md names the licence.
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "README.md"]
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except HFValidationError as error:

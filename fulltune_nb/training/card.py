@@ -20,13 +20,15 @@ from fulltune_nb.data.read import PREFIX, stored
 from fulltune_nb.html import esc
 from fulltune_nb.system_info import package_versions
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.history import History
+from fulltune_nb.training.history import EvalReport, History
 
 CURVE = "training_loss.svg"
+LOSS = "loss (nats per token)"
 _PACKAGES = ("fulltune_nb", "mlx", "transformers")
 _FRONT_MATTER = 8192  # bytes of a README.md that are looked at
 _ROWS = 12  # of the table of evaluations; more are thinned out
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LICENSE = r"[\"']?([A-Za-z0-9][\w.-]{0,60})[\"']?"
 _PLAIN = re.compile(r"[^\w ,./:+=()&;#\\-]|_|\\")  # what could mean something to Markdown; & ; # are left to `esc`
 
 
@@ -93,7 +95,7 @@ class ModelCard:
             "Every weight of this model was fine-tuned with fulltune_nb.\n",
             _table(("", ""), facts),
             "## Held-out loss before and after\n",
-            _table(("split", "step", "loss (nats per token)", "perplexity", "trained tokens counted"), self._before_and_after()),
+            _table(("split", "step", LOSS, "perplexity", "trained tokens counted"), self._before_and_after()),
             "Loss is the mean cross-entropy over the tokens that count, perplexity its exponential.\n",
             "## Curve\n",
             f"![Loss over the optimizer steps]({CURVE})\n",
@@ -113,19 +115,42 @@ class ModelCard:
 
     def _front_matter(self) -> str:
         """What the hub reads, as YAML. Only what looks like a hub id is named, and folders of this machine nowhere in full."""
-        from huggingface_hub import ModelCardData  # a quarter of a second
+        from huggingface_hub import EvalResult, ModelCardData  # a quarter of a second
 
         source = self.data["source"]
         data_id = source.removeprefix(PREFIX).partition(":")[0] if source.startswith(PREFIX) else ""  # without its config
+        is_hub_id = _HUB_ID.fullmatch(data_id) is not None
+        losses = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data_id if is_hub_id else "own",
+                dataset_name=data_id if is_hub_id else source,
+                dataset_split=report.split,
+                metric_type=metric,
+                metric_name=name,
+                metric_value=round(value, 6),
+            )
+            for report in self._last_evals()
+            for metric, name, value in (("loss", LOSS, report.loss), ("perplexity", "perplexity", report.perplexity))
+            if math.isfinite(value)
+        ]
         return ModelCardData(
             library_name="transformers",
             pipeline_tag="text-generation",
             base_model=self.base if self._is_hub_id() else None,
-            datasets=[data_id] if _HUB_ID.fullmatch(data_id) else None,
+            datasets=[data_id] if is_hub_id else None,
             tags=["fulltune_nb", "mlx"],
+            model_name=f"{self.base if self._is_hub_id() else 'a model'}, fine-tuned",
+            eval_results=losses or None,
             single_turn=self.single_turn,
             trained_steps=self.steps,
+            **_license_of(self.base),
         ).to_yaml()
+
+    def _last_evals(self) -> list[EvalReport]:
+        """Of each held-out split the last evaluation, where it is of the weights after training."""
+        reports = {report.split: report for report in self.history.evals if report.step > 0}
+        return [reports[split] for split in ("test", "valid") if split in reports]
 
     def _before_and_after(self) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
@@ -148,15 +173,34 @@ def training_of(lm: Any) -> tuple[bool, int]:
     card, or the one in the folder that it was loaded from."""
     if (card := getattr(lm, "card", None)) is not None:
         return card.single_turn, card.steps
-    page = Path(getattr(lm, "source", None) or "") / "README.md"
-    try:
-        with page.open("rb") if page.is_file() else io.BytesIO() as file:
-            text = file.read(_FRONT_MATTER).decode("utf-8", "replace")
-    except OSError:
-        return False, 0
-    front = text.removeprefix("---\n").partition("\n---\n")[0] if text.startswith("---\n") else ""
+    front = _front_matter_of(Path(getattr(lm, "source", None) or "") / "README.md")
     steps = re.search(r"^trained_steps: (\d{1,12})$", front, re.MULTILINE)
     return re.search(r"^single_turn: true$", front, re.MULTILINE) is not None, int(steps[1]) if steps else 0
+
+
+def _front_matter_of(page: Path) -> str:
+    """What stands between the first two lines of `---` of a card; "" where there is none."""
+    try:
+        with page.open("rb") if page.is_file() else io.BytesIO() as file:
+            text = file.read(_FRONT_MATTER).decode("utf-8", "replace").replace("\r\n", "\n")
+    except OSError:
+        return ""
+    return text.removeprefix("---\n").partition("\n---\n")[0] if text.startswith("---\n") else ""
+
+
+def _license_of(base: str | None) -> dict[str, str]:
+    """`license`, and `license_name` of one without an identifier, as the base model's card has them: what is made of it is bound by it."""
+    if base is None:
+        return {}
+    page = Path(base) / "README.md"
+    if not Path(base).exists() and _HUB_ID.fullmatch(base):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(base, "README.md")
+        page = Path(found if isinstance(found, str) else "")
+    front = _front_matter_of(page)
+    found = {key: re.search(rf"^{key}: *{_LICENSE} *$", front, re.MULTILINE) for key in ("license", "license_name")}
+    return {key: match[1] for key, match in found.items() if match} if found["license"] else {}
 
 
 def _source_name(source: str | None) -> str:

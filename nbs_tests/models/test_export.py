@@ -93,7 +93,7 @@ def test_a_quantized_folder_has_the_files_beside_the_weights_that_a_saved_one_ha
 
 def test_without_mlx_lm_the_command_to_install_it_is_named(tuned, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    with pytest.raises(MissingDependencyError, match="pip install mlx-lm"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'fulltune_nb\[mlx-lm\]'"):
         tuned("llama").export(tmp_path / "out", "mlx-4bit")
     assert is_gone(tmp_path)
 

@@ -347,7 +347,7 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options, name=name) or str(tmp_path))
     assert resolve_model_path("someone/some-model") == tmp_path
     wanted = "config.json generation_config.json model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json"
-    wanted += " tokenizer.json tokenizer_config.json tokenizer.model chat_template.jinja merges.txt"
-    unwanted = "consolidated.safetensors pytorch_model.bin model.gguf modeling_custom.py README.md onnx/model.onnx"
+    wanted += " tokenizer.json tokenizer_config.json tokenizer.model chat_template.jinja merges.txt README.md"
+    unwanted = "consolidated.safetensors pytorch_model.bin model.gguf modeling_custom.py onnx/model.onnx"
     taken = [name for name in f"{wanted} {unwanted}".split() if any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])]
     assert taken == wanted.split()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import yaml
 
 import fulltune_nb as ft
 from fulltune_nb import tiny
@@ -67,6 +68,51 @@ def test_a_hub_id_is_named_for_the_hub_and_nothing_else_is(trained):
     for base in ("org/model-7B", "org/model\nlicense: x", None, "/home/me/model", "a/b/c"):
         front = ModelCard(base, trainer.data, trainer.config, trainer.history).markdown().split("---\n", 2)[1]
         assert "/home" not in front and ("base_model: org/model-7B\n" in front) == (base == "org/model-7B") and "license" not in front
+
+
+def front_matter(page):
+    return yaml.safe_load(page.split("---\n", 2)[1])
+
+
+def test_the_hub_is_told_the_losses_after_training(trained):
+    trainer, folder = trained
+    front = front_matter((folder / "README.md").read_text("utf-8"))
+    last = {report.split: report for report in trainer.history.evals}
+    results = front["model-index"][0]["results"]
+    found = {(one["dataset"]["split"], metric["type"]): metric["value"] for one in results for metric in one["metrics"]}
+    assert found == {
+        (split, metric): pytest.approx(getattr(last[split], metric), abs=1e-6)
+        for split in ("test", "valid")
+        for metric in ("loss", "perplexity")
+    }  # fmt: skip
+    assert front["trained_steps"] == 3 and "base_model" not in front and "license" not in front
+
+
+def test_a_model_that_was_only_evaluated_before_has_no_results(trained):
+    trainer, _ = trained
+    before = ft.History([report for report in trainer.history if report.step == 0 or report.kind_of_report == "step"])
+    assert "model-index" not in front_matter(ModelCard(None, trainer.data, trainer.config, before).markdown())
+
+
+LICENSES = {
+    "license: apache-2.0": {"license": "apache-2.0"},
+    "language: en\nlicense: 'other'\nlicense_name: llama3.1\ntags: [a]": {"license": "other", "license_name": "llama3.1"},
+    "license_name: alone": {},
+    "license: [mit, x]": {},
+    "license: |\n  x": {},
+    "license: <script>alert(1)</script>": {},
+    "tags:\n- x\n---\n\nlicense: behind": {},
+}
+
+
+@pytest.mark.parametrize("base_front", LICENSES)
+def test_the_license_is_that_of_the_base_models_card(base_front, trained, tmp_path, monkeypatch):
+    trainer, _ = trained
+    (tmp_path / "README.md").write_text(f"---\n{base_front}\n---\n\nlicense: mit\n")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(tmp_path / file) if name == "org/model" else None)
+    for base in (str(tmp_path), "org/model"):
+        front = front_matter(ModelCard(base, trainer.data, trainer.config, trainer.history).markdown())
+        assert {key: front[key] for key in front if key.startswith("license")} == LICENSES[base_front]
 
 
 def test_text_in_markdown_is_itself():
