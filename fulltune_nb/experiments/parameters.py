@@ -21,8 +21,10 @@ from typing import Any
 
 from fulltune_nb import html
 from fulltune_nb.errors import ConfigError, nearest, optional_import
+from fulltune_nb.files import is_empty
 from fulltune_nb.settings import as_typed, show
 from fulltune_nb.training.config import TrainConfig, without_rival
+from fulltune_nb.training.run_files import check_holds_no_run
 
 OWN = ("model", "data", "run_dir", "export_dir")
 """Parameters besides the fields of `TrainConfig`; all are texts, "" standing for "not given"."""
@@ -61,10 +63,13 @@ def read_experiment(namespace: Mapping[str, Any], defaults: Mapping[str, Any] | 
     Args:
         namespace: `globals()` of the notebook, of which the parameters cell and papermill's are looked at; or a dict of
             parameters, all of whose names count.
-        defaults: settings by name to use in place of `TrainConfig`'s defaults.
+        defaults: settings by name to use in place of `TrainConfig`'s defaults. Of their `warmup` a run with fewer `iters` than theirs
+            has the same share.
 
     Raises:
-        ConfigError: an unknown name (the nearest valid one is named), or a value of the wrong type or range.
+        ConfigError: an unknown name (the nearest valid one is named), a value of the wrong type or range, or an `export_dir` that is
+            not empty.
+        CheckpointError: `run_dir` holds a run.
     """
     fields = {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
     names = given_names(namespace)
@@ -83,7 +88,13 @@ def read_experiment(namespace: Mapping[str, Any], defaults: Mapping[str, Any] | 
             raise ConfigError(f"{name}: expected a text, got {show(value)}.")
         own[name] = str(value or "")
     own["run_dir"] = own["run_dir"] or str(unused(Path("runs", "experiment")))
-    return Experiment(**own, config=TrainConfig.from_dict({**usual, **settings}), given=tuple(names))
+    check_holds_no_run(Path(own["run_dir"]).expanduser())
+    if own["export_dir"] and (place := Path(own["export_dir"]).expanduser()).exists() and not is_empty(place):
+        raise ConfigError(f"export_dir: expected a new or empty folder, {place} has files in it.")
+    config = TrainConfig.from_dict({**usual, **settings})
+    if "iters" in settings and "warmup" not in settings and config.iters < usual.get("iters", 0):
+        config = dataclasses.replace(config, warmup=config.warmup * config.iters // usual["iters"])
+    return Experiment(**own, config=config, given=tuple(names))
 
 
 def given_names(namespace: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from typing import Any
 
 from fulltune_nb.training.history import EvalReport
@@ -9,7 +11,9 @@ from fulltune_nb.training.run import RESULT_FILE as FILE
 from fulltune_nb.training.run import read_result, write_result
 from fulltune_nb.training.trainer import Trainer
 
-__all__ = ["FILE", "experiment_result", "read_result", "write_result"]
+__all__ = ["FILE", "experiment_result", "git_state", "read_result", "write_result"]
+
+_GIT_SECONDS = 10.0
 
 
 def experiment_result(trainer: Trainer, before: EvalReport | None, after: EvalReport, exported: str = "") -> dict[str, Any]:
@@ -22,8 +26,8 @@ def experiment_result(trainer: Trainer, before: EvalReport | None, after: EvalRe
         exported: folder of the exported model; "" for none.
 
     Returns:
-        What `trainer.result()` gives, with `<split>_loss` (nats per trained token) and `<split>_perplexity` of `after`, and both
-        reports.
+        What `trainer.result()` gives (the device is in its `versions`), with `<split>_loss` (nats per trained token) and
+        `<split>_perplexity` of `after`, both reports, and `git`: see `git_state`.
     """
     return {
         **trainer.result(),
@@ -32,4 +36,24 @@ def experiment_result(trainer: Trainer, before: EvalReport | None, after: EvalRe
         "before": None if before is None else before.to_dict(),
         "after": after.to_dict(),
         "exported": exported or None,
+        "git": git_state(),
     }
+
+
+def git_state() -> dict[str, Any] | None:
+    """The commit of the working directory, and whether files that git knows were changed since; None where there is no repository.
+
+    Nothing that the repository's own settings name is run.
+    """
+    commit = _git("rev-parse", "HEAD")
+    return commit and {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says; None where it is not installed, fails or takes too long."""
+    safe = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    try:
+        done = subprocess.run([*safe, *arguments], capture_output=True, text=True, timeout=_GIT_SECONDS, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""The runs of a sweep: each with its files, and all of them side by side.
+"""A run of a sweep, with its files.
 
 out_dir/<parameters>-<digest>/state.json        status, attempt, reason, seconds, the notebook's sha256
                              /parameters.json
@@ -14,20 +14,16 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fulltune_nb import html
 from fulltune_nb.data.settings import DATE_VARIABLE
-from fulltune_nb.errors import MissingDependencyError
 from fulltune_nb.experiments.execution import OUTCOME, REQUEST
-from fulltune_nb.experiments.parameters import label, varied
+from fulltune_nb.experiments.ranking import SPLITS, Ranking, is_number
 from fulltune_nb.experiments.result import FILE, read_result
 from fulltune_nb.files import write_text
-from fulltune_nb.frames import frame
-from fulltune_nb.panels.progress import clock
 from fulltune_nb.training.history import History
 from fulltune_nb.training.run import METRICS_FILE, read_metrics
 
@@ -35,7 +31,6 @@ _STATE = "state.json"
 _TAIL = 8192  # bytes at the end of a file that tell how far a run is
 _PROGRESS = re.compile(r"^(step \d+/\d+): (loss [-\d.a-z]+)(?:, .*?(\d[\d:]* left))?", re.MULTILINE)
 _METRIC = re.compile(r'"kind": "step", "step": (\d{1,15}), .*?"loss": (-?\d{1,30}(?:\.\d{1,30})?(?:e[-+]?\d{1,3})?)[,}]')
-_HEADERS = ("run", "status", "split", "loss", "perplexity", "time")
 
 
 @dataclass
@@ -92,28 +87,14 @@ class Run:
         results = dict.fromkeys((self.run_dir / FILE, self.attempt_folder / FILE))
         return read_metrics(self.run_dir)[1] + [f"{path} is no result" for path in results if path.is_file() and not read_result(path)]
 
-    def loss(self) -> tuple[str, float] | None:
-        """(split, loss in nats per trained token) to compare runs by: of the test split where there is one."""
-        result = self.result
-        reports = {key: value for key, value in result.items() if isinstance(value, Mapping)}
-        if (steps := result.get("steps")) is not None:  # a test of earlier weights is not the run's
-            reports = {key: report for key, report in reports.items() if report.get("step", steps) == steps}
-        after = reports.get("after", {})
-        candidates = [
-            *((split, result.get(f"{split}_loss")) for split in ("test", "valid", "train")),
-            *((split, reports.get(key, {}).get("loss")) for split, key in (("test", "test"), ("valid", "valid_last"))),  # the trainer's own
-            (str(after.get("split") or result.get("split") or "held-out"), after.get("loss")),
-        ]
-        return next(((split, float(loss)) for split, loss in candidates if _is_number(loss)), None)
-
     def outcome(self) -> str:
         """The loss of a run that is done, the reason of a failure; of one that is under way its step, its loss and the time left."""
         if self.status == "failed":
             return html.cut(" ".join(self.reason.split()))
         if self.status == "running":
             return self._under_way()
-        loss = self.loss() if self.status == "done" else None
-        return "" if loss is None else f"{loss[0]} loss {loss[1]:.4f}"
+        losses = [(split, Ranking(f"{split}_loss").value(self.result)) for split in SPLITS] if self.status == "done" else []
+        return next((f"{split} loss {loss:.4f}" for split, loss in losses if loss is not None), "")
 
     def _under_way(self) -> str:
         """By the last line of progress in its log; of a notebook that shows none, by its metrics, which do not tell the time left."""
@@ -129,7 +110,7 @@ class Run:
         self.status = "done" if state.get("status") == "done" else "waiting"
         self.reason = str(state.get("reason", ""))
         self.attempt = state.get("attempt") if isinstance(state.get("attempt"), int) else 0
-        self.seconds = float(state["seconds"]) if _is_number(state.get("seconds")) else 0.0
+        self.seconds = float(state["seconds"]) if is_number(state.get("seconds")) else 0.0
         self.notebook_sha256 = str(state.get("notebook_sha256", ""))
 
     def remember(self) -> None:
@@ -197,117 +178,3 @@ def _reason_of(code: int, log: Path) -> str:
         return f"the process was ended by signal {-code}{killed}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
     return f"the process ended with exit code {code}" + (f": {lines[-1]}" if lines else "")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class Sweep(Sequence[Run]):
-    """The runs of a sweep, the lowest test loss first, then those without one.
-
-    Attributes:
-        out_dir: where their files are.
-        runs: all runs, in this order.
-        notes: lines to announce.
-    """
-
-    def __init__(self, runs: Sequence[Run], out_dir: Path, notes: Sequence[str] = ()):
-        self.out_dir = out_dir
-        self.notes = list(notes)
-        self._losses = {id(run): run.loss() if run.status == "done" else None for run in runs}
-        self.runs = sorted(runs, key=self._rank)
-        self._names = varied([run.parameters for run in runs])
-
-    def _rank(self, run: Run) -> tuple[int, float]:
-        loss = self._losses[id(run)]
-        return {"done": 0, "failed": 1}.get(run.status, 2), float("inf") if loss is None else loss[1]
-
-    def __getitem__(self, index):
-        return self.runs[index]
-
-    def __len__(self) -> int:
-        return len(self.runs)
-
-    @property
-    def done(self) -> list[Run]:
-        """Runs with a result."""
-        return [run for run in self.runs if run.status == "done"]
-
-    @property
-    def failed(self) -> list[Run]:
-        """Runs that failed; `.reason` says why, `.executed` is the notebook up to there."""
-        return [run for run in self.runs if run.status == "failed"]
-
-    @property
-    def best(self) -> Run | None:
-        """The run with the lowest test loss, or None."""
-        return next((run for run in self.runs if self._losses[id(run)] is not None), None)
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """What the table shows, a dict for each run: varied parameters, status, losses, time, folder."""
-        for run in self.runs:
-            split, loss = self._losses[id(run)] or ("", None)
-            perplexity = run.result.get(f"{split}_perplexity") if loss is not None else None
-            own = {name: run.parameters.get(name) for name in self._names}
-            yield {**own, "status": run.status, "split": split, "loss": loss, "perplexity": perplexity, "seconds": run.seconds}
-
-    def to_frame(self):
-        """A pandas DataFrame of `rows()`, with the reason of a failure and the folder.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
-        rows = zip(self.rows(), self.runs, strict=True)
-        return frame({**row, "reason": run.reason, "folder": str(run.attempt_folder)} for row, run in rows)
-
-    def plot(self, ax=None):
-        """Curves of all runs that are done, on matplotlib axes: see `fulltune_nb.plots.plot_runs`."""
-        from fulltune_nb.plots import plot_runs
-
-        return plot_runs({label(run.parameters, self._names): run.history for run in self.done}, ax)
-
-    def summary(self) -> str:
-        """How many came to what."""
-        left = len(self) - len(self.done) - len(self.failed)
-        parts = [f"{len(self.done)} done", f"{len(self.failed)} failed", *([f"{left} not started"] if left else [])]
-        return html.printable(f"{len(self)} runs in {self.out_dir}: {', '.join(parts)}")
-
-    def text(self) -> str:
-        """The table as text, then the reasons."""
-        lines = [list(_HEADERS), *self._cells()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADERS))]
-        shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-        reasons = [f"failed: {run.label}: {run.outcome()}\n        {run.attempt_folder}" for run in self.failed]
-        return html.printable("\n".join([*shown, *reasons, *self._notes(), self.summary()]))
-
-    def _cells(self) -> Iterator[list[str]]:
-        for row, run in zip(self.rows(), self.runs, strict=True):
-            loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
-            perplexity = "" if row["perplexity"] is None else f"{row['perplexity']:,.3f}"
-            seconds = clock(row["seconds"]) if row["seconds"] else ""
-            yield [label(run.parameters, self._names), row["status"], row["split"], loss, perplexity, seconds]
-
-    def _notes(self) -> list[str]:
-        """The notes, and what was passed over in the files of the runs that are done."""
-        return self.notes + [f"{run.label}: {note}" for run in self.done for note in run.damages()]
-
-    def __repr__(self) -> str:
-        return f"Sweep({self.summary()})"
-
-    def _repr_html_(self) -> str:
-        parts = [html.table(_HEADERS, self._cells(), self.summary())]
-        if self.failed:
-            rows = [(run.label, html.cut(run.reason), run.attempt_folder) for run in self.failed]
-            parts.append(html.table(("failed", "reason", "files"), rows, "Failures"))
-        parts += [f"<div>{html.esc(note)}</div>" for note in self._notes()]
-        return "".join([*parts, self._plot_html()])
-
-    def _plot_html(self) -> str:
-        if not any(run.history for run in self.done):
-            return ""
-        try:
-            from fulltune_nb.plots import picture_html
-        except MissingDependencyError as error:
-            return f"<div>{html.esc(error)}</div>"
-        return picture_html(self.plot, "loss over the steps, a curve for each run")

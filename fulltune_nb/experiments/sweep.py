@@ -19,7 +19,8 @@ from fulltune_nb.files import held, write_text
 from fulltune_nb.html import printable
 
 if TYPE_CHECKING:
-    from fulltune_nb.experiments.runs import Run, Sweep
+    from fulltune_nb.experiments.runs import Run
+    from fulltune_nb.experiments.table import Sweep
 
 LOCK = "sweep.lock"
 """In the folder of a sweep; locked while it is under way."""
@@ -33,6 +34,8 @@ def sweep(
     out_dir: str | os.PathLike,
     jobs: int = 1,
     *,
+    rank_by: str = "valid_loss",
+    maximize: bool = False,
     stop_on_failure: bool = False,
 ) -> Sweep:
     """Executes a notebook once for each set of parameters, every run in a process of its own.
@@ -43,22 +46,29 @@ def sweep(
     Args:
         notebook: has a cell tagged `parameters`; of these, `run_dir` (or `out` and `result`) is given a place in `out_dir`. A
             bare name such as "10_experiment.ipynb" is found among the package's notebooks too.
-        grid: name -> list of values, of which every combination is run, or a list of dicts.
+        grid: name -> list of values, of which every combination is run, or a list of dicts, such as `experiments.space.random_points`
+            draws.
         out_dir: for executed notebooks, logs, runs and results; one folder for each run.
         jobs: runs at a time. Each needs the memory of a whole training run.
+        rank_by: the name of a number in `result.json`, `outer.inner` for one within another. `valid_loss` is that of the last step's
+            weights; the test loss is shown, and chooses nothing unless named here.
+        maximize: the highest number is the best.
         stop_on_failure: start no further run once one has failed.
 
     Returns:
-        The runs, sorted by test loss.
+        The runs, the best first; `.best` is that by the validation loss.
 
     Raises:
-        ConfigError: the notebook, the parameters (an unknown name, say) or `jobs` cannot be used, or another sweep is under way in
-            `out_dir`; nothing was run then.
+        ConfigError: the notebook, the parameters (an unknown name, say), `jobs` or `rank_by` cannot be used, or another sweep is under
+            way in `out_dir`; nothing was run then.
     """
     from fulltune_nb.experiments.parameters import check_names, folder_name, label, parameter_names, points_of, varied
-    from fulltune_nb.experiments.runs import Run, Sweep
+    from fulltune_nb.experiments.ranking import Ranking
+    from fulltune_nb.experiments.runs import Run
+    from fulltune_nb.experiments.table import Sweep
     from fulltune_nb.settings import whole_number
 
+    ranking = Ranking(rank_by, maximize)
     notebook, out_dir = _find(Path(notebook).expanduser()), Path(out_dir).expanduser().resolve()
     jobs = whole_number("sweep: jobs", jobs, 1)
     points, known = points_of(grid), parameter_names(notebook)
@@ -73,7 +83,7 @@ def sweep(
         _run_all(waiting, notebook, sha256, known, jobs, stop_on_failure, progress, _first_day(out_dir))
     stale = sum(run.status == "done" and run.notebook_sha256 != sha256 for run in runs)
     notes = [f"{stale} runs were done with another version of the notebook; a new out_dir repeats them."] if stale else []
-    result = Sweep(runs, out_dir, notes)
+    result = Sweep(runs, out_dir, notes, ranking)
     progress.end(result)
     return result
 

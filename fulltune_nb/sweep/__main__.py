@@ -16,18 +16,22 @@ from fulltune_nb.html import printable
 from fulltune_nb.settings import Check, Refused, SettingError, checked, flag, optional, read_yaml, whole
 
 if TYPE_CHECKING:
-    from fulltune_nb.experiments.runs import Sweep
+    from fulltune_nb.experiments.table import Sweep
 
 EPILOG = """\
 the file:
   notebook: 10_experiment.ipynb      a path beside the file, or a notebook of the package
   out_dir: runs/sweep                the command again, with the same folder, repeats only what failed or is new
   jobs: 1                            runs at a time
+  rank_by: valid_loss                the number in result.json that says which is best
+  maximize: false                    true: the highest is the best
   stop_on_failure: false
   fixed: {model: my/model, data: my/data}     the same in all runs
   grid: {learning_rate: [1e-5, 3e-5], seed: [0, 1]}     every combination; or, in its place:
   runs:
     - {learning_rate: 1e-5, seed: 0}
+  or
+  random: {runs: 20, seed: 0, space: {learning_rate: {low: 1e-5, high: 1e-3, log: true}, batch_size: [2, 4]}}
 """
 
 
@@ -53,10 +57,13 @@ _SETTINGS: dict[str, tuple[Any, Check]] = {
     "notebook": (None, _of(str, "a path")),
     "out_dir": (None, _of(str, "a path")),
     "jobs": (1, whole(1)),
+    "rank_by": ("valid_loss", _of(str, "the name of a number")),
+    "maximize": (False, flag),
     "stop_on_failure": (False, flag),
     "fixed": (None, optional(_of(dict, "names with values"))),
     "grid": ({}, _of(dict, "names with values")),
     "runs": ([], _of(list, "a list")),
+    "random": ({}, _of(dict, "runs, seed and space")),
 }
 """Key of the file -> (default, check)."""
 
@@ -71,20 +78,32 @@ def read_sweep(path: Path) -> dict[str, Any]:
     for key in stored:
         if key not in _SETTINGS:
             raise ConfigError(f"{stored.where(key)}: unknown setting {key!r}. {nearest(key, _SETTINGS)}")
-    if ("grid" in stored) == ("runs" in stored):
-        found = "both" if "grid" in stored else "none"
-        raise ConfigError(f"{path}: expected one of grid (every combination) and runs (a list), found {found}.")
+    ways = [key for key in ("grid", "runs", "random") if key in stored]
+    if len(ways) != 1:
+        found = " and ".join(ways) or "none"
+        raise ConfigError(f"{path}: expected one of grid (every combination), runs (a list) and random (a space), found {found}.")
     try:
         values = {key: checked(check, key, stored.get(key, default)) for key, (default, check) in _SETTINGS.items()}
     except SettingError as error:
         raise stored.placed(error) from None
-    fixed, beside = values["fixed"] or {}, path.parent / values["notebook"]
-    if "grid" in stored:
-        points: Any = {**{name: [value] for name, value in fixed.items()}, **values["grid"]}
-    else:
-        points = [{**fixed, **point} if isinstance(point, dict) else point for point in values["runs"]]
-    arguments = {key: values[key] for key in ("out_dir", "jobs", "stop_on_failure")}
+    beside, points = path.parent / values["notebook"], _points(values, ways[0], str(path))
+    arguments = {key: values[key] for key in ("out_dir", "jobs", "rank_by", "maximize", "stop_on_failure")}
     return {**arguments, "notebook": beside if beside.is_file() else Path(values["notebook"]), "grid": points}
+
+
+def _points(values: dict[str, Any], way: str, path: str) -> Any:
+    """The grid, or the list of parameters, with what is the same in all runs."""
+    fixed, given = values["fixed"] or {}, values[way]
+    if way == "grid":
+        return {**{name: [value] for name, value in fixed.items()}, **given}
+    if way == "runs":
+        return [{**fixed, **point} if isinstance(point, dict) else point for point in given]
+    from fulltune_nb.experiments.space import random_points
+
+    for key in given:
+        if key not in (known := ("runs", "seed", "space")):
+            raise ConfigError(f"{path}: random: unknown setting {key!r}. {nearest(key, known)}")
+    return [{**fixed, **point} for point in random_points(given.get("space"), given.get("runs"), given.get("seed", 0))]
 
 
 def main(argv: list[str] | None = None) -> int:

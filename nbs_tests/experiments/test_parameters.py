@@ -70,6 +70,22 @@ def test_defaults_give_way_to_what_was_given():
     assert read_experiment({}, usual).config.iters == 150
 
 
+def test_a_short_run_has_the_same_share_of_warm_up_as_the_defaults():
+    usual = {"iters": 150, "warmup": 30}
+    assert read_experiment({"iters": "20"}, usual).config.warmup == 4
+    assert read_experiment({"iters": 600}, usual).config.warmup == 30
+    assert read_experiment({"iters": 20, "warmup": 10}, usual).config.warmup == 10
+    assert read_experiment({"iters": 20}).config.warmup == 0
+
+
+def test_places_that_are_taken_are_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    with pytest.raises(ft.CheckpointError, match="already holds a run"):
+        read_experiment({"run_dir": str(tmp_path)})
+    with pytest.raises(ft.ConfigError, match="expected a new or empty folder"):
+        read_experiment({"export_dir": str(tmp_path)})
+
+
 def test_a_model_that_is_no_text_is_refused():
     with pytest.raises(ft.ConfigError, match="model: expected a text, got 3"):
         read_experiment({"model": 3})

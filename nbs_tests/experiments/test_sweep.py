@@ -20,7 +20,8 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.data.settings import DATE_VARIABLE
 from fulltune_nb.experiments import parameters as points
-from fulltune_nb.experiments.runs import Run, Sweep
+from fulltune_nb.experiments.runs import Run
+from fulltune_nb.experiments.table import Sweep
 
 WORK = """
 import json, os, pathlib
@@ -31,7 +32,7 @@ if x in (3, 7):
 report = {"kind": "eval", "split": "valid", "perplexity": 1.0, "tokens": 9, "seconds": 0.1}
 lines = [{**report, "step": s, "loss": x / (s + 1)} for s in range(3)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
-_ = (folder / "result.json").write_text(json.dumps({"test_loss": x / 10, "test_perplexity": 2.0}))
+_ = (folder / "result.json").write_text(json.dumps({"valid_loss": x / 10, "test_loss": -x}))
 """
 
 
@@ -74,12 +75,12 @@ def test_the_table_is_sorted_by_loss_and_ends_with_failures_and_what_was_not_sta
         )
         if loss is not None:
             run.attempt_folder.mkdir(parents=True)
-            (run.attempt_folder / "result.json").write_text(json.dumps({"after": {"loss": loss, "split": "test"}}))
+            (run.attempt_folder / "result.json").write_text(json.dumps({"after": {"loss": loss, "split": "valid"}}))
         runs.append(run)
     sweep = Sweep(runs, tmp_path)
     assert [run.parameters["x"] for run in sweep] == [4, 1, 3, 0, 2]
     assert "5 runs" in repr(sweep) and "3 done, 1 failed, 1 not started" in repr(sweep) and "\n" not in repr(sweep)
-    assert list(sweep.to_frame()["loss"])[:2] == [1.0, 2.0] and "failed: x=0: bad" in sweep.text()
+    assert list(sweep.to_frame()["valid_loss"])[:2] == [1.0, 2.0] and "failed: x=0: bad" in sweep.text()
 
 
 def test_damaged_files_of_a_run_are_named_in_the_table(tmp_path):
@@ -93,25 +94,6 @@ def test_damaged_files_of_a_run_are_named_in_the_table(tmp_path):
     for shown in (sweep.text(), sweep._repr_html_()):
         assert "x=1: metrics.jsonl: 1 line is no report and was passed over (line 1)" in shown
         assert f"x=1: {run.run_dir / 'result.json'} is no result" in shown
-
-
-@pytest.mark.parametrize(
-    "result, loss",
-    [
-        ({"test": {"loss": 2.0}, "valid_last": {"loss": 1.0}}, ("test", 2.0)),  # as the trainer writes them
-        ({"test": None, "valid_last": {"loss": 1.0}}, ("valid", 1.0)),
-        ({"test_loss": 3.0, "test": {"loss": 2.0}}, ("test", 3.0)),
-        ({"after": {"loss": 4.0, "split": "train"}}, ("train", 4.0)),
-        ({"after": 3, "test": "x"}, None),
-        ({"steps": 4, "test": {"loss": 2.0, "step": 0}, "valid_last": {"loss": 1.0, "step": 4}}, ("valid", 1.0)),  # the base's test
-        ({"test": {"loss": 2.0, "step": 4}}, ("test", 2.0)),
-    ],
-)
-def test_runs_are_compared_by_the_test_loss_wherever_the_result_has_it(tmp_path, result, loss):
-    run = Run({}, tmp_path, "", attempt=1)
-    run.run_dir.mkdir(parents=True)
-    (run.run_dir / "result.json").write_text(json.dumps(result))
-    assert run.loss() == loss
 
 
 @pytest.mark.ci
@@ -260,7 +242,10 @@ def test_folder_names_are_safe_and_the_same_whatever_the_order():
 YAML = [
     ("notebook: n.ipynb\nout_dir: o\ngird: {x: [1]}", r"s.yaml:3: unknown setting 'gird'. Did you mean 'grid'"),
     ("notebook: n.ipynb\nout_dir: o", "found none"),
-    ("notebook: n.ipynb\nout_dir: o\ngrid: {x: 1}\nruns: []", "found both"),
+    ("notebook: n.ipynb\nout_dir: o\ngrid: {x: 1}\nruns: []", "found grid and runs"),
+    ("notebook: n.ipynb\nout_dir: o\nrandom: {rnus: 2}", "random: unknown setting 'rnus'. Did you mean 'runs'"),
+    ("notebook: n.ipynb\nout_dir: o\nrandom: {runs: 2, space: {x: {low: 2, high: 1}}}", "x: expected a range"),
+    ("notebook: n.ipynb\nout_dir: o\ngrid: {x: 1}\nrank_by: 3", "rank_by: expected the name"),
     ("out_dir: o\ngrid: {x: 1}", "notebook: expected a path"),
     ("notebook: n.ipynb\nout_dir: o\nruns: 3", "s.yaml:3: runs: expected a list"),
     ("notebook: n.ipynb\nout_dir: o\ngrid: {x: 1}\nstop_on_failure: 'false'", "stop_on_failure: expected True or False"),
