@@ -21,12 +21,16 @@ from fulltune_nb.html import printable
 from fulltune_nb.settings import as_typed
 from fulltune_nb.training.signals import ENDING, leave_closed_outputs
 
+PROGRAM = "fulltune"
+"""The installed program, whose commands these are."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake with one line and names the nearest flag."""
 
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, prog: str, **options: Any):
+        called = sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else prog
+        super().__init__(prog=called, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, args=None, namespace=None):
         """As in argparse."""

@@ -333,8 +333,8 @@ def test_line(loss: float) -> str:
 
 def build_parser() -> Parser:
     """The command's arguments; none has a default, so that what was given can be told from what was not."""
-    name, usage = "python -m fulltune_nb.full", "python -m fulltune_nb.full [--model MODEL] [--data DIR] [--train] [--test] [settings]"
-    parser = Parser(prog=name, usage=usage, description="Full fine-tuning: every weight is trained.", epilog=EPILOG)
+    usage = "%(prog)s [--model MODEL] [--data DIR] [--train] [--test] [settings]"
+    parser = Parser(prog="python -m fulltune_nb.full", usage=usage, description="Full fine-tuning: every weight is trained.", epilog=EPILOG)
     add_fields(parser.add_argument_group("what to do"), Options)
     parser.add_argument("--config", "-c", metavar="YAML", help="file with any of these settings", default=argparse.SUPPRESS)
     add_fields(parser.add_argument_group("how to train and test"), TrainConfig)

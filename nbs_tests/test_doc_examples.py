@@ -32,6 +32,7 @@ NOT_RUN = {
     "README.md: the installation and the demo are what CI begins with",
     "README.md: the test command itself",
     "guide.md: installation; CUDA",
+    "install.md: installation",
     "use_the_result.md: mlx-lm is another package, tested in nbs_tests/models",
     "use_the_result.md: needs a checkout of llama.cpp and a network",
     "use_the_result.md: needs llama.cpp and Ollama",
@@ -61,6 +62,7 @@ def run(block: Block, page: Path, namespace: dict) -> None:
         exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), namespace)
     elif block.language == "bash":
         text = re.sub(r"^python ", f"{sys.executable} ", text, flags=re.MULTILINE)
+        text = re.sub(r"^fulltune ", f"{sys.executable} -m fulltune_nb ", text, flags=re.MULTILINE)
         text = re.sub(r"^papermill ", f"{sys.executable} -m papermill ", text, flags=re.MULTILINE)
         result = subprocess.run(["bash", "-euc", text], capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{page.name}:{block.line}: {result.stdout[-2000:]}{result.stderr[-2000:]}"

@@ -86,10 +86,10 @@ def test_the_readme_has_the_two_commands_first_and_once_each():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_use_flags_that_exist(page):
-    from fulltune_nb import convert, demo, export, full, generate
+    from fulltune_nb.__main__ import COMMANDS
 
-    parsers = {module.__name__.split(".")[-1]: module.build_parser() for module in (convert, demo, export, full, generate)}
-    parsers["sweep"] = importlib.import_module("fulltune_nb.sweep.__main__").build_parser()
-    for module, rest in re.findall(r"^python -m fulltune_nb\.(\w+)(?![\w.])(.*)$", page.read_text("utf-8"), re.MULTILINE):
-        flags = {flag for action in parsers[module]._actions for flag in action.option_strings}
+    modules = {name: module for name, (module, _, _) in COMMANDS.items()} | {"full": "full"}
+    for name, rest in re.findall(r"^(?:fulltune |python -m fulltune_nb[. ])(\w+)(?![\w.])(.*)$", page.read_text("utf-8"), re.MULTILINE):
+        parser = importlib.import_module(f"fulltune_nb.{modules[name]}").build_parser()
+        flags = {flag for action in parser._actions for flag in action.option_strings}
         assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)) <= flags

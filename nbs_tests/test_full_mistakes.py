@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fulltune_nb import __main__ as commands
+from fulltune_nb import full
 from fulltune_nb.full import main
 from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.models.model_file import save_model_file
@@ -65,7 +66,34 @@ def test_weights_tested_on_other_tokens_than_they_were_trained_on_are_told_with_
 
 def test_the_package_itself_names_its_commands():
     done = subprocess.run([sys.executable, "-m", "fulltune_nb"], capture_output=True, text=True)
-    assert done.returncode == 2
-    for name in ("demo", "full", "generate", "convert", "export", "sweep"):
-        assert f"python -m fulltune_nb.{name} " in done.stdout
-    assert done.stdout == commands.COMMANDS
+    assert done.returncode == 2 and done.stdout == commands.overview()
+    for name in commands.COMMANDS:
+        assert f"fulltune {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_of_the_program_is_there_and_calls_itself_by_its_name(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fulltune"])
+    with pytest.raises(SystemExit) as stopped:
+        commands.main([name, "--help"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith(f"usage: fulltune {name} ")
+
+
+def test_train_and_test_are_the_full_command_with_their_flag(monkeypatch):
+    called = []
+    monkeypatch.setattr(full, "main", lambda: called.append(sys.argv))
+    for words in (["train", "--iters", "3"], ["test", "--model", "m"]):
+        monkeypatch.setattr(sys, "argv", ["fulltune", *words])
+        commands.main()
+    assert called == [["fulltune train", "--train", "--iters", "3"], ["fulltune test", "--test", "--model", "m"]]
+
+
+def test_a_command_that_does_not_exist_is_answered_with_the_nearest(monkeypatch, capsys):
+    assert commands.main(["trian"]) == 2
+    assert capsys.readouterr().err == "fulltune: error: there is no command 'trian'. Did you mean 'train'?\n"
+    assert commands.main(["--version"]) == 0 and commands.main(["--help"]) == 0
+
+
+def test_the_overview_needs_nothing_heavy():
+    code = "import sys, fulltune_nb.__main__ as c; c.main([]); assert not {'mlx', 'numpy', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
