@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from typing import Any, NoReturn
 
@@ -97,6 +97,21 @@ def run(work: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read our output has left, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush does not fail again
         return 1
+
+
+def rank_of_environment() -> int:
+    """Which of the processes this is that were started together, as by `mlx.launch`; 0 where it is one alone."""
+    return int(os.environ.get("MLX_RANK") or 0)
+
+
+@contextmanager
+def silent_unless_first() -> Iterator[None]:
+    """Within the block what is printed goes nowhere but in rank 0, which says it for all; errors are shown by each."""
+    if not rank_of_environment():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.command_line import Parser, add_fields, run, start, termination_exits
+from fulltune_nb.command_line import Parser, add_fields, rank_of_environment, run, silent_unless_first, start, termination_exits
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.html import human_bytes, printable
 from fulltune_nb.settings import SettingError, check_fields, described, flag, names_of, optional, read_yaml, setting, text
@@ -98,7 +98,11 @@ class Settings:
 def work(flags: Mapping[str, Any]) -> int:
     """What the command does; returns its exit code."""
     settings = read_settings(flags)
-    check_paths(settings)
+    leads = rank_of_environment() == 0
+    if leads:
+        check_paths(settings)  # the others would see what rank 0 has written by then
+    elif not settings.options.train:
+        return 0
     trainer = None
     if settings.options.train:
         with termination_exits():
@@ -291,6 +295,9 @@ def train(settings: Settings) -> Trainer:
     from fulltune_nb.models.model_file import export_folder
 
     trainer = resumed_trainer(settings) if settings.options.resume else new_trainer(settings)
+    if rank_of_environment():
+        trainer.run()
+        return trainer  # rank 0 writes
     try:
         trainer.run(callbacks=[SaveModelFile(settings.model_file)])
     except SystemExit:  # SIGTERM or SIGHUP: the run has paused at a whole step, like at an interrupt
@@ -344,7 +351,8 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = vars(build_parser().parse_args(argv))
-    return run(lambda: work(flags))
+    with silent_unless_first():
+        return run(lambda: work(flags))
 
 
 if __name__ == "__main__":

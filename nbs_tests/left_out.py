@@ -17,6 +17,7 @@ LEFT_OUT = (
     (ALL, "insight/test_browser", OTHER_PROCESSES),
     (ALL, "test_notebooks.py", OTHER_PROCESSES),
     (ALL, "test_demo.py", OTHER_PROCESSES),
+    (ALL, "training/test_parallel.py", OTHER_PROCESSES),
     (ALL, "test_docs.py", THE_SAME),
     (ALL, "test_layers.py", THE_SAME),
     (GPU, "data/", THE_SAME),

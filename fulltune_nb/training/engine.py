@@ -24,6 +24,7 @@ from fulltune_nb.models.parameters import Arrays, apart, backward_through, param
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
 from fulltune_nb.training.layerwise import Layerwise, balance_of
 from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
+from fulltune_nb.training.parallel import Ranks
 
 CHUNK_ELEMENTS = 2**23
 """Logits of a chunk where a kernel computes the loss: 32 MiB."""
@@ -50,6 +51,7 @@ class WholeGraph:
         kernels: for the norm, and but for experts the loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
         in_stacks: on a GPU the experts' parameters lie in stacks from now on; where they are updated one by one, they should not.
+        ranks: the processes that share the micro-batches; None: this one has them all.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class WholeGraph:
         kernels: Kernels | None = None,
         balance: float = 0.0,
         in_stacks: bool = True,
+        ranks: Ranks | None = None,
     ):
-        self._model, self._config, self._kernels = model, model.config, kernels
+        self._model, self._config, self._kernels, self._ranks = model, model.config, kernels, ranks
         self._grad_checkpoint, self._balance, self._stacks = grad_checkpoint, balance, stacks_of(model) if in_stacks else []
         # A graph with experts cannot wait for its loss: their routing is read while it is made.
         self._in_halves = kernels is not None and not self._config.num_experts
@@ -75,14 +78,32 @@ class WholeGraph:
         """The step's loss and gradients, evaluated; see `gradients.Engine`."""
         lay_together(self._stacks)
         step_tokens = sum(batch.num_tokens for batch in batches)
+        if self._ranks is not None:
+            return WholeGradients(number, batches, *self._sums_of_ranks(self._ranks, batches, step_tokens), self._kernels)
         sums: Sums = None, {}
         for batch in batches:
-            # Each micro-batch is weighted by its tokens: the sum is the mean over all tokens, not a mean of means.
-            weights = batch.weights / step_tokens
-            sums = added(sums, *self._by_kernel(batch, weights)) if self._in_halves else self._by_graph(batch, weights, sums)
-            # One micro-batch's activations at a time; and before the norm, in one graph with which the peak of `grad_checkpoint` doubles.
-            evaluate(*sums)
+            sums = self._with(batch, step_tokens, sums)
         return WholeGradients(number, batches, *sums, self._kernels)
+
+    def _with(self, batch: Batch, step_tokens: int, sums: Sums) -> Sums:
+        """The sums with one micro-batch more; by `evaluate`."""
+        # Each micro-batch is weighted by its tokens: the sum is the mean over all tokens, not a mean of means.
+        weights = batch.weights / step_tokens
+        sums = added(sums, *self._by_kernel(batch, weights)) if self._in_halves else self._by_graph(batch, weights, sums)
+        # One micro-batch's activations at a time; and before the norm, in one graph with which the peak of `grad_checkpoint` doubles.
+        evaluate(*sums)
+        return sums
+
+    def _sums_of_ranks(self, ranks: Ranks, batches: Sequence[Batch], step_tokens: int) -> Sums:
+        """The sums over all ranks' micro-batches."""
+        sums: Arrays = {}  # the loss is one of them
+        for number, batch in ranks.own(batches):
+            loss, gradients = self._with(batch, step_tokens, (None, {}))
+            own = {"": loss, **gradients}
+            del loss, gradients  # added to the running sum, none is held
+            sums = ranks.added(number, len(batches), sums, own)
+        sums = ranks.total(len(batches), sums)
+        return sums.pop(""), sums
 
     def _by_graph(self, batch: Batch, weights: np.ndarray, sums: Sums) -> Sums:
         """The sums, to which a micro-batch's share of the mean loss and its gradients are added; lazy."""
@@ -200,11 +221,12 @@ def make_engine(
     kernels: Kernels | None = None,
     balance: float = 0.0,
     in_stacks: bool = True,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """The engine of a run: "whole" or "layerwise", of which only the first has use for `grad_checkpoint`; else as `WholeGraph`."""
     if backward == "layerwise":
-        return Layerwise(model, compiled, kernels, balance, in_stacks)
-    return WholeGraph(model, grad_checkpoint, compiled, kernels, balance, in_stacks)
+        return Layerwise(model, compiled, kernels, balance, in_stacks, ranks)
+    return WholeGraph(model, grad_checkpoint, compiled, kernels, balance, in_stacks, ranks)
 
 
 def inputs_of(batch: Batch, model: Decoder) -> Arrays:

@@ -11,20 +11,18 @@ Dimension letters: B rows, T tokens, M = B * T positions, D hidden_size, N train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from fulltune_nb.cpu import Kernels, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
-from fulltune_nb.errors import NonFiniteError
+from fulltune_nb.errors import ConfigError, NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
 from fulltune_nb.models.embedding import EMBEDDING
-from fulltune_nb.models.experts import RouterBalance, Routing, lay_together, stacks_of
+from fulltune_nb.models.experts import RouterBalance, lay_together, stacks_of
 from fulltune_nb.models.parameters import (
     Arrays,
     apart,
@@ -37,25 +35,11 @@ from fulltune_nb.models.parameters import (
     under,
 )
 from fulltune_nb.training import vocabulary
+from fulltune_nb.training.expert_gradients import ExpertWork, expert_gradients, vjp
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm, read
 from fulltune_nb.training.optimizers import Optimizers
+from fulltune_nb.training.parallel import Ranks
 from fulltune_nb.training.vocabulary import HeadInput
-
-
-def vjp(
-    modules: Mapping[str, nn.Module],
-    function: Callable[..., mx.array],
-    inputs: Sequence[mx.array],
-    cotangent: mx.array,
-    sums: Arrays,
-    to_inputs: bool = True,
-) -> list[mx.array | None]:
-    """`backward_through`, with the parameters' gradients added to `sums`; returns those of the inputs, if needed. By `evaluate`."""
-    found, of_parameters = backward_through(modules, function, inputs, cotangent)[1:]
-    found = found if to_inputs else [None] * len(inputs)
-    add(sums, of_parameters)
-    evaluate(sums, found)
-    return found
 
 
 class BlockPasses:
@@ -108,139 +92,14 @@ class BlockPasses:
             return self._gradients(x, cotangent, context)
 
 
-# -- a block with a mixture of experts, one expert at a time -------------------------------------------------------------------
-
-@dataclass
-class ExpertWork:
-    """One micro-batch at a block."""
-
-    x: mx.array
-    """The block's input (B, T, D)."""
-    cotangent: mx.array
-    """Gradient with respect to the block's output (B, T, D); with respect to its input, when the block is done."""
-    context: Context
-    balance: RouterBalance | None = None
-
-
-@dataclass
-class _Routed:
-    """What the backward pass through the experts needs of one micro-batch."""
-
-    attended: mx.array
-    """(B, T, D), input of the block's second half."""
-    tokens: mx.array
-    """(M, D), what the experts read."""
-    routing: Routing
-    to_tokens: mx.array | None
-    """Gradient with respect to `tokens`, growing; None, as the next, where nobody needs it."""
-    to_outputs: mx.array | None
-    """Gradient with respect to the experts' outputs, one expert after the other (M * k, D)."""
-
-
-def expert_gradients(block: Block, name: str, work: Sequence[ExpertWork], to_input: bool = True) -> Iterator[Arrays]:
-    """The block's gradients in pieces: the router's (and a shared expert's), each expert's, then the rest; updates `cotangent` of the work.
-
-    Args:
-        block: its mlp is a `MixtureOfExperts`.
-        name: the block's module path.
-        work: the micro-batches; their gradients are summed.
-        to_input: whether gradients with respect to the block's input are needed; where not, `cotangent` is None at the end, and
-            nothing is computed that no trained parameter of the block needs.
-    """
-    below = to_input or _is_trained(*_first_half(block, name).values(), *_before_mlp(block, name).values())
-    router: Arrays = {}
-    routed = [_route(block, name, one, router, below or _is_trained(*block.mlp.experts)) for one in work]
-    if router:
-        yield router
-    for e, expert in enumerate(block.mlp.experts):
-        if not (below or _is_trained(expert)):
-            continue
-        sums: Arrays = {}
-        for one in routed:
-            _through_expert(block, name, e, one, sums, below)
-        if not sums:  # no token went there; the optimizer takes a step all the same
-            sums = {f"{name}.mlp.experts.{e}.{path}": mx.zeros(array.shape) for path, array in trainable_of(expert).items()}
-        if sums:
-            yield sums
-        del sums  # before the next expert's, or attention's, are computed
-    rest: Arrays = {}
-    for one, done in zip(work, routed, strict=True):
-        _through_attention(block, name, one, done if below else None, rest, to_input)
-    if rest:
-        yield rest
-
-
-def _is_trained(*modules: nn.Module) -> bool:
-    return any(trainable_of(module) for module in modules)
-
-
-def _first_half(block: Block, name: str) -> dict[str, nn.Module]:
-    """The modules of a block's first half, by path."""
-    return {f"{name}.{part}": block[part] for part in ("input_norm", "attention", "attention_output_norm") if part in block}
-
-
-def _before_mlp(block: Block, name: str) -> dict[str, nn.Module]:
-    return {f"{name}.post_attention_norm": block.post_attention_norm} if "post_attention_norm" in block else {}
-
-
-def _route(block: Block, name: str, one: ExpertWork, sums: Arrays, to_experts: bool) -> _Routed:
-    """The block's forward pass up to the experts' outputs, and the backward pass through their mixture."""
-    moe = block.mlp
-    attended = block.attend(one.x, *one.context)
-    tokens = block.mlp_input(attended).reshape(-1, one.x.shape[-1])  # (B, T, D) -> (M, D)
-    mx.eval(attended, tokens)
-    routing, outputs = moe.route(tokens), []
-    for expert, rows in zip(moe.experts, routing.rows, strict=True):
-        if rows.size:
-            outputs.append(expert(tokens[rows]))
-            mx.eval(outputs)
-    # The experts' parameters are not used by `combine`, nor is anything of the block's first half by `add` but its output.
-    modules = {f"{name}.mlp.{part}": module for part, module in moe.besides_experts().items()}
-    if "mlp_output_norm" in block:
-        modules[f"{name}.mlp_output_norm"] = block.mlp_output_norm
-
-    def combined(tokens: mx.array, outputs: mx.array) -> mx.array:
-        return moe.combine(tokens, outputs[routing.places], routing.chosen, one.balance)
-
-    def added(tokens: mx.array, outputs: mx.array) -> mx.array:
-        return block.add(mx.zeros_like(attended), combined(tokens, outputs).reshape(attended.shape))
-
-    to_tokens, to_outputs = vjp(modules, added, [tokens, mx.concatenate(outputs)], one.cotangent, sums, to_experts)
-    return _Routed(attended, tokens, routing, to_tokens, to_outputs)
-
-
-def _through_expert(block: Block, name: str, e: int, one: _Routed, sums: Arrays, to_tokens: bool) -> None:
-    rows = one.routing.rows[e]
-    if not rows.size:
-        return
-    begin = [0, *accumulate(part.size for part in one.routing.rows)][e]
-    expert = block.mlp.experts[e]
-    cotangent = one.to_outputs[begin : begin + rows.size]
-    (to_rows,) = vjp({f"{name}.mlp.experts.{e}": expert}, expert, [one.tokens[rows]], cotangent, sums, to_tokens)
-    if to_tokens:
-        one.to_tokens = one.to_tokens.at[rows].add(to_rows)
-        mx.eval(one.to_tokens)
-
-
-def _through_attention(block: Block, name: str, one: ExpertWork, done: _Routed | None, sums: Arrays, to_input: bool) -> None:
-    """From the experts' input to the block's. `done`: None where nothing below the experts needs a gradient."""
-    cotangent, one.cotangent = one.cotangent, None
-    if done is None:
-        return
-    to_tokens = done.to_tokens.reshape(one.x.shape)
-    (to_attended,) = vjp(_before_mlp(block, name), block.mlp_input, [done.attended], to_tokens, sums)
-    half = _first_half(block, name)
-    if not (to_input or _is_trained(*half.values())):
-        return
-    (one.cotangent,) = vjp(half, lambda x: block.attend(x, *one.context), [one.x], cotangent + to_attended, sums, to_input)
-
-
 # -- a step -----------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class _Stream:
     """One micro-batch on its way through the blocks."""
 
+    number: int
+    """Of the micro-batch in the step."""
     ids: np.ndarray
     """(M,)"""
     contexts: list[Context]
@@ -263,13 +122,22 @@ class Layerwise:
         compiled: each block's passes, once for each shape of batch; on a CPU not with experts.
         kernels: for norm and loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
-        in_stacks: as in `WholeGraph`.
+        in_stacks, ranks: as in `WholeGraph`.
     """
 
     def __init__(
-        self, model: Decoder, compiled: bool = False, kernels: Kernels | None = None, balance: float = 0.0, in_stacks: bool = True
+        self,
+        model: Decoder,
+        compiled: bool = False,
+        kernels: Kernels | None = None,
+        balance: float = 0.0,
+        in_stacks: bool = True,
+        ranks: Ranks | None = None,
     ):
         self._model, self._kernels, self._balance, self._stacks = model, kernels, balance, stacks_of(model) if in_stacks else []
+        self._ranks = ranks
+        if ranks is not None and model.config.num_experts and on_cpu():
+            raise ConfigError('Experts one by one, layer by layer, are for one process. Set backward="whole", or train with one rank.')
         self._passes = [BlockPasses(block, compiled) for block in model.layers]
 
     def __repr__(self) -> str:
@@ -278,7 +146,7 @@ class Layerwise:
     def gradients(self, number: int, batches: Sequence[Batch]) -> LayerwiseGradients:
         """The step's loss, and its gradients as they are asked for; see `gradients.Engine`."""
         lay_together(self._stacks)
-        return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches, self._balance)
+        return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches, self._balance, self._ranks)
 
 
 class LayerwiseGradients:
@@ -298,9 +166,11 @@ class LayerwiseGradients:
         number: int,
         batches: Sequence[Batch],
         balance: float = 0.0,
+        ranks: Ranks | None = None,
     ):
-        self._model, self._passes, self._kernels, self._balance = model, passes, kernels, balance
+        self._model, self._passes, self._kernels, self._balance, self._ranks = model, passes, kernels, balance, ranks
         self._number, self._batches = number, batches
+        self._own_batches = list(enumerate(batches) if ranks is None else ranks.own(batches))
         self._trained = set(trainable_of(model))  # names only: who holds an array keeps its memory
         self._ranges = vocabulary.ranges(model.config.vocab_size, model.config.hidden_size)
         self._losses: list[float | mx.array] = []
@@ -328,6 +198,9 @@ class LayerwiseGradients:
         if norm is None:
             norm = mx.sqrt(sum(mx.square(stream.cotangent.astype(mx.float32)).sum() for stream in self._streams))
         *self._losses, norm = read([*self._losses, norm])
+        if self._ranks is not None:
+            numbers = (number for number, _ in self._own_batches)
+            self._losses = self._ranks.merged(dict(zip(numbers, self._losses, strict=True)))
         check_finite(self._number, self.loss, norm, self._batches)
 
     def pieces(self, optimizers: Optimizers | None = None) -> Iterator[GradientPiece]:
@@ -351,11 +224,25 @@ class LayerwiseGradients:
     def _forward_all(self) -> None:
         """All micro-batches up to the loss, and back to the last block's output."""
         tokens = sum(batch.num_tokens for batch in self._batches)
-        self._streams = [_forward_one(self._model, self._passes, batch, tokens, self._balance) for batch in self._batches]
+        self._streams = [_forward_one(self._model, self._passes, *numbered, tokens, self._balance) for numbered in self._own_batches]
         inputs = [stream.head for stream in self._streams]
         losses, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
         self._losses = self._losses or losses  # a second pass has the same
         self._norm_gradients = self._through_final_norm(gradients)
+
+    # Of several ranks each has the sums over its own micro-batches first: what it adds to the running sum when that has come.
+
+    def _begun(self, sums: Arrays) -> Arrays:
+        """What a micro-batch's gradients are added to: those of the micro-batches before, or nothing."""
+        return sums if self._ranks is None else {}
+
+    def _joined(self, stream: _Stream, sums: Arrays, own: Arrays) -> Arrays:
+        """The sums with a micro-batch's gradients."""
+        return own if self._ranks is None else self._ranks.added(stream.number, len(self._batches), sums, own)
+
+    def _total(self, sums: Arrays) -> Arrays:
+        """The sums over the micro-batches of all ranks."""
+        return sums if self._ranks is None else self._ranks.total(len(self._batches), sums)
 
     def _pieces(self, optimizers: Optimizers | None) -> Iterator[GradientPiece]:
         if self._streams is None:
@@ -391,8 +278,10 @@ class LayerwiseGradients:
             def trained_positions(x: mx.array, positions: mx.array = stream.positions) -> mx.array:
                 return norm(x).reshape(-1, x.shape[-1])[positions]
 
-            (stream.cotangent,) = vjp({"norm": norm}, trained_positions, [x], gradient, sums)
-        return sums
+            own = self._begun(sums)
+            (stream.cotangent,) = vjp({"norm": norm}, trained_positions, [x], gradient, own)
+            sums = self._joined(stream, sums, own)
+        return self._total(sums)
 
     def _block_pieces(self, index: int, to_input: bool) -> Iterator[GradientPiece]:
         passes, name = self._passes[index], f"layers.{index}"
@@ -410,10 +299,13 @@ class LayerwiseGradients:
             stream.cotangent, gradients = passes.backward(x, stream.cotangent, context, stream.balance)
             if not to_input:
                 stream.cotangent = None  # it would keep what it is computed from
-            add(sums, {under(name, path): gradient for path, gradient in gradients.items()})
+            own = self._begun(sums)
+            add(own, {under(name, path): gradient for path, gradient in gradients.items()})
             del x, gradients
-            evaluate(sums, stream.cotangent)
-        if sums:
+            evaluate(own, stream.cotangent)
+            sums = self._joined(stream, sums, own)
+            del own
+        if sums := self._total(sums):
             yield GradientPiece(apart(sums))
 
     def _row_pieces(self, name: str) -> Iterator[GradientPiece]:
@@ -436,19 +328,31 @@ class LayerwiseGradients:
         return gradient
 
     def _head_gradients(self, rows: slice) -> Arrays:
-        return vocabulary.head_gradients(self._model.head_weights(), [stream.head for stream in self._streams], rows)
+        head = self._model.head_weights()
+        if self._ranks is None:
+            return vocabulary.head_gradients(head, [stream.head for stream in self._streams], rows)
+        sums: Arrays = {}
+        for stream in self._streams:
+            # Chunk after chunk is added, whichever micro-batch it is of: the sum must have come before.
+            sums = self._ranks.received(stream.number, sums)
+            sums = vocabulary.head_gradients(head, [stream.head], rows, sums)
+            sums = self._ranks.passed_on(stream.number, len(self._batches), sums)
+        return self._total(sums)
 
     def _embedding_gradient(self, rows: slice) -> mx.array:
         config = self._model.config
         scale = 1.0 if config.embed_scale is None else config.embed_scale
-        total = None
+        sums: Arrays = {}
         for stream in self._streams:
             ids = stream.ids if config.padding_id is None else np.where(stream.ids == config.padding_id, -1, stream.ids)
             gradient = vocabulary.embedding_gradient(ids, stream.cotangent.reshape(ids.size, -1) * scale, rows)
-            total = gradient if total is None else total + gradient
+            own = self._begun(sums)
+            own[""] = own[""] + gradient if own else gradient
             del gradient
-            evaluate(total)  # one stream's at a time
-        return total
+            evaluate(own)  # one stream's at a time
+            sums = self._joined(stream, sums, own)
+            del own
+        return self._total(sums)[""]
 
 
 def balance_of(model: Decoder, batch: Batch, coefficient: float) -> tuple[float, np.ndarray] | tuple[mx.array, mx.array] | None:
@@ -464,7 +368,7 @@ def balance_of(model: Decoder, batch: Batch, coefficient: float) -> tuple[float,
 
 
 def _forward_one(
-    model: Decoder, passes: Sequence[BlockPasses], batch: Batch, step_tokens: int, balance_coefficient: float
+    model: Decoder, passes: Sequence[BlockPasses], number: int, batch: Batch, step_tokens: int, balance_coefficient: float
 ) -> _Stream:
     """A micro-batch from its tokens to the hidden states of its trained positions, with each block's input; by `evaluate`."""
     dtype = model.compute_dtype
@@ -485,4 +389,4 @@ def _forward_one(
     evaluate(x, hidden)
     head = HeadInput(hidden, batch.targets, mx.array(batch.weights / step_tokens), model.config.logit_cap)
     contexts = model.for_gradients(contexts, ids.shape[1])
-    return _Stream(batch.inputs.reshape(-1), contexts, inputs, positions, head, balance)
+    return _Stream(number, batch.inputs.reshape(-1), contexts, inputs, positions, head, balance)

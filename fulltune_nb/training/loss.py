@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +25,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.layers import soft_cap
 from fulltune_nb.training.gradients import add
 from fulltune_nb.training.history import EvalReport
+from fulltune_nb.training.parallel import Ranks
 
 CHUNK_ELEMENTS = 2**22
 """Logits of a chunk: 16 MiB in float32. About 20 such arrays exist at the peak, as MLX works on some operations ahead."""
@@ -184,7 +185,12 @@ def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:
 
 @tells_device_errors(IN_EVALUATION)
 def evaluate_loss(
-    model: Decoder, split: Split, batch_size: int, max_batches: int | None = None, tell: Callable[[int, int], None] | None = None
+    model: Decoder,
+    split: Split,
+    batch_size: int,
+    max_batches: int | None = None,
+    tell: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[float, int]:
     """Mean -log p over the split's trained tokens, in nats, and how many they are.
 
@@ -194,14 +200,17 @@ def evaluate_loss(
         batch_size: rows at a time; changes memory and time, not the result.
         max_batches: at most so many batches; None for the whole split.
         tell: called with how many batches are done, from 0 on, and how many there are.
+        ranks: the processes that share the batches, each of which calls this; None: this one has them all.
 
     Raises:
         DataError: token ids that the model has no row for.
     """
     check_ids(split, model.config.vocab_size)
-    total, tokens = 0.0, 0
+    found: dict[int, tuple[float, int]] = {}  # number of the batch -> sum of its losses, and its tokens
     batches = evaluation_batches(split, batch_size, max_batches)
     for number, (rows, shape) in enumerate(zip(batches, evaluation_shapes(split, batches), strict=True)):
+        if ranks is not None and number % ranks.size != ranks.rank:
+            continue
         if tell is not None:
             tell(number, len(batches))
         batch = collate(split, rows, shape)
@@ -209,9 +218,17 @@ def evaluate_loss(
         hidden = model.hidden_states(mx.array(batch.inputs), dtype=model.compute_dtype, lengths=lengths)  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
         loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights), model.config.logit_cap)
-        total += loss.item()
-        tokens += batch.num_tokens
-    return total / tokens, tokens
+        found[number] = loss.item(), batch.num_tokens
+    losses, tokens = zip(*(found.values() if ranks is None else ranks.merged(found)), strict=True)
+    return sum_in_order(losses) / sum(tokens), sum(tokens)
+
+
+def sum_in_order(numbers: Iterable[float]) -> float:
+    """Number after number in double precision: Python's own sum does better, and so has other last digits."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
 
 
 def evaluate_split(
@@ -222,6 +239,7 @@ def evaluate_split(
     batch_size: int,
     max_batches: int | None,
     tell: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> EvalReport:
     """Loss and perplexity over a split of the data, as a report; see `evaluate_loss`.
 
@@ -231,6 +249,6 @@ def evaluate_split(
     if split not in SPLITS or getattr(data, split) is None:
         raise DataError(f"No split {split!r} in this data; there are {', '.join(data.splits)}.")
     started = time.perf_counter()
-    loss, tokens = evaluate_loss(model, getattr(data, split), batch_size, max_batches, tell)
+    loss, tokens = evaluate_loss(model, getattr(data, split), batch_size, max_batches, tell, ranks)
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return EvalReport(split, step, loss, perplexity, tokens, time.perf_counter() - started)

@@ -26,6 +26,7 @@ from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
 from fulltune_nb.training.memory import MemoryPlan, Workload, kept_freed
 from fulltune_nb.training.optimizers import check_patterns, update_bytes
+from fulltune_nb.training.parallel import Ranks
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
 
 COMPILING_PAYS_FROM = 3e13
@@ -61,9 +62,9 @@ class Plan:
         """How gradients are computed: over the "whole" graph or "layerwise"."""
         return self.memory.backward
 
-    def make_engine(self, model: Decoder, in_stacks: bool) -> Engine:
-        """What computes the gradients; the model's trainable parameters are those of the run by now. `in_stacks`: see `WholeGraph`."""
-        return make_engine(model, self.backward, self.grad_checkpoint, self.compiles, self.kernels, self.balance, in_stacks)
+    def make_engine(self, model: Decoder, in_stacks: bool, ranks: Ranks | None = None) -> Engine:
+        """What computes the gradients; the model's trainable parameters are those of the run by now. See `WholeGraph`."""
+        return make_engine(model, self.backward, self.grad_checkpoint, self.compiles, self.kernels, self.balance, in_stacks, ranks)
 
 
 def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None) -> Plan:

@@ -65,6 +65,31 @@ def interrupts_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def interrupts_passed_on(to: Callable[[], Any]) -> Iterator[None]:
+    """Within the block `to()` is called by SIGINT, SIGTERM and SIGHUP; a second SIGINT raises `StoppedAtOnce`. Of the other two the
+    first takes effect behind the block. Only the main thread gets signals; elsewhere this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    deferral, termination = _Deferral(), Termination(to)
+
+    def hear(number: int, frame: object) -> None:
+        deferral(number, frame)
+        to()
+
+    previous = signal.getsignal(signal.SIGINT)
+    if callable(previous):
+        signal.signal(signal.SIGINT, hear)
+    termination.watch()
+    try:
+        yield
+    finally:
+        if callable(previous):
+            signal.signal(signal.SIGINT, previous)
+        termination.leave()
+
+
 class Termination:
     """SIGTERM or SIGHUP while a run goes on: pauses it, and is passed on when the run has been saved.
 

@@ -5,11 +5,12 @@ Randomness is a function of the seed and the position (epoch, step): nothing has
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import mlx.core as mx
 
 from fulltune_nb.cpu import cap_cache, on_cpu
 from fulltune_nb.data.batches import Batch
-from fulltune_nb.data.dataset import DataSet
+from fulltune_nb.data.dataset import DataSet, load_data
 from fulltune_nb.data.example import Example
 from fulltune_nb.device import memory_limits
 from fulltune_nb.errors import (
@@ -29,13 +30,14 @@ from fulltune_nb.errors import (
     ConfigError,
     DataError,
     DeviceError,
+    FulltuneError,
     TornStepError,
     TrainingError,
     device_errors,
 )
 from fulltune_nb.files import absolute
 from fulltune_nb.html import cut, facts, printable
-from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.models.language_model import LanguageModel, load_model
 from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable, trainable_of
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
@@ -45,7 +47,9 @@ from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.lock import have_holder_save
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.optimizers import Optimizers
+from fulltune_nb.training.parallel import Ranks, ranks_of_environment
 from fulltune_nb.training.plan import make_plan
+from fulltune_nb.training.rank_channel import Abandoned
 from fulltune_nb.training.run import (
     RunDirectory,
     StoredRun,
@@ -56,7 +60,7 @@ from fulltune_nb.training.run import (
     holds_run,
 )
 from fulltune_nb.training.schedule import NEXT, PEAK, LearningRate, RateSet, make_schedule, peak_of
-from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, termination_pauses
+from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, interrupts_passed_on, termination_pauses
 from fulltune_nb.training.state import (
     Patience,
     Snapshot,
@@ -109,6 +113,7 @@ class Trainer:
         run_dir: str | os.PathLike | None = None,
         force: bool = False,
         resume: str | StoredRun | None = None,
+        parallel: Ranks | bool | None = None,
     ):
         """
         Args:
@@ -120,6 +125,9 @@ class Trainer:
                 though data, model or settings differ from what the run began with.
             resume: "auto" goes on with the run that `run_dir` holds, from its newest checkpoint, and begins it where there is none. A
                 trainer of this process that has the run saves first, so that none of its steps are lost when a cell is run again.
+            parallel: the processes that train together; None: those that this one was started among (by `mlx.launch`), False: this one
+                alone. Rank 0 leads: settings, weights and `run_dir` are its own; on the others every call does what rank 0 does in
+                the same call, and nothing is shown or written.
 
         Raises:
             ConfigError: settings that disagree with the data's, or patterns that match nothing.
@@ -133,7 +141,10 @@ class Trainer:
         if resume not in (None, "auto") and not isinstance(resume, StoredRun):
             raise ConfigError(f'resume: expected "auto" or None, got {resume!r:.80}. Trainer.resume(run_dir) goes on with a run.')
         run_dir = None if run_dir is None else absolute(run_dir)
-        if isinstance(resume, StoredRun):
+        self._ranks = (ranks_of_environment() if parallel is None else parallel) or None
+        if self._follows:
+            self._join(lm, data)
+        elif isinstance(resume, StoredRun):
             self._begin(lm, data, config, force, resume)
         elif resume == "auto" and run_dir is not None and holds_run(run_dir):
             have_holder_save(run_dir)
@@ -167,6 +178,8 @@ class Trainer:
             CheckpointError: no whole checkpoint, a process that has the run in its hands, or (unless forced) a difference in data,
                 model or settings that matters.
         """
+        if (ranks := ranks_of_environment()) is not None and ranks.rank:
+            return cls._joined_run(ranks, lm, data)
         with StoredRun(run_dir, force) as stored:
             config = stored.config()
             lm = stored.model(lm)
@@ -180,6 +193,7 @@ class Trainer:
         force: bool,
         stored: StoredRun | None = None,
         run_dir: Path | None = None,
+        backward: str | None = None,
     ) -> None:
         """At step 0, or where a stored run stands. What may be refused comes first: a living trainer may be training the model."""
         self.lm, self.data, self.config = lm, data, config
@@ -194,7 +208,9 @@ class Trainer:
         self._forget_what_is_written()
         if stored is not None:
             stored.put_weights(lm, data, config)
-        plan = make_plan(lm, data, config, force, stored and stored.backward(config))
+        plan = make_plan(lm, data, config, force, backward or (stored and stored.backward(config)))
+        if self._ranks is not None and not self._follows:
+            self._gather_ranks(plan.backward, stored)
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
         trained_before = lm.card.history.steps if lm.card is not None and stored is None else []
         lm.card = ModelCard(lm.source, data, config, self.history, lm.dequantized)
@@ -217,11 +233,14 @@ class Trainer:
         cap_cache(plan.gives_back)
         self._memory_plan = plan.memory
         self.optimizers, self._vocab_size = Optimizers(lm.model, config), lm.config.vocab_size
-        self.engine = plan.make_engine(lm.model, self.optimizers.in_stacks)
+        self.engine = plan.make_engine(lm.model, self.optimizers.in_stacks, self._ranks)
         if stored is not None:
             self._go_on_with(stored)
-        elif directory is not None:
-            self._write_into(directory)
+        else:
+            if not self._follows:
+                self._share_state()
+            if directory is not None:
+                self._write_into(directory)
 
     def _go_on_with(self, stored: StoredRun) -> None:
         self._hold(stored.directory)
@@ -307,7 +326,9 @@ class Trainer:
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
             CheckpointError: the run's folder is gone or another's; or a report cannot be written.
         """
-        with interrupts_deferred():
+        if self._follows:
+            return [*self._follow()][-1]
+        with self._leading(), interrupts_deferred():
             with self._running():
                 self._check_whole()
                 if self._directory and not self._directory.lock.is_ours:
@@ -323,24 +344,30 @@ class Trainer:
                 except BaseException as error:
                     self._step_failed(error)
                     raise
-                seconds, tokens = time.perf_counter() - started, sum(batch.num_tokens for batch in batches)
                 self.step_count += 1
-                report = StepReport(
-                    step=self.step_count,
-                    epoch=self.step_count / self.steps_per_epoch,
-                    loss=loss,
-                    tokens=tokens,
-                    learning_rate=rate,
-                    grad_norm=norm,
-                    seconds=seconds,
-                    tokens_per_second=tokens / seconds,
-                    peak_memory=mx.get_peak_memory(),
-                    active_memory=mx.get_active_memory(),
-                    cache_memory=mx.get_cache_memory(),
-                )
+                report = self._report(batches, loss, norm, rate, time.perf_counter() - started)
             self.record(report)  # a step that was taken by itself is over when it is told
             self._set_rate_to_come()
+            if self._ranks is not None and self._ranks.interrupted:
+                raise KeyboardInterrupt
         return report
+
+    def _report(self, batches: Sequence[Batch], loss: float, norm: float, rate: float, seconds: float) -> StepReport:
+        """Of the step just taken."""
+        tokens = sum(batch.num_tokens for batch in batches)
+        return StepReport(
+            step=self.step_count,
+            epoch=self.step_count / self.steps_per_epoch,
+            loss=loss,
+            tokens=tokens,
+            learning_rate=rate,
+            grad_norm=norm,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_memory=mx.get_peak_memory(),
+            active_memory=mx.get_active_memory(),
+            cache_memory=mx.get_cache_memory(),
+        )
 
     def _take_step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         """Forward, backward, clip and update of step `number`, counted from 1. Returns the loss, and the norm before clipping."""
@@ -349,10 +376,17 @@ class Trainer:
                 "A later trainer of this model trains other tensors of it (train_only, freeze) or has changed their dtype (weights): go on"
                 " with that one, or make this one anew. Two trainers side by side need a model each: trainer.fork() copies it."
             )
+        with self._with_ranks("step", number=number, rate=learning_rate):
+            return self._compute_step(number, batches, learning_rate)
+
+    def _compute_step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         limit = self.config.max_grad_norm
         gradients = self.engine.gradients(number, batches)
         scale = 1.0 if limit is None else clip_scale(gradients.norm(), limit)
-        gradients.check_finite()
+        if self._ranks is None:
+            gradients.check_finite()
+        else:
+            self._ranks.agree(gradients.check_finite)
         self.lm.update_under_way = False  # the loss was computed from its weights
         self.optimizers.begin_step(learning_rate, scale)
         for piece in gradients.pieces(self.optimizers):  # one with all of them, or layer by layer
@@ -435,6 +469,7 @@ class Trainer:
             self.optimizers.observers = observers
             self.optimizers.load_state_arrays(before.optimizer_arrays)
             put_parameters(self.lm.model, before.weights)
+            self._share_state()
             self.lm.update_under_way = False
             set_random_state(before.random)
 
@@ -445,10 +480,13 @@ class Trainer:
 
         Evaluates and saves when due, before the step's report is handed out.
         """
+        if self._follows:
+            yield from self._follow()
+            return
         target = self._target(n)
         self._check_whole()
         try:
-            with self._running():
+            with self._leading(), self._running():
                 self.pausing = False  # one that was asked for before is of another run
                 self.tell("on_change")
                 if self.step_count or not self.done:
@@ -507,9 +545,15 @@ class Trainer:
             KeyboardInterrupt: a second interrupt.
         """
         self.interrupted = False
+        if self._follows:
+            for _ in self._follow():
+                pass
+            return
+        if self._ranks is not None:
+            self._ranks.interrupt(False)  # what came before is of another run
         before, self._callbacks = self._callbacks, (*callbacks, *(make() for make in default_callbacks))
         try:
-            with termination_pauses():
+            with self._leading(), termination_pauses():
                 try:
                     self.tell("on_start", self._target(n))
                     for _ in self.steps(n):
@@ -537,7 +581,12 @@ class Trainer:
         Raises:
             DataError: there is no such split.
         """
-        report = self._evaluated(split, batches)
+        if self._follows:
+            for _ in self._follow():
+                pass
+            return self.history.evals[-1]
+        with self._leading():
+            report = self._evaluated(split, batches)
         self._keep(report)
         self._tell_report(report)
         return report
@@ -547,7 +596,9 @@ class Trainer:
         self.lm.check_whole()
         with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
             tell = partial(self._tell_evaluated, split, [time.monotonic()])
-            return evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell)
+            if self._ranks is not None and split in self.data.splits:
+                self._ranks.command("evaluate", split=split, batches=batches)
+            return evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell, self._ranks)
 
     def _tell_report(self, report: EvalReport) -> None:
         self.tell(_METHODS[EvalReport], report)
@@ -819,6 +870,7 @@ class Trainer:
         del before
         put_parameters(self.lm.model, state.weights)
         mx.eval(self.lm.model.parameters())
+        self._share_state()
         self.history[:] = state.history
         self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
         self.lm.torn, self.lm.update_under_way = None, False
@@ -872,7 +924,7 @@ class Trainer:
             CheckpointError: `run_dir` already holds a run, or cannot be written.
         """
         state, config = self._take_state(), self.config.replace(**changes)
-        other = type(self)(copy_of(self.lm), self.data, config)
+        other = type(self)(copy_of(self.lm), self.data, config, parallel=False)
         if other.total_steps < state.step:
             raise ConfigError(f"the fork would have {other.total_steps} steps in all, but {state.step} are taken. Give more iters.")
         new = {"optimizer_arrays": copied(state.optimizer_arrays), "weights": {}}
@@ -889,6 +941,142 @@ class Trainer:
         if other.run_dir:
             other.save()
         return other
+
+    # -- several processes: rank 0 leads, the others follow -------------------------------------------------------
+
+    @property
+    def _follows(self) -> bool:
+        return self._ranks is not None and self._ranks.rank > 0
+
+    def _leading(self) -> AbstractContextManager[None]:
+        """Within the block the other ranks follow; at its end they leave the call of theirs that follows this one."""
+        news = lambda: {"interrupted": self.interrupted, "patience": self.patience.to_dict(), "failure": self.failure}  # noqa: E731
+        return nullcontext() if self._ranks is None else self._ranks.leading(news)
+
+    @contextmanager
+    def _with_ranks(self, do: str, **values: Any) -> Iterator[None]:
+        """Within the block all ranks do the same, of which a part is not to be had alone: one's error ends the run of all."""
+        if self._ranks is None:
+            yield
+            return
+        self._ranks.command(do, **values)
+        try:
+            yield
+        except BaseException as error:
+            self._ranks.fail(error)
+            raise
+
+    def _gather_ranks(self, backward: str, stored: StoredRun | None) -> None:
+        """Tells the other ranks what run this is.
+
+        Raises:
+            TrainingError: they have other data or another model.
+        """
+        run = {"config": self.config.to_dict(), "backward": backward, "source": self.data.source}
+        run |= {"checkpoint": stored and str(stored.checkpoint), "has": self._what_must_agree(self.lm, self.data)}
+        with self._with_ranks("begin", **run):
+            self._ranks.agree(lambda: None)
+        count = self.config.grad_accumulation_steps
+        if idle := max(self._ranks.size - count, 0):
+            who = f"{idle} of {self._ranks.size} ranks have nothing to do. Give more, and smaller ones"
+            self.event("parallel", f"grad_accumulation_steps={count}: a step has so many micro-batches, so {who}")
+
+    @staticmethod
+    def _what_must_agree(lm: LanguageModel, data: DataSet) -> dict[str, str]:
+        shapes = {name: (array.shape, str(array.dtype)) for name, array in sorted(parameters_of(lm.model).items())}
+        return {"data": data.fingerprint, "model": hashlib.sha256(repr(shapes).encode()).hexdigest(), "versions": repr(versions())}
+
+    def _join(self, lm: LanguageModel, data: DataSet, begin: dict[str, Any] | None = None) -> None:
+        """On another rank than 0: the run that rank 0 begins, with its settings and weights."""
+        begin = begin or self._ranks.awaited("begin")
+        has = self._what_must_agree(lm, data)
+        others = [name for name in has if has[name] != begin["has"][name]]
+
+        def check() -> None:
+            if others:
+                what = " and ".join(others)
+                raise TrainingError(f"this rank has other {what} than rank 0. Every rank needs the same model, data and versions.")
+
+        self._ranks.agree(check)
+        self._begin(lm, data, TrainConfig.from_dict(begin["config"]), force=True, backward=begin["backward"])
+        self._obey(self._ranks.awaited("take_state"))
+
+    @classmethod
+    def _joined_run(cls, ranks: Ranks, lm: LanguageModel | None, data: DataSet | str | os.PathLike | None) -> Trainer:
+        """`resume` on another rank than 0: rank 0 reads the run's folder, and gives what it has."""
+        begin = ranks.awaited("begin")
+        config = TrainConfig.from_dict(begin["config"])
+        lm = lm or load_model(begin["checkpoint"])
+        if not isinstance(data, DataSet):
+            data = load_data(data or begin["source"], lm.tokenizer, config=config)
+        trainer = cls.__new__(cls)
+        trainer._ranks = ranks
+        trainer._join(lm, data, begin)
+        return trainer
+
+    def _share_state(self) -> None:
+        """Has the other ranks stand where rank 0 does."""
+        if self._ranks is None:
+            return
+        with self._with_ranks("take_state", step=self.step_count, optimizer=self.optimizers.step):
+            weights = self._ranks.shared({} if self._follows else parameters_of(self.lm.model), 0)
+            if self._follows:
+                put_parameters(self.lm.model, weights)
+            if self.optimizers.step:
+                arrays = self._ranks.shared({} if self._follows else self.optimizers.state_arrays(), 0)
+                if self._follows:
+                    self.optimizers.load_state_arrays(arrays)
+
+    def _follow(self) -> Iterator[StepReport]:
+        """Does what rank 0 says until it leaves the call that this is in; yields the steps.
+
+        Raises:
+            TrainingError: rank 0 left it by an error, or a rank was lost.
+        """
+        call = self._ranks.following()
+        with self._running(), interrupts_passed_on(self._ranks.interrupt):
+            while True:
+                command = self._ranks.next_command()
+                if command["do"] == "leave" and command["call"] >= call:
+                    break
+                if (report := self._obey(command)) is not None:
+                    yield report
+        self.interrupted, self.failure = command["interrupted"], command["failure"]
+        self.patience.load(command["patience"])
+        if command["problem"]:
+            raise TrainingError(f"rank 0 ended this by {command['problem']}")
+
+    def _obey(self, command: Mapping[str, Any]) -> StepReport | None:
+        """Does what rank 0 is doing."""
+        do = command["do"]
+        try:
+            if do == "step":
+                return self._step_along(command["number"], command["rate"])
+            if do == "evaluate":
+                self.history.append(self._evaluated(command["split"], command["batches"]))
+            elif do == "take_state":
+                self.step_count, self.optimizers.step = command["step"], command["optimizer"]
+                self._share_state()
+        except (Abandoned, DataError):
+            pass  # rank 0 has gone on, or has the same error
+        except FulltuneError as error:
+            if error is not self._ranks.settled:
+                self._ranks.fail(error)
+                raise
+            self.optimizers.abandon_step()
+        except BaseException as error:
+            self._ranks.fail(error)
+            raise
+        return None
+
+    def _step_along(self, number: int, rate: float) -> StepReport:
+        started, batches = time.perf_counter(), self.batches.of_step(number - 1)
+        mx.reset_peak_memory()
+        loss, norm = self._take_step(number, batches, rate)
+        self.step_count = number
+        report = self._report(batches, loss, norm, rate, time.perf_counter() - started)
+        self.history.append(report)
+        return report
 
     # -- telling --------------------------------------------------------------------------------------------------
 

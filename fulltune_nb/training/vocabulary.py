@@ -79,9 +79,12 @@ def head_loss(head: Head, inputs: list[HeadInput], kernels: Kernels | None = Non
     return losses, gradients
 
 
-def head_gradients(head: Head, inputs: list[HeadInput], rows: slice) -> dict[str, mx.array]:
-    """Gradients of a range of the head's rows: "weight" (v, D), and "bias" (v,) where there is one; by `evaluate`."""
-    found: dict[str, mx.array] = {}
+def head_gradients(
+    head: Head, inputs: list[HeadInput], rows: slice, found: dict[str, mx.array] | None = None
+) -> dict[str, mx.array]:
+    """Gradients of a range of the head's rows: "weight" (v, D), and "bias" (v,) where there is one; by `evaluate`. They are added to
+    those `found` before."""
+    found = found or {}
     for one in inputs:
         weight = None if one.kept else head["weight"][rows].astype(one.hidden.dtype)
         for part in _chunks(one, rows):

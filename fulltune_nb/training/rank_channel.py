@@ -1,0 +1,299 @@
+"""The channel between ranks: small messages to and from rank 0, and the news that a rank has ended or hangs.
+
+Each rank has one TCP connection with rank 0. Something is sent on it every second by a thread of its own, so that silence for as long
+as the deadline means that a process, its machine or the network is stuck. Messages are JSON and never code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import hmac
+import json
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from fulltune_nb.errors import TrainingError
+
+ADDRESS, DEADLINE, TOKEN = "FULLTUNE_NB_RANK0", "FULLTUNE_NB_DEADLINE", "FULLTUNE_NB_TOKEN"
+"""Environment variables: where rank 0 listens (host:port), after how many seconds of silence a rank is lost, and a common secret."""
+DEADLINE_SECONDS = 60.0
+JOIN_SECONDS = 300.0
+"""Within which all ranks must have come: models and data are loaded by then."""
+_MOST_BYTES = 2**26
+
+
+class Abandoned(Exception):
+    """Rank 0 has gone on to another command."""
+
+
+class _Wire:
+    """One connection."""
+
+    def __init__(self, connection: socket.socket, deadline: float):
+        connection.settimeout(deadline)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._lock = connection, threading.Lock()
+
+    def send(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode()
+        with self._lock:
+            self._socket.sendall(struct.pack("!I", len(data)) + data)
+
+    def receive(self) -> dict[str, Any]:
+        (size,) = struct.unpack("!I", self._exactly(4))
+        if size > _MOST_BYTES:
+            raise ConnectionError(f"a message of {size:,} bytes")
+        message = json.loads(self._exactly(size))
+        if not isinstance(message, dict):
+            raise ConnectionError("something that is no message")
+        return message
+
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            if not (part := self._socket.recv(count - len(data))):
+                raise ConnectionError("the connection was closed")
+            data += part
+        return bytes(data)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class RankChannel:
+    """This rank's connections: on rank 0 to every other, elsewhere to rank 0.
+
+    Args:
+        rank: this process.
+        size: how many there are.
+        address: where rank 0 listens.
+        deadline: seconds of silence after which a rank is lost; None: as the environment says.
+
+    Attributes:
+        on_lost: called once when a rank is lost, on a thread of this channel.
+        interrupted: a signal asks this rank to pause; on rank 0: one has asked another.
+
+    Raises:
+        TrainingError: not all ranks came.
+    """
+
+    def __init__(self, rank: int, size: int, address: tuple[str, int], deadline: float | None = None):
+        self.rank, self.size = rank, size
+        self.deadline = float(os.environ.get(DEADLINE) or DEADLINE_SECONDS) if deadline is None else deadline
+        self.on_lost: Callable[[], None] | None = None
+        self.interrupted = False
+        self.failure: str | None = None
+        self._failed, self._closed, self._lock = threading.Event(), False, threading.Lock()
+        self._inbox: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        self._put_back: dict[str, Any] | None = None
+        self._at = [0, 0]  # the command under way, and the exchanges within it
+        self._wires = self._accepted(address) if rank == 0 else {0: self._connected(address)}
+        for other, wire in self._wires.items():
+            threading.Thread(target=self._read, args=(other, wire), daemon=True, name=f"rank {other}").start()
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        atexit.register(self.close)
+
+    # -- coming together ---------------------------------------------------------------------------------------------------------
+
+    def _accepted(self, address: tuple[str, int]) -> dict[int, _Wire]:
+        wires: dict[int, _Wire] = {}
+        end = time.monotonic() + JOIN_SECONDS
+        try:
+            server = socket.create_server(address)
+        except OSError as error:
+            raise TrainingError(f"Rank 0 cannot listen at {address[0]}:{address[1]}: {error}. Set {ADDRESS} to a free port.") from error
+        with server:
+            while len(wires) < self.size - 1:
+                server.settimeout(max(end - time.monotonic(), 0.01))
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    missing = ", ".join(str(rank) for rank in range(1, self.size) if rank not in wires)
+                    raise TrainingError(f"Rank {missing} did not come within {JOIN_SECONDS:.0f} s. See what it printed.") from None
+                wire = _Wire(connection, self.deadline)
+                with suppress(OSError, ValueError):
+                    hello = wire.receive()
+                    rank = hello.get("rank")
+                    if hmac.compare_digest(str(hello.get("token")), token()) and rank in range(1, self.size) and rank not in wires:
+                        wires[rank] = wire
+                        continue
+                wire.close()  # somebody else's
+        return wires
+
+    def _connected(self, address: tuple[str, int]) -> _Wire:
+        end = time.monotonic() + JOIN_SECONDS
+        while True:
+            try:
+                wire = _Wire(socket.create_connection(address, timeout=self.deadline), self.deadline)
+                wire.send({"rank": self.rank, "token": token()})
+                return wire
+            except OSError as error:
+                if time.monotonic() > end:
+                    where = f"{address[0]}:{address[1]}"
+                    raise TrainingError(f"Rank {self.rank} does not reach rank 0 at {where}: {error}. Is it running there?") from error
+                time.sleep(0.05)
+
+    # -- messages ----------------------------------------------------------------------------------------------------------------
+
+    def command(self, message: dict[str, Any]) -> None:
+        """On rank 0: to every other rank."""
+        self.check()
+        self._at = [self._at[0] + 1, 0]
+        self._to_all({**message, "at": self._at})
+
+    def next_command(self) -> dict[str, Any]:
+        """On the others: waits for the next command; "end" is the last."""
+        while True:
+            message, self._put_back = self._put_back or self._take()[1], None
+            if "do" in message:
+                self._at = list(message["at"])
+                return message
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks.
+
+        Raises:
+            TrainingError: a rank was lost.
+            Abandoned: on the others: rank 0 has broken off the command.
+        """
+        self.check()
+        self._at[1] += 1
+        at = list(self._at)
+        if self.rank:
+            self._send(0, {"part": value, "at": at})
+            while True:
+                message = self._take()[1]
+                if "do" in message:
+                    self._put_back = message
+                    raise Abandoned
+                if message.get("at") == at:
+                    return message["reply"]
+        parts = {0: value}
+        while len(parts) < self.size:
+            rank, message = self._take()
+            if message.get("at") == at:
+                parts[rank] = message["part"]
+        values = [parts[rank] for rank in range(self.size)]
+        self._to_all({"reply": values, "at": at})
+        return values
+
+    def take_interrupt(self) -> bool:
+        """Whether there was an interrupt since the last call."""
+        found, self.interrupted = self.interrupted, False
+        return found
+
+    def _take(self) -> tuple[int, dict[str, Any]]:
+        rank, message = self._inbox.get()
+        if self.failure is not None:
+            self._inbox.put((rank, message))
+            raise self.error()
+        return rank, message
+
+    def _send(self, rank: int, message: dict[str, Any]) -> None:
+        try:
+            self._wires[rank].send(message)
+        except OSError as error:
+            self.lose(f"rank {rank} cannot be reached: {error}")
+            raise self.error() from error
+
+    def _to_all(self, message: dict[str, Any]) -> None:
+        for rank in self._wires:
+            self._send(rank, message)
+
+    # -- who is there ------------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """
+        Raises:
+            TrainingError: a rank was lost.
+        """
+        if self.failure is not None:
+            raise self.error()
+
+    def error(self) -> TrainingError:
+        """What ended the run of all ranks."""
+        return TrainingError(
+            f"The ranks cannot go on together: {self.failure}. What was saved is whole: start them again and resume, with as many ranks"
+            " as you like."
+        )
+
+    def fail(self, why: str) -> None:
+        """This rank cannot go on; the others are told."""
+        self._lost(f"rank {self.rank} failed: {why}", {"failed": why})
+
+    def lose(self, why: str, wait: float = 0.0) -> None:
+        """Something was noticed that means a rank is lost; a better reason may come within `wait` seconds."""
+        if not self._failed.wait(wait):
+            self._lost(why, {"lost": why})
+
+    def _lost(self, why: str, message: dict[str, Any]) -> None:
+        with self._lock:
+            if self.failure is not None or self._closed:
+                return
+            self.failure = why
+        self._failed.set()
+        self._inbox.put((-1, {}))  # wakes who waits
+        for wire in self._wires.values():
+            with suppress(OSError):
+                wire.send(message)
+        if self.on_lost is not None:
+            threading.Thread(target=self.on_lost, daemon=True, name="lost rank").start()
+
+    def _read(self, rank: int, wire: _Wire) -> None:
+        while True:
+            try:
+                message = wire.receive()
+            except TimeoutError:
+                return self.lose(f"rank {rank} has not been heard of for {self.deadline:.0f} s: it hangs, or the network does")
+            except (OSError, ValueError) as error:
+                return self.lose(f"rank {rank} has ended ({error})")
+            if "bye" in message:
+                return self.lose(f"rank {rank} has ended")
+            if "failed" in message:
+                return self.lose(f"rank {rank} failed: {message['failed']}")
+            if "lost" in message:
+                return self.lose(str(message["lost"]))
+            if message.get("interrupt"):
+                self.interrupted = True
+            if "beat" not in message:
+                self._inbox.put((rank, message))
+
+    def _beat(self) -> None:
+        while not self._failed.wait(min(1.0, self.deadline / 4)):
+            for rank, wire in self._wires.items():
+                try:
+                    wire.send({"beat": 1, "interrupt": bool(self.rank) and self.take_interrupt()})
+                except OSError as error:
+                    self.lose(f"rank {rank} cannot be reached: {error}")
+
+    def close(self) -> None:
+        """This process is through; the others hear of it."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for wire in self._wires.values():
+            with suppress(OSError):
+                wire.send({"bye": 1})
+        self._failed.set()
+
+
+def token() -> str:
+    """What tells the ranks of this start from other processes: a secret of who started them, or else what they all were told."""
+    if secret := os.environ.get(TOKEN):
+        return secret
+    path = os.environ.get("MLX_HOSTFILE")
+    if path is None:
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read().strip()).hexdigest()

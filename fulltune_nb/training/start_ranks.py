@@ -1,0 +1,111 @@
+"""Starting ranks: a command on each of some hosts, with what tells each process which rank it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from fulltune_nb.errors import ConfigError
+from fulltune_nb.training.parallel import HOSTS
+from fulltune_nb.training.rank_channel import ADDRESS, TOKEN
+
+LOCAL = ("localhost", "127.0.0.1")
+REMOTE_PORTS = range(21000, 31000)
+PASSED_ON = ("FULLTUNE_NB_DEADLINE", "MLX_ENABLE_TF32", "PYTHONPATH", "HF_HOME")
+"""Variables that processes on other machines get too."""
+
+
+def environments(hosts: Sequence[str], address: str | None = None) -> list[dict[str, str]]:
+    """What each rank's environment must have: rank r runs on `hosts[r]`.
+
+    Args:
+        hosts: names or addresses; "localhost" as often as ranks are to run here.
+        address: under which the others reach this machine, where some are elsewhere; None: its name.
+
+    Raises:
+        ConfigError: no list of at least two names.
+    """
+    if isinstance(hosts, str) or len(hosts) < 2 or not all(isinstance(host, str) and host and host[0] != "-" for host in hosts):
+        raise ConfigError(f'hosts: expected at least two names, such as ["localhost", "localhost"], got {hosts!r:.200}.')
+    local = all(host in LOCAL for host in hosts)
+    own = "127.0.0.1" if local else address or socket.gethostname()
+    ports = _free_ports(len(hosts) + 1) if local else _random_ports(len(hosts) + 1)
+    places = [f"{own if host in LOCAL else host}:{port}" for host, port in zip(hosts, ports, strict=False)]
+    first = places[0].rpartition(":")[0]
+    common = {
+        HOSTS: json.dumps([[socket_address(place)] for place in places]),
+        ADDRESS: f"{first}:{ports[-1]}",
+        TOKEN: secrets.token_hex(16),
+        "MLX_WORLD_SIZE": str(len(hosts)),
+    }
+    return [{**common, "MLX_RANK": str(rank)} for rank in range(len(hosts))]
+
+
+def start_rank(host: str, command: Sequence[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
+    """One rank's process; `options` as for `subprocess.Popen`. On another host it is started by `ssh`, in the folder of the same name."""
+    if host in LOCAL:
+        return subprocess.Popen(command, env={**os.environ, **environment}, **options)
+    environment = {**{name: os.environ[name] for name in PASSED_ON if name in os.environ}, **environment}
+    secret = environment.pop(TOKEN)
+    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+    script = f"read -r {TOKEN}; export {TOKEN} {exports}; cd {shlex.quote(os.getcwd())} 2>/dev/null; exec {shlex.join(command)}"
+    process = subprocess.Popen(["ssh", "-o", "BatchMode=yes", host, script], **{**options, "stdin": subprocess.PIPE})
+    process.stdin.write(f"{secret}\n".encode())
+    process.stdin.flush()
+    return process
+
+
+def end_together(processes: Sequence[subprocess.Popen], patience: float) -> int:
+    """Waits for all ranks; when one has failed, the others have `patience` seconds to end. The exit code of the first that failed, or 0."""
+    code, end = 0, None
+    while any(process.poll() is None for process in processes):
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed and end is None:
+            code, end = failed[0], time.monotonic() + patience
+        if end is not None and time.monotonic() > end:
+            kill(processes)
+        time.sleep(0.05)
+    return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def kill(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends those that are still there, at once."""
+    for process in processes:
+        with suppress(OSError):
+            process.kill()
+        process.wait()
+
+
+def python_of(host: str) -> str:
+    """The Python to be started: this one here, on other machines that of the same place."""
+    return sys.executable
+
+
+def socket_address(place: str) -> str:
+    """host:port with the host's address: MLX's ring binds to it."""
+    host, _, port = place.rpartition(":")
+    try:
+        return f"{socket.gethostbyname(host)}:{port}"
+    except OSError as error:
+        raise ConfigError(f"host {host!r} is not known here: {error}. Give its address.") from error
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _random_ports(count: int) -> list[int]:
+    return [REMOTE_PORTS[secrets.randbelow(len(REMOTE_PORTS))] for _ in range(count)]
