@@ -29,7 +29,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from fulltune_nb.html import printable
 
@@ -305,10 +305,13 @@ def device_errors(helps: str) -> Iterator[None]:
         raise found from error
 
 
-def tells_device_errors(helps: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def tells_device_errors(helps: str) -> Callable[[_Call], _Call]:
     """`device_errors` around every call of a function, or of all that a generator function does."""
 
-    def around(function: Callable[..., Any]) -> Callable[..., Any]:
+    def around(function: _Call) -> _Call:
         def iterate(*args: Any, **settings: Any) -> Iterator[Any]:
             with device_errors(helps):
                 yield from function(*args, **settings)
@@ -317,6 +320,6 @@ def tells_device_errors(helps: str) -> Callable[[Callable[..., Any]], Callable[.
             with device_errors(helps):
                 return function(*args, **settings)
 
-        return functools.wraps(function)(iterate if inspect.isgeneratorfunction(function) else call)
+        return cast(_Call, functools.wraps(function)(iterate if inspect.isgeneratorfunction(function) else call))
 
     return around

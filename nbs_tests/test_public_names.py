@@ -65,6 +65,20 @@ def test_type_checkers_are_told_the_same_names_and_places():
     assert told == {name: f"fulltune_nb.{home}" for name, home in ft._HOMES.items()}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_signature_has_types(name):
+    value = getattr(ft, name)
+    public = [member for key, member in vars(value).items() if not key.startswith("_") or key in ("__init__", "__getitem__", "__iter__")]
+    own = public if inspect.isclass(value) else [value]
+    own = [getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member) for member in own]
+    for function in filter(inspect.isfunction, own):
+        signature = inspect.signature(function)
+        untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")]
+        if function.__name__ != "__init__" and signature.return_annotation is signature.empty:
+            untyped.append("return")
+        assert not untyped, f"{name}.{function.__name__}: {untyped}"
+
+
 def test_every_error_class_is_a_fulltune_error_and_stands_in_errors():
     classes = [c for c in vars(ft.errors).values() if inspect.isclass(c) and c.__module__ == "fulltune_nb.errors"]
     assert len(classes) == 14 and all(issubclass(c, ft.FulltuneError) for c in classes)

@@ -42,7 +42,12 @@ class DataSet:
     """
 
     def __init__(
-        self, splits: Mapping[str, Split], settings: DataSettings, source: str | dict[str, float] | None, notes: Sequence[str], tokenizer
+        self,
+        splits: Mapping[str, Split],
+        settings: DataSettings,
+        source: str | dict[str, float] | None,
+        notes: Sequence[str],
+        tokenizer: Any,
     ):  # fmt: skip
         self.train: Split | None = splits.get("train")
         self.valid: Split | None = splits.get("valid")
@@ -95,7 +100,7 @@ class DataSet:
         """SHA-256 (hex) over the fingerprints of all splits."""
         return hashlib.sha256("\n".join(f"{name} {split.fingerprint}" for name, split in self.splits.items()).encode()).hexdigest()
 
-    def show(self, n: int = 3, split: str = "train"):
+    def show(self, n: int = 3, split: str = "train") -> Lens:
         """The first `n` examples token by token: trained, masked and special tokens told apart.
 
         Raises:
@@ -117,7 +122,7 @@ class DataSet:
 
 def load_data(
     source: str | os.PathLike | Mapping[str, Any],
-    tokenizer,
+    tokenizer: Any,
     *,
     mask_prompt: bool | str | None = None,
     max_seq_length: int | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
@@ -91,7 +91,7 @@ class ExampleTable(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[operator.index(index)]
@@ -105,7 +105,7 @@ class ExampleTable(Sequence[Example]):
             self._made[i] = example
         return example
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
 
@@ -233,7 +233,12 @@ class Split(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         return self.examples[index]
 
     @cached_property

@@ -294,11 +294,11 @@ class History(list):
         """The run in a few figures."""
         return RunSummary.of(self)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
         return History(found) if isinstance(index, slice) else found
 
-    def to_frame(self):
+    def to_frame(self) -> Any:
         """A pandas DataFrame with a row for each report; `kind` tells them apart.
 
         Raises:
