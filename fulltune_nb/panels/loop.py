@@ -22,8 +22,11 @@ from fulltune_nb.training.trainer import Trainer
 
 Shared = TypeVar("Shared")
 
-BREATH_SECONDS = 0.001
-"""How long the event loop is let go after a step or a piece. With 0 a button needs four steps to be heard."""
+PASSES = 16
+"""Turns that the event loop has after a step or a piece. A button's message needs up to four, from the socket to its handler. They cost
+some microseconds each; to sleep would cost a millisecond at least, as epoll counts in milliseconds."""
+POLL_SECONDS = 0.001
+"""From one look to the next of work that waits for other work."""
 
 # -- interrupts: the notebook's stop button, heard while work goes on behind the cells ----------------------------------
 
@@ -63,8 +66,9 @@ def interruptible() -> Iterator[None]:
 
 
 async def let_go() -> None:
-    """Lets go of the event loop for a moment: buttons and cells have their turn."""
-    await asyncio.sleep(BREATH_SECONDS)
+    """Lets go of the event loop for a moment: buttons and cells have their turn. Not for waiting: what waits sleeps."""
+    for _ in range(PASSES):
+        await asyncio.sleep(0)
 
 
 class Background:
@@ -373,7 +377,7 @@ class Hold:
     async def ready(self, given_up: Callable[[], bool]) -> None:
         """Returns when every run has come to the end of its step, or when `given_up()`."""
         while any(loop not in self._halted for loop in self.running) and not given_up():
-            await let_go()
+            await asyncio.sleep(POLL_SECONDS)
 
     def release(self) -> None:
         """Lets all runs go on."""
@@ -385,5 +389,5 @@ class Hold:
         self._halted.add(loop)
         with loop.trainer.now_doing("waiting for an answer in a chat"):
             while not self._released and not loop.pausing:
-                await let_go()
+                await asyncio.sleep(POLL_SECONDS)
         self._halted.discard(loop)

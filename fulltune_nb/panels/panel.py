@@ -96,6 +96,8 @@ class Panel:
         The control does not hold the method's object: widgets live until they are closed. With `at_once` a button's method is called on
         the thread that the press comes on, also in the middle of a step.
         """
+        if at_once:
+            _hear_where_sent(control)
         here, bound = weakref.ref(self), weakref.WeakMethod(method)
 
         def heard(change: Any) -> None:
@@ -164,6 +166,15 @@ class Panel:
     def _repr_html_(self) -> str:
         """All that the panel says, for where its widgets are not."""
         raise NotImplementedError
+
+
+def _hear_where_sent(control: widgets.Widget) -> None:
+    """Has the presses of a control come on the subshell that the page sends them to.
+
+    ipykernel 7.4 takes them to the shell that last sent the control's state, which is the main one: there they wait for the step's end.
+    """
+    if hasattr(control.comm, "_reply_subshell_for"):
+        control.comm._reply_subshell_for = lambda data, sent_to: sent_to
 
 
 def close_all(widget: widgets.Widget) -> None:

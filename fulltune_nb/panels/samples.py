@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fulltune_nb.errors import ConfigError, FulltuneError
 from fulltune_nb.html import NO_MATH, cut, more, scrolling, table
-from fulltune_nb.panels.loop import TrainLoop
+from fulltune_nb.panels.loop import TrainLoop, let_go
 from fulltune_nb.settings import whole_number
 
 KEPT = 2000
@@ -85,7 +84,7 @@ class Samples:
         if not due or not self.prompts:
             return
         for _ in self._answer_all():
-            await asyncio.sleep(0)
+            await let_go()
             if loop.pausing:
                 return
 

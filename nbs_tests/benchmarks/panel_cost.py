@@ -73,23 +73,26 @@ def make_trainer(steps: int, step_seconds: float) -> ft.Trainer:
 
     def filled_up() -> ft.StepReport:
         started, of_processor = time.perf_counter(), time.process_time()
+        trainer.between.append(started - trainer.ended)
         report = step()
         while (left := step_seconds - (time.perf_counter() - started)) > 0:
             time.sleep(left)
         trainer.in_steps += time.process_time() - of_processor
+        trainer.ended = time.perf_counter()
         return report
 
-    trainer.step, trainer.in_steps = filled_up, 0.0
+    trainer.step, trainer.in_steps, trainer.between, trainer.ended = filled_up, 0.0, [], math.nan
     return trainer
 
 
 def clocks(trainer: ft.Trainer) -> np.ndarray:
-    """Seconds that have passed, and seconds of the processor that this process had outside of steps."""
-    return np.array([time.perf_counter(), time.process_time() - trainer.in_steps])
+    """Seconds that have passed, seconds of the processor that this process had outside of steps, and the median between two steps."""
+    between = statistics.median(trainer.between[1:]) if trainer.between[2:] else 0.0
+    return np.array([time.perf_counter(), time.process_time() - trainer.in_steps, between])
 
 
 def without_panel(steps: int, step_seconds: float) -> np.ndarray:
-    """Both kinds of seconds of a run in a plain loop."""
+    """The three `clocks` of a run in a plain loop."""
     trainer = make_trainer(steps, step_seconds)
     started = clocks(trainer)
     for _ in trainer.steps():
@@ -98,7 +101,7 @@ def without_panel(steps: int, step_seconds: float) -> np.ndarray:
 
 
 def with_panel(steps: int, step_seconds: float, tab: str = "Log") -> tuple[np.ndarray, list[float]]:
-    """Both kinds of seconds of a run in the background, behind a panel, and the seconds of each update of its chart."""
+    """The three `clocks` of a run in the background, behind a panel, and the seconds of each update of its chart."""
     updates: list[float] = []
     update = LossChart.update
 
@@ -195,12 +198,14 @@ def main() -> None:
         seconds, taken = with_panel(options.steps, options.step_seconds, options.tab)
         panel.append(seconds)
         updates += taken
-    (plain_time, plain_cpu), (panel_time, panel_cpu) = np.median(plain, 0), np.median(panel, 0)
-    cost, cpu, share = panel_time / plain_time - 1, (panel_cpu - plain_cpu) / plain_time, sum(updates) / sum(taken for taken, _ in panel)
-    rounds = [after / before - 1 for (before, _), (after, _) in zip(plain, panel, strict=True)]
+    (plain_time, plain_cpu, plain_between), (panel_time, panel_cpu, panel_between) = np.median(plain, 0), np.median(panel, 0)
+    cost, cpu, share = panel_time / plain_time - 1, (panel_cpu - plain_cpu) / plain_time, sum(updates) / sum(taken[0] for taken in panel)
+    rounds = [after[0] / before[0] - 1 for before, after in zip(plain, panel, strict=True)]
     print(f"{options.rounds} rounds of {options.steps} steps of {options.step_seconds * 1000:.0f} ms; medians")
     print(f"without panel {plain_time:.2f} s, with it {panel_time:.2f}: {cost:+.2%}, rounds {min(rounds):+.2%} to {max(rounds):+.2%}")
     print(f"processor outside of steps, little disturbed by others: {plain_cpu:.3f} s and {panel_cpu:.3f}: {cpu:+.2%} of the time")
+    more = (panel_between - plain_between) / options.step_seconds
+    print(f"between two steps, median: {1000 * plain_between:.2f} ms and {1000 * panel_between:.2f}: {more:+.2%} of a step, without updates")
     print(f"{len(updates)} updates, {1000 * statistics.median(updates):.2f} ms each (target: 1), {share:.2%} of the time")
     sizes = update_seconds()
     for n, taken in sizes.items():

@@ -127,6 +127,17 @@ class Kernel:
         reply = self.client.get_control_msg(timeout=20)
         self.subshell = reply["content"]["subshell_id"]
 
+    def told(self, model: str, words: str, timeout: float = 20) -> float:
+        """Waits until a widget's state is sent with some words in it; the time then, as `time.monotonic` has it."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if self.client.iopub_channel.msg_ready():
+                content = self.client.iopub_channel.get_msg(timeout=1)["content"]
+                if content.get("comm_id") == model and words in str(content["data"].get("state")):
+                    return time.monotonic()
+            time.sleep(0.002)
+        raise TimeoutError(f"{words!r} was not said within {timeout} s")
+
     def press(self, model: str) -> None:
         """Clicks a button."""
         self._tell_widget(model, {"method": "custom", "content": {"event": "click"}})

@@ -70,10 +70,10 @@ def ink(chart) -> tuple[int, int]:
 
 
 @contextmanager
-def shown(front_end: str, browser, folder: Path):  # noqa: F811
-    """The page of a front end that has run `ELSEWHERE` and `PANEL`, and how it is made dark; of two pixels a unit."""
+def shown(front_end: str, browser, folder: Path, cells: list[str]):  # noqa: F811
+    """The page of a front end that has run some cells, and how it is made dark; of two pixels a unit."""
     needs_front_end(front_end)
-    write_notebook(folder / "chart.ipynb", ELSEWHERE if front_end == "marimo" else ELSEWHERE + PANEL)
+    write_notebook(folder / "chart.ipynb", cells)
     if front_end == "marimo":
         (folder / "pyproject.toml").write_text('[tool.marimo.display]\ntheme = "system"\n')
         subprocess.run([sys.executable, "-m", "marimo", "-q", "convert", "chart.ipynb", "-o", "chart.py"], cwd=folder, check=True)
@@ -110,7 +110,8 @@ def runs_and_pauses(panel) -> None:
 def test_chart_and_panel_in_every_front_end(front_end, browser, tmp_path):  # noqa: F811
     there: dict = {}
     exec(SETUP, there)
-    with shown(front_end, browser, tmp_path) as (page, make_dark):
+    cells = ELSEWHERE if front_end == "marimo" else ELSEWHERE + PANEL
+    with shown(front_end, browser, tmp_path, cells) as (page, make_dark):
         chart = page.locator(".ft-chart").first
         chart.get_by_text("last step 20,005").wait_for()  # which came later than the chart
         for share in (0.11, 0.5, 0.93):

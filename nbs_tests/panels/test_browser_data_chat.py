@@ -7,9 +7,10 @@ import re
 import nbformat
 import pytest
 
-from nbs_tests.jupyterlab import Lab, write_notebook
+from nbs_tests.jupyterlab import Lab, axe_core, write_notebook
 from nbs_tests.panels.kernels import SETUP
-from nbs_tests.test_browser import browser, folder, lab, look, server  # noqa: F401  fixtures
+from nbs_tests.panels.test_browser_chart import shown
+from nbs_tests.test_browser import FINDINGS, browser, folder, lab, look, server  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.long
 
@@ -241,11 +242,74 @@ def test_hostile_prompts_answers_names_and_errors_stay_text(open_panel):
     ask(lab, HOSTILE[0] + HOSTILE[3])
     says(lab, "ValueError", seconds=60)  # after a million characters
     text = lab.output(PANEL).inner_text()
-    for shown in ("<img src=x onerror=", "$5 and $10, $$x^2$$", "\\x1b[31mred", "\\u202eabc", "<iframe srcdoc"):
-        assert shown in text
+    for said in ("<img src=x onerror=", "$5 and $10, $$x^2$$", "\\x1b[31mred", "\\u202eabc", "<iframe srcdoc"):
+        assert said in text
     assert len(text) < 60_000  # of the million characters
     assert_nothing_broke_out(lab)
     look(lab, "chat-panel-hostile")
     reopen_without_kernel(lab, "ValueError")
     lab.output(PANEL).get_by_text("ValueError").first.wait_for(timeout=20_000)
     assert_nothing_broke_out(lab)
+
+
+ELSEWHERE = [
+    SETUP,
+    DATA,
+    "chat = ft.ChatPanel(ft.load_model(tiny.BASE_MODEL), max_tokens=20)\nchat",
+]
+
+
+@pytest.mark.parametrize("front_end", ["notebook", "voila"])
+def test_data_and_chat_in_other_front_ends(front_end, browser, tmp_path):  # noqa: F811
+    with shown(front_end, browser, tmp_path, ELSEWHERE) as (page, make_dark):
+        panels = page.locator(".fulltune-styled")
+        panels.nth(1).wait_for()
+        rows_are_browsed(panels.nth(0))
+        prompts_are_answered(panels.nth(1))
+        records = page.locator("[class^='fulltune-'][class$='-record']")
+        assert records.count() == 2 and not any(record.is_visible() for record in records.all())
+        for dark in (False, True):
+            if dark:
+                make_dark()
+                panels.nth(1).wait_for()
+            page.evaluate(axe_core())
+            assert page.evaluate(FINDINGS) == []
+        for panel in panels.all():
+            panel.evaluate("panel => { panel.style.width = '360px'; }")
+            page.wait_for_timeout(300)
+            assert panel.evaluate("panel => panel.scrollWidth") <= 360
+
+
+def rows_are_browsed(panel) -> None:
+    """Buttons, search, filter and tabs of a data panel of `DATA` do what they say."""
+    panel.get_by_role("button", name="Next").click()
+    panel.get_by_text("train:2 · 40 rows in train").wait_for()
+    search = panel.get_by_label("search")
+    search.fill("select max")
+    search.press("Enter")
+    panel.get_by_text("hit 1 of").first.wait_for()
+    panel.get_by_role("button", name="All rows").click()
+    panel.get_by_label("rows").select_option("also in another split")
+    panel.get_by_text("The same text stands in test:1").wait_for()
+    panel.get_by_role("tab", name="Lengths").click()
+    image = panel.locator("img")
+    image.wait_for()
+    assert image.evaluate("image => image.naturalWidth") == 1280
+    panel.get_by_role("tab", name="Checks").click()
+    panel.get_by_text("train:6 = test:1").wait_for()
+    panel.get_by_role("tab", name="Rows").click()
+
+
+def prompts_are_answered(panel) -> None:
+    """Enter sends, an answer comes, and a long prompt can be stopped while it is read."""
+    field = panel.get_by_label("prompt", exact=True).first
+    field.fill("the quick fox")
+    field.press("Enter")
+    panel.get_by_text("(asked as a conversation)").first.wait_for()
+    panel.get_by_role("button", name="Regenerate").and_(panel.page.locator(":enabled")).wait_for()  # when the answer is whole
+    assert len(panel.locator("pre").nth(1).inner_text().split()) > 3 and "⚠" not in panel.inner_text()
+    field.fill("the quick fox has seen " * 1090)
+    field.press("Enter")
+    panel.get_by_text("reading the prompt").first.wait_for()
+    panel.get_by_role("button", name="Stop").click()
+    panel.get_by_text("stopped before its end").first.wait_for()

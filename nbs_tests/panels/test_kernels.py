@@ -5,6 +5,7 @@ The ipykernel that is installed is tested; other versions' Pythons can be named 
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import pytest
@@ -13,6 +14,32 @@ from nbs_tests.jupyterlab import needs
 from nbs_tests.panels.kernels import VARIABLE, pythons, until, version_of
 
 pytestmark = pytest.mark.long
+STEPS_OF_50_MS = """
+import time
+heard, ends, of_trainer = [], [], trainer.step
+def step():
+    report = of_trainer()
+    time.sleep(0.05)
+    ends.append(time.monotonic())
+    return report
+trainer.step = step
+panel.controls.step.on_click(lambda _: heard.append(time.monotonic()))
+"""
+
+SLOWED = """
+import time
+def slowed(function):
+    def slow(*args):
+        time.sleep(0.8)
+        return function(*args)
+    return slow
+"""
+LONG = {  # status -> what makes it last
+    "a step": "trainer.step = slowed(trainer.step)",
+    "evaluating": "trainer._tell_evaluated = slowed(trainer._tell_evaluated)",
+    "saving": "trainer._directory.save_checkpoint = slowed(trainer._directory.save_checkpoint)",
+    "answering samples": "trainer.lm.stream_chat = lambda *_, **__: (time.sleep(0.8) or 'word' for _ in range(3))",
+}
 
 
 @pytest.fixture
@@ -46,6 +73,53 @@ def test_run_and_pause_are_heard_within_a_step(kernel, panel, way):
     time.sleep(0.3)
     assert steps(kernel) == taken == kernel.value("panel.controls.progress.value")
     kernel.run("trainer.step()")  # MLX works on the main thread as before
+
+
+def test_a_button_is_heard_when_the_step_under_way_ends(kernel, panel, way):
+    kernel.run(STEPS_OF_50_MS)
+    kernel.press(panel["run"])
+    until(lambda: kernel.value("len(ends)") > 2)
+    pressed = []
+    for _ in range(9):
+        pressed.append(time.monotonic())  # the clock of all processes
+        kernel.press(panel["step"])  # which does nothing while a run goes on
+        time.sleep(0.13)
+    heard, ends = kernel.value("[heard, ends]")
+    assert len(heard) == len(pressed)
+    steps_between = [sum(before < end < after for end in ends) for before, after in zip(pressed, heard, strict=True)]
+    assert statistics.median(steps_between) <= 1, steps_between
+
+
+@pytest.mark.parametrize("doing", LONG)
+@pytest.mark.parametrize("driver", ["the panel", "a cell"])
+def test_pause_is_told_within_half_a_second_of_what_takes_long(kernel, panel, driver, doing, tmp_path):
+    if kernel.version < (7, 0):
+        pytest.skip("this ipykernel has no subshells: a button is heard when the step under way ends")
+    if (driver, doing) == ("a cell", "answering samples"):
+        pytest.skip("samples are the panel's")
+    kernel.use_subshell()
+    try:
+        kernel.run(f"panel.close(); trainer = make_trainer({str(tmp_path / 'run')!r}, steps_per_eval=2, save_every=2)")
+        kernel.run(f"panel = TrainPanel(trainer, ['the quick'], 2)\ntrainer.run(1)\n{SLOWED}{LONG[doing]}\npanel", cell_id="the panel's")
+        run, pause, status = kernel.value("[getattr(panel.controls, name).model_id for name in ('run', 'pause', 'status')]")
+        cell = None
+        for _ in range(2):  # the second time it was the subshell that sent the button's last state
+            if driver == "a cell":
+                cell = kernel.send("trainer.run()")
+            else:
+                kernel.press(run)
+            kernel.told(status, doing if doing != "a step" else "running")
+            time.sleep(0.2)
+            pressed = time.monotonic()
+            kernel.press(pause)
+            assert kernel.told(status, "then pausing" if doing != "a step" else "pausing after this step") - pressed < 0.5
+            kernel.told(status, "paused")
+            if cell:
+                kernel.outcome(cell)
+            until(lambda: not kernel.value("panel.loop.running"))
+        assert steps(kernel) <= 5
+    finally:
+        kernel.subshell = None
 
 
 def test_step_advances_by_exactly_one(kernel, panel, way):
@@ -111,12 +185,12 @@ def test_an_interrupt_between_cells_pauses_and_the_losses_stay_the_same(kernel, 
 
 @pytest.mark.parametrize("pause_seconds", [0.001, 0.2], ids=["mostly in steps", "mostly between steps"])
 def test_an_interrupt_of_the_cell_that_waits_pauses_and_is_no_error(kernel, panel, pause_seconds):
-    kernel.run(f"from fulltune_nb.panels import loop; loop.BREATH_SECONDS = {pause_seconds}")
+    kernel.run(f"from fulltune_nb.panels import loop; usual = loop.let_go; loop.let_go = lambda: asyncio.sleep({pause_seconds})")
     waiting = kernel.send("panel.start(); await panel.wait(); print('over')")
     time.sleep(0.7)
     kernel.interrupt()
     cell = kernel.outcome(waiting)
-    kernel.run("loop.BREATH_SECONDS = 0.001")
+    kernel.run("loop.let_go = usual")
     assert cell.status == "ok" and "over" in cell.text, cell.error
     assert kernel.value("trainer.interrupted and not panel.loop.running")
     kernel.run("panel.start(2); await panel.wait()")

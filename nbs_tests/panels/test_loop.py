@@ -208,7 +208,7 @@ def test_an_interrupt_in_a_step_pauses_when_it_is_whole_and_evaluated(make_train
 @pytest.mark.parametrize("waited", [True, False], ids=["while a cell waits", "between cells"])
 @in_loop
 async def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignored, monkeypatch, waited):
-    monkeypatch.setattr(module, "BREATH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "let_go", lambda: asyncio.sleep(0.05))
     trainer = make_trainer(iters=1000)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     loop = loop_of(trainer)
@@ -220,7 +220,7 @@ async def test_an_interrupt_between_steps_pauses_too(make_trainer, sigint_ignore
 
 
 def test_an_interrupt_cancels_a_cell_that_awaits_something_else_and_pauses(make_trainer, monkeypatch):
-    monkeypatch.setattr(module, "BREATH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "let_go", lambda: asyncio.sleep(0.05))
     trainer = make_trainer(iters=1000)
 
     async def main():
