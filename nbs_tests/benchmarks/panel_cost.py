@@ -205,7 +205,8 @@ def main() -> None:
     print(f"without panel {plain_time:.2f} s, with it {panel_time:.2f}: {cost:+.2%}, rounds {min(rounds):+.2%} to {max(rounds):+.2%}")
     print(f"processor outside of steps, little disturbed by others: {plain_cpu:.3f} s and {panel_cpu:.3f}: {cpu:+.2%} of the time")
     more = (panel_between - plain_between) / options.step_seconds
-    print(f"between two steps, median: {1000 * plain_between:.2f} ms and {1000 * panel_between:.2f}: {more:+.2%} of a step, without updates")
+    between = f"{1000 * plain_between:.2f} ms and {1000 * panel_between:.2f}"
+    print(f"between two steps, median: {between}: {more:+.2%} of a step, without updates")
     print(f"{len(updates)} updates, {1000 * statistics.median(updates):.2f} ms each (target: 1), {share:.2%} of the time")
     sizes = update_seconds()
     for n, taken in sizes.items():
