@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.chart import LossChart
     from fulltune_nb.data.dataset import load_data
     from fulltune_nb.data.example import Example
+    from fulltune_nb.experiments.search import search
     from fulltune_nb.insight.comparison import compare
     from fulltune_nb.insight.generation_score import evaluate_generation
     from fulltune_nb.insight.learning_rate import find_lr
@@ -84,6 +85,7 @@ __all__ = [
     "plot_loss",
     "plot_memory",
     "preflight",
+    "search",
     "sweep",
     "system_info",
     "token_losses",
@@ -112,6 +114,7 @@ _HOMES = {
     "plot_loss": "plots",
     "plot_memory": "plots",
     "preflight": "training.plan",
+    "search": "experiments.search",
     "token_losses": "insight.losses",
     "trace": "insight.tracing",
 }

@@ -1,6 +1,6 @@
 """A run of a sweep, with its files.
 
-out_dir/<parameters>-<digest>/state.json        status, attempt, reason, seconds, the notebook's sha256
+out_dir/<parameters>-<digest>/state.json        status, attempt, reason, seconds, the notebook's sha256, host, attempts lost
                              /parameters.json
                              /1/                the first attempt; a failed one is kept, the next is 2
                                executed.ipynb, log.txt, run/ (the run_dir), result.json
@@ -11,18 +11,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fulltune_nb import html
-from fulltune_nb.data.settings import DATE_VARIABLE
 from fulltune_nb.experiments.execution import OUTCOME, REQUEST
 from fulltune_nb.experiments.ranking import SPLITS, Ranking, is_number
 from fulltune_nb.experiments.result import FILE, read_result
+from fulltune_nb.experiments.worker import LOG, STOP
 from fulltune_nb.files import write_text
 from fulltune_nb.training.history import History
 from fulltune_nb.training.run import METRICS_FILE, read_metrics
@@ -41,11 +39,14 @@ class Run:
         parameters: by name, as the notebook gets them.
         folder: all its files.
         label: what tells it from the other runs.
-        status: "waiting", "running", "done", "failed" or "not started" (the sweep was stopped before).
+        status: "waiting", "queued" (an executor has it), "running", "done", "pruned" (by a search), "failed" or "not started" (the sweep
+            was stopped before).
         reason: of a failure, in a line or two.
         seconds: wall-clock time of the latest attempt.
         attempt: counted from 1; 0 before the first.
         notebook_sha256: of the notebook that it was made with.
+        host: the machine that the latest attempt ran on.
+        lost: a line for each attempt whose worker was lost.
     """
 
     parameters: dict[str, Any]
@@ -56,6 +57,8 @@ class Run:
     seconds: float = 0.0
     attempt: int = 0
     notebook_sha256: str = ""
+    host: str = ""
+    lost: list[str] = field(default_factory=list)
 
     @property
     def attempt_folder(self) -> Path:
@@ -89,7 +92,7 @@ class Run:
 
     def outcome(self) -> str:
         """The loss of a run that is done, the reason of a failure; of one that is under way its step, its loss and the time left."""
-        if self.status == "failed":
+        if self.status in ("failed", "pruned"):
             return html.cut(" ".join(self.reason.split()))
         if self.status == "running":
             return self._under_way()
@@ -98,7 +101,7 @@ class Run:
 
     def _under_way(self) -> str:
         """By the last line of progress in its log; of a notebook that shows none, by its metrics, which do not tell the time left."""
-        if lines := _PROGRESS.findall(_tail(self.attempt_folder / "log.txt")):
+        if lines := _PROGRESS.findall(_tail(self.attempt_folder / LOG)):
             return ", ".join(part for part in lines[-1] if part)
         if steps := _METRIC.findall(_tail(self.run_dir / METRICS_FILE)):
             return f"step {int(steps[-1][0]):,}, loss {float(steps[-1][1]):.3f}"
@@ -111,27 +114,25 @@ class Run:
         self.reason = str(state.get("reason", ""))
         self.attempt = state.get("attempt") if isinstance(state.get("attempt"), int) else 0
         self.seconds = float(state["seconds"]) if is_number(state.get("seconds")) else 0.0
-        self.notebook_sha256 = str(state.get("notebook_sha256", ""))
+        self.notebook_sha256, self.host = str(state.get("notebook_sha256", "")), str(state.get("host", ""))
+        lost = state.get("lost")
+        self.lost = [str(line) for line in lost] if isinstance(lost, list) else []
 
     def remember(self) -> None:
         """Writes where it stands, so that a later sweep knows."""
-        names = ("status", "attempt", "reason", "seconds", "notebook_sha256")
+        names = ("status", "attempt", "reason", "seconds", "notebook_sha256", "host", "lost")
         write_text(self.folder / _STATE, json.dumps({name: getattr(self, name) for name in names}, indent=2) + "\n")
 
-    def begin(self, notebook: Path, notebook_sha256: str, known: list[str], date: str, temporary: Path | None = None) -> subprocess.Popen:
-        """Starts a process that executes the notebook in a kernel of its own; both write into a new attempt's folder.
-
-        It ends when its standard input is closed, so also with this process, whatever that ends by.
+    def begin(self, notebook: Path, notebook_sha256: str, known: list[str]) -> Path:
+        """A new attempt's folder with all that `worker.work` needs to execute the notebook.
 
         Args:
             notebook: the file.
             notebook_sha256: of its content.
             known: names of its parameters.
-            date: that chat templates get which write today's.
-            temporary: the folder for the process's temporary files, made if need be; None: this process's own.
         """
         self.attempt = 1 + max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=0)
-        self.status, self.reason, self.notebook_sha256 = "running", "", notebook_sha256
+        self.status, self.reason, self.notebook_sha256 = "queued", "", notebook_sha256
         attempt = self.attempt_folder
         attempt.mkdir(parents=True)
         write_text(self.folder / "parameters.json", json.dumps(self.parameters, indent=2) + "\n")
@@ -140,23 +141,37 @@ class Run:
         given = {name: place for name, place in places.items() if name in known and not self.parameters.get(name)}
         request = {"notebook": str(notebook), "executed": str(self.executed), "parameters": {**given, **self.parameters}}
         write_text(attempt / REQUEST, json.dumps(request, indent=2) + "\n")
-        environment = {**os.environ, "FULLTUNE_PROGRESS": "plain", "PYTHONUNBUFFERED": "1", DATE_VARIABLE: date}
-        if temporary is not None:
-            temporary.mkdir(exist_ok=True)
-            environment["TMPDIR"] = str(temporary)
-        with (attempt / "log.txt").open("wb") as log:
-            command = [sys.executable, "-m", "fulltune_nb.experiments.execution", str(attempt)]
-            own = {"start_new_session": True}  # a terminal's signals reach the sweep, which ends its runs
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, **own)
+        return attempt
 
-    def finish(self, code: int, started: float) -> None:
-        """Takes in how the process ended; `started` is the time by `time.monotonic`."""
-        self.seconds = time.monotonic() - started
-        outcome = read_result(self.attempt_folder / OUTCOME)
-        self.status = "done" if code == 0 and outcome.get("status") == "done" else "failed"
-        if self.status == "failed":
-            self.reason = str(outcome.get("reason") or _reason_of(code, self.attempt_folder / "log.txt"))
-        self.remember()
+    def finish(self, outcome: Mapping[str, Any]) -> None:
+        """Takes in what `worker.work` said of how the process ended."""
+        self.seconds, self.host = outcome["seconds"], outcome["host"]
+        told = read_result(self.attempt_folder / OUTCOME)
+        if outcome["code"] == 0 and told.get("status") == "done":
+            self.status = "done"
+            self.remember()
+        else:
+            self.fail(str(told.get("reason") or _reason_of(outcome["code"], self.attempt_folder / LOG)))
+
+    def fail(self, reason: str) -> None:
+        """The attempt came to nothing."""
+        if self.status != "done":
+            self.status, self.reason = "failed", reason
+            self.remember()
+
+    def lose(self, reason: str) -> None:
+        """The attempt's worker is gone, with or without its process."""
+        self.lost.append(f"attempt {self.attempt} was lost with its worker: {reason}")
+        self.fail(self.lost[-1])
+
+    def stop(self) -> None:
+        """Has the attempt pause, save and end, wherever it runs."""
+        (self.attempt_folder / STOP).touch()
+
+    @property
+    def stops(self) -> bool:
+        """Whether the attempt was told to."""
+        return (self.attempt_folder / STOP).exists()
 
 
 def _tail(path: Path) -> str:

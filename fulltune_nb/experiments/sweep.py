@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from fulltune_nb.errors import ConfigError, optional_import
@@ -19,12 +16,15 @@ from fulltune_nb.files import held, write_text
 from fulltune_nb.html import printable
 
 if TYPE_CHECKING:
+    from fulltune_nb.experiments.executors import Dispatcher
     from fulltune_nb.experiments.runs import Run
     from fulltune_nb.experiments.table import Sweep
 
 LOCK = "sweep.lock"
 """In the folder of a sweep; locked while it is under way."""
-_REDRAW_SECONDS = 1.0
+_STATUSES = ("done", "pruned", "failed", "running", "queued", "waiting")
+REDRAW_SECONDS = 1.0
+"""From one look at what is under way to the next."""
 _LINE_SECONDS = 60.0  # from one line about a run under way to the next
 
 
@@ -32,8 +32,9 @@ def sweep(
     notebook: str | os.PathLike,
     grid: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     out_dir: str | os.PathLike,
-    jobs: int = 1,
+    jobs: int | None = None,
     *,
+    executor: Any = None,
     rank_by: str = "valid_loss",
     maximize: bool = False,
     stop_on_failure: bool = False,
@@ -49,7 +50,10 @@ def sweep(
         grid: name -> list of values, of which every combination is run, or a list of dicts, such as `experiments.space.random_points`
             draws.
         out_dir: for executed notebooks, logs, runs and results; one folder for each run.
-        jobs: runs at a time. Each needs the memory of a whole training run.
+        jobs: runs at a time, each with the memory of a whole training run; None: one, or with an executor as many as that takes.
+        executor: has the runs done elsewhere: anything with `submit(function, ...)` that returns a future, such as
+            `submitit.AutoExecutor`, Dask's `client.get_executor()` or `experiments.executors.RayExecutor`. Its workers need this
+            package and `out_dir` at the same path. A run whose worker is lost is begun again, three times in all.
         rank_by: the name of a number in `result.json`, `outer.inner` for one within another. `valid_loss` is that of the last step's
             weights; the test loss is shown, and chooses nothing unless named here.
         maximize: the highest number is the best.
@@ -59,9 +63,10 @@ def sweep(
         The runs, the best first; `.best` is that by the validation loss.
 
     Raises:
-        ConfigError: the notebook, the parameters (an unknown name, say), `jobs` or `rank_by` cannot be used, or another sweep is under
-            way in `out_dir`; nothing was run then.
+        ConfigError: the notebook, the parameters (an unknown name, say), `jobs`, `executor` or `rank_by` cannot be used, or another
+            sweep is under way in `out_dir`; nothing was run then.
     """
+    from fulltune_nb.experiments.executors import Dispatcher, Task
     from fulltune_nb.experiments.parameters import check_names, folder_name, label, parameter_names, points_of, varied
     from fulltune_nb.experiments.ranking import Ranking
     from fulltune_nb.experiments.runs import Run
@@ -69,27 +74,29 @@ def sweep(
     from fulltune_nb.settings import whole_number
 
     ranking = Ranking(rank_by, maximize)
-    notebook, out_dir = _find(Path(notebook).expanduser()), Path(out_dir).expanduser().resolve()
-    jobs = whole_number("sweep: jobs", jobs, 1)
+    notebook, out_dir = find(Path(notebook).expanduser()), Path(out_dir).expanduser().resolve()
+    jobs = None if jobs is None else whole_number("sweep: jobs", jobs, 1)
     points, known = points_of(grid), parameter_names(notebook)
     check_names(points, known, notebook)
     names = varied(points)
     runs = [Run(point, out_dir / folder_name(point), label(point, names)) for point in points]
     sha256 = hashlib.sha256(notebook.read_bytes()).hexdigest()
-    with _own(out_dir):
+    with own_folder(out_dir):
         for run in runs:
             run.recall()
         progress, waiting = progress_of(runs), [run for run in runs if run.status != "done"]
-        _run_all(waiting, notebook, sha256, known, jobs, stop_on_failure, progress, _first_day(out_dir))
+        dispatcher = Dispatcher(out_dir, Task(notebook, sha256, known, first_day(out_dir)), executor, jobs)
+        _run_all(waiting, dispatcher, stop_on_failure, progress)
     stale = sum(run.status == "done" and run.notebook_sha256 != sha256 for run in runs)
     notes = [f"{stale} runs were done with another version of the notebook; a new out_dir repeats them."] if stale else []
+    notes += [f"{run.label}: {line}" for run in runs for line in run.lost]
     result = Sweep(runs, out_dir, notes, ranking)
     progress.end(result)
     return result
 
 
 @contextmanager
-def _own(out_dir: Path) -> Iterator[None]:
+def own_folder(out_dir: Path) -> Iterator[None]:
     """Within the block no other sweep writes into the folder, which is made if need be."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -101,7 +108,12 @@ def _own(out_dir: Path) -> Iterator[None]:
         raise ConfigError(f"sweep: out_dir {out_dir} cannot be written to: {error}.") from error
 
 
-def _find(notebook: Path) -> Path:
+def find(notebook: Path) -> Path:
+    """The notebook's absolute path, that of the package's where it is a bare name.
+
+    Raises:
+        ConfigError: there is none.
+    """
     from fulltune_nb.experiments.execution import find_notebook
 
     if notebook.is_file():
@@ -111,7 +123,7 @@ def _find(notebook: Path) -> Path:
     raise ConfigError(f"{notebook} is no file; expected a notebook.")
 
 
-def _first_day(out_dir: Path) -> str:
+def first_day(out_dir: Path) -> str:
     """The day on which the sweep of a folder began. Chat templates that write the date write this one in all its runs."""
     from fulltune_nb.data.settings import today
 
@@ -121,44 +133,23 @@ def _first_day(out_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _run_all(
-    runs: list[Run], notebook: Path, sha256: str, known: list[str], jobs: int, stop_on_failure: bool, progress: Any, date: str
-) -> None:
-    """Runs what is to be run, `jobs` at a time; an interrupt ends those that are running, which count as failed."""
-    stopping, waiting = threading.Event(), iter(runs)
-
-    def one(run: Run) -> Run:
-        started = time.monotonic()
-        own = Path(temporary, threading.current_thread().name) if temporary else None
-        process = run.begin(notebook, sha256, known, date, own)
-        while process.poll() is None:
-            if stopping.wait(0.05):
-                process.stdin.close()  # by which it notices; the run in its kernel pauses and is saved
-                process.wait()
-        run.finish(process.returncode, started)
-        if stopping.is_set() and run.status == "failed":
-            run.reason = "interrupted"
-            run.remember()
-        return run
-
-    # MLX writes what it compiles into the temporary folder without a lock: runs side by side must not share one.
-    folder = TemporaryDirectory(prefix="fulltune_nb-sweep-", ignore_cleanup_errors=True) if jobs > 1 else nullcontext()
-    with folder as temporary, ThreadPoolExecutor(jobs) as pool:
-        futures: set[Future] = set()
-        try:
-            while True:
-                while len(futures) < jobs and (run := next(waiting, None)) is not None:
-                    futures.add(pool.submit(one, run))
-                progress.update()
-                if not futures:
-                    break
-                finished, futures = wait(futures, timeout=_REDRAW_SECONDS, return_when=FIRST_COMPLETED)
-                for run in (future.result() for future in finished):
+def _run_all(runs: list[Run], dispatcher: Dispatcher, stop_on_failure: bool, progress: Progress) -> None:
+    """Runs what is to be run, as many at a time as there is room for."""
+    waiting = list(reversed(runs))
+    with dispatcher:
+        while waiting or dispatcher.under_way:
+            while waiting and dispatcher.has_room:
+                run = waiting.pop()
+                dispatcher.begin(run)
+                if run.status == "failed":
                     progress.update(run)
-                    if run.status == "failed" and stop_on_failure:
-                        waiting = iter(())
-        finally:
-            stopping.set()
+            progress.update()
+            for run in dispatcher.ended(REDRAW_SECONDS):
+                progress.update(run)
+                if run.status == "failed" and stop_on_failure:
+                    waiting = []
+            if dispatcher.refused and not dispatcher.under_way:
+                break
     for run in runs:
         run.status = "not started" if run.status == "waiting" else run.status
 
@@ -166,14 +157,14 @@ def _run_all(
 # -- progress
 
 
-def progress_of(runs: Sequence[Run]) -> Progress:
-    """Where the progress is shown here: a table in a notebook, lines elsewhere, or nowhere."""
+def progress_of(runs: Sequence[Run], total: int | None = None) -> Progress:
+    """Where the progress is shown here: a table in a notebook, lines elsewhere, or nowhere. `total`: of runs, where more are to come."""
     from fulltune_nb.panels.progress import VARIABLE, in_kernel
 
     wanted = os.environ.get(VARIABLE, "").strip().lower()
     if wanted == "off":
         return Progress()
-    return ProgressTable(runs) if wanted != "plain" and in_kernel() else ProgressLines(runs)
+    return ProgressTable(runs) if wanted != "plain" and in_kernel() else ProgressLines(runs, total)
 
 
 class Progress:
@@ -189,9 +180,9 @@ class Progress:
 class ProgressLines(Progress):
     """Whole lines on standard output: for terminals and logs."""
 
-    def __init__(self, runs: Sequence[Run]):
+    def __init__(self, runs: Sequence[Run], total: int | None = None):
         self._runs, self._told = runs, time.monotonic()
-        self._total, self._number = len(runs), sum(run.status == "done" for run in runs)
+        self._total, self._number = total or len(runs), sum(run.status in ("done", "pruned") for run in runs)
         print(printable(f"{self._total} runs" + (f", {self._number} of them done before" if self._number else "")), flush=True)
 
     def update(self, finished: Run | None = None) -> None:
@@ -246,6 +237,6 @@ class ProgressTable(Progress):
         from fulltune_nb.panels.progress import clock
 
         counts = Counter(run.status for run in self._runs)
-        caption = ", ".join(f"{counts[status]} {status}" for status in ("done", "failed", "running", "waiting") if counts[status])
+        caption = ", ".join(f"{counts[status]} {status}" for status in _STATUSES if counts[status])
         rows = [(run.label, run.status, clock(run.seconds) if run.seconds else "", run.outcome()) for run in self._runs]
         return table(("run", "status", "time", "outcome"), rows, f"{caption}; {clock(time.monotonic() - self._started)} so far")
