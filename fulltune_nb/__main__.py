@@ -14,6 +14,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("full", ("--train",), "trains a model; with --test it is tested too"),
     "test": ("full", ("--test",), "loss and perplexity of a model on a test split"),
     "generate": ("generate", (), "answers a prompt"),
+    "chat": ("chat", (), "a conversation in the terminal"),
+    "serve": ("serve", (), "a server with OpenAI's API, by mlx-lm"),
     "convert": ("convert", (), "a model file from .npz to .safetensors, or back"),
     "export": ("export", (), "a model taken elsewhere: quantized for mlx-lm, GGUF, Ollama, the hub"),
     "sweep": ("sweep.__main__", (), "runs a notebook with many parameters"),

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fulltune_nb.errors import IN_LOADING, FulltuneError, TrainingError, device_errors, nearest, tells_missing_backend
@@ -81,6 +82,26 @@ def add_fields(group: Any, cls: type) -> None:
             options = {"type": partial(as_typed, kind=kind), "metavar": metavar}
         help = f"{field.metadata['help']}{note}".replace("%", "%%")
         group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS, help=help, **options)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what becomes of a model's weights when it is loaded."""
+    add = parser.add_argument
+    add("--model-file", type=Path, help="weights to use in place of the model's own (.npz or .safetensors)")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights in memory (default: as they are stored)")
+    add("--dequantize", action="store_true", help="turn the weights of a model that MLX quantized, or of one in MXFP4, into bfloat16")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of `Sampling`."""
+    add = parser.add_argument
+    add("--max-tokens", "-m", type=int, default=256, help="tokens after which the answer ends in any case (default: %(default)s)")
+    add("--temperature", "--temp", type=float, default=0.0, help="0: always the likeliest token (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="draw among the fewest likeliest tokens with this much probability (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="draw among this many likeliest tokens; 0: all (default: %(default)s)")
+    add("--min-p", type=float, default=0.0, help="draw among tokens with this share of the likeliest one's (default: %(default)s)")
+    add("--stop", action="append", help="text that ends the answer; may be given several times")
+    add("--seed", type=int, help="seed of the drawing (default: another one each time)")
 
 
 def run(work: Callable[[], int]) -> int:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from fulltune_nb.command_line import Parser, run, start
+from fulltune_nb.command_line import Parser, add_weights, run, start
 from fulltune_nb.html import printable
 
 TARGETS = {
@@ -38,9 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("where", metavar="WHERE", help="a new folder, file or repository, by the target")
     add("--to", choices=tuple(TARGETS), default="hf", help="the target (default: %(default)s)")
     add("--quantization", metavar="NAME", help="of gguf and ollama, such as q8_0 or Q4_K_M (default: bf16)")
-    add("--model-file", type=Path, help="weights to use in place of the model's own (.npz or .safetensors)")
-    add("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: as they are stored)")
-    add("--dequantize", action="store_true", help="turn the weights of a model that MLX quantized, or of one in MXFP4, into bfloat16")
+    add_weights(parser)
     add("--public", action="store_true", help="a repository that is made on the hub is public")
     add("--yes", action="store_true", help="upload without asking")
     return parser

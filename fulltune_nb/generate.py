@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from fulltune_nb.chat_template import ensure_chat_template
-from fulltune_nb.command_line import Parser, run, start
+from fulltune_nb.command_line import Parser, add_sampling, add_weights, run, start
 from fulltune_nb.errors import ConfigError, GenerationError
 from fulltune_nb.html import printable
 
@@ -33,20 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m fulltune_nb.generate", description="Prints a model's answer to a prompt.", epilog=EPILOG)
     add = parser.add_argument
     add("--model", help="model folder or hub id; may be left out where --model-file tells where it came from")
-    add("--model-file", type=Path, help="weights to use in place of the model's own (.npz or .safetensors)")
     add("--prompt", "-p", required=True, help=r"the prompt; \n and \t stand for a line break and a tab; - reads it from standard input")
     add("--system-prompt", help="system message put before the prompt; implies --chat")
     add("--chat", action=argparse.BooleanOptionalAction, help="send the prompt through the chat template, or raw")
     add("--ignore-chat-template", dest="chat", action="store_false", default=argparse.SUPPRESS, help="the same as --no-chat")
-    add("--max-tokens", "-m", type=int, default=256, help="tokens after which the answer ends in any case (default: %(default)s)")
-    add("--temperature", "--temp", type=float, default=0.0, help="0: always the likeliest token (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="draw among the fewest likeliest tokens with this much probability (default: %(default)s)")
-    add("--top-k", type=int, default=0, help="draw among this many likeliest tokens; 0: all (default: %(default)s)")
-    add("--min-p", type=float, default=0.0, help="draw among tokens with this share of the likeliest one's (default: %(default)s)")
-    add("--stop", action="append", help="text that ends the answer; may be given several times")
-    add("--seed", type=int, help="seed of the drawing (default: another one each time)")
-    add("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights in memory (default: as they are stored)")
-    add("--dequantize", action="store_true", help="turn the weights of a model that MLX quantized, or of one in MXFP4, into bfloat16")
+    add_sampling(parser)
+    add_weights(parser)
     return parser
 
 

@@ -18,6 +18,8 @@ LEFT_OUT = (
     (ALL, "test_notebooks.py", OTHER_PROCESSES),
     (ALL, "test_demo.py", OTHER_PROCESSES),
     (ALL, "training/test_parallel.py", OTHER_PROCESSES),
+    (ALL, "test_chat_and_serve.py::test_a_served_model", OTHER_PROCESSES),
+    (ALL, "test_chat_and_serve.py::test_in_a_real_terminal", OTHER_PROCESSES),
     (ALL, "test_docs.py", THE_SAME),
     (ALL, "test_layers.py", THE_SAME),
     (GPU, "data/", THE_SAME),

@@ -91,7 +91,7 @@ def test_importing_is_quiet_and_leaves_the_heavy_packages_alone():
 
 
 def test_what_a_command_needs_for_its_help_leaves_numpy_and_mlx_alone():
-    commands = ", ".join(f"fulltune_nb.{name}" for name in ("full", "generate", "export", "demo", "sweep"))
+    commands = ", ".join(f"fulltune_nb.{name}" for name in ("full", "generate", "chat", "serve", "export", "demo", "sweep"))
     result = python(f"import sys, {commands}; print([m for m in {HEAVY!r} if m in sys.modules])")
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "[]", "")
 

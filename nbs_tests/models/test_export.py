@@ -33,7 +33,7 @@ ROWS = [{"prompt": "How are you today?", "completion": ANSWER}] * 4
 QUESTION = [{"role": "user", "content": ROWS[0]["prompt"]}]
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 SHAPES = {
-    "llama": {**TINY_LLAMA, **SHAPE},
+    "llama": {**TINY_LLAMA, **SHAPE, "architectures": ["LlamaForCausalLM"]},
     "qwen3": {**TINY_LLAMA, **SHAPE, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
 }
 
