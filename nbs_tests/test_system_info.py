@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,10 +12,13 @@ import sys
 import mlx.core as mx
 import pytest
 
+from fulltune_nb import device, doctor
 from fulltune_nb.cpu import ensure_fast_blas, kernel_folder
 from fulltune_nb.doctor import main
 from fulltune_nb.system_info import arithmetic, keeps_float32, system_info
 from nbs_tests.gpu_like import gpu_like
+from nbs_tests.models.family_cases import PUBLISHED
+from nbs_tests.models.real_configs import EXPECTED
 
 
 def test_it_names_versions_device_memory_and_blas():
@@ -62,7 +66,36 @@ def test_the_command_shows_it_and_the_memory_that_training_may_take(capsys):
     shown = capsys.readouterr().out
     assert all(f"{name} " in shown for name, _ in system_info().facts()) and "training may take" in shown
     assert main(["--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["arithmetic"] == arithmetic()
+    told = json.loads(capsys.readouterr().out)
+    assert told["arithmetic"] == arithmetic() and list(told["models"]) == list(doctor.MODELS)
+
+
+@pytest.mark.parametrize("model", doctor.MODELS)
+def test_the_memory_that_a_model_needs_is_that_of_its_published_config(model):
+    published = {**PUBLISHED, "Llama 3.2 1B": EXPECTED["llama-3.2-1b"][0], "Mistral 7B v0.3": EXPECTED["mistral-7b-v0.3"][0]}[model]
+    assert doctor.peaks(doctor.config_of(model)) == doctor.peaks(published)
+
+
+def test_a_model_fits_where_its_peak_is_within_the_limit(monkeypatch, capsys):
+    small = doctor.peaks(doctor.config_of("Qwen3 0.6B"))
+    monkeypatch.setattr(device, "machine_limit", lambda: small["fast"])
+    assert main([]) == 0
+    lines = {line.strip()[:16].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert lines["Qwen3 0.6B"].count("fits") == 2 and lines["Qwen3 32B"].count("fits") == 0
+
+
+def test_an_extra_whose_packages_are_missing_or_too_old_is_told_with_its_command(monkeypatch, capsys):
+    def version(name: str) -> str:
+        if name == "ipywidgets":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1" if name == "papermill" else "999"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = dict(doctor.missing())
+    assert found["notebook"] == ["ipywidgets", "papermill"] and found["pandas"] == []
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert "missing ipywidgets, papermill: pip install 'fulltune_nb[notebook]'" in shown and "cuda13" not in shown.split("Extras:")[1]
 
 
 def test_speed_is_measured_when_asked_for():

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from fulltune_nb import TrainConfig
+from fulltune_nb import doctor
 from fulltune_nb.html import human_bytes
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.families import FAMILIES
@@ -25,7 +24,6 @@ from fulltune_nb.models.family import Experts, Family, Stack
 from fulltune_nb.models.model_config import read_config
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.training import memory
-from fulltune_nb.training.plan import preflight
 from nbs_tests.gpu_like import gpu_like
 from nbs_tests.models.family_cases import KNOWN, PUBLISHED
 from nbs_tests.models.real_configs import EXPECTED
@@ -80,11 +78,6 @@ def family_rows(known: Mapping[str, list[str]], compared: list[str]) -> list[str
 
 MACS = {16: 2 / 3, 32: 2 / 3, 64: 3 / 4, 128: 3 / 4}
 """Main memory in GB (2**30 bytes) -> the share that Metal recommends as the largest working set."""
-SETTINGS = {
-    "fast": {"memory": "fast", "grad_checkpoint": True, "optimizer": "adamw8bit"},
-    "lean": {"memory": "lean", "optimizer": "adafactor"},
-}
-TOKENS = 2048
 FITS_FOR = (
     "Qwen3 0.6B", "Gemma 3 1B", "Llama 3.2 1B", "Qwen3 1.7B", "Gemma 2 2B", "Qwen2.5 3B", "SmolLM3 3B", "Llama 3.2 3B", "Phi-4-mini",
     "Mistral 7B v0.3", "OLMo 2 7B", "Llama 3.1 8B", "Qwen3 8B", "Gemma 2 9B", "OLMo 2 13B", "gpt-oss-20b", "Qwen3 30B-A3B", "Qwen3 32B",
@@ -100,13 +93,9 @@ def mac_rows() -> list[str]:
 
 
 def _mac_row(name: str, raw: dict[str, Any]) -> str:
-    decoder = Decoder(read_config(raw))  # nothing is evaluated: arrays are lazy
-    weights = sum(array.size for array in parameters_of(decoder).values())
-    lm = SimpleNamespace(model=decoder, config=decoder.config, dtype="bfloat16")
-    peaks = {}
+    weights = sum(array.size for array in parameters_of(Decoder(read_config(raw))).values())
     with gpu_like(), mock.patch.object(memory, "machine_limit", lambda: 2**60):
-        for way, settings in SETTINGS.items():
-            peaks[way] = preflight(lm, None, TrainConfig(batch_size=1, max_seq_length=TOKENS, **settings)).peak
+        peaks = doctor.peaks(raw)
     cells = [next((way for way, peak in peaks.items() if peak <= share * size * 2**30), "–") for size, share in MACS.items()]
     return "| " + " | ".join([name, f"{weights / 1e9:.1f}B", *map(human_bytes, peaks.values()), *cells]) + " |"
 
