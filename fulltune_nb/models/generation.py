@@ -302,13 +302,14 @@ class Answer:
     Attributes:
         tokens: ids so far, without the stop id.
         finished: nothing more is to come.
+        cut: it ended because it had `max_tokens`.
     """
 
     def __init__(self, detokenizer: Detokenizer, sampling: Sampling, stop_ids: frozenset[int]):
         self._detokenizer, self._stop_ids, self._max_tokens = detokenizer, stop_ids, sampling.max_tokens
         self._stops = StopStrings(sampling.stop)
         self.tokens: list[int] = []
-        self.finished = False
+        self.finished = self.cut = False
 
     def add(self, token: int) -> str:
         """The text that became certain with this token. A character that is unfinished at the end is left out."""
@@ -320,16 +321,36 @@ class Answer:
         if self._stops.found:
             self.finished = True
         elif len(self.tokens) >= self._max_tokens:
-            self.finished = True
+            self.finished = self.cut = True
             text += self._stops.finish()
         return text
 
 
 class AnswerStream(Generator[str, None, None]):
-    """Pieces of an answer's text, none of them empty. `steps`: the same, and a `Reading` after each chunk of a long prompt."""
+    """Pieces of an answer's text, none of them empty.
 
-    def __init__(self, steps: Generator[str, None, None]):
-        self.steps = steps
+    Attributes:
+        steps: the same, and a `Reading` after each chunk of a long prompt.
+        answer: as it grows.
+    """
+
+    def __init__(self, model: Decoder, answer: Answer, prompt: Sequence[int], sampling: Sampling, limit: int | None):
+        """
+        Args:
+            model: the weights as they are at each step.
+            answer: a new one.
+            prompt: ids, at least one.
+            sampling: how to draw.
+            limit: tokens of the longest text that the model was made for, or None.
+        """
+        self.steps = stream_answer(model, answer, prompt, sampling)
+        self.answer = answer
+        self._prompt_tokens, self._limit = len(prompt), limit
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether prompt and answer have more tokens together than the model was made for, and the prompt alone has not."""
+        return self._limit is not None and self._prompt_tokens <= self._limit < self._prompt_tokens + len(self.answer.tokens)
 
     def send(self, value: None) -> str:
         return next(filter(None, self.steps))
@@ -338,25 +359,8 @@ class AnswerStream(Generator[str, None, None]):
         return self.steps.throw(*error)
 
 
-def stream_answer(
-    model: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Sequence[int],
-    sampling: Sampling,
-    stop_ids: frozenset[int],
-    continues: bool = True,
-) -> Generator[str, None, None]:
-    """Pieces of text, none of them empty but those that say how far a long prompt is read.
-
-    Args:
-        model: the weights as they are at each step.
-        tokenizer: of the model.
-        prompt: ids, at least one.
-        sampling: how to draw; its `stop` holds all stop strings.
-        stop_ids: tokens that end an answer.
-        continues: the answer goes on with the prompt's text, so that a space between them is kept; False: it is a text of its own.
-    """
-    answer = Answer(make_detokenizer(tokenizer, prompt if continues else ()), sampling, stop_ids)
+def stream_answer(model: Decoder, answer: Answer, prompt: Sequence[int], sampling: Sampling) -> Generator[str, None, None]:
+    """Pieces of text, none of them empty but those that say how far a long prompt is read. The arguments are those of `AnswerStream`."""
     for step in decode(model, [prompt], sampling, [sampling.first_seed()]):
         if isinstance(step, Reading):
             yield step
@@ -364,6 +368,21 @@ def stream_answer(
             yield piece
         if answer.finished:
             return
+
+
+def new_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], continues: bool
+) -> Answer:
+    """An answer that has not begun.
+
+    Args:
+        tokenizer: of the model.
+        prompt: ids.
+        sampling: its `stop` holds all stop strings.
+        stop_ids: tokens that end an answer.
+        continues: the answer goes on with the prompt's text, so that a space between them is kept; False: it is a text of its own.
+    """
+    return Answer(make_detokenizer(tokenizer, prompt if continues else ()), sampling, stop_ids)
 
 
 def answer_many(
@@ -383,7 +402,7 @@ def answer_many(
     first_seed, texts = sampling.first_seed(), [""] * len(prompts)
     lengths = [len(prompt) for prompt in prompts]
     for batch in batches_by_length(lengths, batch_size, _spread(model, max(lengths, default=0))):
-        answers = {row: Answer(make_detokenizer(tokenizer, prompts[row] if continues else ()), sampling, stop_ids) for row in batch}
+        answers = {row: new_answer(tokenizer, prompts[row], sampling, stop_ids, continues) for row in batch}
         for tokens in decode(model, [prompts[row] for row in batch], sampling, [first_seed + row for row in batch]):
             if isinstance(tokens, Reading):
                 continue

@@ -31,7 +31,7 @@ from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.dequantize import quantization_of
 from fulltune_nb.models.export import export
 from fulltune_nb.models.folder import check_not_source, load_decoder, load_model_file, resolve_model_path, save_folder
-from fulltune_nb.models.generation import AnswerStream, Sampling, answer_many, stream_answer, warn_of_length
+from fulltune_nb.models.generation import AnswerStream, Sampling, answer_many, new_answer, warn_of_length
 from fulltune_nb.models.model_config import ModelConfig, read_config
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.models.token_rows import set_token_rows
@@ -316,7 +316,8 @@ class LanguageModel:
 
     def _stream(self, prompt: list[int], sampling: Sampling, ends: frozenset[int], continues: bool = True) -> AnswerStream:
         warn_of_length([prompt], self.context_length)
-        return AnswerStream(stream_answer(self.model, self.tokenizer, prompt, sampling, ends, continues))
+        answer = new_answer(self.tokenizer, prompt, sampling, ends, continues)
+        return AnswerStream(self.model, answer, prompt, sampling, self.context_length)
 
     def _many(self, prompts: list[list[int]], batch_size: int, settings: Mapping[str, Any], chat: bool) -> list[str]:
         warn_of_length(prompts, self.context_length)

@@ -64,7 +64,7 @@ class TrainControls:
         self.tabs = widgets.Tab([scrolled(self.log, "220px"), widgets.VBox([samples, scrolled(self.samples, "320px")])])
         self.tabs.titles = ("Log", "Samples")
         self.box = column(
-            row(self.run, self.pause, self.step, self.step_count, self.step_n, self.stop),
+            row(self.run, self.pause, self.step, self.step_count, self.step_n, self.stop, self.train_on),
             row(self.split, self.evaluate, self.save, self.learning_rate),
             self.progress,
             self.status,
@@ -86,6 +86,9 @@ class TrainControls:
         self.save.disabled = not can_save
         more = ", and write a checkpoint" if can_save else ""
         self.stop = button("Stop", f"End this run after the step under way{more}; Run would still go on from there", "stop")
+        where = ", and a run folder beside this one" if can_save else ""
+        self.train_on = button("Train on", f"Go on from the end of this run, with a copy of the model{where}", "forward", "primary")
+        self.train_on.layout.display = "none"  # until the run is done
         self.sample_now = button("Sample now", "Have the prompts answered now", "comment")
 
     def allow(self, reasons: Mapping[str, str]) -> None:

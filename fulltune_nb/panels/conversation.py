@@ -30,6 +30,7 @@ _STATES = {
     "stopped": "stopped before its end",
     "failed": "failed",
 }
+_OUTGROWN = "Prompt and answer have more tokens together than the model was made for: what follows is often nonsense."
 _PRE = (
     "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;margin:2px 0 0 0;padding:0;line-height:1.45;background:none;"
     "color:inherit;border:none;font-family:var(--jp-content-font-family, sans-serif);font-size:var(--jp-content-font-size1, 14px)"
@@ -54,6 +55,8 @@ class Answer:
     """Optimizer steps that the model had been trained for; 0: none, or it is not known."""
     notes: list[str] = field(default_factory=list)
     """What the model warned of."""
+    ending: str = ""
+    """What ended it, where that was not the model."""
 
     @property
     def open(self) -> bool:
@@ -69,7 +72,14 @@ class Answer:
     def told(self) -> str:
         """Where it comes from and where it stands; empty where there is nothing to say."""
         state = self.reading if self.state == "writing" and self.reading else _STATES[self.state]
-        return ", ".join(part for part in (f"step {self.step:,}" if self.step else "", state) if part)
+        return ", ".join(part for part in (f"step {self.step:,}" if self.step else "", state, self.ending) if part)
+
+    def look(self, stream: Any) -> None:
+        """Takes in what its stream knows besides the text: that it outgrew the model's context, and that it was cut off."""
+        if getattr(stream, "outgrown", False) and _OUTGROWN not in self.notes:
+            self.notes.append(_OUTGROWN)
+        if self.state == "done" and (whole := getattr(stream, "answer", None)) is not None and whole.cut:
+            self.ending = f"cut off at max tokens: {len(whole.tokens):,}"
 
 
 @dataclass
@@ -316,35 +326,36 @@ class Answering(Background):
 
     async def _write(self, turn: Turn) -> None:
         system, _, settings = self._settings()
-        streams: dict[int, Iterator[str]] = {}
+        streams: dict[int, tuple[Iterator[str], Iterator[str]]] = {}  # and the steps of each, which let go while a prompt is read
         for which, answer in enumerate(turn.answers):
             model, messages = self.models[which], self.conversation.messages(which, turn, system)
             answer.state, answer.step = "writing", training_of(model)[1]
             with self._telling(answer, system), warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 stream = model.stream_chat(messages, **settings)
-                streams[which] = getattr(stream, "steps", stream)  # which let go while a long prompt is read
+                streams[which] = stream, getattr(stream, "steps", stream)
                 answer.notes = [str(warning.message) for warning in told]
         self._changed(True)
         await let_go()
         try:
             while streams and not self._stopping:
                 for which in list(streams):
-                    answer = turn.answers[which]
+                    answer, (stream, steps) = turn.answers[which], streams[which]
                     with self._telling(answer, system):
-                        piece = next(streams[which], None)
+                        piece = next(steps, None)
                         if piece is None:
                             answer.state = "done"
                         else:
                             answer.add(piece)
+                        answer.look(stream)
                     if not answer.open:
                         del streams[which]
                 self._changed(False)
                 self._listen()  # a kernel exchanges the handler whenever a cell begins or ends
                 await let_go()
         finally:
-            for stream in streams.values():
-                stream.close()
+            for _, steps in streams.values():
+                steps.close()
 
     @contextmanager
     def _telling(self, answer: Answer, system: str) -> Iterator[None]:

@@ -22,12 +22,12 @@ from fulltune_nb.html import NO_MATH, cut, esc, human_bytes, image, table
 from fulltune_nb.insight import comparison
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.loop import hear, interruptible, loop_of
-from fulltune_nb.panels.panel import Panel, error_html
+from fulltune_nb.panels.panel import Panel, close_all, error_html
 from fulltune_nb.panels.progress import PlainProgress, clock, due_again, may_be_missing, progress
 from fulltune_nb.panels.run_record import record_html
 from fulltune_nb.panels.samples import Sample, Samples, prompts_of
 from fulltune_nb.panels.tabs import TABS, OpenTab, Tab
-from fulltune_nb.panels.ways_on import how_to_go_on, reasons_against
+from fulltune_nb.panels.ways_on import fork_to_go_on, how_to_go_on, reasons_against
 from fulltune_nb.plots import PNG_WIDTH, loss_png
 from fulltune_nb.training.history import EvalReport, Event, StepReport
 from fulltune_nb.training.trainer import Trainer
@@ -77,15 +77,23 @@ class TrainPanel(Panel):
         Raises:
             ConfigError: prompts or numbers that cannot be used.
         """
+        self._others = [(run.name, run.history) for run in comparison.compare(compare).runs] if len(compare) else []
+        self._take(trainer)
+        self.samples.set(prompts or None, sample_every, max_tokens)
+        super().__init__(self.controls.box)
+        self._show()
+
+    def _take(self, trainer: Trainer) -> None:
+        """The trainer that is driven from now on, and widgets for it."""
         self.trainer = trainer
         self.loop = loop_of(trainer)
         self.samples = self.loop.shared(Samples)
-        self.samples.set(prompts or None, sample_every, max_tokens)
         splits = [name for name in ("valid", "test", "train") if getattr(trainer.data, name) is not None]
-        others = [(run.name, run.history) for run in comparison.compare(compare).runs] if len(compare) else []
-        chart = LossChart([("this run", trainer), *others], machine_limit())
+        chart = LossChart([("this run", trainer), *self._others], machine_limit())
         self.controls = TrainControls(splits, trainer.run_dir is not None, chart)
-        super().__init__(self.controls.box)
+
+    def _show(self) -> None:
+        """Shows the trainer in the widgets, and has them heard."""
         self.tabs: dict[str, Tab] = {kind.title: kind(self, self.loop) for kind in TABS}
         for tab in self.tabs.values():
             self.controls.add_tab(tab.title, tab.box)
@@ -158,6 +166,33 @@ class TrainPanel(Panel):
         if self.trainer.run_dir:
             self.trainer.save()
 
+    def train_on(self) -> Trainer:
+        """Trains on from the end of the run, twice as long or without the `patience` that ended it: `panel.trainer` is a fork then.
+
+        The fork is a copy, in a run folder of its own where there was one; the model of before stays as it is. In a notebook it begins
+        at once.
+
+        Raises:
+            TrainingError: the run is not done.
+            CheckpointError: the new folder cannot be written.
+        """
+        self._check_open()
+        if not self.trainer.done:
+            raise TrainingError(f"The run is at step {self.trainer.step_count} of {self.trainer.total_steps}: start() goes on with it.")
+        more, samples, before = fork_to_go_on(self.trainer), self.samples, self.widget.children[:-1]
+        self._end()
+        self._take(more)
+        self.samples.set(samples.prompts, samples.every, samples.max_tokens)
+        box, self.controls.box = self.controls.box, self.widget
+        self.widget.children = (*box.children, self.widget.children[-1])
+        box.children = ()
+        for old in (*before, box):
+            close_all(old)
+        self._show()
+        if self.loop.in_event_loop:
+            self.start()
+        return more
+
     def sample(self) -> list[Sample]:
         """Has the prompts answered here and now."""
         try:
@@ -193,6 +228,7 @@ class TrainPanel(Panel):
         self.connect(controls.evaluate, self.evaluate)
         self.connect(controls.save, self.save)
         self.connect(controls.stop, self._stop_pressed, at_once=True)
+        self.connect(controls.train_on, self.train_on)
         self.connect(controls.sample_now, self._sample_pressed)
         self.connect(controls.learning_rate, self._rate_entered)
         self.connect(controls.prompts, self._set_samples, "prompts")
@@ -398,6 +434,7 @@ class TrainView:
         controls, trainer, running = self._controls, self._trainer, self._loop.running
         self.show_status()
         controls.allow(reasons_against(trainer, self._loop, self._samples))
+        controls.train_on.layout.display = None if trainer.done and not self._training else "none"
         controls.progress.max = max(1, trainer.total_steps)
         controls.progress.value = trainer.step_count
         controls.progress.bar_style = "success" if trainer.done else ""

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from fulltune_nb.panels.loop import TrainLoop
 from fulltune_nb.panels.samples import Samples
 from fulltune_nb.training.trainer import Trainer
 
 
+def _changes(trainer: Trainer) -> dict[str, Any]:
+    """The settings of a run that goes on from this one's end: twice as long, or without the patience that ended it."""
+    if trainer.stopped_early:
+        return {"patience": None}
+    epochs = trainer.config.epochs
+    return {"iters": 2 * trainer.total_steps} if epochs is None else {"epochs": 2 * epochs}
+
+
 def how_to_go_on(trainer: Trainer) -> str:
     """The call that trains on from the end of a run."""
-    config = trainer.config
-    change = f"epochs={2 * config.epochs:g}" if config.epochs is not None else f"iters={2 * trainer.total_steps}"
-    if trainer.stopped_early:
-        change = "patience=None"
+    changes = ", ".join(f"{name}={value:g}" if name == "epochs" else f"{name}={value}" for name, value in _changes(trainer).items())
     place = "'runs/another', " if trainer.run_dir else ""
-    return f"To train on: more = trainer.fork({place}{change}), then ft.TrainPanel(more). The fork is a copy; this model stays as it is."
+    return (
+        f"To train on: the button Train on, or more = trainer.fork({place}{changes}), then ft.TrainPanel(more)."
+        " Both train a copy; this model stays as it is."
+    )
+
+
+def fork_to_go_on(trainer: Trainer) -> Trainer:
+    """Makes what `how_to_go_on` says, in the next free folder beside the run's own.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    return trainer.fork(None if trainer.run_dir is None else _free_folder(trainer.run_dir), **_changes(trainer))
+
+
+def _free_folder(run_dir: Path) -> Path:
+    number = 2
+    while (folder := run_dir.with_name(f"{run_dir.name}-{number}")).exists():
+        number += 1
+    return folder
 
 
 def reasons_against(trainer: Trainer, loop: TrainLoop, samples: Samples) -> dict[str, str]:

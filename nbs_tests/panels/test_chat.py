@@ -447,7 +447,7 @@ def test_without_a_word_it_is_as_the_training_rows_were(make_lm, make_data, chat
         again = ft.load_model(lm.save(tmp_path / f"{alone}{rows[0].keys()}"))
         panel = chat_of(again)
         panel.send("one")
-        assert panel.controls.alone.value is alone and "(step 1)" in panel.transcript
+        assert panel.controls.alone.value is alone and "(step 1, cut off" in panel.transcript
     with pytest.raises(ConfigError, match="alone: expected True, False or None"):
         ChatPanel(lm, alone="yes")
 
@@ -467,7 +467,7 @@ def test_the_step_of_a_trained_model_stands_with_each_answer(make_trainer, chat_
     panel.send("two")
     assert [turn.answers[0].step for turn in panel.conversation.turns] == [0, 3]
     for text in (panel.controls.log.value, panel.transcript, panel._repr_html_()):
-        assert text.count("(step 3)") == 1
+        assert text.count("(step 3, cut off") == 1
 
 
 # -- long prompts -------------------------------------------------------------------------------------------------------
@@ -496,6 +496,40 @@ def test_a_long_prompt_is_read_between_cells_and_says_how_far_and_that_it_is_too
     assert panel.conversation.turns[1].answers[0].text and "reading the prompt" not in panel.controls.log.value
     for html in (panel.controls.log.value, panel._repr_html_()):
         assert html.count("but the model was made for") == 2
+
+
+def test_an_answer_that_outgrows_the_context_says_so_while_it_is_written(lm, chat_of, monkeypatch):
+    monkeypatch.setattr(module, "REDRAW_SECONDS", 0.0)
+    prompt = len(lm.chat_tokens([{"role": "user", "content": "the quick fox"}]))
+    monkeypatch.setattr(type(lm), "context_length", prompt + 3)
+    monkeypatch.setattr(type(lm), "stop_ids", ())  # else random weights might end it before
+    seen = []
+
+    async def main():
+        panel = chat_of(lm, max_tokens=6)
+        panel.controls.live.observe(lambda change: seen.append(change.new), "value")
+        panel.send("the quick fox")
+        await panel.wait()
+        return panel
+
+    panel = asyncio.run(main())
+    answer, words = panel.conversation.turns[0].answers[0], "more tokens together than the model was made for"
+    assert sum(words in note for note in answer.notes) == 1
+    assert any(words in html and "writing" in html for html in seen) and any(words not in html and "writing" in html for html in seen)
+    assert words in panel.controls.log.value and words in panel._repr_html_()
+
+
+def test_an_answer_that_was_cut_off_says_so(lm, chat_of, monkeypatch):
+    monkeypatch.setattr(type(lm), "stop_ids", ())
+    panel = chat_of(lm, max_tokens=3)
+    panel.send("the quick fox")
+    for text in (panel.controls.log.value, panel._repr_html_(), panel.transcript):
+        assert "cut off at max tokens: 3" in text
+    first = next(lm.stream_chat([{"role": "user", "content": "the quick fox"}], max_tokens=3).steps)
+    panel = chat_of(lm, max_tokens=200)
+    monkeypatch.setattr(type(lm), "stop_strings", (first,))
+    panel.send("the quick fox")
+    assert panel.conversation.turns[0].answers[0].told == ""  # it ended by itself
 
 
 # -- sampling -----------------------------------------------------------------------------------------------------------
@@ -545,7 +579,7 @@ def test_the_transcript_is_there_to_copy(lm, chat_of):
     panel = chat_of(lm)
     panel.send("one")
     answer = panel.conversation.turns[0].answers[0].text
-    assert panel.transcript == f"You:\none\n\nModel:\n{answer}"
+    assert panel.transcript == f"You:\none\n\nModel (cut off at max tokens: 12):\n{answer}"
     assert panel.controls.transcript.layout.display == "none"
     panel.controls.show_transcript.value = True
     assert panel.controls.transcript.value == panel.transcript and panel.controls.transcript.layout.display is None

@@ -10,6 +10,7 @@ import threading
 import weakref
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import fulltune_nb as ft
@@ -17,7 +18,7 @@ from fulltune_nb.chart import LossChart
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.panel import error_html
 from fulltune_nb.panels.samples import Sample
-from fulltune_nb.panels.train import REFRESH_SECONDS, TrainPanel
+from fulltune_nb.panels.train import REFRESH_SECONDS, TrainPanel, TrainView
 from nbs_tests.panels.conftest import HOSTILE, in_loop, settled, until
 
 
@@ -529,6 +530,37 @@ def test_at_the_end_the_panel_says_how_to_go_on_and_that_works(make_trainer, pan
     assert call[0] in panel.controls.run.tooltip and more.state == "paused" and more.total_steps == 2 * panel.trainer.total_steps
     more.run()
     assert more.state == "done"
+
+
+@in_loop
+async def test_at_the_end_one_click_trains_on_with_a_copy_in_the_same_panel(make_trainer, panel_of, tmp_path):
+    trainer = make_trainer(iters=2, run_dir=tmp_path / "run")
+    panel = panel_of(trainer, ["the"], 1)
+    widget, shown = panel.widget, len(panel.widget.children)
+    assert panel.controls.train_on.layout.display == "none"
+    panel.start()
+    await settled(panel)
+    assert panel.controls.train_on.layout.display is None
+    weights = np.array(trainer.lm.model.norm.weight)
+    (tmp_path / "run-2").mkdir()  # somebody's
+    panel.controls.train_on.click()
+    await until(lambda: panel.trainer is not trainer)
+    await settled(panel)
+    more = panel.trainer
+    assert (more.state, more.step_count, trainer.step_count) == ("done", 4, 2) and more.run_dir == tmp_path / "run-3"
+    assert np.array_equal(np.array(trainer.lm.model.norm.weight), weights)
+    straight = make_trainer(iters=4)
+    straight.run()
+    assert [report.loss for report in more.history.steps] == [report.loss for report in straight.history.steps]
+    assert panel.widget is widget and len(widget.children) == shown and "step 4 of 4" in panel.controls.status.value
+    assert panel.controls.chart in widget.children and panel.samples.prompts == ("the",)
+    assert not any(isinstance(listener, TrainView) for listener in trainer.listeners)
+
+
+def test_a_run_that_is_not_done_is_not_forked(make_trainer, panel_of):
+    panel = panel_of(make_trainer(iters=2))
+    with pytest.raises(ft.TrainingError, match=r"step 0 of 2: start\(\) goes on"):
+        panel.train_on()
 
 
 def test_buttons_that_begin_something_are_disabled_while_a_cell_trains(make_trainer, panel_of):
