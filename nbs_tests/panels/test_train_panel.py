@@ -18,7 +18,8 @@ from fulltune_nb.chart import LossChart
 from fulltune_nb.panels.controls import TrainControls
 from fulltune_nb.panels.panel import error_html
 from fulltune_nb.panels.samples import Sample
-from fulltune_nb.panels.train import REFRESH_SECONDS, TrainPanel, TrainView
+from fulltune_nb.panels.train import TrainPanel
+from fulltune_nb.panels.train_view import REFRESH_SECONDS, TrainView
 from nbs_tests.panels.conftest import HOSTILE, in_loop, settled, until
 
 
@@ -418,7 +419,7 @@ async def test_curves_and_numbers_come_seldom(make_trainer, panel_of, monkeypatc
     sent, drawn = [], []
     panel = panel_of(make_trainer(iters=100_000, steps_per_eval=100_000))
     monkeypatch.setattr(panel.controls.chart, "send", lambda content, buffers: sent.append(sum(map(len, buffers))))
-    monkeypatch.setattr("fulltune_nb.panels.train.loss_png", lambda runs: drawn.append(1))
+    monkeypatch.setattr("fulltune_nb.panels.train_view.loss_png", lambda runs: drawn.append(1))
     panel.start()
     started = asyncio.get_running_loop().time()
     refreshed = []
