@@ -28,6 +28,7 @@ DEADLINE_SECONDS = 60.0
 JOIN_SECONDS = 300.0
 """Within which all ranks must have come: models and data are loaded by then."""
 _MOST_BYTES = 2**26
+_LOST = -1  # in place of a rank: a message that tells of a lost one
 
 
 class Abandoned(Exception):
@@ -89,7 +90,7 @@ class RankChannel:
 
     def __init__(self, rank: int, size: int, address: tuple[str, int], deadline: float | None = None):
         self.rank, self.size = rank, size
-        self.deadline = float(os.environ.get(DEADLINE) or DEADLINE_SECONDS) if deadline is None else deadline
+        self.deadline = deadline_of_environment() if deadline is None else deadline
         self.on_lost: Callable[[], None] | None = None
         self.interrupted = False
         self.failure: str | None = None
@@ -194,7 +195,7 @@ class RankChannel:
 
     def _take(self) -> tuple[int, dict[str, Any]]:
         rank, message = self._inbox.get()
-        if self.failure is not None:
+        if rank == _LOST:  # behind all that came before
             self._inbox.put((rank, message))
             raise self.error()
         return rank, message
@@ -242,7 +243,7 @@ class RankChannel:
                 return
             self.failure = why
         self._failed.set()
-        self._inbox.put((-1, {}))  # wakes who waits
+        self._inbox.put((_LOST, {}))  # wakes who waits
         for wire in self._wires.values():
             with suppress(OSError):
                 wire.send(message)
@@ -286,6 +287,11 @@ class RankChannel:
             with suppress(OSError):
                 wire.send({"bye": 1})
         self._failed.set()
+
+
+def deadline_of_environment() -> float:
+    """Seconds of silence after which a rank is lost."""
+    return float(os.environ.get(DEADLINE) or DEADLINE_SECONDS)
 
 
 def token() -> str:

@@ -8,7 +8,6 @@ import secrets
 import shlex
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +19,8 @@ from fulltune_nb.training.rank_channel import ADDRESS, TOKEN
 
 LOCAL = ("localhost", "127.0.0.1")
 REMOTE_PORTS = range(21000, 31000)
+PATIENCE_SECONDS = 3.0
+"""Between the end of a rank that failed and that of the others, which have noticed it, or hang."""
 PASSED_ON = ("FULLTUNE_NB_DEADLINE", "MLX_ENABLE_TF32", "PYTHONPATH", "HF_HOME")
 """Variables that processes on other machines get too."""
 
@@ -64,13 +65,13 @@ def start_rank(host: str, command: Sequence[str], environment: dict[str, str], *
     return process
 
 
-def end_together(processes: Sequence[subprocess.Popen], patience: float) -> int:
-    """Waits for all ranks; when one has failed, the others have `patience` seconds to end. The exit code of the first that failed, or 0."""
+def end_together(processes: Sequence[subprocess.Popen]) -> int:
+    """Waits for all ranks; when one has failed, the others have some seconds to end. The exit code of the first that failed, or 0."""
     code, end = 0, None
-    while any(process.poll() is None for process in processes):
-        failed = [process.returncode for process in processes if process.returncode]
+    while None in (codes := [process.poll() for process in processes]):
+        failed = [found for found in codes if found]
         if failed and end is None:
-            code, end = failed[0], time.monotonic() + patience
+            code, end = failed[0], time.monotonic() + PATIENCE_SECONDS
         if end is not None and time.monotonic() > end:
             kill(processes)
         time.sleep(0.05)
@@ -83,11 +84,6 @@ def kill(processes: Sequence[subprocess.Popen]) -> None:
         with suppress(OSError):
             process.kill()
         process.wait()
-
-
-def python_of(host: str) -> str:
-    """The Python to be started: this one here, on other machines that of the same place."""
-    return sys.executable
 
 
 def socket_address(place: str) -> str:

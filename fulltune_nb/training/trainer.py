@@ -5,6 +5,7 @@ Randomness is a function of the seed and the position (epoch, step): nothing has
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
@@ -79,6 +80,21 @@ _METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
 _TELL_SECONDS = 0.25  # how often callbacks hear how far an evaluation is
 _NEW_SCHEDULE = {"learning_rate", "lr_schedule", "warmup"}
 _NEW_OPTIMIZER = {"optimizer", "optimizer_config", "train_only", "freeze"}
+
+
+def _on_all_ranks(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A call in which rank 0 leads. On the others it does what rank 0 says meanwhile, and gives None."""
+
+    @functools.wraps(method)
+    def call(self: Trainer, *args: Any, **settings: Any) -> Any:
+        if self._follows:
+            for _ in self._follow():
+                pass
+            return None
+        with self._leading():
+            return method(self, *args, **settings)
+
+    return call
 
 
 class Trainer:
@@ -452,6 +468,7 @@ class Trainer:
         move no schedule. Nothing is copied: while somebody holds the old arrays, updates are made in new memory. So the block needs
         memory for a second set of weights and optimizer state.
         """
+        self._check_leads("A rehearsal")
         before, taken = self._take_state(), 0
         mx.eval(before.weights, before.optimizer_arrays)
         observers, self.optimizers.observers = self.optimizers.observers, []
@@ -698,6 +715,7 @@ class Trainer:
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
+    @_on_all_ranks
     def save(self) -> Path:
         """Writes a checkpoint into `run_dir/checkpoints` and returns its folder. Where the run's folder is gone, it is made anew.
 
@@ -705,6 +723,9 @@ class Trainer:
             TrainingError: the trainer has no `run_dir`.
             CheckpointError: it cannot be written, or the folder is no longer this run's; earlier ones are untouched.
         """
+        return self._write_checkpoint()
+
+    def _write_checkpoint(self) -> Path:
         if self._directory is None:
             raise TrainingError("This trainer has no run_dir, so there is nowhere to save. Give it one with trainer.move_run('runs/a').")
         if self._directory.lock.folder_is_gone:
@@ -717,6 +738,7 @@ class Trainer:
         self._write_best_if_due()
         return path
 
+    @_on_all_ranks
     def move_run(self, run_dir: str | os.PathLike) -> Path:
         """Goes on in another folder, beginning with a checkpoint of now: where the run's own was deleted, moved, or begun anew by another
         process, or its disk is full, and for a trainer that had none.
@@ -771,7 +793,7 @@ class Trainer:
 
     def _save_for_the_next(self) -> None:
         if self._torn() is None and self._saved_step != self.step_count:
-            self.save()
+            self._write_checkpoint()
 
     def _save_unless_saved(self) -> None:
         if self.run_dir and self._saved_step != self.step_count:
@@ -870,9 +892,9 @@ class Trainer:
         del before
         put_parameters(self.lm.model, state.weights)
         mx.eval(self.lm.model.parameters())
-        self._share_state()
         self.history[:] = state.history
         self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
+        self._share_state()
         self.lm.torn, self.lm.update_under_way = None, False
         self.failure = ""
         self._rate.factor = state.rate_factor
@@ -880,6 +902,7 @@ class Trainer:
         set_random_state(state.random)
         self._forget_what_is_written()
 
+    @_on_all_ranks
     def snapshot(self, folder: str | os.PathLike | None = None) -> Snapshot:
         """The present state, to go back to with `restore`.
 
@@ -892,6 +915,7 @@ class Trainer:
         """
         return Snapshot.take(self._take_state(), self.lm, folder)
 
+    @_on_all_ranks
     def restore(self, snapshot: Snapshot | str | os.PathLike, force: bool = False) -> None:
         """Goes back, or forward, to a snapshot; history included. Training goes on from there bit for bit as it did then.
 
@@ -923,6 +947,7 @@ class Trainer:
             ConfigError: a setting that cannot be changed to that.
             CheckpointError: `run_dir` already holds a run, or cannot be written.
         """
+        self._check_leads("A fork")
         state, config = self._take_state(), self.config.replace(**changes)
         other = type(self)(copy_of(self.lm), self.data, config, parallel=False)
         if other.total_steps < state.step:
@@ -947,6 +972,10 @@ class Trainer:
     @property
     def _follows(self) -> bool:
         return self._ranks is not None and self._ranks.rank > 0
+
+    def _check_leads(self, what: str) -> None:
+        if self._follows:
+            raise TrainingError(f"{what} is for rank 0, and this is rank {self._ranks.rank}: leave the call out on the others.")
 
     def _leading(self) -> AbstractContextManager[None]:
         """Within the block the other ranks follow; at its end they leave the call of theirs that follows this one."""
@@ -1057,6 +1086,7 @@ class Trainer:
             elif do == "take_state":
                 self.step_count, self.optimizers.step = command["step"], command["optimizer"]
                 self._share_state()
+                self.lm.torn, self.lm.update_under_way = None, False
         except (Abandoned, DataError):
             pass  # rank 0 has gone on, or has the same error
         except FulltuneError as error:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -36,7 +39,7 @@ def run_ranks(folder, size: int, scenarios: dict, program: str = "nbs_tests.trai
         return subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
     ranks = [start_rank("localhost", command, own, stdout=subprocess.DEVNULL) for own in environments(["localhost"] * size)]
     try:
-        return end_together(ranks, patience=30)
+        return end_together(ranks)
     finally:
         kill(ranks)
 
@@ -98,3 +101,67 @@ def test_the_command_trains_with_all_ranks_and_only_the_first_writes(tmp_path):
     assert [alone.returncode, *(rank.returncode for rank in ranks)] == [0, 0, 0]
     assert second == "" and first.splitlines()[-1] == said_alone[-1]  # the test's loss
     assert os.listdir(tmp_path / "together") and json.loads((tmp_path / "together" / "result.json").read_text())["steps"] == 3
+
+
+# -- ranks that are lost, and runs that go on with another number of them ------------------------------------------------------------
+
+LONG = {"settings": {"grad_accumulation_steps": 4, "iters": 400, "save_every": 3, "steps_per_eval": 400}}
+DEADLINE = 4.0
+
+
+def end_of_ranks(tmp_path, size: int, harm, deadline: float = DEADLINE) -> tuple[int, str, float]:
+    """Starts a long run and has `harm(ranks)` done when it has saved: the exit code, what was said, and the seconds it took from there."""
+    (tmp_path / "scenarios.json").write_text(json.dumps({"long": {**LONG, "run_dir": str(tmp_path / "run")}}))
+    command = [sys.executable, "-m", "nbs_tests.training.rank_program", str(tmp_path)]
+    own = environments(["localhost"] * size)
+    own = [{**one, "FULLTUNE_NB_DEADLINE": str(deadline)} for one in own]
+    said = [open(tmp_path / f"said-{rank}", "w+") for rank in range(size)]  # no pipes: a killed rank's own children hold them open
+    ranks = [start_rank("localhost", command, one, stdout=subprocess.DEVNULL, stderr=out) for one, out in zip(own, said, strict=True)]
+    try:
+        while not (tmp_path / "run" / "checkpoints" / "step-000006").is_dir():
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.02)
+        harm(ranks)
+        began = time.monotonic()
+        code = end_together(ranks)
+        return code, "".join((tmp_path / f"said-{rank}").read_text() for rank in range(size)), time.monotonic() - began
+    finally:
+        kill(ranks)
+        for out in said:
+            out.close()
+
+
+def goes_on(tmp_path, size: int) -> dict:
+    """Some steps more of the run that is there, with so many ranks."""
+    assert run_ranks(tmp_path, size, {"on": {**LONG, "run_dir": str(tmp_path / "run"), "resume": "auto", "steps": 3}}) == 0
+    return results_of(tmp_path)["on"]
+
+
+KILLED, HANGING = pytest.param(signal.SIGKILL, marks=pytest.mark.ci, id="killed"), pytest.param(signal.SIGSTOP, id="hanging")
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.ci), 1])
+@pytest.mark.parametrize("number", [KILLED, HANGING])
+def test_a_lost_rank_ends_the_run_of_all(tmp_path, lost, number):
+    code, said, seconds = end_of_ranks(tmp_path, 2, lambda ranks: ranks[lost].send_signal(number))
+    assert code != 0 and seconds < DEADLINE + 10
+    assert f"rank {lost} has" in said and "What was saved is whole" in said
+
+
+def test_after_a_killed_rank_a_run_goes_on_with_another_number_of_them(tmp_path):
+    code, said, _ = end_of_ranks(tmp_path, 2, lambda ranks: ranks[1].kill())
+    assert code != 0 and "rank 1 has ended" in said
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    together = goes_on(tmp_path, 3)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "copy").rename(tmp_path / "run")
+    assert goes_on(tmp_path, 1) == together
+
+
+@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.ci), 1])
+def test_an_interrupt_of_any_rank_pauses_all_at_the_same_step(tmp_path, told):
+    code, said, _ = end_of_ranks(tmp_path, 2, lambda ranks: ranks[told].send_signal(signal.SIGINT), deadline=60)
+    first, second = (results_of(tmp_path, rank)["long"] for rank in (0, 1))
+    assert code == 0 and "error" not in said.lower()
+    assert first["interrupted"] and second["interrupted"] and 6 <= first["step"] == second["step"] < 400
+    assert first["arrays"] == second["arrays"]
