@@ -127,7 +127,7 @@ def test_the_quickstart_runs_and_tells_its_story(tmp_path):
     assert lm.dtype == "bfloat16" and Path(results["run_dir"], "checkpoints").is_dir()
 
 
-SMALL = {"iters": 4, "rows": 60, "questions": 6, "max_tokens": 8, "batch_size": 4}
+SMALL = {"iters": 4, "noisy_iters": 4, "rows": 60, "questions": 6, "max_tokens": 8, "batch_size": 4}
 
 
 @pytest.mark.long

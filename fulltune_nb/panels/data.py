@@ -350,7 +350,9 @@ class DataChecks:
                 rows.append((name, f"{len(found):,} of {len(check.bos):,}", f"⚠ {problem}", where, ADVICE[problem]))
         counts = "; ".join(f"{name} {c.bos.sum():,} BOS, {c.eos.sum():,} EOS" for name, c in self.special_tokens.items())
         if not rows:
-            return f"<b>Special tokens</b><div>✓ nothing doubled, nothing missing ({esc(counts)})</div>"
+            cut = sum(split.truncated for split in self._data.splits.values())
+            missing = f"missing are the ends of {counted(cut, 'row')} that were cut" if cut else "nothing missing"
+            return f"<b>Special tokens</b><div>{'⚠' if cut else '✓'} nothing doubled, {missing} ({esc(counts)})</div>"
         return table(("split", "rows", "warning", "which", "what to do"), rows, "Special tokens") + f"<div>{esc(counts)}</div>"
 
     def _duplicates_html(self) -> str:

@@ -14,9 +14,9 @@ import json
 import os
 from pathlib import Path
 
-from fulltune_nb.tiny.sql import database, exact_match, text_to_sql
+from fulltune_nb.tiny.sql import database, exact_match, execution_match, text_to_sql
 
-__all__ = ["BASE_MODEL", "FINE_TUNING", "database", "exact_match", "text_to_sql", "write_text_to_sql"]
+__all__ = ["BASE_MODEL", "FINE_TUNING", "database", "exact_match", "execution_match", "text_to_sql", "write_text_to_sql"]
 
 BASE_MODEL = Path(__file__).parent / "base"
 """The base model's folder, as `load_model` takes it."""

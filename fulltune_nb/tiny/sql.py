@@ -1,7 +1,8 @@
-"""The text-to-SQL task: seeded rows in the completions format, a database to run them on, and the exact-match score."""
+"""The text-to-SQL task: seeded rows in the completions format, a database to run them on, and two scores."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,11 @@ from fulltune_nb.tiny.world import COLUMNS, TABLES, is_held_out_column, is_held_
 
 OPERATORS = ("=", ">", "<", ">=", "<=")
 AGGREGATES = ("max", "min", "avg", "sum")
+
+# Bounds on a query that a model wrote
+_READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
+_STEPS_BETWEEN_LOOKS, _MOST_STEPS = 10_000, 500  # of sqlite's machine: 5,000,000, some tenths of a second
+_MOST_BYTES, _MOST_ROWS = 100_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -263,3 +269,33 @@ def exact_match(answers: Iterable[str], expected: Iterable[str]) -> float:
     if not pairs:
         raise ValueError("exact_match expected at least one answer, got none")
     return sum(answer == right for answer, right in pairs) / len(pairs)
+
+
+def rows_of(query: str) -> list[tuple] | None:
+    """What a query gives on the world's database, in a fixed order; None where it is no query, or takes too long.
+
+    It may be a model's: it is let read the tables and nothing else, so many steps long.
+    """
+    connection = database()
+    steps = itertools.count()
+    connection.set_progress_handler(lambda: next(steps) >= _MOST_STEPS, _STEPS_BETWEEN_LOOKS)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+    connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY)
+    try:
+        return sorted(connection.execute(query).fetchmany(_MOST_ROWS), key=repr)
+    except (sqlite3.Error, sqlite3.Warning, ValueError, UnicodeError):
+        return None
+    finally:
+        connection.close()
+
+
+def execution_match(answers: Iterable[str], expected: Iterable[str]) -> float:
+    """The share (0 to 1) of answers that give the rows that the expected queries give, however they are written.
+
+    Raises:
+        ValueError: no answer.
+    """
+    pairs = [(rows_of(answer), rows_of(right)) for answer, right in zip(answers, expected, strict=True)]
+    if not pairs:
+        raise ValueError("execution_match expected at least one answer, got none")
+    return sum(found is not None and found == right for found, right in pairs) / len(pairs)

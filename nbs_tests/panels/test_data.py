@@ -275,3 +275,10 @@ def test_lengths_from_one_token_to_many_thousands_can_be_drawn(tokenizer):
         split = load_data({"train": [{"text": text} for text in texts]}, tokenizer, max_seq_length=64).train
         png = plot.draw(split, 64)
         assert np.asarray(Image.open(io.BytesIO(png)).convert("L")).std() > 5  # something is there
+
+
+def test_nothing_missing_is_not_said_of_rows_whose_ends_were_cut(tokenizer):
+    whole = DataPanel(load_data({"train": [*PAIRS, LONG]}, tokenizer, mask_prompt=True))
+    cut = DataPanel(load_data({"train": [*PAIRS, LONG]}, tokenizer, mask_prompt=True, max_seq_length=40))
+    assert "nothing doubled, nothing missing" in whole.checks.to_html()
+    assert "nothing doubled, missing are the ends of 1 row that were cut" in cut.checks.to_html()

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fulltune_nb.tiny import database, exact_match, sql, text_to_sql, write_text_to_sql
+from fulltune_nb.tiny import database, exact_match, execution_match, sql, text_to_sql, write_text_to_sql
 from fulltune_nb.tiny.sql import Condition, Query
 from fulltune_nb.tiny.world import COLUMNS, TABLES
 
@@ -149,6 +149,36 @@ def test_exact_match_forgives_blanks_at_the_ends_only():
     assert exact_match(["SELECT a FROM b ", "select a FROM b"], ["SELECT a FROM b", "SELECT a FROM b"]) == 0.5
     with pytest.raises(ValueError, match="at least one"):
         exact_match([], [])
+
+
+def test_execution_match_asks_what_a_query_gives_and_not_how_it_is_written():
+    right = ["SELECT COUNT(*) FROM ships", "SELECT port FROM ships WHERE length > 5"]
+    wrong = ["SELECT MAX(length) FROM ships", "no query"]
+    assert execution_match([right[0].lower(), "SELECT port FROM ships WHERE NOT length <= 5 ORDER BY port DESC"], right) == 1.0
+    assert execution_match(wrong, right) == 0.0
+    assert execution_match(["no query"], ["no query"]) == 0.0  # two queries that give nothing are not the same
+    with pytest.raises(ValueError, match="at least one"):
+        execution_match([], [])
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DROP TABLE ships",
+        "ATTACH DATABASE '{}' AS other",
+        "PRAGMA query_only = 0",
+        "SELECT load_extension('{}')",
+        "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT COUNT(*) FROM t",
+        "SELECT COUNT(*) FROM ships a, ships b, ships c, ships d, ships e, ships f",
+        "SELECT randomblob(1000000000)",
+        "SELECT 1; SELECT 2",
+        "SELECT 1\0",
+        "",
+    ],
+)
+def test_a_query_of_a_model_can_only_read_and_not_for_long(tmp_path, query):
+    assert not sql.rows_of(query.format(tmp_path / "file"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_written_files_are_read_back_as_the_same_rows(tmp_path):
