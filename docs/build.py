@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -27,6 +28,9 @@ from fulltune_nb.experiments.execution import execute
 
 ROOT = Path(__file__).parents[1]
 DOCS, NOTEBOOKS = ROOT / "docs", ROOT / "notebooks"
+FROM_THE_TOP = ("README", "CONTRIBUTING", "SECURITY")
+"""Pages of the site that stand at the top of the repository."""
+FOLDERS = {".": "Pages", "howto": "How to", "decisions": "Optional"}
 
 
 def main() -> int:
@@ -45,7 +49,33 @@ def main() -> int:
         # Not --quiet: what it does not print, --strict does not count.
         command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(work / "mkdocs.yml")]
         os.environ["NO_MKDOCS_2_WARNING"] = "1"  # about the theme's future, not about these pages
-        return subprocess.run([*command, "-d", str(arguments.site.resolve())], check=False).returncode
+        code = subprocess.run([*command, "-d", str(arguments.site.resolve())], check=False).returncode
+        if code == 0:
+            write_for_models(pages, arguments.site)
+        return code
+
+
+def write_for_models(pages: Path, site: Path) -> None:
+    """`llms.txt`, by which language models find their way (llmstxt.org), and the pages as they were written, to which it leads."""
+    written = sorted(pages.rglob("*.md"), key=lambda page: (list(FOLDERS).index(page.relative_to(pages).parent.as_posix()), page))
+    for page in written:
+        shutil.copy(page, site / page.relative_to(pages))
+    (site / "llms.txt").write_text(for_models({page.relative_to(pages).as_posix(): page.read_text("utf-8") for page in written}), "utf-8")
+
+
+def for_models(pages: Mapping[str, str]) -> str:
+    """What `llms.txt` says of pages, path -> text: the title and the first sentence of each, those of a folder under its name."""
+    lines = ["# fulltune_nb", "", "> Full fine-tuning of language models in a notebook, with MLX: Python API, commands, notebooks."]
+    folder = None
+    for path, text in pages.items():
+        if (own := Path(path).parent.as_posix()) != folder:
+            folder = own
+            lines += ["", f"## {FOLDERS[folder]}", ""]
+        title, _, rest = text.partition("\n")
+        paragraph = next((part for part in rest.split("\n\n") if part.strip() and part.lstrip()[0] not in "#|<!`-["), "")
+        sentence = re.split(r"(?<=\.)\s", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(paragraph.split())), maxsplit=1)[0]
+        lines.append(f"- [{title.lstrip('# ')}]({path}): {sentence}".removesuffix(": "))
+    return "\n".join([*lines, ""])
 
 
 def execute_all(executed: Path, work: Path) -> None:
@@ -69,15 +99,16 @@ def execute_all(executed: Path, work: Path) -> None:
 def copy_pages(pages: Path, executed: Path) -> None:
     """Pages, pictures and notebooks, with the links between them as they are on the site."""
     shutil.copytree(DOCS, pages, ignore=shutil.ignore_patterns("*.py", "mkdocs.yml", "__pycache__"))
-    shutil.copy(ROOT / "README.md", pages / "readme.md")
+    for name in FROM_THE_TOP:
+        shutil.copy(ROOT / f"{name}.md", pages / f"{name.lower()}.md")
     shutil.copytree(executed, pages / "notebooks", ignore=lambda _, names: [name for name in names if not name.endswith(".ipynb")])
     for page in pages.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        if page.name == "readme.md":
-            text = text.replace("](docs/", "](")
+        if page.name in {f"{name.lower()}.md" for name in FROM_THE_TOP}:
+            text = re.sub(rf"\]\(({'|'.join(FROM_THE_TOP)})\.md", lambda found: f"]({found[1].lower()}.md", text.replace("](docs/", "]("))
         up = "../" * (len(page.relative_to(pages).parts) - 1)
         text = re.sub(r"\]\((\.\./)*notebooks/", f"]({up}notebooks/", text)
-        text = re.sub(r"\]\(((?:\.\./)*)\.\./README\.md", r"](\1readme.md", text)
+        text = re.sub(rf"\]\(((?:\.\./)*)\.\./({'|'.join(FROM_THE_TOP)})\.md", lambda found: f"]({found[1]}{found[2].lower()}.md", text)
         page.write_text(text, encoding="utf-8")
     (pages / "reference.md").write_text(reference(), encoding="utf-8")
 
@@ -109,11 +140,15 @@ def write_config(path: Path, pages: Path) -> None:
     settings = yaml.safe_load((DOCS / "mkdocs.yml").read_text(encoding="utf-8"))
     settings["docs_dir"] = str(pages)
     lists = {"NOTEBOOKS": pages / "notebooks", "DECISIONS": pages / "decisions"}
-    for entry in settings["nav"]:
-        for title, value in entry.items() if isinstance(entry, dict) else ():
-            if isinstance(value, str) and value in lists:
+    entries = [entry for entry in settings["nav"] if isinstance(entry, dict)]
+    for entry in entries:
+        for title, value in entry.items():
+            if isinstance(value, list):
+                entries += [inner for inner in value if isinstance(inner, dict)]
+            elif value in lists:
                 entry[title] = [p.relative_to(pages).as_posix() for p in sorted(lists[value].iterdir())]
-    settings["plugins"][2]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT)]
+    (docstrings,) = [plugin["mkdocstrings"] for plugin in settings["plugins"] if "mkdocstrings" in plugin and isinstance(plugin, dict)]
+    docstrings["handlers"]["python"]["paths"] = [str(ROOT)]
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md", *sorted((ROOT / "docs" 
 # What stands in the pages, and what it is for the test: a small model that is here, and few steps.
 STAND_INS = {
     "mistralai/Mistral-7B-v0.1": str(tiny.BASE_MODEL),
+    "Qwen/Qwen3-0.6B": str(tiny.BASE_MODEL),
     "my/model": str(tiny.BASE_MODEL),
     "notebooks/10_experiment": str(ROOT / "notebooks" / "10_experiment"),
     "iters=600": "iters=12",
@@ -33,6 +34,7 @@ NOT_RUN = {
     "README.md: the test command itself",
     "guide.md: installation; CUDA",
     "install.md: installation",
+    "serve.md: needs a server",
     "use_the_result.md: mlx-lm is another package, tested in nbs_tests/models",
     "use_the_result.md: needs a checkout of llama.cpp and a network",
     "use_the_result.md: needs llama.cpp and Ollama",

@@ -14,7 +14,7 @@ import fulltune_nb as ft
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(DOCS.rglob("*.md"))]
 API = (DOCS / "api.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -60,6 +60,33 @@ def test_the_picture_of_the_house_is_what_the_imports_say():
     draw_house = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw_house)
     assert draw_house.PICTURE.read_text("utf-8") == draw_house.draw(), "run python -m docs.draw_house"
+
+
+def links_of(page: Path) -> set[Path]:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8"))
+    return {(page.parent / target).resolve() for target in targets if target.endswith(".md")}
+
+
+def test_every_page_is_within_two_clicks_of_the_first():
+    first = links_of(DOCS / "index.md")
+    reached = first.union(*map(links_of, first))
+    assert {page.resolve() for page in PAGES} - {DOCS / "index.md"} <= reached
+
+
+def test_every_page_of_the_site_is_in_its_menu_but_those_about_the_past():
+    settings = (DOCS / "mkdocs.yml").read_text("utf-8")
+    menu, left_out = settings.split("\nnav:\n")[1], {"benchmarks.md", "log.md", "changelog.md"}
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if page.parent.name != "decisions"}
+    assert {page for page in pages if page not in menu} == left_out
+    assert all(f"/{page}" in settings for page in left_out)
+
+
+def test_llms_txt_names_every_page_with_what_it_is():
+    spec = importlib.util.spec_from_file_location("build", DOCS / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    text = build.for_models({"guide.md": "# Guide\n\nFrom [here](a.md) to there. More.\n", "howto/a.md": "# A\n\n| x |\n\nHow.\n"})
+    assert text.endswith("## Pages\n\n- [Guide](guide.md): From here to there.\n\n## How to\n\n- [A](howto/a.md): How.\n")
 
 
 def test_the_index_lists_every_decision_by_its_title():

@@ -80,7 +80,7 @@ def search(
     again with the same values, and more `trials` are a continuation.
 
     Args:
-        notebook, out_dir, executor, rank_by, maximize: as of `ft.sweep`.
+        notebook: as of `ft.sweep`, like `out_dir`, `executor`, `rank_by` and `maximize`.
         space: name -> choices in a list, a range `{"low": 1e-5, "high": 1e-2, "log": True}`, or a single value, the same in all trials.
         trials: how many in all, those that failed or were pruned among them.
         jobs: trials at a time; the fewer, the more each learns from those before.
