@@ -23,11 +23,13 @@ _CLASS = "fulltune-styled"
 _PLACE = f".{_CLASS}" * 4  # so often that it outweighs the rules of ipywidgets, which forbid some fields an outline
 _FOCUS = "outline: 2px solid var(--jp-ui-font-color0, currentColor) !important; outline-offset: 1px"
 _GONE = "⚠ The kernel that this panel belonged to is gone; what stands here is what it showed last. Run the cell again."
+_ARROW = "%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath fill='white' d='M5 6l4 4 4-4 1 1-5 5-5-5z'/%3E%3C/svg%3E"
 _RULES = f"""<style>
 {_PLACE} :focus-visible {{ {_FOCUS} }}
 {_PLACE} .widget-html-content {{ min-width: 0 }} /* a wide table scrolls; the words above it do not */
 {_PLACE} .widget-inline-hbox {{ max-width: 100% }}
 {_PLACE} .lm-TabBar-tab {{ flex-basis: auto; color: var(--jp-ui-font-color1, inherit) }}
+[data-jp-theme-light="false"] {_PLACE} {{ --jp-widgets-dropdown-arrow: url("data:image/svg+xml,{_ARROW}") }} /* else black */
 {_PLACE}.jupyter-widgets-disconnected::before {{ content: "{_GONE}"; padding: 4px 0; font: bold 13px var(--jp-ui-font-family, sans-serif) }}
 </style>"""
 

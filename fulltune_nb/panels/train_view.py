@@ -158,9 +158,10 @@ class TrainView:
         """What happens now, in a line; from any thread."""
         why = f" ({esc(self._trainer.failure)})" if self._trainer.failure else ""
         # Texts have signs besides colours; role=status has a screen reader read changes when it is idle.
-        line = f"<b>{'▶' if self._training else '❚❚'} {esc(self._state())}</b>{why} · {esc(self._status_line())}"
+        sign = "▶" if self._training or self._trainer.doing else "✓" if self._trainer.done else "⚠" if why else "❚❚"
+        line = f"<b>{sign} {esc(self._state())}</b>{why} · {esc(self._status_line())}"
         more = f"<br>{esc(how_to_go_on(self._trainer))}" if self._trainer.done and not self._training else ""
-        self._controls.status.value = f'<div role="status" class="{NO_MATH}">{line}{more}</div>'
+        self._controls.status.value = f'<div role="status" class="{NO_MATH}" style="line-height:1.5">{line}{more}</div>'
 
     def _show_samples(self) -> None:
         controls, samples, put = self._controls, self._samples, self._panel.put

@@ -101,6 +101,19 @@ function smoothed({ size, fields }, field, window) {
   return { x, y };
 }
 
+// Where a value has no neighbour that a line could go to: it is drawn as a point. What is undefined are steps of other curves.
+function alone(plot, series) {
+  const y = plot.data[series], found = [];
+  let before = null, last = -1; // the value before the last one, and where the last one is
+  for (let i = 0; i <= y.length; i++) {
+    if (y[i] === undefined && i < y.length) continue;
+    if (last >= 0 && y[last] !== null && before === null && (y[i] ?? null) === null) found.push(last);
+    before = last >= 0 ? y[last] : null;
+    last = i;
+  }
+  return found.length ? found : null;
+}
+
 function nearest(x, value) {
   let low = 0, high = x.length - 1;
   while (high - low > 1) {
@@ -325,7 +338,7 @@ class View {
     const series = lines.map((curve) => ({
       stroke: this.colour(curve), width: curve.thick ? 2.4 : curve.faint ? 0.8 : 1.6, alpha: curve.faint ? 0.45 : 1,
       dash: curve.dots && this.store.runs.length > 1 ? [4, 4] : DASHES[Math.floor(curve.look / LIGHT.length) % DASHES.length],
-      points: { show: curve.dots ? true : undefined, size: curve.dots ? 7 : 4, fill: curve.dots ? this.colour(curve) : undefined },
+      points: { show: !!curve.dots, size: curve.dots ? 7 : 5, fill: this.colour(curve), ...(curve.dots ? {} : { filter: alone }) },
       spanGaps: false,
     }));
     return {

@@ -69,6 +69,14 @@ def ink(chart) -> tuple[int, int]:
     )
 
 
+BLUE = """canvas => {
+    const all = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    let count = 0;
+    for (let i = 0; i < all.length; i += 4) count += all[i] < 40 && Math.abs(all[i + 1] - 114) < 25 && all[i + 2] > 150 && all[i + 3] > 200;
+    return count;
+}"""  # the first run's colour
+
+
 @contextmanager
 def shown(front_end: str, browser, folder: Path, cells: list[str]):  # noqa: F811
     """The page of a front end that has run some cells, and how it is made dark; of two pixels a unit."""
@@ -165,4 +173,10 @@ def test_hostile_names_and_events_stay_text_and_the_chart_answers_to_the_keyboar
     chart.locator(".ft-table summary").click()
     chart.locator(".ft-table tbody tr").first.wait_for()
     assert 10 < chart.locator(".ft-table tbody tr").count() <= 61
+
+    for steps in ("report(1, 9)", "report(1, 9), StepReport(2, 1.0, float('nan'), 1, 1.0, 1.0, 0.1, 1.0, 3, 2, 1), report(3, 9)"):
+        lab.result(1, f"ft.LossChart(History([{steps}]))")
+        lab.page.wait_for_timeout(500)
+        dots = chart.locator("canvas").evaluate(BLUE)
+        assert 10 < dots < 300 * len(steps.split("report")), "a step without neighbours is a point"
     lab.command("kernelmenu:shutdown")
