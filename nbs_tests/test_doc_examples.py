@@ -39,6 +39,7 @@ NOT_RUN = {
     "use_the_result.md: needs a checkout of llama.cpp and a network",
     "use_the_result.md: needs llama.cpp and Ollama",
     "use_the_result.md: uploads to a network",
+    "evaluate_with_lm_eval.md: downloads tasks, tested in nbs_tests/insight",
     "use_the_result.md: a server and a conversation, tested in nbs_tests/test_chat_and_serve.py",
 }
 

@@ -18,15 +18,8 @@ COMMAND = {package: f"pip install 'fulltune_nb[{'notebook' if package in NOTEBOO
 BLOCK = """
 import sys
 
-class Missing:
-    \"\"\"Has an import of these packages fail as if they were not installed.\"\"\"
-    packages = set({packages!r})
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Missing())
+for package in {packages!r}:
+    sys.modules[package] = None  # it cannot be imported, and `find_spec` finds nothing, as if it were not installed
 
 def told(what):
     try:
