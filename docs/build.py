@@ -123,16 +123,32 @@ def reference() -> str:
 
 
 def settings_reference(path: str) -> list[str]:
-    """`TrainConfig`, with a table of its fields, whose help is no docstring, in place of its signature."""
-    fields = dataclasses.fields(ft.TrainConfig)
-    rows = [f"| `{field.name}` | `{getattr(ft.TrainConfig, field.name, '{}')!r}` | {field.metadata['help']} |" for field in fields]
-    methods = [name for name in vars(ft.TrainConfig) if not name.startswith("_") and name not in {field.name for field in fields}]
-    table = "\n".join(["| setting | default | |", "|---|---|---|", *rows, ""])
+    """`TrainConfig`, with tables of its fields, whose help is no docstring, in place of its signature."""
+    fields = {field.name: field for field in dataclasses.fields(ft.TrainConfig)}
+    tables = []
+    for title, names in setting_groups((DOCS / "example_config.yaml").read_text("utf-8")).items():
+        if own := [fields[name] for name in names if name in fields]:
+            tables += [f"**{title}**", "", "| setting | type | default | |", "|---|---|---|---|"]
+            for field in own:
+                kind, default = str(field.type).replace("|", "\\|"), getattr(ft.TrainConfig, field.name, {})
+                tables.append(f"| `{field.name}` | `{kind}` | `{default!r}` | {field.metadata['help']} |")
+            tables.append("")
+    methods = [name for name in vars(ft.TrainConfig) if not name.startswith("_") and name not in fields]
     return [
         f"::: {path}\n    options: {{show_signature: false, members: []}}\n",
-        table,
+        "\n".join(tables),
         *(f"::: {path}.{name}\n    options: {{heading_level: 3}}\n" for name in methods),
     ]
+
+
+def setting_groups(example: str) -> dict[str, list[str]]:
+    """Title -> names of settings, as the example of a settings file groups them: by a comment behind an empty line."""
+    groups: dict[str, list[str]] = {}
+    for part in example.split("\n\n")[1:]:
+        title, *lines = part.splitlines()
+        found = [name[1] for line in lines if (name := re.match(r"(?:# )?(\w+):", line))]
+        groups[title.removeprefix("# ")] = list(dict.fromkeys(found))
+    return groups
 
 
 def write_config(path: Path, pages: Path) -> None:

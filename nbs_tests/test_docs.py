@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,14 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 def code_blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
+def doc_program(name: str) -> Any:
+    """One of the programs in docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def parameters(call: str) -> list[str]:
@@ -56,9 +66,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_picture_of_the_house_is_what_the_imports_say():
-    spec = importlib.util.spec_from_file_location("draw_house", DOCS / "draw_house.py")
-    draw_house = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw_house)
+    draw_house = doc_program("draw_house")
     assert draw_house.PICTURE.read_text("utf-8") == draw_house.draw(), "run python -m docs.draw_house"
 
 
@@ -81,11 +89,16 @@ def test_every_page_of_the_site_is_in_its_menu_but_those_about_the_past():
     assert all(f"/{page}" in settings for page in left_out)
 
 
+def test_the_reference_has_every_setting_once_in_a_group_with_its_type():
+    tables = doc_program("build").settings_reference("x")[1]
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", tables, re.MULTILINE)
+    assert sorted(rows) == sorted((field.name, str(field.type).replace("|", "\\|")) for field in dataclasses.fields(ft.TrainConfig))
+    assert tables.count("**Memory**") == 1
+
+
 def test_llms_txt_names_every_page_with_what_it_is():
-    spec = importlib.util.spec_from_file_location("build", DOCS / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    text = build.for_models({"guide.md": "# Guide\n\nFrom [here](a.md) to there. More.\n", "howto/a.md": "# A\n\n| x |\n\nHow.\n"})
+    pages = {"guide.md": "# Guide\n\nFrom [here](a.md) to there. More.\n", "howto/a.md": "# A\n\n| x |\n\nHow.\n"}
+    text = doc_program("build").for_models(pages)
     assert text.endswith("## Pages\n\n- [Guide](guide.md): From here to there.\n\n## How to\n\n- [A](howto/a.md): How.\n")
 
 

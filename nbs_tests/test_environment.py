@@ -91,7 +91,7 @@ def test_everything_the_package_imports_is_declared():
     optional = {"sentencepiece"}  # asked for with a message that names it
     aliases = {"yaml": "pyyaml", "PIL": "pillow"}
     aliases |= {"IPython": "ipykernel", "traitlets": "ipykernel", "nbformat": "nbconvert", "tokenizers": "transformers"}
-    aliases |= {"nbclient": "papermill"}
+    aliases |= {"nbclient": "papermill", "sqlalchemy": "optuna"}
     imported = set()
     for path in (ROOT / "fulltune_nb").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

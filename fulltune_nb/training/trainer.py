@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -82,7 +82,10 @@ _NEW_SCHEDULE = {"learning_rate", "lr_schedule", "warmup"}
 _NEW_OPTIMIZER = {"optimizer", "optimizer_config", "train_only", "freeze"}
 
 
-def _on_all_ranks(method: Callable[..., Any]) -> Callable[..., Any]:
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _on_all_ranks(method: _Method) -> _Method:
     """A call in which rank 0 leads. On the others it does what rank 0 says meanwhile, and gives None."""
 
     @functools.wraps(method)
@@ -94,7 +97,7 @@ def _on_all_ranks(method: Callable[..., Any]) -> Callable[..., Any]:
         with self._leading():
             return method(self, *args, **settings)
 
-    return call
+    return cast(_Method, call)
 
 
 class Trainer:
