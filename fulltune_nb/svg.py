@@ -108,7 +108,7 @@ def stacked_bar(parts: Mapping[str, float], limit: float | None = None, width: i
     for i, (name, size) in enumerate(parts.items()):
         if not size:
             continue
-        colour = PALETTE[i % len(PALETTE)]
+        colour = PALETTE[i % len(PALETTE)] + ("" if i < len(PALETTE) else "77")  # paler the second time
         label = f"{name} {hundredths(size)} {unit}".strip()
         shapes.append(f'<rect x="{x:.1f}" y="4" width="{size * scale:.1f}" height="22" fill="{colour}"><title>{esc(label)}</title></rect>')
         labels.append(label)

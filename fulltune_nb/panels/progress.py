@@ -154,6 +154,11 @@ class Pace:
         return sum(report.loss * report.tokens for report in self.recent) / tokens if tokens else math.nan
 
     @property
+    def loss_words(self) -> str:
+        """The same to read, with the number of steps that it is a mean of."""
+        return f"loss {self.loss:.4f}" + (f" (mean of {len(self.recent)} steps)" if len(self.recent) > 1 else "")
+
+    @property
     def tokens_per_second(self) -> float:
         """Trained tokens a second, within steps; NaN before the first."""
         seconds = sum(report.seconds for report in self.recent)

@@ -68,6 +68,12 @@ class Samples:
         self.prompts = self.prompts if prompts is None else tuple(prompt for prompt in prompts if prompt.strip())
         self.every, self.max_tokens, self.version = every, max_tokens, self.version + 1
 
+    def go_on_from(self, other: Samples) -> None:
+        """Takes over prompts, settings and answers, of a trainer that this one's goes on from."""
+        self.set(other.prompts, other.every, other.max_tokens)
+        self.rows.extend(other.rows)
+        self.dropped, self._last_step = other.dropped, other._last_step
+
     @property
     def prompts_text(self) -> str | None:
         """The prompts one a line, as a text field holds them, `LINE_BREAK` for a line break within one.

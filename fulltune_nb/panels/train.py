@@ -169,15 +169,17 @@ class TrainPanel(Panel):
         if not self.trainer.done:
             raise TrainingError(f"The run is at step {self.trainer.step_count} of {self.trainer.total_steps}: start() goes on with it.")
         more, samples, before = fork_to_go_on(self.trainer), self.samples, self.widget.children[:-1]
+        tab = self.controls.tabs.selected_index
         self._end()
         self._take(more)
-        self.samples.set(samples.prompts, samples.every, samples.max_tokens)
+        self.samples.go_on_from(samples)
         box, self.controls.box = self.controls.box, self.widget
         self.widget.children = (*box.children, self.widget.children[-1])
         box.children = ()
         for old in (*before, box):
             close_all(old)
         self._show()
+        self.controls.tabs.selected_index = tab
         if self.loop.in_event_loop:
             self.start()
         return more

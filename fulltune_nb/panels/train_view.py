@@ -125,7 +125,7 @@ class TrainView:
         if not trainer.done:
             parts.append(f"learning rate {trainer.learning_rate:.3g}")
         if last is not None:
-            parts += [f"epoch {last.epoch:.2f}", f"loss {self._pace.loss:.4f}", f"{self._pace.tokens_per_second:,.0f} tokens/s"]
+            parts += [f"epoch {last.epoch:.2f}", self._pace.loss_words, f"{self._pace.tokens_per_second:,.0f} tokens/s"]
             parts.append(f"peak {human_bytes(last.peak_memory)}")
             if not trainer.done:
                 parts.append(f"{clock(self._pace.seconds_left(trainer.total_steps - trainer.step_count))} left")

@@ -103,7 +103,7 @@ def test_a_page_loaded_anew_during_a_run_still_saves_how_it_ended(lab, folder): 
     lab.output(CODE).locator("img[src^='data:image/png']").wait_for(timeout=20_000)
     lab.save()
     lab.page.wait_for_timeout(1000)
-    assert saved_record(path).startswith(f"paused: step {shown_step(lab)} of")
+    assert saved_record(path).startswith(f"paused: step {shown_step(lab):,} of")
     lab.command("kernelmenu:shutdown")
 
 

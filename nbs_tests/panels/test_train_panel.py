@@ -544,6 +544,7 @@ async def test_at_the_end_one_click_trains_on_with_a_copy_in_the_same_panel(make
     assert panel.controls.train_on.layout.display is None
     weights = np.array(trainer.lm.model.norm.weight)
     (tmp_path / "run-2").mkdir()  # somebody's
+    panel.controls.tabs.selected_index = 1
     panel.controls.train_on.click()
     await until(lambda: panel.trainer is not trainer)
     await settled(panel)
@@ -554,7 +555,8 @@ async def test_at_the_end_one_click_trains_on_with_a_copy_in_the_same_panel(make
     straight.run()
     assert [report.loss for report in more.history.steps] == [report.loss for report in straight.history.steps]
     assert panel.widget is widget and len(widget.children) == shown and "step 4 of 4" in panel.controls.status.value
-    assert panel.controls.chart in widget.children and panel.samples.prompts == ("the",)
+    assert panel.controls.chart in widget.children and panel.samples.prompts == ("the",) and panel.controls.tabs.selected_index == 1
+    assert [sample.step for sample in panel.samples.rows] == [0, 1, 2, 3, 4] and "(mean of 4 steps)" in panel.controls.status.value
     assert not any(isinstance(listener, TrainView) for listener in trainer.listeners)
 
 
