@@ -119,7 +119,7 @@ _HOMES = {
     "trace": "insight.tracing",
 }
 
-_MODULES = ("insight", "tiny")
+_MODULES = ("course", "insight", "tiny")
 """Modules that are public as a whole, such as `ft.tiny`."""
 
 

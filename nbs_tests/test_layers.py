@@ -23,7 +23,7 @@ LAYERS = [
     ["plots", "record", "record_keeper", "chart"],
     ["insight"],
     ["panels"],
-    ["experiments"],
+    ["experiments", "course"],
     ["tiny", "command_line", "full", "generate", "chat", "serve", "convert", "export", "demo", "doctor", "launch", "sweep", "__main__"],
 ]
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}

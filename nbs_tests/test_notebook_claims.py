@@ -45,6 +45,13 @@ def norms_move_least(numbers) -> None:
     assert numbers["general"][0] < 5 < numbers["general"][-1]  # perplexity before and after
 
 
+def everything_wins_and_most_at_first(numbers) -> None:
+    """06: on the answers, training on everything is better at first, by a tenth and more, and the two come near each other."""
+    (first, all_first), *_, (last, all_last) = numbers
+    assert all_first < 0.9 * first
+    assert abs(last - all_last) < 0.5 * (first - all_first)
+
+
 def decay_halves_the_loss(numbers) -> None:
     """07: at a high rate with two rows a step; and of the four rates the third is the best."""
     assert numbers["decay"] < 0.65 * numbers["constant"]
@@ -79,6 +86,11 @@ CLAIMS: dict[str, tuple[str, dict, Callable]] = {
         memory_is_planned,
     ),
     "05_look_inside.ipynb": (RATIO, {"iters": 60}, norms_move_least),
+    "06_loss_and_mask.ipynb": (
+        "[(measured[True, step], measured[False, step]) for step in measured_at]",
+        {},
+        everything_wins_and_most_at_first,
+    ),
     "07_learning_rate.ipynb": (
         '{"constant": last(with_schedule["constant"]).loss, "decay": last(with_schedule["warm-up, cosine decay"]).loss,'
         ' "rates": [last(trainer).loss for trainer in runs.values()]}',
