@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fulltune_nb.cpu import BlasInfo, ensure_fast_blas
 from fulltune_nb.cpu.blas import processor_kernels
+from fulltune_nb.errors import tells_missing_backend
 from fulltune_nb.html import facts, human_bytes, printable
 
 MEASURED_SIZE = 1024  # rows and columns of the matrices multiplied
@@ -85,8 +86,12 @@ def system_info(measure: bool = False) -> SystemInfo:
 
     Args:
         measure: also time a float32 matrix product (1024 x 1024; a fraction of a second).
+
+    Raises:
+        MissingDependencyError: MLX is installed without a backend.
     """
-    import mlx.core as mx
+    with tells_missing_backend():
+        import mlx.core as mx
     import psutil
 
     from fulltune_nb.cpu import available_cores, compiler, ensure_kernel_folder

@@ -43,6 +43,11 @@ def test_the_environment_installs_this_project_with_an_extra_that_exists():
     assert "pip" in conda_packages()  # else conda warns, and takes a pip from elsewhere
 
 
+def test_every_extra_is_told_where_people_install():
+    page = (ROOT / "docs" / "howto" / "install.md").read_text("utf-8")
+    assert [extra for extra in EXTRAS if f"`{extra}`" not in page] == []
+
+
 def test_extras_that_others_include_exist():
     own = [Requirement(line) for extra in EXTRAS.values() for line in extra if Requirement(line).name == PROJECT["name"]]
     assert own and all(included in EXTRAS for line in own for included in line.extras)
