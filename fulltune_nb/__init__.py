@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, told to type checkers and editors
     from fulltune_nb.training.config import TrainConfig
     from fulltune_nb.training.history import EvalReport, Event, History, StepReport
     from fulltune_nb.training.plan import preflight
+    from fulltune_nb.training.start_ranks import launch
     from fulltune_nb.training.trainer import Trainer
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "evaluate_generation",
     "find_lr",
     "inspect",
+    "launch",
     "load_data",
     "load_model",
     "plot_loss",
@@ -108,6 +110,7 @@ _HOMES = {
     "compare": "insight.comparison",
     "evaluate_generation": "insight.generation_score",
     "find_lr": "insight.learning_rate",
+    "launch": "training.start_ranks",
     "inspect": "insight.tracing",
     "load_data": "data.dataset",
     "load_model": "models.language_model",

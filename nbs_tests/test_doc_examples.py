@@ -35,6 +35,7 @@ NOT_RUN = {
     "guide.md: installation; CUDA",
     "install.md: installation",
     "serve.md: needs a server",
+    "more_machines.md: more processes, tested in nbs_tests/training/test_parallel.py",
     "use_the_result.md: mlx-lm is another package, tested in nbs_tests/models",
     "use_the_result.md: needs a checkout of llama.cpp and a network",
     "use_the_result.md: needs llama.cpp and Ollama",

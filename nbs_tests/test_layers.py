@@ -24,7 +24,7 @@ LAYERS = [
     ["insight"],
     ["panels"],
     ["experiments", "course"],
-    ["tiny", "command_line", "full", "generate", "chat", "serve", "convert", "export", "demo", "doctor", "launch", "sweep", "__main__"],
+    ["tiny", "command_line", "full", "generate", "chat", "serve", "convert", "export", "demo", "doctor", "ranks", "sweep", "__main__"],
 ]
 PLACE = {name: place for place, names in enumerate(LAYERS) for name in names}
 SHOWS = ("plots", "record", "record_keeper", "chart", "panels", "experiments", *LAYERS[-1])  # what may draw, print and import front ends

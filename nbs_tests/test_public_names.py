@@ -16,7 +16,7 @@ import fulltune_nb as ft
 
 NAMES = """
 ChatPanel CheckpointError ConfigError DataError DataPanel EvalReport Event Example FulltuneError History LanguageModel LossChart
-ModelError StepReport TrainConfig TrainPanel Trainer TrainingError compare evaluate_generation find_lr inspect load_data
+ModelError StepReport TrainConfig TrainPanel Trainer TrainingError compare evaluate_generation find_lr inspect launch load_data
 load_model plot_loss plot_memory preflight search sweep system_info token_losses trace
 """.split()
 HEAVY = ("mlx", "numpy", "transformers", "tokenizers", "huggingface_hub", "matplotlib", "IPython", "ipywidgets", "anywidget")

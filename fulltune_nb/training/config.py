@@ -174,6 +174,11 @@ class TrainConfig:
         False, checks.flag,
         "Keep only each block's input in the forward pass and compute the rest again: less memory, about a third more time.",
     )  # fmt: skip
+    shard_optimizer: bool = setting(
+        False, checks.flag,
+        "Where several ranks train together, each keeps the optimizer's state of its share of the tensors, updates these, and sends them"
+        " to the others (ZeRO-1): less memory, more traffic, the same numbers.",
+    )  # fmt: skip
     router_aux_loss_coef: float = setting(
         0.0, checks.number(low=0.0),
         "Weight of the router's balance loss in the gradients of a model with experts, such as the 0.001 of its `config.json`; 0: none. "

@@ -79,13 +79,14 @@ class Optimizers:
         model: its trainable parameters count; freeze before.
         config: `optimizer`, `optimizer_config`, `weight_decay`, `lr_factors`, `rounding` and `seed` count. Patterns in `lr_factors`
             are matched against a parameter's Hugging Face name and its module path.
+        rank, size: of so many processes this one, which updates its share of the tensors and has their state only.
 
     Raises:
         ConfigError: a pattern in `lr_factors` matches no parameter.
         TrainingError: a trainable parameter is neither float32 nor bfloat16.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
+    def __init__(self, model: nn.Module, config: TrainConfig, rank: int = 0, size: int = 1):
         parameters, names = trainable_of(model), _names_for_patterns(model)
         check_patterns(model, config)
         for name, array in parameters.items():
@@ -101,8 +102,12 @@ class Optimizers:
         self._rules = _rules_of(config, self.kernels)
         self._groups = {name: _group_of(name, shape, config, names[name]) for name, shape in self._shapes.items()}
         self._slots = {name: self._rule(name).slots(shape) for name, shape in self._shapes.items()}
+        self.owners = self._shared_out(size)
+        """Module path -> the process that updates the tensor."""
         self._state: dict[str, State] = {
-            name: {slot: mx.zeros(s.shape, dtype=s.dtype) for slot, s in own.items()} for name, own in self._slots.items()
+            name: {slot: mx.zeros(s.shape, dtype=s.dtype) for slot, s in own.items()}
+            for name, own in self._slots.items()
+            if self.owners[name] == rank
         }
         self._scalars: dict[Group, Scalars] | None = None
         """Of the step in progress."""
@@ -110,6 +115,22 @@ class Optimizers:
         """Whether the step in progress has changed a parameter."""
         mx.eval(self._state)
         self._lay_together()
+
+    def _shared_out(self, size: int) -> dict[str, int]:
+        """The owner of each tensor: the largest first, to whoever has least; a stack's have one."""
+        stacks = stacks_in(self._shapes)
+        units = [*stacks, *([name] for name in self._shapes if not any(name in names for names in stacks))]
+        weights = {tuple(names): sum(math.prod(self._shapes[name]) for name in names) for names in units}
+        owners, loads = {}, [0] * size
+        for names in sorted(weights, key=lambda names: (-weights[names], names)):
+            owner = loads.index(min(loads))
+            loads[owner] += weights[names]
+            owners |= dict.fromkeys(names, owner)
+        return owners
+
+    def keeps(self, array: str) -> bool:
+        """Whether an array of the state, by its name in `state_arrays`, is of a tensor that this process updates."""
+        return array == "step" or any(array.startswith(f"{name}.") for name in self._state)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -156,6 +177,7 @@ class Optimizers:
                 needs it whole, or has yet to `observe` them. Nothing is updated.
         """
         tensors = self._tensors(model, gradients, rows)
+        self._changed = self._changed or len(self._state) < len(self._shapes)  # what others update changes here too
         work = []  # all of it before the first update: what a rule refuses must come to nothing
         for group, own in tensors.items():
             rule = self._rules[group.optimizer]
@@ -195,6 +217,7 @@ class Optimizers:
             raise TrainingError("No step was begun: call begin_step(learning_rate) before the gradients come.")
         gradients, tensors, rounding = apart(dict(tree_flatten(gradients))), {}, Rounding(self._seed, self.step)
         self._check_gradients(gradients, rows)
+        gradients = {name: gradient for name, gradient in gradients.items() if name in self._state}
         places = holders_of(model, gradients)
         for name, gradient in together(gradients, self._alike).items():
             holders, keys, states = zip(*((*places[part], self._state[part]) for part in name.split(" ")), strict=True)
@@ -213,7 +236,7 @@ class Optimizers:
         return all(map(self._alike, stacks_in(self._shapes)))
 
     def _lay_together(self) -> None:
-        for names in stacks_in(self._shapes) if self.in_stacks else ():
+        for names in stacks_in(self._state) if self.in_stacks else ():
             stack = Stacked([self._state[name] for name in names])
             lay_together((stack, slot) for slot in stack)
 
@@ -269,11 +292,12 @@ class Optimizers:
         Raises:
             CheckpointError: arrays are missing, unexpected, or of another shape or dtype; nothing is changed.
         """
-        slots = [(name, slot, s) for name, own in self._slots.items() for slot, s in own.items()]
+        slots = [(name, slot, s) for name in self._state for slot, s in self._slots[name].items()]
+        elsewhere = tuple(f"{name}." for name in self._shapes if name not in self._state)
         expected = {f"{name}.{part}": kept for name, slot, s in slots for part, kept in s.stored(slot).items()}
         expected["step"] = ((), mx.uint32)
         problems = [f"missing {name}" for name in expected.keys() - arrays.keys()]
-        problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys()]
+        problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys() if not name.startswith(elsewhere)]
         for name, (shape, dtype) in expected.items():
             if name in arrays and (arrays[name].shape != shape or arrays[name].dtype != dtype):
                 problems.append(f"{name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")

@@ -44,10 +44,13 @@ class Ranks:
         size: how many there are.
         bytes_sent: by this rank through MLX's engine so far.
         seconds: this rank has spent in the engine, waiting included.
+        launched: whether rank 0 has started the others, by `ft.launch`, so that they have neither model nor data of their own.
+        runs: trainers that have had these ranks; they serve the last one.
     """
 
-    def __init__(self, channel: RankChannel):
-        self._channel = channel
+    def __init__(self, channel: RankChannel, launched: bool = False, end: Callable[[], None] = lambda: None):
+        self._channel, self._end = channel, end
+        self.launched, self.runs = launched, 0
         self.rank, self.size = channel.rank, channel.size
         self.bytes_sent, self.seconds = 0, 0.0
         self.settled: FulltuneError | None = None
@@ -66,6 +69,20 @@ class Ranks:
 
     def __repr__(self) -> str:
         return f"Ranks({self.rank} of {self.size})"
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the ranks that rank 0 has started."""
+        if self.launched:
+            with suppress(TrainingError):
+                self.command("end")
+        self._channel.close()
+        self._end()
 
     # -- what rank 0 says, and what all agree on ---------------------------------------------------------------------------------
 
@@ -210,8 +227,8 @@ class Ranks:
         """The whole sum over `count` micro-batches, on every rank; evaluated."""
         return self.shared(sums, self.owner(count - 1))
 
-    def shared(self, arrays: Arrays, owner: int) -> Arrays:
-        """One rank's arrays, on every rank; evaluated. They go to both ends of the line of ranks, array by array."""
+    def shared(self, arrays: Arrays, owner: int, keep: Callable[[str], bool] = lambda name: True) -> Arrays:
+        """One rank's arrays, on every rank those that it keeps; evaluated. They go to both ends of the line of ranks, array by array."""
         here = self.rank
         near = None if here == owner else here - 1 if owner < here else here + 1
         further = [rank for rank in (here - 1, here + 1) if 0 <= rank < self.size and rank != near]
@@ -221,9 +238,12 @@ class Ranks:
             self._send_heads(heads, rank)
         found: Arrays = {}
         for name, head in heads.items():
-            found[name] = arrays[name] if near is None else self._receive(head, near)
+            array = arrays[name] if near is None else self._receive(head, near)
             for rank in further:
-                self._send(found[name], rank)
+                self._send(array, rank)
+            if keep(name):
+                found[name] = array
+            del array
         return found
 
     def _other(self, number: int) -> int | None:
@@ -322,14 +342,24 @@ def ranks_of_environment() -> Ranks | None:
     """
     global _ranks
     if _ranks is None and os.environ.get("MLX_RANK"):
-        if hosts := os.environ.get(HOSTS):
-            with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-                file.write(hosts)
-            os.environ["MLX_HOSTFILE"] = file.name
-        size, address = size_of_environment(), address_of_environment()
-        if size > 1:
-            _ranks = Ranks(RankChannel(int(os.environ["MLX_RANK"]), size, address))
+        _ranks = connect()
     return _ranks
+
+
+def connect(launched: bool = False, end: Callable[[], None] = lambda: None) -> Ranks | None:
+    """The ranks that the environment names; None where that is this process alone. Arguments as for `Ranks`."""
+    if (hosts := os.environ.get(HOSTS)) is None:
+        return _connected(launched, end)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(hosts)
+        file.flush()
+        os.environ["MLX_HOSTFILE"] = file.name
+        return _connected(launched, end)
+
+
+def _connected(launched: bool, end: Callable[[], None]) -> Ranks | None:
+    size, address = size_of_environment(), address_of_environment()
+    return Ranks(RankChannel(int(os.environ["MLX_RANK"]), size, address), launched, end) if size > 1 else None
 
 
 def size_of_environment() -> int:

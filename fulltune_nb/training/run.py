@@ -75,6 +75,7 @@ from fulltune_nb.training.state import (
 Entry = StepReport | EvalReport | Event
 _CHANGE_NO_WEIGHT = {
     "steps_per_report", "steps_per_eval", "val_batches", "test_batches", "save_every", "keep", "on_save_error", "patience",
+    "shard_optimizer",
 }  # fmt: skip
 """Settings that may change within a run: they say what is looked at and kept."""
 

@@ -8,13 +8,14 @@ import secrets
 import shlex
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from fulltune_nb.errors import ConfigError
-from fulltune_nb.training.parallel import HOSTS
+from fulltune_nb.training.parallel import HOSTS, Ranks, connect
 from fulltune_nb.training.rank_channel import ADDRESS, TOKEN
 
 LOCAL = ("localhost", "127.0.0.1")
@@ -63,6 +64,53 @@ def start_rank(host: str, command: Sequence[str], environment: dict[str, str], *
     process.stdin.write(f"{secret}\n".encode())
     process.stdin.flush()
     return process
+
+
+_launched = False
+
+
+def launch(hosts: Sequence[str], address: str | None = None) -> Ranks:
+    """Ranks for `Trainer(..., parallel=...)`, with this process as rank 0. They get model, data and settings from the trainer, and end with
+    this process, with `.close()`, or at the end of a `with` block.
+
+    Args:
+        hosts: where they run, this machine first: `["localhost", "localhost"]` are two ranks here. Others are reached by ssh without a
+            password, and have the same Python with this package at the same place.
+        address: under which the others reach this machine; None: its name.
+
+    Raises:
+        ConfigError: no such hosts, or this process has launched ranks before: MLX's engine connects once a process.
+        TrainingError: a rank does not come.
+    """
+    global _launched
+    if _launched or os.environ.get("MLX_RANK"):
+        raise ConfigError("This process has its ranks: MLX's engine connects once a process. Restart Python (the kernel) for others.")
+    if not hosts or hosts[0] not in LOCAL:
+        raise ConfigError(f'hosts: expected "localhost" first, which is this process, got {hosts!r:.200}.')
+    own, *others = environments(hosts, address)
+    _launched = True
+    command = [sys.executable, "-m", "fulltune_nb.training.worker"]
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    started: list[subprocess.Popen] = []
+    before = {name: os.environ.get(name) for name in (*own, "MLX_HOSTFILE")}
+    try:
+        started += [start_rank(host, command, one, **options) for host, one in zip(hosts[1:], others, strict=True)]
+        os.environ.update(own)  # where MLX looks for it, too
+        return connect(launched=True, end=lambda: end_started(started))
+    except BaseException:
+        kill(started)
+        raise
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def end_started(processes: Sequence[subprocess.Popen]) -> None:
+    """Those that were told to end have a moment; then they are killed."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while any([process.poll() is None for process in processes]) and time.monotonic() < end:
+        time.sleep(0.02)
+    kill(processes)
 
 
 def end_together(processes: Sequence[subprocess.Popen]) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
-from fulltune_nb.cpu import cap_cache, on_cpu
+from fulltune_nb.cpu import cap_cache, evaluate, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet, load_data
 from fulltune_nb.data.example import Example
@@ -39,7 +39,7 @@ from fulltune_nb.errors import (
 from fulltune_nb.files import absolute
 from fulltune_nb.html import cut, facts, printable
 from fulltune_nb.models.language_model import LanguageModel, load_model
-from fulltune_nb.models.parameters import parameters_of, put_parameters, select_trainable, trainable_of
+from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters, select_trainable, trainable_of
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
@@ -51,6 +51,7 @@ from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.parallel import Ranks, ranks_of_environment
 from fulltune_nb.training.plan import make_plan
 from fulltune_nb.training.rank_channel import Abandoned
+from fulltune_nb.training.rank_material import material_of
 from fulltune_nb.training.run import (
     RunDirectory,
     StoredRun,
@@ -112,6 +113,7 @@ class Trainer:
         listeners: callbacks that are told of every report and event for as long as they stand here, in `run` and outside.
         batches: the micro-batches of every step.
         engine: computes the gradients.
+        ranks: the processes that train together; None where this is one alone.
         optimizers: updates the weights; its `observers` see each tensor's update.
         backward: "whole" or "layerwise": how gradients are computed, from `config.memory` and `config.backward`.
         step_count: optimizer steps taken.
@@ -144,9 +146,9 @@ class Trainer:
                 though data, model or settings differ from what the run began with.
             resume: "auto" goes on with the run that `run_dir` holds, from its newest checkpoint, and begins it where there is none. A
                 trainer of this process that has the run saves first, so that none of its steps are lost when a cell is run again.
-            parallel: the processes that train together; None: those that this one was started among (by `mlx.launch`), False: this one
-                alone. Rank 0 leads: settings, weights and `run_dir` are its own; on the others every call does what rank 0 does in
-                the same call, and nothing is shown or written.
+            parallel: the processes that train together, from `ft.launch`; None: those that this one was started among (by `mlx.launch`);
+                False: this one alone. Rank 0 leads: settings, weights and `run_dir` are its own; on the others every call does what
+                rank 0 does in the same call, and nothing is shown or written.
 
         Raises:
             ConfigError: settings that disagree with the data's, or patterns that match nothing.
@@ -160,7 +162,7 @@ class Trainer:
         if resume not in (None, "auto") and not isinstance(resume, StoredRun):
             raise ConfigError(f'resume: expected "auto" or None, got {resume!r:.80}. Trainer.resume(run_dir) goes on with a run.')
         run_dir = None if run_dir is None else absolute(run_dir)
-        self._ranks = (ranks_of_environment() if parallel is None else parallel) or None
+        self.ranks = (ranks_of_environment() if parallel is None else parallel) or None
         if self._follows:
             self._join(lm, data)
         elif isinstance(resume, StoredRun):
@@ -228,19 +230,11 @@ class Trainer:
         if stored is not None:
             stored.put_weights(lm, data, config)
         plan = make_plan(lm, data, config, force, backward or (stored and stored.backward(config)))
-        if self._ranks is not None and not self._follows:
+        if self.ranks is not None and not self._follows:
             self._gather_ranks(plan.backward, stored)
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
-        trained_before = lm.card.history.steps if lm.card is not None and stored is None else []
-        lm.card = ModelCard(lm.source, data, config, self.history, lm.dequantized)
-        ends, strings = data.trained_ends
-        lm.add_ends(ends, strings)
-        lm.trained_ends = () if strings else ends  # the first becomes the EOS of a tokenizer that is saved, which is one token
-        for kind, message in (*(("data", note) for note in data.notes), *plan.notes):
-            self.event(kind, message)
-        if trained_before:
-            steps = f"{len(trained_before):,} step{'s' * (len(trained_before) > 1)}"
-            self.event("model", f"this model was trained before, {steps} by an earlier trainer: the run begins with these weights")
+        if not self._follows:
+            self._tell_what_is_trained(plan.notes, resumed=stored is not None)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
         schedule = make_schedule(config.lr_schedule, config.learning_rate, config.warmup, self.total_steps)
         self._rate = LearningRate(schedule, peak_of(config.lr_schedule, config.learning_rate, schedule, self.total_steps))
@@ -251,8 +245,10 @@ class Trainer:
         self._trained_as = lm.trained_as = frozenset(trainable_of(lm.model)), plan.dtype
         cap_cache(plan.gives_back)
         self._memory_plan = plan.memory
-        self.optimizers, self._vocab_size = Optimizers(lm.model, config), lm.config.vocab_size
-        self.engine = plan.make_engine(lm.model, self.optimizers.in_stacks, self._ranks)
+        self._shards = config.shard_optimizer and self.ranks is not None
+        part = {"rank": self.ranks.rank, "size": self.ranks.size} if self._shards else {}
+        self.optimizers, self._vocab_size = Optimizers(lm.model, config, **part), lm.config.vocab_size
+        self.engine = plan.make_engine(lm.model, self.optimizers.in_stacks, self.ranks)
         if stored is not None:
             self._go_on_with(stored)
         else:
@@ -260,6 +256,20 @@ class Trainer:
                 self._share_state()
             if directory is not None:
                 self._write_into(directory)
+
+    def _tell_what_is_trained(self, notes: Iterable[tuple[str, str]], resumed: bool) -> None:
+        """To the model, what becomes of it, and to the history what there is to know; of a rank that neither saves nor shows, nothing."""
+        lm, data = self.lm, self.data
+        trained_before = lm.card.history.steps if lm.card is not None and not resumed else []
+        lm.card = ModelCard(lm.source, data, self.config, self.history, lm.dequantized)
+        ends, strings = data.trained_ends
+        lm.add_ends(ends, strings)
+        lm.trained_ends = () if strings else ends  # the first becomes the EOS of a tokenizer that is saved, which is one token
+        for kind, message in (*(("data", note) for note in data.notes), *notes):
+            self.event(kind, message)
+        if trained_before:
+            steps = f"{len(trained_before):,} step{'s' * (len(trained_before) > 1)}"
+            self.event("model", f"this model was trained before, {steps} by an earlier trainer: the run begins with these weights")
 
     def _go_on_with(self, stored: StoredRun) -> None:
         self._hold(stored.directory)
@@ -367,7 +377,7 @@ class Trainer:
                 report = self._report(batches, loss, norm, rate, time.perf_counter() - started)
             self.record(report)  # a step that was taken by itself is over when it is told
             self._set_rate_to_come()
-            if self._ranks is not None and self._ranks.interrupted:
+            if self.ranks is not None and self.ranks.interrupted:
                 raise KeyboardInterrupt
         return report
 
@@ -402,14 +412,16 @@ class Trainer:
         limit = self.config.max_grad_norm
         gradients = self.engine.gradients(number, batches)
         scale = 1.0 if limit is None else clip_scale(gradients.norm(), limit)
-        if self._ranks is None:
+        if self.ranks is None:
             gradients.check_finite()
         else:
-            self._ranks.agree(gradients.check_finite)
+            self.ranks.agree(gradients.check_finite)
         self.lm.update_under_way = False  # the loss was computed from its weights
         self.optimizers.begin_step(learning_rate, scale)
         for piece in gradients.pieces(self.optimizers):  # one with all of them, or layer by layer
             self.optimizers.update_tensors(self.lm.model, piece.gradients, rows=piece.rows)
+            if self._shards:
+                self._exchange_weights(piece.gradients, piece.rows)
             del piece  # before the next one is computed
         self.optimizers.end_step()
         self.lm.update_under_way = not on_cpu()
@@ -489,7 +501,7 @@ class Trainer:
             self.optimizers.observers = observers
             self.optimizers.load_state_arrays(before.optimizer_arrays)
             put_parameters(self.lm.model, before.weights)
-            self._share_state()
+            self._share_state(before.optimizer_arrays)
             self.lm.update_under_way = False
             set_random_state(before.random)
 
@@ -569,8 +581,8 @@ class Trainer:
             for _ in self._follow():
                 pass
             return
-        if self._ranks is not None:
-            self._ranks.interrupt(False)  # what came before is of another run
+        if self.ranks is not None:
+            self.ranks.interrupt(False)  # what came before is of another run
         before, self._callbacks = self._callbacks, (*callbacks, *(make() for make in default_callbacks))
         try:
             with self._leading(), termination_pauses():
@@ -616,9 +628,9 @@ class Trainer:
         self.lm.check_whole()
         with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
             tell = partial(self._tell_evaluated, split, [time.monotonic()])
-            if self._ranks is not None and split in self.data.splits:
-                self._ranks.command("evaluate", split=split, batches=batches)
-            return evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell, self._ranks)
+            if self.ranks is not None and split in self.data.splits:
+                self._command("evaluate", split=split, batches=batches)
+            return evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell, self.ranks)
 
     def _tell_report(self, report: EvalReport) -> None:
         self.tell(_METHODS[EvalReport], report)
@@ -870,7 +882,7 @@ class Trainer:
             random=random_state(),
             optimizer_steps_before=self.optimizer_steps_before,
             origin=origin,
-            optimizer_arrays=self.optimizers.state_arrays(),
+            optimizer_arrays=self._optimizer_arrays(),
             weights=parameters_of(self.lm.model),
         )
 
@@ -884,7 +896,7 @@ class Trainer:
         if state.weights and own != {name: (array.shape, array.dtype) for name, array in state.weights.items()}:
             raise CheckpointError("the snapshot is of a model of another shape or dtype. Restore those of this trainer, or of forks of it.")
         check_long_enough(self.total_steps, state.step)
-        before = self.optimizers.state_arrays()
+        before = self.optimizers.state_arrays()  # this rank's: for the case that the next lines fail
         self.optimizers.load_state_arrays(state.optimizer_arrays)
         if self._directory:
             try:
@@ -897,7 +909,7 @@ class Trainer:
         mx.eval(self.lm.model.parameters())
         self.history[:] = state.history
         self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
-        self._share_state()
+        self._share_state(state.optimizer_arrays)
         self.lm.torn, self.lm.update_under_way = None, False
         self.failure = ""
         self._rate.factor = state.rate_factor
@@ -974,28 +986,33 @@ class Trainer:
 
     @property
     def _follows(self) -> bool:
-        return self._ranks is not None and self._ranks.rank > 0
+        return self.ranks is not None and self.ranks.rank > 0
 
     def _check_leads(self, what: str) -> None:
         if self._follows:
-            raise TrainingError(f"{what} is for rank 0, and this is rank {self._ranks.rank}: leave the call out on the others.")
+            raise TrainingError(f"{what} is for rank 0, and this is rank {self.ranks.rank}: leave the call out on the others.")
 
     def _leading(self) -> AbstractContextManager[None]:
         """Within the block the other ranks follow; at its end they leave the call of theirs that follows this one."""
         news = lambda: {"interrupted": self.interrupted, "patience": self.patience.to_dict(), "failure": self.failure}  # noqa: E731
-        return nullcontext() if self._ranks is None else self._ranks.leading(news)
+        return nullcontext() if self.ranks is None else self.ranks.leading(news)
+
+    def _command(self, do: str, **values: Any) -> None:
+        if self._run_of_ranks != self.ranks.runs:
+            raise TrainingError("A later trainer has these ranks now, and they serve one: make this one anew, or go on with that.")
+        self.ranks.command(do, **values)
 
     @contextmanager
     def _with_ranks(self, do: str, **values: Any) -> Iterator[None]:
         """Within the block all ranks do the same, of which a part is not to be had alone: one's error ends the run of all."""
-        if self._ranks is None:
+        if self.ranks is None:
             yield
             return
-        self._ranks.command(do, **values)
+        self._command(do, **values)
         try:
             yield
         except BaseException as error:
-            self._ranks.fail(error)
+            self.ranks.fail(error)
             raise
 
     def _gather_ranks(self, backward: str, stored: StoredRun | None) -> None:
@@ -1004,13 +1021,19 @@ class Trainer:
         Raises:
             TrainingError: they have other data or another model.
         """
+        self.ranks.runs += 1
+        self._run_of_ranks = self.ranks.runs
+        if self.ranks.launched:
+            material, arrays = material_of(self.lm, self.data)
+            with self._with_ranks("material", material=material):
+                self.ranks.shared(arrays, 0)
         run = {"config": self.config.to_dict(), "backward": backward, "source": self.data.source}
         run |= {"checkpoint": stored and str(stored.checkpoint), "has": self._what_must_agree(self.lm, self.data)}
         with self._with_ranks("begin", **run):
-            self._ranks.agree(lambda: None)
+            self.ranks.agree(lambda: None)
         count = self.config.grad_accumulation_steps
-        if idle := max(self._ranks.size - count, 0):
-            who = f"{idle} of {self._ranks.size} ranks have nothing to do. Give more, and smaller ones"
+        if idle := max(self.ranks.size - count, 0):
+            who = f"{idle} of {self.ranks.size} ranks have nothing to do. Give more, and smaller ones"
             self.event("parallel", f"grad_accumulation_steps={count}: a step has so many micro-batches, so {who}")
 
     @staticmethod
@@ -1020,7 +1043,8 @@ class Trainer:
 
     def _join(self, lm: LanguageModel, data: DataSet, begin: dict[str, Any] | None = None) -> None:
         """On another rank than 0: the run that rank 0 begins, with its settings and weights."""
-        begin = begin or self._ranks.awaited("begin")
+        begin = begin or self.ranks.awaited("begin")
+        self._run_of_ranks = self.ranks.runs
         has = self._what_must_agree(lm, data)
         others = [name for name in has if has[name] != begin["has"][name]]
 
@@ -1029,9 +1053,9 @@ class Trainer:
                 what = " and ".join(others)
                 raise TrainingError(f"this rank has other {what} than rank 0. Every rank needs the same model, data and versions.")
 
-        self._ranks.agree(check)
+        self.ranks.agree(check)
         self._begin(lm, data, TrainConfig.from_dict(begin["config"]), force=True, backward=begin["backward"])
-        self._obey(self._ranks.awaited("take_state"))
+        self.obey(self.ranks.awaited("take_state"))
 
     @classmethod
     def _joined_run(cls, ranks: Ranks, lm: LanguageModel | None, data: DataSet | str | os.PathLike | None) -> Trainer:
@@ -1042,22 +1066,54 @@ class Trainer:
         if not isinstance(data, DataSet):
             data = load_data(data or begin["source"], lm.tokenizer, config=config)
         trainer = cls.__new__(cls)
-        trainer._ranks = ranks
+        trainer.ranks = ranks
         trainer._join(lm, data, begin)
         return trainer
 
-    def _share_state(self) -> None:
-        """Has the other ranks stand where rank 0 does."""
-        if self._ranks is None:
-            return
-        with self._with_ranks("take_state", step=self.step_count, optimizer=self.optimizers.step):
-            weights = self._ranks.shared({} if self._follows else parameters_of(self.lm.model), 0)
-            if self._follows:
-                put_parameters(self.lm.model, weights)
-            if self.optimizers.step:
-                arrays = self._ranks.shared({} if self._follows else self.optimizers.state_arrays(), 0)
-                if self._follows:
-                    self.optimizers.load_state_arrays(arrays)
+    def _share_state(self, arrays: Arrays | None = None) -> None:
+        """On rank 0: has the others stand where it does. `arrays`: the optimizer's; None where they have them, of a run that begins."""
+        if self.ranks is not None:
+            with self._with_ranks("take_state", step=self.step_count, optimizer=arrays is not None):
+                self.ranks.shared(parameters_of(self.lm.model), 0)
+                if arrays is not None:
+                    self.ranks.shared(arrays, 0)
+
+    def _take_shared_state(self, step: int, optimizer: bool) -> None:
+        """On the others, the same."""
+        self.step_count = step
+        put_parameters(self.lm.model, self.ranks.shared({}, 0))
+        if optimizer:
+            self.optimizers.load_state_arrays(self.ranks.shared({}, 0, self.optimizers.keeps))
+        self.lm.torn, self.lm.update_under_way = None, False
+
+    def _optimizer_arrays(self) -> Arrays:
+        """The optimizer's state; where the ranks share it out, all of it on rank 0."""
+        own = self.optimizers.state_arrays()
+        if not self._shards:
+            return own
+        arrays: Arrays = {}
+        with self._with_ranks("give_state"):
+            for owner in range(self.ranks.size):
+                arrays |= self.ranks.shared(own if owner == self.ranks.rank else {}, owner, lambda name: not self._follows)
+        return arrays
+
+    def _exchange_weights(self, names: Iterable[str], rows: slice | None) -> None:
+        """Of a piece just updated, what other ranks have updated."""
+        by_owner: dict[int, list[str]] = {}
+        for name in names:
+            by_owner.setdefault(self.optimizers.owners[name], []).append(name)
+        for owner, own in sorted(by_owner.items()):
+            held = parameters_of(self.lm.model)
+            here = {name: held[name] if rows is None else held[name][rows] for name in own} if owner == self.ranks.rank else {}
+            found = self.ranks.shared(here, owner)
+            if owner != self.ranks.rank and rows is not None:
+                for name in found:
+                    held[name][rows] = found[name]
+                    found[name] = held[name]
+            if owner != self.ranks.rank:
+                put_parameters(self.lm.model, found)
+                del held
+                evaluate(found)
 
     def _follow(self) -> Iterator[StepReport]:
         """Does what rank 0 says until it leaves the call that this is in; yields the steps.
@@ -1065,20 +1121,20 @@ class Trainer:
         Raises:
             TrainingError: rank 0 left it by an error, or a rank was lost.
         """
-        call = self._ranks.following()
-        with self._running(), interrupts_passed_on(self._ranks.interrupt):
+        call = self.ranks.following()
+        with self._running(), interrupts_passed_on(self.ranks.interrupt):
             while True:
-                command = self._ranks.next_command()
+                command = self.ranks.next_command()
                 if command["do"] == "leave" and command["call"] >= call:
                     break
-                if (report := self._obey(command)) is not None:
+                if (report := self.obey(command)) is not None:
                     yield report
         self.interrupted, self.failure = command["interrupted"], command["failure"]
         self.patience.load(command["patience"])
         if command["problem"]:
             raise TrainingError(f"rank 0 ended this by {command['problem']}")
 
-    def _obey(self, command: Mapping[str, Any]) -> StepReport | None:
+    def obey(self, command: Mapping[str, Any]) -> StepReport | None:
         """Does what rank 0 is doing."""
         do = command["do"]
         try:
@@ -1086,19 +1142,19 @@ class Trainer:
                 return self._step_along(command["number"], command["rate"])
             if do == "evaluate":
                 self.history.append(self._evaluated(command["split"], command["batches"]))
+            elif do == "give_state":
+                self._optimizer_arrays()
             elif do == "take_state":
-                self.step_count, self.optimizers.step = command["step"], command["optimizer"]
-                self._share_state()
-                self.lm.torn, self.lm.update_under_way = None, False
+                self._take_shared_state(command["step"], command["optimizer"])
         except (Abandoned, DataError):
             pass  # rank 0 has gone on, or has the same error
         except FulltuneError as error:
-            if error is not self._ranks.settled:
-                self._ranks.fail(error)
+            if error is not self.ranks.settled:
+                self.ranks.fail(error)
                 raise
             self.optimizers.abandon_step()
         except BaseException as error:
-            self._ranks.fail(error)
+            self.ranks.fail(error)
             raise
         return None
 

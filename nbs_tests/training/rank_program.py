@@ -42,15 +42,22 @@ def trained(scenario: dict[str, Any]) -> dict[str, Any]:
 
 
 def result_of(trainer: ft.Trainer, test: ft.EvalReport) -> dict[str, Any]:
-    """What must not depend on the number of ranks."""
-    arrays = {**parameters_of(trainer.lm.model), **trainer.optimizers.state_arrays()}
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(name.encode() + np.asarray(array).tobytes())
+    """What must not depend on the number of ranks; "optimizer" and "state_bytes" are rank 0's, and each rank's."""
+    snapshot = trainer.snapshot()
+    arrays = {"weights": parameters_of(trainer.lm.model), "optimizer": snapshot.state.optimizer_arrays if snapshot else {}}
+    digests = {name: digest_of(own) for name, own in arrays.items()} | {"state_bytes": trainer.optimizers.state_bytes}
     steps = [[report.step, report.loss, report.grad_norm, report.learning_rate, report.tokens] for report in trainer.history.steps]
     evals = [[report.split, report.loss, report.tokens] for report in trainer.history.evals]
     stands = {"done": trainer.done, "step": trainer.step_count, "interrupted": trainer.interrupted}
-    return {"steps": steps, "evals": evals, "test": test.loss, "arrays": digest.hexdigest(), **stands}
+    return {"steps": steps, "evals": evals, "test": test.loss, **digests, **stands}
+
+
+def digest_of(arrays: dict[str, Any]) -> str:
+    """SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode() + np.asarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def main(folder: str) -> None:

@@ -19,6 +19,11 @@ SCENARIOS = {
     "whole": {"settings": {**ONE_BY_ONE, "iters": 5}},
     "whole, clipped, packed": {"settings": {**ONE_BY_ONE, "packing": True, "max_seq_length": 40, "max_grad_norm": 0.5}},
     "whole, by kernels": {"settings": ONE_BY_ONE, "constants": {"cpu.kernels.SMALLEST_MODEL": 0, **SMALL_CHUNKS}},
+    "whole, shared out": {"settings": {**ONE_BY_ONE, "shard_optimizer": True}},
+    "layerwise, shared out": {
+        "settings": {**ONE_BY_ONE, "backward": "layerwise", "optimizer": "adafactor", "shard_optimizer": True, "max_grad_norm": 0.5},
+        "constants": SMALL_CHUNKS,
+    },
     "fewer micro-batches than ranks": {"settings": {"grad_accumulation_steps": 1}},
     "layerwise": {"settings": {**ONE_BY_ONE, "iters": 5, "backward": "layerwise", "optimizer": "adafactor"}, "constants": SMALL_CHUNKS},
     "layerwise, clipped, tied": {
@@ -62,9 +67,23 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_ranks_together_compute_what_one_process_does(results, name, size):
-    alone = results[1][0][name]
-    for rank, found in enumerate(results[size]):
-        assert found[name] == alone, f"rank {rank}"
+    alone = same(results[1][0][name])
+    assert same(results[size][0][name]) == alone
+    for rank in range(1, size):
+        assert same(results[size][rank][name]) | {"optimizer": alone["optimizer"]} == alone, f"rank {rank}"
+    assert results[1][0][name]["optimizer"] != results[size][1][name]["optimizer"]  # which is there on rank 0 only
+
+
+def same(result: dict) -> dict:
+    """What must not depend on the number of ranks."""
+    return {name: value for name, value in result.items() if name != "state_bytes"}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_shared_out_optimizer_takes_its_part_of_the_memory_on_each_rank(results, size):
+    alone = results[1][0]["whole, shared out"]["state_bytes"]
+    parts = [results[size][rank]["whole, shared out"]["state_bytes"] for rank in range(size)]
+    assert sum(parts) == alone and max(parts) < 1.3 * alone / size
 
 
 def test_a_run_that_stops_early_does_so_in_the_scenario(results):
@@ -105,7 +124,7 @@ def test_the_command_trains_with_all_ranks_and_only_the_first_writes(tmp_path):
 
 # -- ranks that are lost, and runs that go on with another number of them ------------------------------------------------------------
 
-LONG = {"settings": {"grad_accumulation_steps": 4, "iters": 400, "save_every": 3, "steps_per_eval": 400}}
+LONG = {"settings": {"shard_optimizer": True, "grad_accumulation_steps": 4, "iters": 400, "save_every": 3, "steps_per_eval": 400}}
 DEADLINE = 4.0
 
 
@@ -134,7 +153,7 @@ def end_of_ranks(tmp_path, size: int, harm, deadline: float = DEADLINE) -> tuple
 def goes_on(tmp_path, size: int) -> dict:
     """Some steps more of the run that is there, with so many ranks."""
     assert run_ranks(tmp_path, size, {"on": {**LONG, "run_dir": str(tmp_path / "run"), "resume": "auto", "steps": 3}}) == 0
-    return results_of(tmp_path)["on"]
+    return same(results_of(tmp_path)["on"])
 
 
 KILLED, HANGING = pytest.param(signal.SIGKILL, marks=pytest.mark.ci, id="killed"), pytest.param(signal.SIGSTOP, id="hanging")
@@ -164,4 +183,12 @@ def test_an_interrupt_of_any_rank_pauses_all_at_the_same_step(tmp_path, told):
     first, second = (results_of(tmp_path, rank)["long"] for rank in (0, 1))
     assert code == 0 and "error" not in said.lower()
     assert first["interrupted"] and second["interrupted"] and 6 <= first["step"] == second["step"] < 400
-    assert first["arrays"] == second["arrays"]
+    assert first["weights"] == second["weights"]
+
+
+def test_a_notebook_that_starts_its_ranks_gets_what_it_gets_alone(tmp_path):
+    for size in (1, 2):
+        command = [sys.executable, "-m", "nbs_tests.training.rank_notebook", str(tmp_path), str(size)]
+        assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL, timeout=300).returncode == 0
+    alone, together = (json.loads((tmp_path / f"{size}.json").read_text()) for size in (1, 2))
+    assert together == alone

@@ -1,4 +1,4 @@
-"""`python -m fulltune_nb.launch`: runs a command on several ranks, and ends with an exit code that says what came of it.
+"""`python -m fulltune_nb.ranks`: runs a command on several ranks, and ends with an exit code that says what came of it.
 
 As `mlx.launch` does it for MLX's ring, but for the exit code, which there is 0 whatever happened, and for interrupts: Ctrl-C pauses all
 ranks at the same whole step.
@@ -18,8 +18,8 @@ from fulltune_nb.errors import ConfigError
 
 EPILOG = """\
 examples:
-  python -m fulltune_nb.launch -n 2 -- python -m fulltune_nb.full --train --model M --data data --grad-accumulation-steps 4
-  python -m fulltune_nb.launch --hosts localhost,mac-2.local -- python train.py
+  python -m fulltune_nb.ranks -n 2 -- python -m fulltune_nb.full --train --model M --data data --grad-accumulation-steps 4
+  python -m fulltune_nb.ranks --hosts localhost,mac-2.local -- python train.py
 
 Every rank runs the same command. Other hosts are reached by ssh without a password, and have the same files at the same places.
 """
@@ -27,7 +27,7 @@ Every rank runs the same command. Other hosts are reached by ssh without a passw
 
 def build_parser() -> Parser:
     """The command's arguments."""
-    parser = Parser(prog="python -m fulltune_nb.launch", description="Runs a command on several ranks.", epilog=EPILOG)
+    parser = Parser(prog="python -m fulltune_nb.ranks", description="Runs a command on several ranks.", epilog=EPILOG)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("-n", "--ranks", type=int, metavar="N", help="so many processes on this machine")
     where.add_argument("--hosts", metavar="A,B", help="one process on each of these hosts; localhost is this machine")
