@@ -1,5 +1,6 @@
 """Several ranks compute what one process does, bit for bit. Each set of scenarios is run once, by processes of their own."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from fulltune_nb.training.start_ranks import end_together, environments, kill, s
 ONE_BY_ONE = {"grad_accumulation_steps": 5}  # with 27 rows in 14 micro-batches, the last step of an epoch has 4
 SMALL_CHUNKS = {"training.loss.CHUNK_ELEMENTS": 2**13, "training.vocabulary.RANGE_ELEMENTS": 2**12, "training.engine.CHUNK_ELEMENTS": 2**13}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+SIZES = [2, pytest.param(3, marks=pytest.mark.ci)]
 SCENARIOS = {
     "whole": {"settings": {**ONE_BY_ONE, "iters": 5}},
     "whole, clipped, packed": {"settings": {**ONE_BY_ONE, "packing": True, "max_seq_length": 40, "max_grad_norm": 0.5}},
@@ -55,23 +57,25 @@ def results_of(folder, rank: int = 0) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Size -> rank -> what came out."""
-    found = {}
-    for size in (1, 2, 3):
+    """`results(size)`: what came out on each rank; so many are started when it is first asked for."""
+
+    @functools.cache
+    def found(size: int) -> list[dict]:
         folder = tmp_path_factory.mktemp(f"ranks{size}")
         assert run_ranks(folder, size, SCENARIOS) == 0
-        found[size] = [results_of(folder, rank) for rank in range(size)]
+        return [results_of(folder, rank) for rank in range(size)]
+
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_ranks_together_compute_what_one_process_does(results, name, size):
-    alone = same(results[1][0][name])
-    assert same(results[size][0][name]) == alone
+    alone = same(results(1)[0][name])
+    assert same(results(size)[0][name]) == alone
     for rank in range(1, size):
-        assert same(results[size][rank][name]) | {"optimizer": alone["optimizer"]} == alone, f"rank {rank}"
-    assert results[1][0][name]["optimizer"] != results[size][1][name]["optimizer"]  # which is there on rank 0 only
+        assert same(results(size)[rank][name]) | {"optimizer": alone["optimizer"]} == alone, f"rank {rank}"
+    assert results(1)[0][name]["optimizer"] != results(size)[1][name]["optimizer"]  # which is there on rank 0 only
 
 
 def same(result: dict) -> dict:
@@ -79,15 +83,15 @@ def same(result: dict) -> dict:
     return {name: value for name, value in result.items() if name != "state_bytes"}
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_shared_out_optimizer_takes_its_part_of_the_memory_on_each_rank(results, size):
-    alone = results[1][0]["whole, shared out"]["state_bytes"]
-    parts = [results[size][rank]["whole, shared out"]["state_bytes"] for rank in range(size)]
+    alone = results(1)[0]["whole, shared out"]["state_bytes"]
+    parts = [results(size)[rank]["whole, shared out"]["state_bytes"] for rank in range(size)]
     assert sum(parts) == alone and max(parts) < 1.3 * alone / size
 
 
 def test_a_run_that_stops_early_does_so_in_the_scenario(results):
-    assert results[1][0]["early stop"]["done"] and results[1][0]["early stop"]["step"] < 20
+    assert results(1)[0]["early stop"]["done"] and results(1)[0]["early stop"]["step"] < 20
 
 
 def test_the_command_trains_with_all_ranks_and_only_the_first_writes(tmp_path):
