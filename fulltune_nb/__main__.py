@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": ("convert", (), "a model file from .npz to .safetensors, or back"),
     "export": ("export", (), "a model taken elsewhere: quantized for mlx-lm, GGUF, Ollama, the hub"),
     "sweep": ("sweep.__main__", (), "runs a notebook with many parameters"),
+    "ranks": ("ranks", (), "runs a command in several processes that train together"),
     "doctor": ("doctor", (), "says what this machine is, which models fit, and what is missing"),
 }
 """Command -> its module, the arguments that come first, and what it does."""

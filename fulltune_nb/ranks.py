@@ -18,11 +18,15 @@ from fulltune_nb.errors import ConfigError
 
 EPILOG = """\
 examples:
-  python -m fulltune_nb.ranks -n 2 -- python -m fulltune_nb.full --train --model M --data data --grad-accumulation-steps 4
-  python -m fulltune_nb.ranks --hosts localhost,mac-2.local -- python train.py
+  fulltune ranks -n 2 -- fulltune train --model M --data data --grad-accumulation-steps 4
+  fulltune ranks --hosts localhost,mac-2.local -- python train.py
 
 Every rank runs the same command. Other hosts are reached by ssh without a password, and have the same files at the same places.
 """
+
+
+OWN = {"python": [sys.executable], "fulltune": [sys.executable, "-m", "fulltune_nb"]}
+"""What first words of a command stand for."""
 
 
 def build_parser() -> Parser:
@@ -41,7 +45,7 @@ def work(hosts: list[str], address: str | None, command: list[str]) -> int:
     from fulltune_nb.training.start_ranks import end_together, environments, kill, start_rank
 
     if not command:
-        raise ConfigError("What shall run? Give the command behind --, such as: -- python -m fulltune_nb.full --train")
+        raise ConfigError("What shall run? Give the command behind --, such as: -- fulltune train")
     ranks: list[subprocess.Popen] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -53,8 +57,8 @@ def work(hosts: list[str], address: str | None, command: list[str]) -> int:
         signal.signal(number, pass_on)
     try:
         for host, own in zip(hosts, environments(hosts, address), strict=True):
-            words = [sys.executable if command[0] == "python" else command[0], *command[1:]]
-            ranks.append(start_rank(host, words, own, start_new_session=True))  # else Ctrl-C would reach each by itself
+            first = OWN.get(command[0], [command[0]])
+            ranks.append(start_rank(host, [*first, *command[1:]], own, start_new_session=True))  # else Ctrl-C would reach each by itself
         return end_together(ranks)
     finally:
         kill(ranks)
