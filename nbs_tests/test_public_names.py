@@ -79,6 +79,11 @@ def test_every_public_signature_has_types(name):
         assert not untyped, f"{name}.{function.__name__}: {untyped}"
 
 
+def test_the_file_that_mypy_reads_uses_every_name():
+    used = (Path(__file__).parent / "typed_use.py").read_text("utf-8")
+    assert [name for name in NAMES if f"ft.{name}" not in used] == []
+
+
 def test_every_error_class_is_a_fulltune_error_and_stands_in_errors():
     classes = [c for c in vars(ft.errors).values() if inspect.isclass(c) and c.__module__ == "fulltune_nb.errors"]
     assert len(classes) == 14 and all(issubclass(c, ft.FulltuneError) for c in classes)

@@ -72,7 +72,8 @@ def looks(trainer: ft.Trainer, example: ft.Example) -> None:
     ft.plot_loss(trainer.history, log=True).set_title("Loss")
     ft.plot_memory(trainer.history)
     found = ft.sweep("10_experiment.ipynb", {"learning_rate": [1e-5, 3e-5]}, "runs/sweep", jobs=2)
-    best = found.best
+    trials = ft.search("10_experiment.ipynb", {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}, "runs/search", trials=8)
+    best = found.best or trials.best
     print(suggestion, loss, score, best and best.parameters, ft.system_info(measure=True).cores, tiny.BASE_MODEL.name)
 
 
