@@ -93,7 +93,8 @@ def read_experiment(namespace: Mapping[str, Any], defaults: Mapping[str, Any] | 
         raise ConfigError(f"export_dir: expected a new or empty folder, {place} has files in it.")
     config = TrainConfig.from_dict({**usual, **settings})
     if "iters" in settings and "warmup" not in settings and config.iters < usual.get("iters", 0):
-        config = dataclasses.replace(config, warmup=config.warmup * config.iters // usual["iters"])
+        if config.warmup >= 1:
+            config = dataclasses.replace(config, warmup=config.warmup * config.iters // usual["iters"])
     return Experiment(**own, config=config, given=tuple(names))
 
 

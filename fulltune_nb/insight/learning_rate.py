@@ -15,7 +15,7 @@ from fulltune_nb.html import NO_MATH, esc, facts
 from fulltune_nb.insight.updates import UpdateMeter, survival
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.history import moving_mean
-from fulltune_nb.training.schedule import final_share, make_schedule
+from fulltune_nb.training.schedule import final_share
 from fulltune_nb.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def find_lr(trainer: Trainer, steps: int = 120, lowest: float = 1e-7, highest: f
                 break
     stochastic = getattr(trainer.config, "rounding", None) == "stochastic"
     config, total = trainer.config, trainer.total_steps
-    stays = final_share(make_schedule(config.lr_schedule, config.learning_rate, config.warmup, total), total)
+    stays = final_share(config.schedule(total), total)
     return LearningRateSearch(rates, losses, survivals, rounded[0] if rounded else "float32", stochastic, stays)
 
 

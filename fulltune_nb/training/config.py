@@ -17,7 +17,7 @@ from fulltune_nb import settings as checks
 from fulltune_nb.data.settings import DataSettings
 from fulltune_nb.errors import ConfigError, nearest
 from fulltune_nb.settings import Check, SettingError, check_fields, check_names, checked, names_of, read_yaml, setting, write_yaml
-from fulltune_nb.training.schedule import check_lr_schedule
+from fulltune_nb.training.schedule import Schedule, check_lr_schedule, check_warmup, make_schedule
 
 # -- the optimizers' own settings: the content of `TrainConfig.optimizer_config`
 
@@ -135,9 +135,14 @@ class TrainConfig:
     )  # fmt: skip
     lr_schedule: str | dict[str, Any] | None = setting(
         None, checks.anything,
-        'None or "constant", "linear" (to 0), "cosine" (to 0), or mlx_lm\'s form {name, arguments, warmup, warmup_init}.',
+        'None or "constant", "linear", "cosine", "wsd" (stays, and falls at the end), "inverse_sqrt", or mlx_lm\'s form '
+        "{name, arguments, warmup, warmup_init}.",
     )  # fmt: skip
-    warmup: int = setting(0, checks.whole(0), "Steps with a rising learning rate before the schedule begins.")
+    warmup: int | float = setting(
+        0, check_warmup, "Steps with a rising learning rate before the schedule begins; below 1: the share of the run's steps."
+    )
+    lr_floor: float = setting(0.0, checks.number(0, 1), "Where the linear, cosine and wsd schedules end, as a share of the peak.")
+    lr_decay: float = setting(0.1, checks.number(above=0, high=1), "The share of the run's steps in which the wsd schedule falls.")
     memory: str = setting(
         "auto", checks.choice("auto", "fast", "lean"),
         '"fast": the whole model\'s gradients at once; "lean": a layer\'s at a time, up to twice as slow, for a fraction of the memory; '
@@ -343,6 +348,10 @@ class TrainConfig:
         """
         values = self.to_dict()
         write_yaml(path, {k: v for k, v in values.items() if not (k in ("iters", "epochs") and v is None)}, heading)
+
+    def schedule(self, total_steps: int) -> Schedule:
+        """The learning rate of each step of a run with so many, as in `make_schedule`."""
+        return make_schedule(self.lr_schedule, self.learning_rate, self.warmup, total_steps, self.lr_floor, self.lr_decay)
 
     def changed(self) -> dict[str, Any]:
         """The settings that differ from the defaults, by name; a data setting's default is what `load_data` has without it."""

@@ -28,6 +28,7 @@ from fulltune_nb.training.memory import MemoryPlan, Workload, kept_freed
 from fulltune_nb.training.optimizers import check_patterns, update_bytes
 from fulltune_nb.training.parallel import Ranks
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
+from fulltune_nb.training.schedule import warmup_steps
 
 COMPILING_PAYS_FROM = 3e13
 """Operations of a run, 6 a weight and token, from which on half a minute of compiling pays: some five minutes on two cores."""
@@ -123,7 +124,7 @@ def _without_effect(config: TrainConfig, data: Any, total_steps: int) -> list[tu
     if config.patience is not None and (data.valid is None or not config.val_batches):
         why = "the data has no valid split" if data.valid is None else "val_batches=0 leaves evaluations out"
         notes.append(("patience", f"patience={config.patience} has no effect: {why}, so nothing is evaluated during training"))
-    warmup = form.get("warmup", config.warmup) if isinstance(form, Mapping) else config.warmup
+    warmup = warmup_steps(form.get("warmup", config.warmup) if isinstance(form, Mapping) else config.warmup, total_steps)
     if 0 < total_steps <= warmup:
         notes.append(("warmup", f"warmup={warmup:,} is as long as the run of {total_steps:,} steps or longer: it ends below the peak rate"))
     return notes

@@ -56,6 +56,7 @@ from fulltune_nb.training.run_files import (  # noqa: F401  some of it is import
     read_result,
     write_result,
 )
+from fulltune_nb.training.schedule import spans_the_run
 from fulltune_nb.training.state import (
     BEST,
     FOLDER_NAME,
@@ -307,7 +308,7 @@ class StoredRun:
             return stored
         now, place = (given, "the config given") if given is not None else (TrainConfig.from_yaml(path).fill_from(stored), path)
         before, after = stored.to_dict(), now.to_dict()
-        free = _CHANGE_NO_WEIGHT | ({"iters", "epochs"} if stored.lr_schedule in (None, "constant") else set())
+        free = _CHANGE_NO_WEIGHT | (set() if spans_the_run(stored.lr_schedule, stored.warmup) else {"iters", "epochs"})
         free |= {name for name in names_of(DataSettings) if before[name] is None}  # of later versions; the data itself is compared
         changed = {name: f"{name} was {before[name]!r} and is {after[name]!r}" for name in before if before[name] != after[name]}
         matters = [text for name, text in changed.items() if name not in free]

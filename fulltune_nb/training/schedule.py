@@ -11,39 +11,81 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fulltune_nb.errors import ConfigError, nearest
-from fulltune_nb.settings import Check, SettingError, checked, is_finite, number, show, whole
+from fulltune_nb.settings import Check, Refused, SettingError, checked, is_finite, number, show, whole
 
 Schedule = Callable[[int], float]
 
-SHAPES = ("constant", "linear", "cosine")
-"""The schedules that span the whole run and take the peak from `learning_rate`."""
+SHAPES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
+"""The schedules that take the peak from `learning_rate`; all but the constant one and "inverse_sqrt" span the whole run."""
+_TIMESCALE = 10_000  # steps after which "inverse_sqrt" without a warmup has fallen to 0.71 of the peak, as in transformers
 
 
-def make_schedule(lr_schedule: str | Mapping[str, Any] | None, learning_rate: float, warmup: int, total_steps: int) -> Schedule:
+def make_schedule(
+    lr_schedule: str | Mapping[str, Any] | None,
+    learning_rate: float,
+    warmup: int | float,
+    total_steps: int,
+    floor: float = 0.0,
+    decay: float = 0.1,
+) -> Schedule:
     """The schedule of a run: step (from 0) -> learning rate.
 
     With warmup W and a peak rate P, step s < W has P * (s + 1) / (W + 1), so that the first step already moves and step W is
-    the first with P. "linear" and "cosine" then fall to 0 at step `total_steps`, one past the last, and stay there.
+    the first with P. "linear" and "cosine" then fall to the floor at step `total_steps`, one past the last, and stay there. "wsd" (warmup,
+    stable, decay) stays at P and falls in the last steps only, by one minus the square root of how far they are done (Hägele et al. 2024).
+    "inverse_sqrt" is P * sqrt(W / s), without warmup P * sqrt(T / (s + T)) with T = 10,000.
 
     Args:
         lr_schedule: one of `SHAPES`, or mlx_lm's form; None stays at the peak.
         learning_rate: the peak P; mlx_lm's form brings its own.
-        warmup: the steps W.
+        warmup: the steps W, or the share of the run's steps that they are.
         total_steps: optimizer steps of the whole run.
+        floor: where "linear", "cosine" and "wsd" end, as a share of P.
+        decay: the share of the run's steps in which "wsd" falls.
     """
+    warmup = warmup_steps(warmup, total_steps)
     if isinstance(lr_schedule, Mapping):
         return _named(lr_schedule, warmup)
     shape, peak = lr_schedule or "constant", learning_rate
+    timescale = warmup or _TIMESCALE
+    falling = min(math.ceil(decay * total_steps), max(total_steps - warmup, 0)) if shape == "wsd" else total_steps - warmup
 
     def schedule(step: int) -> float:
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
         if shape == "constant":
             return peak
-        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-        return peak * (1.0 - done) if shape == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
+        if shape == "inverse_sqrt":
+            return peak * math.sqrt(timescale / (step - warmup + timescale))
+        done = min(max(step - (total_steps - falling), 0) / max(falling, 1), 1.0)
+        left = {"linear": 1.0 - done, "wsd": 1.0 - math.sqrt(done)}.get(shape, 0.5 * (1.0 + math.cos(math.pi * done)))
+        return peak * left if floor == 0 else peak * (floor + (1.0 - floor) * left)
 
     return schedule
+
+
+def warmup_steps(warmup: int | float, total_steps: int) -> int:
+    """The steps of a warmup that may be told as a share of the run's."""
+    return math.ceil(warmup * total_steps) if 0 < warmup < 1 else int(warmup)
+
+
+def check_warmup(value: Any) -> int | float:
+    """A whole number of steps, or a share of a run's.
+
+    Raises:
+        Refused: it is neither.
+    """
+    if is_finite(value) and 0 < value < 1:
+        return float(value)
+    try:
+        return whole(0)(value)
+    except Refused as refused:
+        raise Refused(f"{refused}, or a share of the run's steps below 1") from None
+
+
+def spans_the_run(lr_schedule: str | Mapping[str, Any] | None, warmup: int | float) -> bool:
+    """Whether the rates depend on how many steps the whole run has."""
+    return lr_schedule not in (None, "constant", "inverse_sqrt") or 0 < warmup < 1
 
 
 def peak_of(lr_schedule: str | Mapping[str, Any] | None, learning_rate: float, schedule: Schedule, total_steps: int) -> float:
@@ -104,7 +146,7 @@ def _named(form: Mapping[str, Any], warmup: int) -> Schedule:
     return lambda step: rise(step) if step <= warmup else schedule(step - warmup - 1)
 
 
-def check_lr_schedule(given: Any, warmup: int) -> str | dict[str, Any] | None:
+def check_lr_schedule(given: Any, warmup: int | float) -> str | dict[str, Any] | None:
     """A checked copy of `TrainConfig.lr_schedule`.
 
     Args:

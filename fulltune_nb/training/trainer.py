@@ -61,7 +61,7 @@ from fulltune_nb.training.run import (
     check_same_data,
     holds_run,
 )
-from fulltune_nb.training.schedule import NEXT, PEAK, LearningRate, RateSet, make_schedule, peak_of
+from fulltune_nb.training.schedule import NEXT, PEAK, LearningRate, RateSet, peak_of
 from fulltune_nb.training.signals import StoppedAtOnce, interrupts_deferred, interrupts_passed_on, termination_pauses
 from fulltune_nb.training.state import (
     Patience,
@@ -79,7 +79,7 @@ from fulltune_nb.training.state import (
 
 _METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
 _TELL_SECONDS = 0.25  # how often callbacks hear how far an evaluation is
-_NEW_SCHEDULE = {"learning_rate", "lr_schedule", "warmup"}
+_NEW_SCHEDULE = {"learning_rate", "lr_schedule", "warmup", "lr_floor", "lr_decay"}
 _NEW_OPTIMIZER = {"optimizer", "optimizer_config", "train_only", "freeze"}
 
 
@@ -236,7 +236,7 @@ class Trainer:
         if not self._follows:
             self._tell_what_is_trained(plan.notes, resumed=stored is not None)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
-        schedule = make_schedule(config.lr_schedule, config.learning_rate, config.warmup, self.total_steps)
+        schedule = config.schedule(self.total_steps)
         self._rate = LearningRate(schedule, peak_of(config.lr_schedule, config.learning_rate, schedule, self.total_steps))
         if plan.dtype != lm.model.embed_tokens.weight.dtype:
             lm.model.set_dtype(plan.dtype)

@@ -1,15 +1,16 @@
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
+import transformers
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.training.config import TrainConfig
-from fulltune_nb.training.schedule import NEXT, PEAK, final_share, read_rates
-from fulltune_nb.training.schedule import make_schedule as make
+from fulltune_nb.training.schedule import NEXT, PEAK, SHAPES, final_share, read_rates, spans_the_run
+from nbs_tests.models.parity import need_torch
 
 
 def make_schedule(config, total):
-    return make(config.lr_schedule, config.learning_rate, config.warmup, total)
+    return config.schedule(total)
 
 
 def rates(total=20, **settings):
@@ -30,14 +31,14 @@ def test_linear_and_cosine_fall_from_the_peak_to_zero_and_stay_there(shape):
     assert found[19] > 0
 
 
-@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_warmup_rises_from_above_zero_to_the_peak(shape):
     found = rates(lr_schedule=shape, warmup=4)
     assert found[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert max(found) == 2.0
 
 
-@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("total, warmup", [(1, 0), (5, 5), (5, 50), (0, 0)])
 def test_short_runs_have_a_schedule_too(shape, total, warmup):
     found = rates(total=total, lr_schedule=shape, warmup=warmup)
@@ -49,6 +50,62 @@ def test_the_schedule_is_a_pure_function_of_plain_numbers():
     forward = [schedule(step) for step in range(30)]
     assert [schedule(step) for step in reversed(range(30))] == forward[::-1]
     assert all(type(rate) is float for rate in forward)
+
+
+THEIRS = {
+    "cosine": lambda optimizer, floor: transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer, 6, 40, min_lr_rate=floor),
+    "wsd": lambda optimizer, floor: transformers.get_wsd_schedule(
+        optimizer, 6, 10, num_training_steps=40, decay_type="1-sqrt", min_lr_ratio=floor
+    ),
+    "inverse_sqrt": lambda optimizer, floor: transformers.get_inverse_sqrt_schedule(optimizer, 6),
+}
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("shape", THEIRS)
+def test_after_the_warmup_rates_are_those_of_transformers(shape, floor):
+    need_torch()
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    theirs = THEIRS[shape](optimizer, floor).lr_lambdas[0]
+    found = rates(40, lr_schedule=shape, warmup=6, lr_floor=floor, lr_decay=0.25)
+    assert found[6:41] == pytest.approx([2.0 * theirs(step) for step in range(6, 41)], rel=1e-12, abs=1e-15)
+    assert shape != "inverse_sqrt" or found[42] == 2.0 * (6 / 42) ** 0.5  # it has no floor
+
+
+def test_linear_ends_at_its_floor():
+    assert rates(lr_schedule="linear", lr_floor=0.25)[::10] == pytest.approx([2.0, 1.25, 0.5])
+
+
+def test_wsd_stays_until_the_last_share_of_the_steps():
+    found = rates(20, lr_schedule="wsd", lr_decay=0.2, warmup=2)
+    assert set(found[2:17]) == {2.0} and found[17] < 2.0 and found[20:] == [0, 0, 0]
+    assert rates(20, lr_schedule="wsd", lr_decay=1.0)[20] == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_warmup_below_one_is_a_share_of_the_run(shape):
+    assert rates(40, lr_schedule=shape, warmup=0.1) == rates(40, lr_schedule=shape, warmup=4)
+    assert rates(41, lr_schedule=shape, warmup=0.1) == rates(41, lr_schedule=shape, warmup=5)
+
+
+def test_a_share_as_warmup_is_kept_as_one_and_serves_mlx_form_too():
+    config = TrainConfig(warmup=0.25, lr_schedule={"name": "constant", "arguments": [0.5]})
+    assert config.warmup == 0.25 and config.schedule(8)(0) == 0.0 and config.schedule(8)(1) == 0.25
+    assert TrainConfig(warmup=1.0).warmup == 1 and type(TrainConfig(warmup=5.0).warmup) is int
+    for bad in (-0.1, 1.5, "half", True):
+        with pytest.raises(ConfigError, match="warmup"):
+            TrainConfig(warmup=bad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "spans"),
+    [({}, False), ({"lr_schedule": "inverse_sqrt", "warmup": 5}, False), ({"warmup": 0.1}, True), ({"lr_schedule": "wsd"}, True)],
+)
+def test_which_schedules_change_with_the_length_of_the_run(settings, spans):
+    config = TrainConfig(**settings)
+    assert spans_the_run(config.lr_schedule, config.warmup) == spans == (config.schedule(30)(28) != config.schedule(300)(28))
 
 
 def joined_by_mlx(name, arguments, warmup=0, warmup_init=0.0):
