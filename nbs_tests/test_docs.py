@@ -70,6 +70,12 @@ def test_the_picture_of_the_house_is_what_the_imports_say():
     assert draw_house.PICTURE.read_text("utf-8") == draw_house.draw(), "run python -m docs.draw_house"
 
 
+def test_the_api_names_every_command():
+    from fulltune_nb.__main__ import COMMANDS
+
+    assert [name for name in COMMANDS if f"`{name}`" not in API.split("## Commands")[1]] == []
+
+
 def links_of(page: Path) -> set[Path]:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8"))
     return {(page.parent / target).resolve() for target in targets if target.endswith(".md")}
