@@ -89,8 +89,8 @@ def test_train_and_test_are_the_full_command_with_their_flag(monkeypatch):
 
 
 def test_a_command_that_does_not_exist_is_answered_with_the_nearest(monkeypatch, capsys):
-    assert commands.main(["trian"]) == 2
-    assert capsys.readouterr().err == "fulltune: error: there is no command 'trian'. Did you mean 'train'?\n"
+    assert commands.main(["genrate"]) == 2
+    assert capsys.readouterr().err == "fulltune: error: there is no command 'genrate'. Did you mean 'generate'?\n"
     assert commands.main(["--version"]) == 0 and commands.main(["--help"]) == 0
 
 
