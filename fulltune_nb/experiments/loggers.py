@@ -20,7 +20,7 @@ from fulltune_nb.errors import ConfigError, optional_import
 from fulltune_nb.files import absolute
 from fulltune_nb.training.callbacks import Attachable
 
-__all__ = ["Tensorboard", "Trackio", "Wandb", "numbers_of"]
+__all__ = ["MLflow", "SwanLab", "Tensorboard", "Trackio", "Wandb", "numbers_of"]
 
 
 def numbers_of(report: Any) -> dict[str, float]:
@@ -126,6 +126,43 @@ class Trackio(_Tracker):
     """Sends a run to trackio, which keeps it on this machine unless told otherwise."""
 
     package = extra = "trackio"
+
+
+class SwanLab(_Tracker):
+    """Sends a run to SwanLab; `mode="local"` or `"offline"` keeps it on this machine."""
+
+    package = extra = "swanlab"
+
+
+class MLflow(_Tracker):
+    """Sends a run to MLflow: to the server that `tracking_uri=` or `MLFLOW_TRACKING_URI` names, else to where MLflow keeps runs itself.
+
+    `project` is MLflow's experiment. The run is addressed by its id, so that another one, which the program has under way, is left alone.
+    """
+
+    package = extra = "mlflow"
+
+    def open(self, config: dict[str, Any], run_dir: Path | None) -> None:
+        """Begins the run, with the settings as its parameters."""
+        settings = dict(self._settings)
+        project, name = settings.pop("project"), settings.pop("name") or (run_dir.name if run_dir else None)
+        client = self._library.MlflowClient(**settings)
+        found = client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found is not None else client.create_experiment(project)
+        self._client, self._run_id = client, client.create_run(experiment, run_name=name).info.run_id
+        for key, value in config.items():
+            client.log_param(self._run_id, key, value)
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """A metric for each number."""
+        for name, value in numbers.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        if self._begun:
+            self._client.set_terminated(self._run_id)
+            self._begun = False
 
 
 class Tensorboard(_Logger):

@@ -7,17 +7,19 @@ import math
 import os
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 
 import fulltune_nb as ft
 from fulltune_nb import tiny
-from fulltune_nb.experiments.loggers import Tensorboard, Trackio, Wandb, numbers_of
+from fulltune_nb.experiments.loggers import MLflow, SwanLab, Tensorboard, Trackio, Wandb, numbers_of
 
 INSTALLED_IN_CI = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None and not os.environ.get("CI"), reason="tensorboard is not installed; it is in CI"
 )
-SERVICES = {"wandb": Wandb, "trackio": Trackio}
+SERVICES = {"wandb": Wandb, "trackio": Trackio, "swanlab": SwanLab}
+LOGGERS = {**SERVICES, "mlflow": MLflow, "tensorboard": Tensorboard}
 
 
 class Service(types.ModuleType):
@@ -25,6 +27,7 @@ class Service(types.ModuleType):
 
     def __init__(self, name):
         super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # who asks whether it is installed asks for that
         self.calls = []
 
     def init(self, **settings):
@@ -68,6 +71,57 @@ def test_a_service_gets_the_settings_once_and_every_report(name, trainer_of, mon
     assert sum("valid/perplexity" in values for kind, values in service.calls) == 2
 
 
+class Tracking(types.ModuleType):
+    """A small stand-in for mlflow: a client that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__("mlflow")
+        self.__spec__ = ModuleSpec("mlflow", None)
+        self.experiments, self.params, self.metrics, self.ended = {"old": "7"}, {}, [], []
+
+    def MlflowClient(self, **settings):
+        assert settings == {"tracking_uri": "somewhere"}
+        known = self.experiments
+        return types.SimpleNamespace(
+            get_experiment_by_name=lambda name: types.SimpleNamespace(experiment_id=known[name]) if name in known else None,
+            create_experiment=lambda name: known.setdefault(name, "8"),
+            create_run=lambda experiment, run_name: types.SimpleNamespace(info=types.SimpleNamespace(run_id=f"{experiment}/{run_name}")),
+            log_param=lambda run, key, value: self.params.update({(run, key): value}),
+            log_metric=lambda run, key, value, step: self.metrics.append((run, key, value, step)),
+            set_terminated=self.ended.append,
+        )
+
+
+@pytest.mark.parametrize(("project", "experiment"), [("old", "7"), ("new", "8")])
+def test_mlflow_gets_parameters_and_metrics_of_one_run(project, experiment, trainer_of, monkeypatch):
+    tracking = Tracking()
+    monkeypatch.setitem(sys.modules, "mlflow", tracking)
+    logger, trainer = MLflow(project=project, name="mine", tracking_uri="somewhere"), trainer_of()
+    trainer.run(1, callbacks=[logger])
+    trainer.run(callbacks=[logger])  # the same run goes on
+    logger.close()
+    logger.close()
+    run = f"{experiment}/mine"
+    assert tracking.params[(run, "iters")] == 2 and tracking.ended == [run]
+    losses = [(value, step) for where, name, value, step in tracking.metrics if name == "train/loss" and where == run]
+    assert losses == [(report.loss, report.step) for report in trainer.history.steps]
+    assert sum(name == "valid/loss" for _, name, _, _ in tracking.metrics) == 2
+
+
+def test_mlflow_itself_reads_the_curves_back(trainer_of, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "runs").as_uri()
+    logger, trainer = MLflow(project="p", tracking_uri=uri), trainer_of(tmp_path / "mine")
+    trainer.run(callbacks=[logger])
+    logger.close()
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    run = client.search_runs([client.get_experiment_by_name("p").experiment_id])[0]
+    found = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(metric.value, metric.step) for metric in found] == [(report.loss, report.step) for report in trainer.history.steps]
+    assert (run.info.run_name, run.info.status, run.data.params["iters"]) == ("mine", "FINISHED", "2")
+
+
 def test_an_attached_logger_hears_of_what_happens_between_two_runs(trainer_of, monkeypatch):
     service = Service("trackio")
     monkeypatch.setitem(sys.modules, "trackio", service)
@@ -87,12 +141,12 @@ def test_an_attached_logger_hears_of_what_happens_between_two_runs(trainer_of, m
     assert sum("test/loss" in values for values in logged) == 1
 
 
-@pytest.mark.parametrize("make, package", [(Wandb, "wandb"), (Trackio, "trackio"), (Tensorboard, "tensorboard")])
-def test_a_missing_package_is_told_with_the_command_that_installs_it(make, package, monkeypatch):
+@pytest.mark.parametrize("package", LOGGERS)
+def test_a_missing_package_is_told_with_the_command_that_installs_it(package, monkeypatch):
     for name in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ft.errors.MissingDependencyError, match=rf"{package}.*pip install 'fulltune_nb\[{package}\]'"):
-        make()
+        LOGGERS[package]()
 
 
 def test_what_is_not_finite_is_no_point_of_a_curve():
