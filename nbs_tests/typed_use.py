@@ -63,11 +63,6 @@ class Callback:
             trainer.pause()
 
 
-def several_ranks() -> None:
-    with ft.launch(["localhost", "localhost"]) as ranks:
-        print(ranks)
-
-
 def looks(trainer: ft.Trainer, example: ft.Example) -> None:
     trainer.run(callbacks=[Callback()])
     suggestion: float | None = ft.find_lr(trainer, steps=50).suggestion

@@ -15,6 +15,7 @@ from fulltune_nb.experiments.parameters import digest
 SPLITS = ("valid", "test", "train")
 _OF_A_SPLIT = re.compile(rf"({'|'.join(SPLITS)})_(loss|perplexity)")
 SEED = "seed"
+"""The parameter that means are taken over."""
 
 
 @dataclass(frozen=True)

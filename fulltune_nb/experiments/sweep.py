@@ -60,7 +60,7 @@ def sweep(
         stop_on_failure: start no further run once one has failed.
 
     Returns:
-        The runs, the best first; `.best` is that by the validation loss.
+        The runs, the best first by `rank_by`; `.best` is that one.
 
     Raises:
         ConfigError: the notebook, the parameters (an unknown name, say), `jobs`, `executor` or `rank_by` cannot be used, or another
