@@ -286,6 +286,7 @@ class RankChannel:
         for wire in self._wires.values():
             with suppress(OSError):
                 wire.send({"bye": 1})
+        self.failure = self.failure or "they were ended"
         self._failed.set()
 
 
