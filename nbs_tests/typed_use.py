@@ -34,6 +34,8 @@ def training(lm: ft.LanguageModel) -> ft.History:
     plan = ft.preflight(lm, data, config)
     fits: bool = plan.fits
     peak: int = plan.peak
+    with ft.launch(["localhost", "localhost"]) as ranks:
+        assert_type(ft.Trainer(lm, data, config, parallel=ranks).step(), ft.StepReport)
     trainer = ft.Trainer(lm, data, config, run_dir=Path("runs/a"))
     assert_type(trainer.step(), ft.StepReport)
     for report in trainer.steps(10):
