@@ -16,6 +16,7 @@ LEFT_OUT = (
     (ALL, "panels/test_kernels", OTHER_PROCESSES),
     (ALL, "insight/test_browser", OTHER_PROCESSES),
     (ALL, "test_notebooks.py", OTHER_PROCESSES),
+    (ALL, "test_notebook_claims.py", OTHER_PROCESSES),
     (ALL, "test_demo.py", OTHER_PROCESSES),
     (ALL, "training/test_parallel.py", OTHER_PROCESSES),
     (ALL, "test_chat_and_serve.py::test_a_served_model", OTHER_PROCESSES),

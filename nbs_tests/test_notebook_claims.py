@@ -1,8 +1,10 @@
-"""What the notebooks say in words is what their own numbers show, with each of three seeds."""
+"""What the notebooks say in words is what their own numbers show; with three seeds where `NOTEBOOK_SEEDS=3` says so (18 runs, half an
+hour on two cores)."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +104,7 @@ CLAIMS: dict[str, tuple[str, dict, Callable]] = {
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("NOTEBOOK_SEEDS", 1))))
 @pytest.mark.parametrize("name", CLAIMS)
 def test_what_a_notebook_says_is_what_its_numbers_show(name, seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
