@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from fulltune_nb import tiny
-from nbs_tests.jupyterlab import write_notebook
+from nbs_tests.jupyterlab import Lab, write_notebook
 from nbs_tests.panels.kernels import SETUP
 from nbs_tests.test_browser import CODE, PANEL, WAITING, browser, button, folder, lab, server, shown_step, wait_for_text  # noqa: F401  fixtures among them
 
@@ -107,6 +107,104 @@ def test_a_page_loaded_anew_during_a_run_still_saves_how_it_ended(lab, folder): 
     lab.command("kernelmenu:shutdown")
 
 
-def saved_record(path: Path) -> str:
-    """The text of the last output of the cell that waits."""
-    return nbformat.read(path, as_version=4).cells[CODE].outputs[-1]["data"]["text/plain"]
+@pytest.mark.parametrize("saved_before", [True, False])
+def test_a_page_loaded_anew_while_paused_saves_where_the_run_stands(lab, folder, saved_before):  # noqa: F811
+    path = begin_run(lab, folder, f"paused-{saved_before}.ipynb")
+    button(lab, "Pause").click()
+    wait_for_text(lab, "paused")
+    step = shown_step(lab)
+    if saved_before:
+        save(lab)
+    lab.open(path.name, kernel=False)
+    wait_for_text(lab, "paused") if saved_before else lab.output(PANEL).locator("img[src^='data:image/png']").wait_for(timeout=20_000)
+    save(lab)
+    assert saved_record(path, PANEL).startswith(f"paused: step {step:,} of")
+    lab.command("kernelmenu:shutdown")
+
+
+def test_a_notebook_opened_again_after_a_night_saves_how_the_run_ended(lab, folder):  # noqa: F811
+    path = begin_run(lab, folder, "overnight.ipynb", iters=300)
+    save(lab)
+    assert saved_record(path, PANEL).startswith("running: step")
+    lab.page.goto("about:blank")
+    result = folder / "runs/overnight.ipynb/result.json"
+    for _ in range(600):
+        if result.exists() and json.loads(result.read_text("utf-8"))["steps"] == 300:
+            break
+        lab.page.wait_for_timeout(100)
+    lab.page.wait_for_timeout(2000)
+    lab.open(path.name, kernel=False)
+    wait_for_text(lab, "done")
+    lab.output(PANEL).locator("img[src^='data:image/png']").wait_for(state="attached", timeout=20_000)
+    save(lab)
+    assert saved_record(path, PANEL).startswith("done: step 300 of 300")
+    lab.command("kernelmenu:shutdown")
+
+
+def test_two_tabs_save_the_same_true_record(lab, browser, server, folder):  # noqa: F811
+    path = begin_run(lab, folder, "tabs.ipynb")
+    save(lab)
+    page = browser.new_page(viewport={"width": 1280, "height": 1800})
+    second = Lab(page, server)
+    second.open(path.name, kernel=False)
+    wait_for_text(second, "running")
+    button(lab, "Pause").click()
+    for tab in (lab, second):
+        wait_for_text(tab, "paused")
+        tab.page.wait_for_timeout(1500)
+    step = shown_step(second)
+    for tab in (second, lab):
+        save(tab)
+        assert saved_record(path, PANEL).startswith(f"paused: step {step:,} of")
+    page.close()
+    lab.command("kernelmenu:shutdown")
+
+
+def test_a_cell_that_is_run_again_keeps_the_record_of_its_new_run_alone(lab, folder):  # noqa: F811
+    path = begin_run(lab, folder, "again.ipynb")
+    button(lab, "Pause").click()
+    wait_for_text(lab, "paused")
+    lab.result(PANEL, PANEL_OF.format(name="again-2", iters=20), seconds=60)
+    button(lab, "Run").click()
+    wait_for_text(lab, "done")
+    lab.page.wait_for_timeout(1500)
+    save(lab)
+    lines = [output["data"].get("text/plain", "") for output in nbformat.read(path, as_version=4).cells[PANEL].outputs if "data" in output]
+    assert saved_record(path, PANEL).startswith("done: step 20 of 20") and not any("paused" in line for line in lines)
+    lab.command("kernelmenu:shutdown")
+
+
+def test_after_a_restart_of_the_kernel_the_record_says_when_it_was_written(lab, folder):  # noqa: F811
+    path = begin_run(lab, folder, "restarted.ipynb")
+    lab.page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart(); }")
+    lab.page.wait_for_timeout(3000)
+    assert lab.result(CODE, "print('trainer' in globals())", seconds=60) == "False"
+    save(lab)
+    assert re.search(r"^(running|ready).* Written at \d{4}-\d\d-\d\d .* may have gone on since", saved_record(path, PANEL))
+    lab.command("kernelmenu:shutdown")
+
+
+PANEL_OF = "trainer = make_trainer(iters={iters}, run_dir='runs/{name}')\npanel = TrainPanel(trainer)\npanel"
+
+
+def begin_run(lab: Lab, folder: Path, name: str, iters: int = 3000) -> Path:  # noqa: F811
+    """A notebook whose panel was started by its button; it is at a later step than the first."""
+    write_notebook(folder / name, [SETUP, "0", PANEL_OF.format(name=name, iters=iters), "0"])
+    lab.open(name)
+    lab.result(0, SETUP, seconds=60)
+    lab.result(PANEL, PANEL_OF.format(name=name, iters=iters), seconds=60)
+    button(lab, "Run").click()
+    wait_for_text(lab, "step [1-9][0-9]* of")
+    return folder / name
+
+
+def save(lab: Lab) -> None:  # noqa: F811
+    """Saves, when the page has heard what the kernel tells of a record."""
+    lab.page.wait_for_timeout(2500)
+    lab.save()
+    lab.page.wait_for_timeout(1000)
+
+
+def saved_record(path: Path, cell: int = CODE) -> str:
+    """The text of the last output of a cell, by default the one that waits."""
+    return nbformat.read(path, as_version=4).cells[cell].outputs[-1]["data"]["text/plain"]
