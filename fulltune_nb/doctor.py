@@ -58,17 +58,24 @@ def config_of(model: str) -> dict[str, Any]:
 
 
 def missing() -> Iterator[tuple[str, list[str]]]:
-    """Each extra for users, with those of its packages that are not installed, or are too old."""
+    """Each extra for users, with those of its packages that are not installed, or are too old; none where this package is not installed."""
     from importlib import metadata
 
     from packaging.requirements import Requirement
 
-    own = [Requirement(line) for line in metadata.requires("fulltune_nb") or []]
-    for extra in metadata.metadata("fulltune_nb").get_all("Provides-Extra") or []:
-        if extra in _NOT_TOLD:
-            continue
+    try:
+        own = [Requirement(line) for line in metadata.requires("fulltune_nb") or []]
+    except metadata.PackageNotFoundError:  # a checkout on the path
+        return
+
+    def lacking(extra: str) -> list[str]:
         asked = [line for line in own if line.marker and line.marker.evaluate({"extra": extra}) and not line.marker.evaluate({"extra": ""})]
-        yield extra, [str(line.name) for line in asked if not _has(line)]
+        included = [name for line in asked if line.name == "fulltune_nb" for part in sorted(line.extras) for name in lacking(part)]
+        return [*included, *(line.name for line in asked if not _has(line))]
+
+    for extra in metadata.metadata("fulltune_nb").get_all("Provides-Extra") or []:
+        if extra not in _NOT_TOLD:
+            yield extra, lacking(extra)
 
 
 def _has(requirement: Any) -> bool:

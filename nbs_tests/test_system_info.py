@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.message
 import importlib.metadata
 import json
 import os
@@ -96,6 +97,24 @@ def test_an_extra_whose_packages_are_missing_or_too_old_is_told_with_its_command
     assert main([]) == 0
     shown = capsys.readouterr().out
     assert "missing ipywidgets, papermill: pip install 'fulltune_nb[notebook]'" in shown and "cuda13" not in shown.split("Extras:")[1]
+
+
+def test_what_an_included_extra_lacks_is_missing_of_the_extra_that_includes_it(monkeypatch):
+    lines = ['no-such-panels; extra == "notebook"', 'fulltune_nb[notebook]; extra == "optuna"', 'no-such-one; extra == "optuna"', "numpy"]
+    told = email.message.Message()
+    for extra in ("notebook", "optuna", "cpu"):
+        told["Provides-Extra"] = extra
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: told)
+    assert dict(doctor.missing()) == {"notebook": ["no-such-panels"], "optuna": ["no-such-panels", "no-such-one"]}
+
+
+def test_a_checkout_on_the_path_has_no_extras_to_tell(monkeypatch):
+    def requires(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert dict(doctor.missing()) == {}
 
 
 def test_speed_is_measured_when_asked_for():
