@@ -12,7 +12,7 @@ from fulltune_nb.html import printable
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "demo": ("demo", (), "fine-tunes a tiny model in a notebook, offline, in a few minutes"),
     "train": ("full", ("--train",), "trains a model; with --test it is tested too"),
-    "test": ("full", ("--test",), "loss and perplexity of a model on a test split"),
+    "test": ("full", ("--no-train", "--test"), "loss and perplexity of a model on a test split"),
     "generate": ("generate", (), "answers a prompt"),
     "chat": ("chat", (), "a conversation in the terminal"),
     "serve": ("serve", (), "a server with OpenAI's API, by mlx-lm"),

@@ -85,7 +85,7 @@ def test_train_and_test_are_the_full_command_with_their_flag(monkeypatch):
     for words in (["train", "--iters", "3"], ["test", "--model", "m"]):
         monkeypatch.setattr(sys, "argv", ["fulltune", *words])
         commands.main()
-    assert called == [["fulltune train", "--train", "--iters", "3"], ["fulltune test", "--test", "--model", "m"]]
+    assert called == [["fulltune train", "--train", "--iters", "3"], ["fulltune test", "--no-train", "--test", "--model", "m"]]
 
 
 def test_a_command_that_does_not_exist_is_answered_with_the_nearest(monkeypatch, capsys):
