@@ -121,8 +121,9 @@ def _upload(repository: str, write: WriteFolder, private: bool, confirm: Callabl
     if not _REPOSITORY.fullmatch(repository):
         raise ConfigError(f"export: a hub repository is named like 'me/my-model', found {repository!r:.80}.")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+    of_the_network = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, by the hub's version; no connection at all is such an error
     api = HfApi()
     try:
         with tempfile.TemporaryDirectory() as work:
@@ -139,7 +140,9 @@ def _upload(repository: str, write: WriteFolder, private: bool, confirm: Callabl
             api.create_repo(repository, private=private, exist_ok=True)
             message = "Upload by fulltune_nb"
             api.upload_folder(repo_id=repository, folder_path=str(full), commit_message=message, delete_patterns=list(_WEIGHTS))
-    except (HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise ConfigError(f"export: {repository} cannot be the name of a hub repository: {error}") from error
+    except (of_the_network, OSError) as error:
         raise ModelError(
             f"{repository} could not be uploaded: {error}\nCheck the network, and log in by `hf auth login`, with a token that may write."
         ) from error
