@@ -126,15 +126,15 @@ def _upload(repository: str, write: WriteFolder, private: bool, confirm: Callabl
     of_the_network = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, by the hub's version; no connection at all is such an error
     api = HfApi()
     try:
+        try:
+            there = api.repo_info(repository)  # before the weights are written for nothing
+        except RepositoryNotFoundError:
+            there = None
+        if there is not None and private and not there.private:
+            raise ModelError(f"{repository} is there, and public. Nothing was uploaded. Pass private=False, or name another one.")
         with tempfile.TemporaryDirectory() as work:
             full = Path(work) / "hf"
             write(full)
-            try:
-                there = api.repo_info(repository)
-            except RepositoryNotFoundError:
-                there = None
-            if there is not None and private and not there.private:
-                raise ModelError(f"{repository} is there, and public. Nothing was uploaded. Pass private=False, or name another one.")
             if not (confirm or _ask)(_announced(full, repository, private, there)):
                 raise ModelError(f"Nothing was uploaded to {repository}: it was not agreed to.")
             api.create_repo(repository, private=private, exist_ok=True)
