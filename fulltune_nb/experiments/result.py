@@ -43,10 +43,12 @@ def experiment_result(trainer: Trainer, before: EvalReport | None, after: EvalRe
 def git_state() -> dict[str, Any] | None:
     """The commit of the working directory, and whether files that git knows were changed since; None where there is no repository.
 
-    Nothing that the repository's own settings name is run.
+    `changed` is None where git does not say, as when it takes too long. Of what the repository's own settings name only content filters,
+    such as those of git-lfs, are run: git asks them whether a file was changed.
     """
     commit = _git("rev-parse", "HEAD")
-    return commit and {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"commit": commit, "changed": None if changes is None else bool(changes)} if commit else None
 
 
 def _git(*arguments: str) -> str | None:
