@@ -18,7 +18,7 @@ AGGREGATES = ("max", "min", "avg", "sum")
 # Bounds on a query that a model wrote
 _READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
 _STEPS_BETWEEN_LOOKS, _MOST_STEPS = 10_000, 500  # of sqlite's machine: 5,000,000, some tenths of a second
-_MOST_BYTES, _MOST_ROWS = 100_000, 10_000
+_MOST_BYTES, _MOST_COLUMNS, _MOST_ROWS = 1_000, 20, 1_000  # of a value; of a row; of what is fetched
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,7 @@ def rows_of(query: str) -> list[tuple] | None:
     steps = itertools.count()
     connection.set_progress_handler(lambda: next(steps) >= _MOST_STEPS, _STEPS_BETWEEN_LOOKS)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, _MOST_COLUMNS)
     connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY)
     try:
         return sorted(connection.execute(query).fetchmany(_MOST_ROWS), key=repr)

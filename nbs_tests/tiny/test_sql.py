@@ -171,6 +171,8 @@ def test_execution_match_asks_what_a_query_gives_and_not_how_it_is_written():
         "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT COUNT(*) FROM t",
         "SELECT COUNT(*) FROM ships a, ships b, ships c, ships d, ships e, ships f",
         "SELECT randomblob(1000000000)",
+        "SELECT hex(zeroblob(20000)) FROM ships a, ships b, ships c",
+        f"SELECT {', '.join(['port'] * 100)} FROM ships",
         "SELECT 1; SELECT 2",
         "SELECT 1\0",
         "",
