@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -182,9 +182,12 @@ class Dispatcher:
 
     def _end_all(self) -> None:
         """What still runs pauses, is saved and ends; so much of it as does within a while is told as interrupted."""
-        for run, future in self._futures.values():
+        for run, _ in self._futures.values():
             run.stop()
-            future.cancel()
+        for run, future in self._futures.values():
+            if not (run.attempt_folder / BEGUN).exists():  # what has begun saves itself and ends; an engine's cancel would kill it
+                with suppress(Exception):  # of any kind, as by `submit`; a run that was not cancelled ends by its file `stop`
+                    future.cancel()
         until = time.monotonic() + _SECONDS_TO_END
         while self._futures and time.monotonic() < until:
             for run in self.ended():

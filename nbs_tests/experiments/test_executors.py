@@ -130,6 +130,31 @@ def test_an_interrupt_ends_runs_that_an_executor_has(tmp_path, stand_in, process
     assert (state["status"], state["reason"]) == ("failed", "interrupted") and time.monotonic() - started < 30
 
 
+def test_an_interrupt_cancels_what_waits_and_kills_nothing_that_runs(tmp_path, stand_in, monkeypatch):
+    stand_in(seconds=60.0)
+    cancelled = []
+
+    class Engine(ProcessEach):
+        """Whose cancel kills, as scancel of a running job."""
+
+        def submit(self, function, *arguments):
+            future = Future() if self.pools else super().submit(function, *arguments)
+            monkeypatch.setattr(future, "cancel", lambda: cancelled.append(arguments[0]) or future.set_exception(OSError("killed")))
+            return future
+
+    def interrupted(self, seconds=1.0):
+        wait_for(lambda: list((tmp_path / "out").glob("x=1*/1/begun")))
+        monkeypatch.setattr(executors.Dispatcher, "ended", ended)
+        raise KeyboardInterrupt
+
+    ended, engine = executors.Dispatcher.ended, Engine()
+    monkeypatch.setattr(executors.Dispatcher, "ended", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ft.sweep(notebook_of(tmp_path / "n.ipynb", "pass"), {"x": [1, 2]}, tmp_path / "out", executor=engine)
+    engine.pools[0].shutdown()
+    assert [Path(attempt).parent.name[:3] for attempt in cancelled] == ["x=2"]
+
+
 def attempt_of(folder: Path) -> Path:
     (folder / "1").mkdir()
     (folder / "1" / "request.json").write_text(json.dumps({"parameters": {"x": 1}}))
