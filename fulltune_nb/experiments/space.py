@@ -87,7 +87,7 @@ def _draw(value: Any, draw: random.Random) -> Any:
         return draw.randint(low, high)
     if value.get("log"):
         drawn = math.exp(draw.uniform(math.log(low), math.log(high)))
-        drawn = min(max(drawn, low), high)
     else:
         drawn = draw.uniform(low, high)
-    return round(drawn) if is_whole(value) else float(f"{drawn:.4g}")
+    drawn = round(drawn) if is_whole(value) else float(f"{drawn:.4g}")
+    return type(drawn)(min(max(drawn, low), high))  # rounding, and the logarithm's, may lead beyond an end: 0.99999 would be 1.0

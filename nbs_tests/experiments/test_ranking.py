@@ -127,6 +127,7 @@ def test_random_points_lie_in_the_ranges_and_are_the_same_with_the_same_seed():
     assert {point["optimizer"] for point in points} == {"adamw", "lion"} and {point["iters"] for point in points} == {5}
     assert all(1e-5 <= p["rate"] <= 1e-1 and 1 <= p["size"] <= 64 and type(p["size"]) is int for p in points)
     assert 0.35 < sum(p["rate"] < 1e-3 for p in points) / 200 < 0.65  # half of the decades
+    assert random_points({"beta": {"low": 0.99998, "high": 0.99999}}, 1)[0]["beta"] <= 0.99999  # though rounded
 
 
 @pytest.mark.parametrize(
