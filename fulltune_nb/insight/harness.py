@@ -177,7 +177,7 @@ class TaskScores:
         return TaskScores(columns, results)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each task and metric, with value and standard error of each column; NaN where a column has not got it."""
+        """A row for each task and metric, with value and standard error of each column; None where a column has not got it."""
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for name, scores in self.columns.items():
             for score in scores:
