@@ -132,8 +132,8 @@ def _run(command: Sequence[str], what: str) -> None:
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip())[-_SHOWN:]
         raise ModelError(
-            f"{what} of llama.cpp ended with {done.returncode}; nothing was written. The converter needs torch, sentencepiece and gguf in"
-            f" the Python that runs it ({command[0]}; {PYTHON} names another). The end of what was said:\n{said}"
+            f"{what} of llama.cpp ended with {done.returncode}; nothing was written. The converter needs torch, transformers, sentencepiece"
+            f" and gguf in the Python that runs it ({command[0]}; {PYTHON} names another). The end of what was said:\n{said}"
         )
 
 
@@ -166,7 +166,7 @@ def _looked(folder: Path | None, name: str) -> str:
 def _commands(missing: str, quantization: str) -> str:
     steps = [
         "  git clone --depth 1 https://github.com/ggml-org/llama.cpp",
-        "  pip install torch sentencepiece gguf      # or in an environment llama.cpp/.venv, which is used then",
+        "  pip install torch transformers sentencepiece gguf      # or in an environment llama.cpp/.venv, which is used then",
     ]
     by_hand = [f"  python llama.cpp/{CONVERTER} my-model --outfile model.gguf --outtype {quantization}"]
     if quantization not in WRITTEN:
