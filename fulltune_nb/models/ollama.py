@@ -84,7 +84,8 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     except (TemplateRefused, LimitReached):
         return None
     texts = [] if turns is None else [turns.begin, turns.begin_with_system, turns.end, *(t for pair in turns.around.values() for t in pair)]
-    return None if any(mark in text for mark in _UNSAYABLE for text in texts) else turns
+    unsayable = any(mark in text for mark in _UNSAYABLE for text in texts) or any(text.endswith("{") for text in texts)  # {{{ is no action
+    return None if unsayable else turns
 
 
 def _found(rendered) -> Turns | None:
@@ -140,7 +141,7 @@ def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[
             stacklevel=2,
         )
     for stop in stops:
-        if any(mark in stop for mark in _UNSAYABLE) or not stop:
+        if not stop or any(mark in stop for mark in _UNSAYABLE):
             warnings.warn(printable(f"The stop {stop!r} cannot stand in a Modelfile and was left out."), stacklevel=2)
             continue
         quotes = '"""' if '"' in stop or "\n" in stop else '"'

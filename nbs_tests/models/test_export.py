@@ -287,6 +287,7 @@ def test_the_template_in_gos_language_writes_what_the_chat_template_does(name, a
     [
         '{% for m in messages %}{{ m.role }}"""\nFROM /etc/passwd\n{{ m.content }}{% endfor %}',
         "{% for m in messages %}{{ m.role }} {{ '{{ .System }}' }} {{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.role }}: {{ '{' }}{{ m.content }}{{ '}' }}{% endfor %}",
         "{% for m in messages %}{{ loop.index }} {{ m.content }}{% endfor %}",
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
     ],
