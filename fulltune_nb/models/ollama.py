@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fulltune_nb.chat_template import ChatRenderer, LimitReached, TemplateRefused
+from fulltune_nb.chat_template import ChatRenderer, LimitReached, TemplateRefused, writes_date
 from fulltune_nb.html import printable
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def _between(text: str, marks: Sequence[str]) -> list[str] | None:
 def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> str:
     """The text of a Modelfile.
 
-    A template that Go's language cannot say so is left out, and a warning tells: Ollama then uses what it recognizes in the GGUF.
+    A template that Go's language cannot say so is left out, and a warning tells: Ollama then uses what it recognizes in the GGUF. Where
+    a template writes the date, a warning tells that it is that of today.
 
     Args:
         weights: the name of the GGUF file beside it.
@@ -134,6 +135,8 @@ def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[
     turns = turns_of(tokenizer) if tokenizer.chat_template else None
     if turns is not None:
         lines.append(f'TEMPLATE """{turns.go()}"""')
+        if writes_date(tokenizer):
+            warnings.warn("The chat template writes the date: the Modelfile has that of today, and keeps it.", stacklevel=2)
     elif tokenizer.chat_template:
         warnings.warn(
             "The chat template could not be said in the language of Ollama's templates: the Modelfile has none, so that Ollama uses the one"

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import sys
+from datetime import date
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -297,6 +298,11 @@ def test_a_template_that_go_cannot_say_is_left_out_and_told(template, make_token
     assert turns_of(tokenizer) is None
     with pytest.warns(UserWarning, match="has none"):
         assert modelfile("model.gguf", tokenizer, ["</s>"]) == 'FROM ./model.gguf\nPARAMETER stop "</s>"\n'
+
+
+def test_a_template_that_writes_the_date_keeps_that_of_today_and_tells(make_tokenizer):
+    with pytest.warns(UserWarning, match="writes the date"):
+        assert f"It is {date.today():%Y}." in modelfile("model.gguf", make_tokenizer("It is {{ strftime_now('%Y') }}. " + CHATML), ["</s>"])
 
 
 def test_a_folder_for_ollama_has_the_ends_that_were_trained(tuned, checkout, tmp_path):
