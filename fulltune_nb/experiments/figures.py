@@ -27,6 +27,9 @@ def plot_parameters(points: Sequence[Point], names: Sequence[str], metric: str) 
     """The number against each parameter, in a figure of its own: a point for each run, and a line through the means."""
     with drawing(None) as ax:
         figure = ax.figure
+        if not points:
+            _say_there_are_none(ax)
+            return figure
         ax.remove()
         figure.set_size_inches(max(4.0, 3.2 * min(_COLUMNS, len(names))), 2.9 * math.ceil(max(1, len(names)) / _COLUMNS))
         draw_parameters(figure, points, names, metric)
@@ -55,7 +58,7 @@ def plot_parallel(points: Sequence[Point], names: Sequence[str], metric: str, ma
     """Parallel coordinates: an upright axis for each parameter, the number on the last; the darker the line, the better the run."""
     with drawing(ax) as ax:
         if not points:
-            ax.text(0.5, 0.5, "no run has a value yet", transform=ax.transAxes, ha="center", va="center")
+            _say_there_are_none(ax)
             return ax
         values = np.array([value for _, value in points])
         scales = [_Scale([parameters.get(name) for parameters, _ in points]) for name in names] + [_Scale(values.tolist())]
@@ -73,6 +76,10 @@ def plot_parallel(points: Sequence[Point], names: Sequence[str], metric: str, ma
         ax.set_yticks([])
         ax.set_xlim(-0.2, len(scales) - 0.4)
         return ax
+
+
+def _say_there_are_none(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "no run has a value yet", transform=ax.transAxes, ha="center", va="center")
 
 
 class _Scale:

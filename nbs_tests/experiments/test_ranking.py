@@ -120,6 +120,12 @@ def test_the_plots_have_a_point_for_each_run_whatever_the_values_are(sweep_of):
     assert "valid_loss against each parameter" in sweep._repr_html_()
 
 
+def test_plots_of_runs_without_a_value_say_so(sweep_of):
+    sweep = sweep_of(({"rate": 1}, {}), ({"rate": 2}, {}))
+    for ax in (sweep.plot_parameters().axes[0], sweep.plot_parallel()):
+        assert [text.get_text() for text in ax.texts] == ["no run has a value yet"]
+
+
 def test_random_points_lie_in_the_ranges_and_are_the_same_with_the_same_seed():
     space = {"rate": {"low": 1e-5, "high": 1e-1, "log": True}, "size": {"low": 1, "high": 64}, "optimizer": ["adamw", "lion"], "iters": 5}
     points = random_points(space, 200, seed=1)
