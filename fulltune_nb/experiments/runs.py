@@ -131,6 +131,8 @@ class Run:
             notebook_sha256: of its content.
             known: names of its parameters.
         """
+        if self.attempt_folder.is_dir() and not (self.attempt_folder / OUTCOME).exists():
+            self.stop()  # where its sweep was killed a moment ago its worker is at it still, and this one's heartbeat would keep it
         self.attempt = 1 + max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=0)
         self.status, self.reason, self.notebook_sha256 = "queued", "", notebook_sha256
         attempt = self.attempt_folder

@@ -17,6 +17,7 @@ import pytest
 
 import fulltune_nb as ft
 from fulltune_nb.experiments import executors, worker
+from fulltune_nb.experiments.runs import Run
 from nbs_tests.experiments.test_sweep import notebook_of, wait_for
 
 STAND_IN = """
@@ -190,6 +191,17 @@ def test_a_worker_whose_sweep_is_silent_or_says_stop_ends_its_run(tmp_path, stan
     (tmp_path / "b").mkdir()
     (attempt := attempt_of(tmp_path / "b")).joinpath("stop").touch()
     assert worker.work(str(attempt), "2026-11-30")["code"] == -15
+
+
+def test_an_attempt_that_did_not_end_is_told_to_when_the_next_one_begins(tmp_path):
+    run = Run({"x": 1}, tmp_path / "x=1", "x=1")
+    first = run.begin(tmp_path / "n.ipynb", "", [])
+    again = Run({"x": 1}, tmp_path / "x=1", "x=1")
+    again.recall()
+    second = again.begin(tmp_path / "n.ipynb", "", [])
+    (second / "outcome.json").write_text("{}")
+    third = again.begin(tmp_path / "n.ipynb", "", [])
+    assert [(attempt / "stop").exists() for attempt in (first, second, third)] == [True, False, False] and not again.stops
 
 
 def test_what_cannot_submit_is_refused(tmp_path):
