@@ -79,7 +79,7 @@ def check(name: str, function: Callable) -> Verdict:
             return Verdict(name, False, f"{error}{where}", exercise.hint)
         except Exception as error:  # a student's code may raise anything
             called = f"your function, called with ({', '.join(exercise.arguments)}){where}"
-            return Verdict(name, False, f"{called}, raised {type(error).__name__}: {error}", exercise.hint)
+            return Verdict(name, False, f"{called}, raised {type(error).__name__}: {html.cut(str(error))}", exercise.hint)
         if difference := _difference(exercise, found, _of(exercise, exercise.solution, arguments)):
             hint = next((mistake.hint for mistake in exercise.mistakes if _gives(exercise, mistake, arguments, found)), exercise.hint)
             return Verdict(name, False, difference + where, hint)
