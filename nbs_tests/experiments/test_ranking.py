@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fulltune_nb as ft
+from fulltune_nb.experiments import result as results
 from fulltune_nb.experiments.ranking import Ranking
 from fulltune_nb.experiments.result import git_state
 from fulltune_nb.experiments.runs import Run
@@ -165,3 +166,6 @@ def test_the_record_has_the_commit_and_whether_files_were_changed_since(tmp_path
     assert git_state() == {"commit": commit, "changed": False}
     (tmp_path / "a").write_text("2")
     assert git_state() == {"commit": commit, "changed": True}
+    git = results._git
+    monkeypatch.setattr(results, "_git", lambda *arguments: None if arguments[0] == "status" else git(*arguments))
+    assert git_state() == {"commit": commit, "changed": None}  # as where git takes too long

@@ -379,6 +379,24 @@ def test_a_public_repository_gets_nothing_unless_that_is_meant(tuned, hub):
     assert hub.uploaded and "an existing public repository" in told[0]
 
 
+def test_a_hub_that_cannot_be_reached_or_refuses_the_name_is_told(tuned, hub, monkeypatch):
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    def failing(error):
+        def repo_info(name):
+            raise error
+
+        return repo_info
+
+    monkeypatch.setattr(hub, "repo_info", failing(HfHubHTTPError.__bases__[0]("no route")))  # as without a network
+    with pytest.raises(ModelError, match="could not be uploaded: no route"):
+        tuned("llama").export("me/tuned", "hub", confirm=lambda text: True)
+    monkeypatch.setattr(hub, "repo_info", failing(HFValidationError("no --")))
+    with pytest.raises(ConfigError, match="cannot be the name of a hub repository: no --"):
+        tuned("llama").export("me/a--b", "hub", confirm=lambda text: True)
+    assert hub.uploaded is None
+
+
 # ---- what is refused, and the command
 
 
