@@ -52,6 +52,7 @@ from fulltune_nb.training.parallel import Ranks, ranks_of_environment
 from fulltune_nb.training.plan import make_plan
 from fulltune_nb.training.rank_channel import Abandoned
 from fulltune_nb.training.rank_material import material_of
+from fulltune_nb.training.rules import put
 from fulltune_nb.training.run import (
     RunDirectory,
     StoredRun,
@@ -1107,9 +1108,8 @@ class Trainer:
             here = {name: held[name] if rows is None else held[name][rows] for name in own} if owner == self.ranks.rank else {}
             found = self.ranks.shared(here, owner)
             if owner != self.ranks.rank and rows is not None:
-                for name in found:
-                    held[name][rows] = found[name]
-                    found[name] = held[name]
+                for name in found:  # into a new array: a rehearsal holds the old one
+                    found[name] = put(held[name], held[name].ndim, rows, found[name])
             if owner != self.ranks.rank:
                 put_parameters(self.lm.model, found)
                 del held

@@ -8,9 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
+from fulltune_nb.models.embedding import EMBEDDING
+from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.training.start_ranks import end_together, environments, kill, start_rank
 
 ONE_BY_ONE = {"grad_accumulation_steps": 5}  # with 27 rows in 14 micro-batches, the last step of an epoch has 4
@@ -196,3 +201,15 @@ def test_a_notebook_that_starts_its_ranks_gets_what_it_gets_alone(tmp_path):
         assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL, timeout=300).returncode == 0
     alone, together = (json.loads((tmp_path / f"{size}.json").read_text()) for size in (1, 2))
     assert together == alone
+
+
+def test_rows_that_another_rank_has_updated_come_in_an_array_of_their_own(make_trainer):
+    trainer = make_trainer()
+    held = parameters_of(trainer.lm.model)[EMBEDDING]  # as a rehearsal does
+    before = np.array(held)
+    trainer.ranks = SimpleNamespace(rank=0, shared=lambda here, owner: {EMBEDDING: mx.ones((2, held.shape[1]))})
+    trainer.optimizers.owners = {EMBEDDING: 1}
+    trainer._exchange_weights([EMBEDDING], slice(1, 3))
+    now = np.array(parameters_of(trainer.lm.model)[EMBEDDING])
+    assert np.array_equal(np.array(held), before)
+    assert (now[1:3] == 1).all() and np.array_equal(now[3:], before[3:]) and np.array_equal(now[:1], before[:1])
