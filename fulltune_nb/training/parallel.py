@@ -108,6 +108,7 @@ class Ranks:
         problem = None
         if self._depth == 1:
             self._calls += 1
+        call = self._calls
         try:
             yield
         except GeneratorExit:  # the loop over the steps was left
@@ -119,7 +120,16 @@ class Ranks:
             self._depth -= 1
             if not self._depth:
                 with suppress(TrainingError):  # where they are lost, there is nobody to tell
-                    self.command("leave", call=self._calls, problem=problem, **about())
+                    self.command("leave", call=call, problem=problem, **about())
+
+    @contextmanager
+    def in_program(self) -> Iterator[None]:
+        """On rank 0, at a `yield` within such a call: the program goes on meanwhile, and what it calls is a call that the others are in."""
+        self._depth -= 1
+        try:
+            yield
+        finally:
+            self._depth += 1
 
     def following(self) -> int:
         """On the others: the number of the call that begins; its end is told by "leave" with this number."""

@@ -529,7 +529,8 @@ class Trainer:
                     report = self.step()
                     self._evaluate_if_due()
                     self._save_if_due()
-                    yield report
+                    with nullcontext() if self.ranks is None else self.ranks.in_program():
+                        yield report
         finally:
             self.tell("on_change")  # however the loop was left
 

@@ -34,7 +34,11 @@ def trained(scenario: dict[str, Any]) -> dict[str, Any]:
     splits = {"train": make_rows(27), "valid": make_rows(9, start=100), "test": make_rows(3, start=200)}
     data = ft.load_data(splits, tokenizer, config=config)
     trainer = ft.Trainer(lm, data, config, scenario.get("run_dir"), resume=scenario.get("resume"))
-    trainer.run(scenario.get("steps"))
+    if scenario.get("loop"):
+        for report in trainer.steps():
+            trainer.evaluate("test", report.step)
+    else:
+        trainer.run(scenario.get("steps"))
     test = trainer.evaluate("test")
     if scenario.get("save"):
         trainer.save()

@@ -38,6 +38,7 @@ SCENARIOS = {
         "model": {"tie_word_embeddings": True},
     },
     "experts": {"settings": ONE_BY_ONE, "model": EXPERTS},
+    "calls within a loop": {"settings": ONE_BY_ONE, "loop": True},
     "early stop": {"settings": {**ONE_BY_ONE, "iters": 20, "steps_per_eval": 1, "patience": 2, "learning_rate": 0.3, "val_batches": 2}},
 }
 
