@@ -101,6 +101,19 @@ class Ranks:
             pass
         return command
 
+    def following_at_once(self, do: str) -> dict[str, Any]:
+        """On the others: the next command, which has this name.
+
+        Raises:
+            TrainingError: it has not, as rank 0 could not go on with what this belongs to. It is the next one then.
+        """
+        command = self.next_command()
+        if command["do"] != do:
+            self._channel.put_back(command)
+            self.settled = TrainingError("rank 0 has given this run up before its first step; see what it says.")
+            raise self.settled
+        return command
+
     @contextmanager
     def leading(self, about: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         """On rank 0: a call that the others are in too, if they run the same program; at its end they are told so, and of `about()`."""

@@ -160,6 +160,10 @@ class RankChannel:
                 self._at = list(message["at"])
                 return message
 
+    def put_back(self, command: dict[str, Any]) -> None:
+        """On the others: this command is the next once more."""
+        self._put_back = command
+
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks.
 
@@ -175,7 +179,7 @@ class RankChannel:
             while True:
                 message = self._take()[1]
                 if "do" in message:
-                    self._put_back = message
+                    self.put_back(message)
                     raise Abandoned
                 if message.get("at") == at:
                     return message["reply"]

@@ -1057,7 +1057,7 @@ class Trainer:
 
         self.ranks.agree(check)
         self._begin(lm, data, TrainConfig.from_dict(begin["config"]), force=True, backward=begin["backward"])
-        self.obey(self.ranks.awaited("take_state"))
+        self.obey(self.ranks.following_at_once("take_state"))
 
     @classmethod
     def _joined_run(cls, ranks: Ranks, lm: LanguageModel | None, data: DataSet | str | os.PathLike | None) -> Trainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from fulltune_nb.errors import TrainingError
+from fulltune_nb.errors import FulltuneError
 from fulltune_nb.training.parallel import Ranks, ranks_of_environment
 from fulltune_nb.training.rank_material import lm_and_data
 from fulltune_nb.training.trainer import Trainer
@@ -20,10 +20,9 @@ def serve(ranks: Ranks) -> None:
     while (command := ranks.next_command())["do"] != "end":
         if command["do"] == "material":
             trainer = None  # its memory first
-            lm, data = lm_and_data(command["material"], ranks.shared({}, 0))
             try:
-                trainer = Trainer(lm, data, parallel=ranks)
-            except TrainingError as error:
+                trainer = Trainer(*lm_and_data(command["material"], ranks.shared({}, 0)), parallel=ranks)
+            except BaseException as error:
                 if error is not ranks.settled:
                     ranks.fail(error)
                     raise
@@ -34,5 +33,5 @@ def serve(ranks: Ranks) -> None:
 if __name__ == "__main__":
     try:
         serve(ranks_of_environment())
-    except TrainingError as error:
+    except FulltuneError as error:
         sys.exit(f"error: {error}")

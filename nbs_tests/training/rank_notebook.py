@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from fulltune_nb import tiny
 from fulltune_nb.tokenizer import load_tokenizer
 from nbs_tests.training.conftest import TINY_LLAMA, make_rows
@@ -12,7 +14,7 @@ from nbs_tests.training.rank_program import SETTINGS, result_of
 
 
 def main(folder: str, size: int) -> None:
-    """Two trainers one after the other, with a rehearsal, a fork and a step back."""
+    """Two trainers one after the other, each behind one that is refused, with a rehearsal, a fork and a step back."""
     ranks = ft.launch(["localhost"] * size) if size > 1 else False
     results = []
     for backward in ("whole", "layerwise"):
@@ -20,7 +22,10 @@ def main(folder: str, size: int) -> None:
         tokenizer = load_tokenizer(tiny.BASE_MODEL)
         lm = ft.LanguageModel.from_config({**TINY_LLAMA, "vocab_size": len(tokenizer)}, tokenizer)
         splits = {"train": make_rows(27), "valid": make_rows(9, start=100), "test": make_rows(3, start=200)}
-        trainer = ft.Trainer(lm, ft.load_data(splits, tokenizer, config=config), config, parallel=ranks)
+        data = ft.load_data(splits, tokenizer, config=config)
+        with pytest.raises(ft.CheckpointError, match="cannot be made"):  # when the others have begun: they are there for the next
+            ft.Trainer(lm, data, config, __file__, parallel=ranks)
+        trainer = ft.Trainer(lm, data, config, parallel=ranks)
         begin = trainer.snapshot()
         trainer.step()
         ft.find_lr(trainer, steps=10)
