@@ -27,7 +27,7 @@ ADDRESS, DEADLINE, TOKEN = "FULLTUNE_NB_RANK0", "FULLTUNE_NB_DEADLINE", "FULLTUN
 DEADLINE_SECONDS = 60.0
 JOIN_SECONDS = 300.0
 """Within which all ranks must have come: models and data are loaded by then."""
-_MOST_BYTES = 2**26
+_MOST_BYTES, _MOST_HELLO_BYTES = 2**26, 2**12  # of a message, and of the first one, which may be a stranger's
 _LOST = -1  # in place of a rank: a message that tells of a lost one
 
 
@@ -48,9 +48,9 @@ class _Wire:
         with self._lock:
             self._socket.sendall(struct.pack("!I", len(data)) + data)
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self, most: int = _MOST_BYTES) -> dict[str, Any]:
         (size,) = struct.unpack("!I", self._exactly(4))
-        if size > _MOST_BYTES:
+        if size > most:
             raise ConnectionError(f"a message of {size:,} bytes")
         message = json.loads(self._exactly(size))
         if not isinstance(message, dict):
@@ -122,10 +122,11 @@ class RankChannel:
                     missing = ", ".join(str(rank) for rank in range(1, self.size) if rank not in wires)
                     raise TrainingError(f"Rank {missing} did not come within {JOIN_SECONDS:.0f} s. See what it printed.") from None
                 wire = _Wire(connection, self.deadline)
-                with suppress(OSError, ValueError):
-                    hello = wire.receive()
+                with suppress(OSError, ValueError, RecursionError):
+                    hello = wire.receive(_MOST_HELLO_BYTES)
                     rank = hello.get("rank")
-                    if hmac.compare_digest(str(hello.get("token")), token()) and rank in range(1, self.size) and rank not in wires:
+                    known = hmac.compare_digest(str(hello.get("token")).encode(), token().encode())
+                    if known and rank in range(1, self.size) and rank not in wires:
                         wires[rank] = wire
                         continue
                 wire.close()  # somebody else's

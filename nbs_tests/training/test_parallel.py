@@ -1,12 +1,16 @@
 """Several ranks compute what one process does, bit for bit. Each set of scenarios is run once, by processes of their own."""
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -16,6 +20,7 @@ import pytest
 
 from fulltune_nb.models.embedding import EMBEDDING
 from fulltune_nb.models.parameters import parameters_of
+from fulltune_nb.training.rank_channel import RankChannel
 from fulltune_nb.training.start_ranks import end_together, environments, kill, start_rank
 
 ONE_BY_ONE = {"grad_accumulation_steps": 5}  # with 27 rows in 14 micro-batches, the last step of an epoch has 4
@@ -214,3 +219,32 @@ def test_rows_that_another_rank_has_updated_come_in_an_array_of_their_own(make_t
     now = np.array(parameters_of(trainer.lm.model)[EMBEDDING])
     assert np.array_equal(np.array(held), before)
     assert (now[1:3] == 1).all() and np.array_equal(now[3:], before[3:]) and np.array_equal(now[:1], before[:1])
+
+
+def test_what_strangers_say_to_rank_0_changes_nothing(monkeypatch):
+    monkeypatch.setenv("FULLTUNE_NB_TOKEN", "secret")
+    host, _, port = environments(["localhost"] * 2)[0]["FULLTUNE_NB_RANK0"].rpartition(":")
+    address, found = (host, int(port)), []
+
+    def take_part(rank: int, value: str) -> None:
+        channel = RankChannel(rank, 2, address, 5.0)
+        found.append(channel.exchange(value))
+        channel.close()
+
+    first = threading.Thread(target=take_part, args=(0, "a"), daemon=True)
+    first.start()
+    for said in (b'{"rank": 1, "token": "\\u00e9"}', b"[" * 4000, b"[" * 10_000, b"\xff", b"[]", b'{"rank": 1, "token": "other"}'):
+        while True:
+            try:
+                stranger = socket.create_connection(address, 5.0)
+                break
+            except ConnectionRefusedError:  # it does not listen yet
+                assert first.is_alive()
+                time.sleep(0.01)
+        with stranger:
+            stranger.sendall(struct.pack("!I", len(said)) + said)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""  # it is shown the door
+    take_part(1, "b")
+    first.join(5.0)
+    assert found == [["a", "b"]] * 2
