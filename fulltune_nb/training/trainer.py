@@ -502,9 +502,9 @@ class Trainer:
             self.optimizers.observers = observers
             self.optimizers.load_state_arrays(before.optimizer_arrays)
             put_parameters(self.lm.model, before.weights)
-            self._share_state(before.optimizer_arrays)
             self.lm.update_under_way = False
             set_random_state(before.random)
+            self._share_state(before.optimizer_arrays)  # last: it fails where a rank was lost
 
     # -- many steps -----------------------------------------------------------------------------------------------
 
