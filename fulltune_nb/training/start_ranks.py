@@ -152,4 +152,4 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _random_ports(count: int) -> list[int]:
-    return [REMOTE_PORTS[secrets.randbelow(len(REMOTE_PORTS))] for _ in range(count)]
+    return secrets.SystemRandom().sample(REMOTE_PORTS, count)
