@@ -156,7 +156,7 @@ class TrainPanel(Panel):
             self.trainer.save()
 
     def train_on(self) -> Trainer:
-        """Trains on from the end of the run, twice as long or without the `patience` that ended it: `panel.trainer` is a fork then.
+        """Trains on from the end of the run, twice as long, without the `patience` that ended it, or both: `panel.trainer` is a fork then.
 
         The fork is a copy, in a run folder of its own where there was one; the model of before stays as it is. In a notebook it begins
         at once.

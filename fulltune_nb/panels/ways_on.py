@@ -11,11 +11,12 @@ from fulltune_nb.training.trainer import Trainer
 
 
 def _changes(trainer: Trainer) -> dict[str, Any]:
-    """The settings of a run that goes on from this one's end: twice as long, or without the patience that ended it."""
-    if trainer.stopped_early:
-        return {"patience": None}
-    epochs = trainer.config.epochs
-    return {"iters": 2 * trainer.total_steps} if epochs is None else {"epochs": 2 * epochs}
+    """The settings of a run that goes on from this one's end: twice as long, without the patience that ended it, or both."""
+    changes: dict[str, Any] = {"patience": None} if trainer.stopped_early else {}
+    if trainer.step_count >= trainer.total_steps:
+        epochs = trainer.config.epochs
+        changes |= {"iters": 2 * trainer.total_steps} if epochs is None else {"epochs": 2 * epochs}
+    return changes
 
 
 def how_to_go_on(trainer: Trainer) -> str:

@@ -8,6 +8,7 @@ import html
 import re
 import threading
 import weakref
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from fulltune_nb.panels.panel import error_html
 from fulltune_nb.panels.samples import Sample
 from fulltune_nb.panels.train import TrainPanel
 from fulltune_nb.panels.train_view import REFRESH_SECONDS, TrainView
+from fulltune_nb.panels.ways_on import how_to_go_on
 from nbs_tests.panels.conftest import HOSTILE, in_loop, settled, until
 
 
@@ -558,6 +560,13 @@ async def test_at_the_end_one_click_trains_on_with_a_copy_in_the_same_panel(make
     assert panel.controls.chart in widget.children and panel.samples.prompts == ("the",) and panel.controls.tabs.selected_index == 1
     assert [sample.step for sample in panel.samples.rows] == [0, 1, 2, 3, 4] and "(mean of 4 steps)" in panel.controls.status.value
     assert not any(isinstance(listener, TrainView) for listener in trainer.listeners)
+
+
+@pytest.mark.parametrize(("step", "words"), [(3, "fork(patience=None)"), (4, "fork(patience=None, iters=8)")])
+def test_behind_an_early_stop_a_run_goes_on_with_steps_that_are_left_or_with_more(step, words):
+    config = SimpleNamespace(epochs=None)
+    ended = SimpleNamespace(stopped_early=True, step_count=step, total_steps=4, run_dir=None, config=config)
+    assert words in how_to_go_on(ended)
 
 
 def test_a_run_that_is_not_done_is_not_forked(make_trainer, panel_of):
