@@ -23,6 +23,7 @@ from fulltune_nb.errors import ConfigError, NonFiniteError
 from fulltune_nb.models.decoder import Block, Context, Decoder
 from fulltune_nb.models.embedding import EMBEDDING
 from fulltune_nb.models.experts import RouterBalance, lay_together, stacks_of
+from fulltune_nb.models.model_config import ModelConfig
 from fulltune_nb.models.parameters import (
     Arrays,
     apart,
@@ -114,6 +115,15 @@ class _Stream:
     """Gradient with respect to the output of the block that is next (B, T, D)."""
 
 
+def check_for_ranks(config: ModelConfig) -> None:
+    """
+    Raises:
+        ConfigError: several ranks cannot train such a model layer by layer.
+    """
+    if config.num_experts and on_cpu():
+        raise ConfigError('Experts one by one, layer by layer, are for one process. Set backward="whole", or train with one rank.')
+
+
 class Layerwise:
     """Computes the gradients of optimizer steps one block after the other, each handed out before the next is computed.
 
@@ -136,8 +146,6 @@ class Layerwise:
     ):
         self._model, self._kernels, self._balance, self._stacks = model, kernels, balance, stacks_of(model) if in_stacks else []
         self._ranks = ranks
-        if ranks is not None and model.config.num_experts and on_cpu():
-            raise ConfigError('Experts one by one, layer by layer, are for one process. Set backward="whole", or train with one rank.')
         self._passes = [BlockPasses(block, compiled) for block in model.layers]
 
     def __repr__(self) -> str:

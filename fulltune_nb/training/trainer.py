@@ -45,6 +45,7 @@ from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.gradients import clip_scale
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
+from fulltune_nb.training.layerwise import check_for_ranks
 from fulltune_nb.training.lock import have_holder_save
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.optimizers import Optimizers
@@ -1021,8 +1022,11 @@ class Trainer:
         """Tells the other ranks what run this is.
 
         Raises:
+            ConfigError: such a run is for one process; they are not told of it.
             TrainingError: they have other data or another model.
         """
+        if backward == "layerwise":
+            check_for_ranks(self.lm.config)
         self.ranks.runs += 1
         self._run_of_ranks = self.ranks.runs
         if self.ranks.launched:

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import fulltune_nb as ft
 from fulltune_nb.models.embedding import EMBEDDING
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.training.rank_channel import RankChannel
@@ -248,3 +249,11 @@ def test_what_strangers_say_to_rank_0_changes_nothing(monkeypatch):
     take_part(1, "b")
     first.join(5.0)
     assert found == [["a", "b"]] * 2
+
+
+def test_experts_layer_by_layer_are_refused_before_other_ranks_hear_of_the_run(make_lm, make_data, monkeypatch):
+    monkeypatch.setattr("fulltune_nb.training.layerwise.on_cpu", lambda: True)
+    config = ft.TrainConfig(batch_size=4, iters=1, mask_prompt=True, backward="layerwise")
+    told_nothing = SimpleNamespace(rank=0)
+    with pytest.raises(ft.ConfigError, match="are for one process"):
+        ft.Trainer(make_lm(**EXPERTS), make_data(8, config=config), config, parallel=told_nothing)
