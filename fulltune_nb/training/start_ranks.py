@@ -53,7 +53,18 @@ def environments(hosts: Sequence[str], address: str | None = None) -> list[dict[
 
 
 def start_rank(host: str, command: Sequence[str], environment: dict[str, str], **options: Any) -> subprocess.Popen:
-    """One rank's process; `options` as for `subprocess.Popen`. On another host it is started by `ssh`, in the folder of the same name."""
+    """One rank's process; `options` as for `subprocess.Popen`. On another host it is started by `ssh`, in the folder of the same name.
+
+    Raises:
+        ConfigError: there is no such command here, or no ssh.
+    """
+    try:
+        return _started(host, command, environment, options)
+    except OSError as error:
+        raise ConfigError(f"A rank on {host} cannot be started: {error}. Is {'the command' if host in LOCAL else 'ssh'} there?") from error
+
+
+def _started(host: str, command: Sequence[str], environment: dict[str, str], options: dict[str, Any]) -> subprocess.Popen:
     if host in LOCAL:
         return subprocess.Popen(command, env={**os.environ, **environment}, **options)
     environment = {**{name: os.environ[name] for name in PASSED_ON if name in os.environ}, **environment}

@@ -257,3 +257,8 @@ def test_experts_layer_by_layer_are_refused_before_other_ranks_hear_of_the_run(m
     told_nothing = SimpleNamespace(rank=0)
     with pytest.raises(ft.ConfigError, match="are for one process"):
         ft.Trainer(make_lm(**EXPERTS), make_data(8, config=config), config, parallel=told_nothing)
+
+
+def test_a_command_that_is_not_there_is_told_in_a_line():
+    with pytest.raises(ft.ConfigError, match=r"(?s)cannot be started: .*no-such-command.* Is the command there\?"):
+        start_rank("localhost", ["no-such-command"], {})
