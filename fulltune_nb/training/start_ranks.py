@@ -99,13 +99,14 @@ def launch(hosts: Sequence[str], address: str | None = None) -> Ranks:
     if not hosts or hosts[0] not in LOCAL:
         raise ConfigError(f'hosts: expected "localhost" first, which is this process, got {hosts!r:.200}.')
     own, *others = environments(hosts, address)
-    _launched = True
     command = [sys.executable, "-m", "fulltune_nb.training.worker"]
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
     started: list[subprocess.Popen] = []
     before = {name: os.environ.get(name) for name in (*own, "MLX_HOSTFILE")}
     try:
-        started += [start_rank(host, command, one, **options) for host, one in zip(hosts[1:], others, strict=True)]
+        for host, one in zip(hosts[1:], others, strict=True):
+            started.append(start_rank(host, command, one, **options))
+        _launched = True
         os.environ.update(own)  # where MLX looks for it, too
         return connect(launched=True, end=lambda: end_started(started))
     except BaseException:
