@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from fulltune_nb.data.example import Example
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, counted, cut, table
+from fulltune_nb.html import NO_MATH, counted, cut, scrolling, table
 from fulltune_nb.insight.predictions import as_examples, token_statistics
 from fulltune_nb.insight.updates import block_of, norm, rows_between
 from fulltune_nb.models.language_model import LanguageModel
@@ -194,7 +194,8 @@ class Forgetting(Attachable):
             ("mean drift of the weights", *(f"{s.mean_drift:.2e}" for s in shown)),
             *((cut(prompt, _CHARACTERS), *(cut(s.answers[i], _CHARACTERS) for s in shown)) for i, prompt in enumerate(self.prompts)),
         ]
-        return f'<div class="{NO_MATH}">{table(("", *(f"step {s.step:,}" for s in shown)), rows, f"Forgetting{left}")}</div>'
+        headers = ["", *(f"step {s.step:,}" for s in shown)]
+        return f'<div class="{NO_MATH}">{scrolling(table(headers, rows, f"Forgetting{left}", "9em"), "Forgetting")}</div>'
 
 
 def _pieces(example: Example) -> list[np.ndarray]:
