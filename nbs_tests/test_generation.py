@@ -287,6 +287,11 @@ def test_the_answer_ends_before_a_stop_id(tokenizer):
     assert scripted(tokenizer, "one<|eot_id|>two", generation_config=stops).generate("Say:", max_tokens=200) == "one"
 
 
+def test_a_special_token_ends_the_answer_if_it_is_named_among_the_stops(tokenizer):
+    assert scripted(tokenizer, "one<|eot_id|>two").generate("Say:", max_tokens=200) != "one"
+    assert scripted(tokenizer, "one<|eot_id|>two").generate("Say:", max_tokens=200, stop=["x", "<|eot_id|>"]) == "one"
+
+
 def test_stop_strings_end_the_answer_and_are_not_in_it(tokenizer):
     lm = scripted(tokenizer, "The answer is 4\nQ: next")
     assert list(lm.stream("A:", max_tokens=200, stop="\nQ:"))[-1] != "\n"

@@ -69,7 +69,9 @@ class Sampling:
     min_p: float = setting(
         0.0, number(0, 1), "draw among tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024)"
     )
-    stop: str | Sequence[str] | None = setting(None, _stop_texts, "texts that end an answer and are no part of it; held as a tuple")
+    stop: str | Sequence[str] | None = setting(
+        None, _stop_texts, "texts, or special tokens by their names, that end an answer and are no part of it; held as a tuple"
+    )
     seed: int | None = setting(
         None, optional(whole(0, 2**63 - 1)), "of the drawing; the global random state is neither used nor changed. None: another each time"
     )
