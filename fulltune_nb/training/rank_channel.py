@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from fulltune_nb.errors import TrainingError
+from fulltune_nb.errors import ConfigError, TrainingError
 
 ADDRESS, DEADLINE, TOKEN = "FULLTUNE_NB_RANK0", "FULLTUNE_NB_DEADLINE", "FULLTUNE_NB_TOKEN"
 """Environment variables: where rank 0 listens (host:port), after how many seconds of silence a rank is lost, and a common secret."""
@@ -108,7 +108,7 @@ class RankChannel:
 
     def _accepted(self, address: tuple[str, int]) -> dict[int, _Wire]:
         wires: dict[int, _Wire] = {}
-        end = time.monotonic() + JOIN_SECONDS
+        secret, end = token().encode(), time.monotonic() + JOIN_SECONDS
         try:
             server = socket.create_server(address)
         except OSError as error:
@@ -125,7 +125,7 @@ class RankChannel:
                 with suppress(OSError, ValueError, RecursionError):
                     hello = wire.receive(_MOST_HELLO_BYTES)
                     rank = hello.get("rank")
-                    known = hmac.compare_digest(str(hello.get("token")).encode(), token().encode())
+                    known = hmac.compare_digest(str(hello.get("token")).encode(), secret)
                     if known and rank in range(1, self.size) and rank not in wires:
                         wires[rank] = wire
                         continue
@@ -301,11 +301,15 @@ def deadline_of_environment() -> float:
 
 
 def token() -> str:
-    """What tells the ranks of this start from other processes: a secret of who started them, or else what they all were told."""
+    """What tells the ranks of this start from other processes: a secret of who started them, or else what they all were told.
+
+    Raises:
+        ConfigError: neither is there, and anybody could join.
+    """
     if secret := os.environ.get(TOKEN):
         return secret
     path = os.environ.get("MLX_HOSTFILE")
     if path is None:
-        return ""
+        raise ConfigError(f"Nothing tells the ranks from strangers: set {TOKEN} to a secret of your own, the same on every rank.")
     with open(path, "rb") as file:
         return hashlib.sha256(file.read().strip()).hexdigest()

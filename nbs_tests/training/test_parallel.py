@@ -251,6 +251,13 @@ def test_what_strangers_say_to_rank_0_changes_nothing(monkeypatch):
     assert found == [["a", "b"]] * 2
 
 
+def test_ranks_that_share_no_secret_do_not_come_together(monkeypatch):
+    for name in ("FULLTUNE_NB_TOKEN", "MLX_HOSTFILE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ft.ConfigError, match="FULLTUNE_NB_TOKEN"):
+        RankChannel(0, 2, ("127.0.0.1", 0), 5.0)
+
+
 def test_experts_layer_by_layer_are_refused_before_other_ranks_hear_of_the_run(make_lm, make_data, monkeypatch):
     monkeypatch.setattr("fulltune_nb.training.layerwise.on_cpu", lambda: True)
     config = ft.TrainConfig(batch_size=4, iters=1, mask_prompt=True, backward="layerwise")
