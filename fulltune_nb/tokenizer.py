@@ -389,6 +389,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {token for token, entry in added.items() if getattr(entry, "special", False)}
 
 
+def special_ids_named(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """Ids of the special tokens whose names are among texts."""
+    return [token for token in special_ids(tokenizer) if tokenizer.convert_ids_to_tokens(token) in texts] if texts else []
+
+
 def _byte_alphabet() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

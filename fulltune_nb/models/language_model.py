@@ -37,7 +37,7 @@ from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.models.token_rows import set_token_rows
 from fulltune_nb.models.unread_keys import check_unread
 from fulltune_nb.settings import show, whole_number
-from fulltune_nb.tokenizer import load_tokenizer, special_ids
+from fulltune_nb.tokenizer import load_tokenizer, special_ids_named
 
 if TYPE_CHECKING:
         from transformers import PreTrainedTokenizerBase
@@ -327,10 +327,8 @@ class LanguageModel:
     def _with_ends(self, sampling: Sampling, chat: bool = False) -> tuple[Sampling, frozenset[int]]:
         """The sampling with every stop string of an answer, and the ids that end one."""
         ids, strings = answer_end(self.tokenizer) if chat else ((), ())
-        # Special tokens are no part of an answer's text, so that one that is named among its stops is looked for by its id.
-        special = special_ids(self.tokenizer) if sampling.stop else ()
-        named = [token for token in special if self.tokenizer.convert_ids_to_tokens(token) in sampling.stop]
-        return replace(sampling, stop=(*sampling.stop, *self.stop_strings, *strings)), frozenset((*self.stop_ids, *ids, *named))
+        ids = (*ids, *special_ids_named(self.tokenizer, sampling.stop))  # which are no part of an answer's text
+        return replace(sampling, stop=(*sampling.stop, *self.stop_strings, *strings)), frozenset((*self.stop_ids, *ids))
 
     def check_whole(self) -> None:
         """Returns when the weights are those of a whole step: a GPU may still be at the last update.
