@@ -120,7 +120,7 @@ ft.search({notebook!r}, SPACE, {out!r}, trials=20, jobs=2)
 def test_twenty_trials_resumed_after_a_kill(notebook, tmp_path):
     out = tmp_path / "a?b#c%20"  # nothing of which a URL may take for its own
     process = subprocess.Popen([sys.executable, "-c", KILLED.format(notebook=str(notebook), out=str(out))], stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(list(out.glob("*/1/outcome.json"))) >= 4, seconds=60)
+    wait_for(lambda: len(list(out.glob("*/1/outcome.json"))) >= 4, seconds=180)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/1/run/result.json")}
