@@ -33,6 +33,7 @@ NOT_RUN = {
     "README.md: the installation and the demo are what CI begins with",
     "README.md: the test command itself",
     "guide.md: installation; CUDA",
+    "guide.md: needs a cluster, or packages of extras",
     "install.md: installation",
     "serve.md: needs a server",
     "more_machines.md: more processes, tested in nbs_tests/training/test_parallel.py",
