@@ -22,6 +22,7 @@ LEFT_OUT = (
     (ALL, "experiments/test_search.py::test_a_search_runs_the_notebook_itself", OTHER_PROCESSES),
     (ALL, "experiments/test_search.py::test_twenty_trials_resumed_after_a_kill", OTHER_PROCESSES),
     (ALL, "training/test_parallel.py", OTHER_PROCESSES),
+    (ALL, "training/test_parallel_networks.py", OTHER_PROCESSES),
     (ALL, "test_chat_and_serve.py::test_a_served_model", OTHER_PROCESSES),
     (ALL, "test_chat_and_serve.py::test_in_a_real_terminal", OTHER_PROCESSES),
     (ALL, "test_docs.py", THE_SAME),

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from fulltune_nb import tiny
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.tokenizer import load_tokenizer
 from nbs_tests.training.conftest import TINY_LLAMA, make_rows
+from nbs_tests.training.rank_network import bytes_sent
 
 SETTINGS = {"batch_size": 2, "iters": 4, "learning_rate": 1e-3, "mask_prompt": True, "backward": "whole"}
 
 
-def trained(scenario: dict[str, Any]) -> dict[str, Any]:
+def trained(scenario: dict[str, Any], listeners: Sequence[Any] = ()) -> dict[str, Any]:
     """Losses, norms, evaluations, and a sum over all weights and optimizer arrays, of a run in one scenario."""
     for place, value in scenario.get("constants", {}).items():
         module, name = place.rsplit(".", 1)
@@ -34,6 +36,7 @@ def trained(scenario: dict[str, Any]) -> dict[str, Any]:
     splits = {"train": make_rows(27), "valid": make_rows(9, start=100), "test": make_rows(3, start=200)}
     data = ft.load_data(splits, tokenizer, config=config)
     trainer = ft.Trainer(lm, data, config, scenario.get("run_dir"), resume=scenario.get("resume"))
+    trainer.listeners.extend(listeners)
     if scenario.get("loop"):
         for report in trainer.steps():
             trainer.evaluate("test", report.step)
@@ -46,14 +49,17 @@ def trained(scenario: dict[str, Any]) -> dict[str, Any]:
 
 
 def result_of(trainer: ft.Trainer, test: ft.EvalReport) -> dict[str, Any]:
-    """What must not depend on the number of ranks; "optimizer" and "state_bytes" are rank 0's, and each rank's."""
+    """What must not depend on the number of ranks ("optimizer" is rank 0's), and bytes of this rank."""
     snapshot = trainer.snapshot()
     arrays = {"weights": parameters_of(trainer.lm.model), "optimizer": snapshot.state.optimizer_arrays if snapshot else {}}
-    digests = {name: digest_of(own) for name, own in arrays.items()} | {"state_bytes": trainer.optimizers.state_bytes}
+    digests = {name: digest_of(own) for name, own in arrays.items()}
+    sizes = {"state_bytes": trainer.optimizers.state_bytes, "interface_bytes": bytes_sent()}
+    sizes["engine_bytes"] = trainer.ranks.bytes_sent if trainer.ranks else 0
     steps = [[report.step, report.loss, report.grad_norm, report.learning_rate, report.tokens] for report in trainer.history.steps]
+    order = [[example.source for example in trainer.batch_at(report.step)] for report in trainer.history.steps]
     evals = [[report.split, report.loss, report.tokens] for report in trainer.history.evals]
     stands = {"done": trainer.done, "step": trainer.step_count, "interrupted": trainer.interrupted}
-    return {"steps": steps, "evals": evals, "test": test.loss, **digests, **stands}
+    return {"steps": steps, "order": order, "evals": evals, "test": test.loss, **digests, **stands, **sizes}
 
 
 def digest_of(arrays: dict[str, Any]) -> str:
