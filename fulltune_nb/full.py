@@ -330,7 +330,7 @@ def test_loss(settings: Settings, trainer: Trainer | None) -> float:
         return trainer.evaluate("test", batches).loss
     cap_cache()
     lm, data = load(settings)
-    return evaluate_loss(lm.model, data.test, settings.config.batch_size, batches)[0]
+    return evaluate_loss(lm.model, data.test, settings.config.batch_size, batches).loss
 
 
 def test_line(loss: float) -> str:

@@ -78,8 +78,9 @@ def evaluations_table(rows: Sequence[tuple[float, EvalReport]], total: int) -> s
         total: how many there were.
     """
     figures = [(f"{r.step:,}", f"{loss:.4f}" if r.step else "-", r) for loss, r in rows]
-    cells = [(step, loss, r.split, f"{r.loss:.4f}", f"{r.perplexity:.3f}", f"{r.tokens:,}") for step, loss, r in figures]
-    headers = ("step", "training loss", "split", "its loss", "perplexity", "tokens")
+    measured = [(f"{r.loss:.4f}", f"{r.perplexity:.3f}", "-" if math.isnan(r.accuracy) else f"{r.accuracy:.1%}") for *_, r in figures]
+    cells = [(step, loss, r.split, *own, f"{r.tokens:,}") for (step, loss, r), own in zip(figures, measured, strict=True)]
+    headers = ("step", "training loss", "split", "its loss", "perplexity", "accuracy", "tokens")
     return table(headers, cells, _caption("Evaluations", total, len(cells))) if cells else ""
 
 
@@ -198,7 +199,8 @@ class _Progress:
         self.show_step(trainer, report)
 
     def on_eval(self, trainer: Any, report: Any) -> None:
-        numbers = f"loss {report.loss:.3f}, perplexity {report.perplexity:.3f} ({report.tokens:,} tokens, {report.seconds:.1f} s)"
+        numbers = f"loss {report.loss:.3f}, perplexity {report.perplexity:.3f}{report.accuracy_text}"
+        numbers += f" ({report.tokens:,} tokens, {report.seconds:.1f} s)"
         self.show_line(trainer, f"{report.split} {numbers}")
 
     def on_event(self, trainer: Any, event: Any) -> None:

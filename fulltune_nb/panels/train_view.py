@@ -95,8 +95,8 @@ class TrainView:
 
     def _note_report(self, report: EvalReport | Event) -> None:
         if isinstance(report, EvalReport):
-            text = f"{report.split} loss {report.loss:.4f}, perplexity {report.perplexity:.3f} ({report.tokens:,} tokens)"
-            self._log.append((f"{report.step:,}", "evaluation", text))
+            figures = f"loss {report.loss:.4f}, perplexity {report.perplexity:.3f}{report.accuracy_text}"
+            self._log.append((f"{report.step:,}", "evaluation", f"{report.split} {figures} ({report.tokens:,} tokens)"))
         else:
             self._log.append((f"{report.step:,}", report.kind.replace("_", " "), report.message))
 

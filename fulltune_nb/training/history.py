@@ -125,9 +125,19 @@ class EvalReport(_Record):
     """Trained tokens counted."""
     seconds: float
     """Wall-clock time."""
+    accuracy: float = math.nan
+    """Share of these tokens than which none was held likelier, each with the true text before it; NaN in reports of earlier versions."""
+    entropy: float = math.nan
+    """Mean entropy of what was predicted for them, in nats: near 0 where the model is sure, right or wrong; NaN as above."""
 
     def __str__(self) -> str:
-        return f"step {self.step}: {html.printable(self.split)} loss {self.loss:.3f}, ppl {self.perplexity:.3f} ({self.tokens} tokens)"
+        figures = f"loss {self.loss:.3f}, ppl {self.perplexity:.3f}{self.accuracy_text}"
+        return f"step {self.step}: {html.printable(self.split)} {figures} ({self.tokens} tokens)"
+
+    @property
+    def accuracy_text(self) -> str:
+        """`, accuracy 61.2%` to go on with behind a loss; "" where it is not known."""
+        return "" if math.isnan(self.accuracy) else f", accuracy {self.accuracy:.1%}"
 
     def _repr_html_(self) -> str:
         return html.facts(f"{self.split} at step {self.step}", _readable(self))
@@ -268,7 +278,7 @@ class RunSummary:
 def _of_eval(report: EvalReport | None) -> dict[str, Any] | None:
     if report is None:
         return None
-    return {name: _to_json(getattr(report, name)) for name in ("step", "loss", "perplexity", "tokens")}
+    return {name: _to_json(getattr(report, name)) for name in ("step", "loss", "perplexity", "accuracy", "entropy", "tokens")}
 
 
 class History(list):

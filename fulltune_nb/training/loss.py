@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -58,14 +59,23 @@ def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.a
     return loss_with_gradients(hidden, *head.values())[0]
 
 
-def cross_entropy_only(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None = None) -> mx.array:
-    """The same sum without gradients, for evaluation: one chunk's logits at a time."""
-    total = mx.array(0.0)
+def prediction_sums(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None = None) -> mx.array:
+    """What an evaluation tells, without gradients, one chunk's logits at a time; arguments as for `cross_entropy`.
+
+    Returns:
+        (3,) float32, weighted sums over the positions: of -log p(target), in nats; of 1 where no token is likelier than the target; and
+        of the entropy of what is predicted, in nats.
+    """
+    sums = mx.zeros((3,))
     head = {name: array.astype(hidden.dtype) for name, array in head.items()}
     for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
-        *_, losses = _token_losses(chunk_logits(mx.depends([hidden[rows]], [total])[0], head, cap), targets[rows])
-        total = total + (losses * weights[rows]).sum()
-    return total
+        logits = chunk_logits(mx.depends([hidden[rows]], [sums])[0], head, cap)
+        exponentials, total, maximum = exp_and_sum(logits)  # (n, V), (n, 1), (n, 1)
+        at_target = mx.take_along_axis(logits, targets[rows][:, None], axis=1)
+        entropies = mx.log(total) - (exponentials * (logits - maximum)).sum(axis=1, keepdims=True) / total
+        found = mx.concatenate([maximum + mx.log(total) - at_target, at_target == maximum, entropies], axis=1)  # (n, 3)
+        sums = sums + (found * weights[rows][:, None]).sum(axis=0)
+    return sums
 
 
 def _loss_with_gradients(
@@ -183,6 +193,19 @@ def chunks(length: int, width: int, elements: int | None = None) -> list[slice]:
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
+class SplitLoss(NamedTuple):
+    """What a model makes of a split; means over its trained tokens, all of them counting the same."""
+
+    loss: float
+    """-log p(target), in nats."""
+    tokens: int
+    """How many trained tokens these are."""
+    accuracy: float
+    """The share of tokens than which none was held likelier, each with the true text before it."""
+    entropy: float
+    """Of what is predicted, in nats: 0 where the model is sure, right or wrong."""
+
+
 @tells_device_errors(IN_EVALUATION)
 def evaluate_loss(
     model: Decoder,
@@ -191,8 +214,8 @@ def evaluate_loss(
     max_batches: int | None = None,
     tell: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
-) -> tuple[float, int]:
-    """Mean -log p over the split's trained tokens, in nats, and how many they are.
+) -> SplitLoss:
+    """Loss, accuracy and entropy over a split's trained tokens.
 
     Args:
         model: the decoder.
@@ -206,7 +229,7 @@ def evaluate_loss(
         DataError: token ids that the model has no row for.
     """
     check_ids(split, model.config.vocab_size)
-    found: dict[int, tuple[float, int]] = {}  # number of the batch -> sum of its losses, and its tokens
+    found: dict[int, tuple[float, ...]] = {}  # number of the batch -> its `prediction_sums`, and its tokens
     batches = evaluation_batches(split, batch_size, max_batches)
     for number, (rows, shape) in enumerate(zip(batches, evaluation_shapes(split, batches), strict=True)):
         if ranks is not None and number % ranks.size != ranks.rank:
@@ -217,10 +240,11 @@ def evaluate_loss(
         lengths = mx.array(batch.row_lengths)
         hidden = model.hidden_states(mx.array(batch.inputs), dtype=model.compute_dtype, lengths=lengths)  # (B, T, D)
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.target_positions)]  # -> (N, D)
-        loss = cross_entropy_only(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights), model.config.logit_cap)
-        found[number] = loss.item(), batch.num_tokens
-    losses, tokens = zip(*(found.values() if ranks is None else ranks.merged(found)), strict=True)
-    return sum_in_order(losses) / sum(tokens), sum(tokens)
+        sums = prediction_sums(hidden, model.head_weights(), mx.array(batch.targets), mx.array(batch.weights), model.config.logit_cap)
+        found[number] = (*sums.tolist(), batch.num_tokens)
+    *columns, tokens = zip(*(found.values() if ranks is None else ranks.merged(found)), strict=True)
+    loss, accuracy, entropy = (sum_in_order(column) / sum(tokens) for column in columns)
+    return SplitLoss(loss, sum(tokens), accuracy, entropy)
 
 
 def sum_in_order(numbers: Iterable[float]) -> float:
@@ -241,7 +265,7 @@ def evaluate_split(
     tell: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> EvalReport:
-    """Loss and perplexity over a split of the data, as a report; see `evaluate_loss`.
+    """Loss, perplexity, accuracy and entropy over a split of the data, as a report; see `evaluate_loss`.
 
     Raises:
         DataError: there is no such split, or it has token ids that the model has no row for.
@@ -249,6 +273,7 @@ def evaluate_split(
     if split not in SPLITS or getattr(data, split) is None:
         raise DataError(f"No split {split!r} in this data; there are {', '.join(data.splits)}.")
     started = time.perf_counter()
-    loss, tokens = evaluate_loss(model, getattr(data, split), batch_size, max_batches, tell, ranks)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return EvalReport(split, step, loss, perplexity, tokens, time.perf_counter() - started)
+    found = evaluate_loss(model, getattr(data, split), batch_size, max_batches, tell, ranks)
+    perplexity = math.exp(found.loss) if found.loss < 700 else math.inf
+    seconds = time.perf_counter() - started
+    return EvalReport(split, step, found.loss, perplexity, found.tokens, seconds, found.accuracy, found.entropy)

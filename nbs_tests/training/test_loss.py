@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fulltune_nb.training import loss as loss_module
-from fulltune_nb.training.loss import cross_entropy, cross_entropy_only
+from fulltune_nb.training.loss import cross_entropy, prediction_sums
 from nbs_tests.gpu_like import gpu_like
 from nbs_tests.memory_held import memory_held
 
@@ -58,10 +58,22 @@ def test_loss_and_all_gradients_equal_the_plain_ones(chunk_rows, device, bias):
         assert _distance(d_head[name], p_head[name]) < 1e-5
 
 
-def test_evaluation_gives_the_same_loss(chunk_rows):
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_an_evaluation_gives_loss_accuracy_and_entropy_of_the_plain_distributions(chunk_rows, device, cap):
     hidden, head, targets, weights = _problem(bias=True)
-    expected = _plain(hidden, head, targets, weights).item()
-    assert cross_entropy_only(hidden, head, targets, weights).item() == pytest.approx(expected, rel=1e-6)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head["weight"], np.float64).T + np.asarray(head["bias"], np.float64)
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
+    ids = np.array(targets)
+    ids[:20] = logits.argmax(axis=1)[:20]  # else hardly any would be right
+    log_shares = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    per_token = -log_shares[np.arange(NUM_POSITIONS), ids], logits.argmax(axis=1) == ids, -(np.exp(log_shares) * log_shares).sum(axis=1)
+    found = prediction_sums(hidden, head, mx.array(ids), weights, cap)
+    np.testing.assert_allclose(found, [(column * np.asarray(weights, np.float64)).sum() for column in per_token], rtol=1e-5)
+
+
+def test_what_is_likeliest_is_right_though_another_is_as_likely():
+    sums = prediction_sums(mx.zeros((3, 2)), {"weight": mx.zeros((8, 2))}, mx.array([0, 3, 7]), mx.ones((3,)))
+    np.testing.assert_allclose(sums, [3 * np.log(8), 3, 3 * np.log(8)], rtol=1e-6)
 
 
 def test_padding_has_no_gradient():

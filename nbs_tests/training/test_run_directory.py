@@ -142,7 +142,8 @@ def test_the_result_is_written_at_the_end_and_again_after_a_test(make_trainer, t
     assert result["versions"]["mlx"] and result["versions"]["fulltune_nb"]
     report = trainer.evaluate("test")
     test = json.loads(path.read_text())["test"]
-    assert test == {"step": 6, "loss": report.loss, "perplexity": report.perplexity, "tokens": report.tokens}
+    names = ("loss", "perplexity", "accuracy", "entropy", "tokens")
+    assert test == {"step": 6, **{name: getattr(report, name) for name in names}}
 
 
 def test_what_killed_writes_left_is_cleaned_up_at_the_next_start(make_trainer, make_data, tmp_path):

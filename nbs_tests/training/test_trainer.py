@@ -136,14 +136,17 @@ def test_evaluation_is_the_token_weighted_mean_of_the_whole_split(make_trainer):
     for batch_size in (1, 2, 4, 16):
         trainer = make_trainer(batch_size=batch_size)
         report = trainer.evaluate("test")
-        total, tokens = 0.0, 0
+        total, tokens, right, entropy = 0.0, 0, 0, 0.0
         for example in trainer.data.test:
             logits = trainer.lm.model(mx.array(example.tokens[None]))[0]
             log_probabilities = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
             for position in np.flatnonzero(example.loss_mask):
                 total -= log_probabilities[position - 1, example.tokens[position]]
+                right += log_probabilities[position - 1].argmax() == example.tokens[position]
+                entropy -= (np.exp(log_probabilities[position - 1]) * log_probabilities[position - 1]).sum()
                 tokens += 1
         assert report.tokens == tokens
+        assert report.accuracy == right / tokens and report.entropy == pytest.approx(entropy / tokens, rel=1e-5)
         assert report.loss == pytest.approx(total / tokens, rel=1e-5)
         assert report.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
