@@ -189,6 +189,11 @@ class TrainConfig:
         "Weight of the router's balance loss in the gradients of a model with experts, such as the 0.001 of its `config.json`; 0: none. "
         "The losses that are reported are without it.",
     )  # fmt: skip
+    label_smoothing: float = setting(
+        0.0, checks.number(low=0.0, below=1.0),
+        "The share of a target's probability that is spread evenly over the vocabulary while training, as torch's "
+        "CrossEntropyLoss(label_smoothing=) does it. Losses of steps are of these targets, evaluations of the plain ones.",
+    )  # fmt: skip
     lr_factors: dict[str, float] = setting(
         {}, checks.factors,
         "Name pattern -> factor on the learning rate; the first pattern that matches a tensor's Hugging Face name counts.",

@@ -24,6 +24,7 @@ from fulltune_nb.models.parameters import Arrays, apart, backward_through, param
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
 from fulltune_nb.training.layerwise import Layerwise, balance_of
 from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
+from fulltune_nb.training.objective import PLAIN, Objective
 from fulltune_nb.training.parallel import Ranks
 
 CHUNK_ELEMENTS = 2**23
@@ -52,6 +53,7 @@ class WholeGraph:
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
         in_stacks: on a GPU the experts' parameters lie in stacks from now on; where they are updated one by one, they should not.
         ranks: the processes that share the micro-batches; None: this one has them all.
+        objective: what is minimized.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class WholeGraph:
         balance: float = 0.0,
         in_stacks: bool = True,
         ranks: Ranks | None = None,
+        objective: Objective = PLAIN,
     ):
         self._model, self._config, self._kernels, self._ranks = model, model.config, kernels, ranks
+        self._objective = objective
         self._grad_checkpoint, self._balance, self._stacks = grad_checkpoint, balance, stacks_of(model) if in_stacks else []
         # A graph with experts cannot wait for its loss: their routing is read while it is made.
         self._in_halves = kernels is not None and not self._config.num_experts
@@ -119,7 +123,8 @@ class WholeGraph:
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
         def loss(*rows: mx.array) -> mx.array:
             hidden, head = self._hidden_states(inputs, balance, *rows), self._model.head_weights()
-            return cross_entropy(hidden, head, targets["targets"], targets["weights"], self._config.logit_cap)
+            cap, smoothing = self._config.logit_cap, self._objective.smoothing
+            return cross_entropy(hidden, head, targets["targets"], targets["weights"], cap, smoothing)
 
         with swapped_in(self._model, apart(parameters)):
             rows = self._embedding_rows(inputs["ids"])
@@ -175,8 +180,8 @@ class WholeGraph:
         weight = EMBEDDING if self._config.tie_word_embeddings else "lm_head.weight"
         trained = {weight, "lm_head.bias"} & trainable_of(self._model).keys()
         total, found = 0.0, {}
-        cap = self._config.logit_cap
-        for rows, loss, logit_gradients in losses_by_kernel(self._kernels, hidden, head, targets, weights, CHUNK_ELEMENTS, cap):
+        how = CHUNK_ELEMENTS, self._config.logit_cap, self._objective.smoothing
+        for rows, loss, logit_gradients in losses_by_kernel(self._kernels, hidden, head, targets, weights, *how):
             total += loss
             back = logit_gradients @ head["weight"]
             if weight in trained:
@@ -222,11 +227,12 @@ def make_engine(
     balance: float = 0.0,
     in_stacks: bool = True,
     ranks: Ranks | None = None,
+    objective: Objective = PLAIN,
 ) -> Engine:
     """The engine of a run: "whole" or "layerwise", of which only the first has use for `grad_checkpoint`; else as `WholeGraph`."""
     if backward == "layerwise":
-        return Layerwise(model, compiled, kernels, balance, in_stacks, ranks)
-    return WholeGraph(model, grad_checkpoint, compiled, kernels, balance, in_stacks, ranks)
+        return Layerwise(model, compiled, kernels, balance, in_stacks, ranks, objective)
+    return WholeGraph(model, grad_checkpoint, compiled, kernels, balance, in_stacks, ranks, objective)
 
 
 def inputs_of(batch: Batch, model: Decoder) -> Arrays:

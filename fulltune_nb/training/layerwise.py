@@ -38,6 +38,7 @@ from fulltune_nb.models.parameters import (
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.expert_gradients import ExpertWork, expert_gradients, vjp
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm, read
+from fulltune_nb.training.objective import PLAIN, Objective
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.parallel import Ranks
 from fulltune_nb.training.vocabulary import HeadInput
@@ -132,7 +133,7 @@ class Layerwise:
         compiled: each block's passes, once for each shape of batch; on a CPU not with experts.
         kernels: for norm and loss; None: MLX computes them.
         balance: coefficient of the router's balance loss, which the gradients then contain, but not the loss that is told.
-        in_stacks, ranks: as in `WholeGraph`.
+        in_stacks, ranks, objective: as in `WholeGraph`.
     """
 
     def __init__(
@@ -143,9 +144,10 @@ class Layerwise:
         balance: float = 0.0,
         in_stacks: bool = True,
         ranks: Ranks | None = None,
+        objective: Objective = PLAIN,
     ):
         self._model, self._kernels, self._balance, self._stacks = model, kernels, balance, stacks_of(model) if in_stacks else []
-        self._ranks = ranks
+        self._ranks, self._objective = ranks, objective
         self._passes = [BlockPasses(block, compiled) for block in model.layers]
 
     def __repr__(self) -> str:
@@ -154,7 +156,7 @@ class Layerwise:
     def gradients(self, number: int, batches: Sequence[Batch]) -> LayerwiseGradients:
         """The step's loss, and its gradients as they are asked for; see `gradients.Engine`."""
         lay_together(self._stacks)
-        return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches, self._balance, self._ranks)
+        return LayerwiseGradients(self._model, self._passes, self._kernels, number, batches, self._balance, self._ranks, self._objective)
 
 
 class LayerwiseGradients:
@@ -175,7 +177,9 @@ class LayerwiseGradients:
         batches: Sequence[Batch],
         balance: float = 0.0,
         ranks: Ranks | None = None,
+        objective: Objective = PLAIN,
     ):
+        self._objective = objective
         self._model, self._passes, self._kernels, self._balance, self._ranks = model, passes, kernels, balance, ranks
         self._number, self._batches = number, batches
         self._own_batches = list(enumerate(batches) if ranks is None else ranks.own(batches))
@@ -232,7 +236,8 @@ class LayerwiseGradients:
     def _forward_all(self) -> None:
         """All micro-batches up to the loss, and back to the last block's output."""
         tokens = sum(batch.num_tokens for batch in self._batches)
-        self._streams = [_forward_one(self._model, self._passes, *numbered, tokens, self._balance) for numbered in self._own_batches]
+        how = tokens, self._balance, self._objective
+        self._streams = [_forward_one(self._model, self._passes, *numbered, *how) for numbered in self._own_batches]
         inputs = [stream.head for stream in self._streams]
         losses, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
         self._losses = self._losses or losses  # a second pass has the same
@@ -376,7 +381,13 @@ def balance_of(model: Decoder, batch: Batch, coefficient: float) -> tuple[float,
 
 
 def _forward_one(
-    model: Decoder, passes: Sequence[BlockPasses], number: int, batch: Batch, step_tokens: int, balance_coefficient: float
+    model: Decoder,
+    passes: Sequence[BlockPasses],
+    number: int,
+    batch: Batch,
+    step_tokens: int,
+    balance_coefficient: float,
+    objective: Objective,
 ) -> _Stream:
     """A micro-batch from its tokens to the hidden states of its trained positions, with each block's input; by `evaluate`."""
     dtype = model.compute_dtype
@@ -395,6 +406,7 @@ def _forward_one(
     positions = mx.array(batch.target_positions)
     hidden = model.norm(x).reshape(-1, x.shape[-1])[positions]  # (B, T, D) -> (N, D)
     evaluate(x, hidden)
-    head = HeadInput(hidden, batch.targets, mx.array(batch.weights / step_tokens), model.config.logit_cap)
+    weights = mx.array(batch.weights / step_tokens)
+    head = HeadInput(hidden, batch.targets, weights, model.config.logit_cap, objective.smoothing)
     contexts = model.for_gradients(contexts, ids.shape[1])
     return _Stream(number, batch.inputs.reshape(-1), contexts, inputs, positions, head, balance)

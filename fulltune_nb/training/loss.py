@@ -36,7 +36,9 @@ GPU_CHUNK_ELEMENTS = 2**26
 Head = Mapping[str, mx.array]  # "weight" (V, D), "bias" (V,) where there is one
 
 
-def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None = None) -> mx.array:
+def cross_entropy(
+    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None = None, smoothing: float = 0.0
+) -> mx.array:
     """Weighted sum of -log p(target), in float32; differentiable in `hidden` and `head`.
 
     Args:
@@ -45,12 +47,13 @@ def cross_entropy(hidden: mx.array, head: Head, targets: mx.array, weights: mx.a
         targets: (N,) token ids.
         weights: (N,) float32; 0 for padding. Pass 1 / trained tokens of the step for the step's mean.
         cap: of the logits, as `ModelConfig.logit_cap`.
+        smoothing: as `Objective.smoothing`.
     """
     names = list(head)
 
     @mx.custom_function
     def loss_with_gradients(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        return _loss_with_gradients(hidden, dict(zip(names, arrays, strict=True)), targets, weights, cap)
+        return _loss_with_gradients(hidden, dict(zip(names, arrays, strict=True)), targets, weights, cap, smoothing)
 
     @loss_with_gradients.vjp
     def scaled(primals, cotangents, outputs):
@@ -79,7 +82,7 @@ def prediction_sums(hidden: mx.array, head: Head, targets: mx.array, weights: mx
 
 
 def _loss_with_gradients(
-    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None
+    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None, smoothing: float
 ) -> tuple[mx.array, ...]:
     """Loss, then the gradients of `hidden` and of each array of `head`, in their order."""
     losses, hidden_gradients = [], []
@@ -89,7 +92,7 @@ def _loss_with_gradients(
     for rows in chunks(hidden.shape[0], head["weight"].shape[0], chunk_elements(*head["weight"].shape)):
         # Each chunk waits for all of the one before: otherwise they would be computed side by side and exist together.
         part = mx.depends([hidden[rows]], [*losses[-1:], *hidden_gradients[-1:], *head_gradients.values()])[0]
-        loss, hidden_gradient, more = chunk_loss(part, head, targets[rows], weights[rows], cap)
+        loss, hidden_gradient, more = chunk_loss(part, head, targets[rows], weights[rows], cap, smoothing)
         losses.append(loss)
         hidden_gradients.append(hidden_gradient)
         add(head_gradients, more)
@@ -97,7 +100,7 @@ def _loss_with_gradients(
 
 
 def _chunk_loss(
-    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None
+    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None, smoothing: float
 ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
     """A chunk's loss, and the gradients of `hidden` (n, D) and of the head's arrays."""
     logits = chunk_logits(hidden, head, cap)
@@ -105,7 +108,10 @@ def _chunk_loss(
     # d loss / d logits = weight (softmax - one_hot(target)) = share (exponentials - one_hot(target) total). The share is multiplied
     # into what has D columns, not V.
     share = (weights[:, None] / total_of_row).astype(hidden.dtype)
-    at_target = mx.take_along_axis(exponentials, targets[:, None], axis=1) - total_of_row
+    if smoothing:  # the target's distribution is then (1 - smoothing) one_hot(target) + smoothing / V
+        losses = losses + smoothing_loss(logits, targets, smoothing)
+        exponentials = exponentials - total_of_row * (smoothing / logits.shape[1])
+    at_target = mx.take_along_axis(exponentials, targets[:, None], axis=1) - total_of_row * (1.0 - smoothing)
     unscaled = mx.put_along_axis(exponentials, targets[:, None], at_target, axis=1)
     unscaled = (unscaled if cap is None else unscaled * cap_slope(logits, cap)).astype(hidden.dtype)
     found = {"weight": unscaled.T @ (hidden * share)}
@@ -115,14 +121,17 @@ def _chunk_loss(
 
 
 def _chunk_loss_on_gpu(
-    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None
+    hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None, smoothing: float
 ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
     """The same where few kernels count: the logits are read for the sum of their exponentials, and once more for their gradients."""
     logits = chunk_logits(hidden, head, cap)
     total = mx.logsumexp(logits, axis=1, keepdims=True)  # (n, 1)
     losses = total - mx.take_along_axis(logits, targets[:, None], axis=1)
-    is_target = mx.arange(logits.shape[1]) == targets[:, None]  # (n, V), never written anywhere
-    gradients = (mx.exp(logits - total) - is_target) * weights[:, None]
+    target = mx.arange(logits.shape[1]) == targets[:, None]  # (n, V), never written anywhere
+    if smoothing:
+        losses = losses + smoothing_loss(logits, targets, smoothing)[:, None]
+        target = target * (1.0 - smoothing) + smoothing / logits.shape[1]
+    gradients = (mx.exp(logits - total) - target) * weights[:, None]
     gradients = (gradients if cap is None else gradients * cap_slope(logits, cap)).astype(hidden.dtype)
     found = {"weight": gradients.T @ hidden}
     if "bias" in head:
@@ -137,6 +146,11 @@ def _token_losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
     return exponentials, total, (maximum + mx.log(total) - at_target)[:, 0]
 
 
+def smoothing_loss(logits: mx.array, targets: mx.array, smoothing: float) -> mx.array:
+    """What smoothed targets add to the cross-entropy of logits (n, V): (n,)."""
+    return smoothing * (mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0] - logits.mean(axis=1))
+
+
 def losses_by_kernel(
     kernels: Kernels,
     hidden: mx.array,
@@ -145,6 +159,7 @@ def losses_by_kernel(
     weights: np.ndarray,
     elements: int | None = None,
     cap: float | None = None,
+    smoothing: float = 0.0,
 ) -> Iterator[tuple[slice, float, mx.array]]:
     """The loss outside of MLX's graph: chunk by chunk the positions, their share, and the gradient of their logits (n, V), evaluated.
 
@@ -154,8 +169,16 @@ def losses_by_kernel(
     for rows in chunks(hidden.shape[0], head["weight"].shape[0], elements):
         logits = chunk_logits(hidden[rows], head, cap)
         slope = None if cap is None else cap_slope(logits, cap)
-        mx.eval(logits, slope)
+        more = smoothing_loss(logits, mx.array(targets[rows]), smoothing) if smoothing else None
+        mx.eval(logits, slope, more)
         loss = kernels.cross_entropy(logits, targets[rows], weights[rows])  # in place: by now the gradients
+        if more is not None:
+            own, weight = mx.array(targets[rows])[:, None], mx.array(weights[rows])[:, None]
+            loss += (more * weight[:, 0]).sum().item()
+            logits = logits - weight * (smoothing / logits.shape[1])
+            at_target = mx.take_along_axis(logits, own, axis=1) + weight * smoothing
+            logits = mx.put_along_axis(logits, own, at_target, axis=1)
+            mx.eval(logits)
         if slope is not None:
             logits = logits * slope
             mx.eval(logits)

@@ -25,6 +25,7 @@ from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
 from fulltune_nb.training.memory import MemoryPlan, Workload, kept_freed
+from fulltune_nb.training.objective import PLAIN, Objective
 from fulltune_nb.training.optimizers import check_patterns, update_bytes
 from fulltune_nb.training.parallel import Ranks
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
@@ -57,6 +58,8 @@ class Plan:
     """What the user should hear of: kind and message of an event each."""
     balance: float = 0.0
     """Weight of the router's balance loss."""
+    objective: Objective = PLAIN
+    """What is minimized."""
 
     @property
     def backward(self) -> str:
@@ -65,7 +68,8 @@ class Plan:
 
     def make_engine(self, model: Decoder, in_stacks: bool, ranks: Ranks | None = None) -> Engine:
         """What computes the gradients; the model's trainable parameters are those of the run by now. See `WholeGraph`."""
-        return make_engine(model, self.backward, self.grad_checkpoint, self.compiles, self.kernels, self.balance, in_stacks, ranks)
+        how = self.grad_checkpoint, self.compiles, self.kernels, self.balance
+        return make_engine(model, self.backward, *how, in_stacks, ranks, self.objective)
 
 
 def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None) -> Plan:
@@ -115,7 +119,11 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
         )
     if balance and not lm.config.num_experts:
         notes.append(("router_aux_loss_coef", f"router_aux_loss_coef={balance:g} has no effect: the model has no experts"))
-    return Plan(batches, total_steps, work.stored, memory, compiles, config.grad_checkpoint, gives_back, kernels, tuple(notes), balance)
+    objective = Objective(config.label_smoothing)
+    if objective.note:
+        notes.append(("loss", objective.note))
+    how = config.grad_checkpoint, gives_back, kernels
+    return Plan(batches, total_steps, work.stored, memory, compiles, *how, tuple(notes), balance, objective)
 
 
 def _without_effect(config: TrainConfig, data: Any, total_steps: int) -> list[tuple[str, str]]:

@@ -38,6 +38,8 @@ class HeadInput:
     """(N,) float32: 1 / trained tokens of the step; 0 for padding."""
     cap: float | None = None
     """Of the logits, as `ModelConfig.logit_cap`."""
+    smoothing: float = 0.0
+    """As `Objective.smoothing`."""
     log_sums: mx.array | None = None
     """(N,) float32: log(sum(exp(logits)))."""
     exponentials: dict[Chunk, tuple[mx.array, mx.array]] = field(default_factory=dict)
@@ -110,8 +112,9 @@ def embedding_gradient(ids: np.ndarray, cotangent: mx.array, rows: slice) -> mx.
 def _only_pass(head: Head, one: HeadInput, kernels: Kernels) -> tuple[float, mx.array]:
     """Fills in `kept`; returns the loss and the hidden states' gradient."""
     head = {name: array.astype(one.hidden.dtype) if name == "weight" else array for name, array in head.items()}
-    total, gradient = 0.0, mx.zeros_like(one.hidden)
-    for part, loss, logit_gradients in losses_by_kernel(kernels, one.hidden, head, one.targets, np.asarray(one.weights), cap=one.cap):
+    total, gradient, weights = 0.0, mx.zeros_like(one.hidden), np.asarray(one.weights)
+    how = {"cap": one.cap, "smoothing": one.smoothing}
+    for part, loss, logit_gradients in losses_by_kernel(kernels, one.hidden, head, one.targets, weights, **how):
         total += loss
         one.kept[0, part.start] = logit_gradients
         gradient[part] = logit_gradients @ head["weight"]
@@ -125,7 +128,7 @@ def _first_pass(head: Head, one: HeadInput, keep: bool) -> mx.array:
     The sum of exponentials is carried along with the largest logit so far.
     """
     size = one.hidden.shape[0]
-    largest, total, at_target = mx.full((size,), -mx.inf), mx.zeros((size,)), mx.zeros((size,))
+    largest, total, at_target, summed = mx.full((size,), -mx.inf), mx.zeros((size,)), mx.zeros((size,)), mx.zeros((size,))
     for rows in ranges(*head["weight"].shape):
         weight = head["weight"][rows].astype(one.hidden.dtype)
         for part in _chunks(one, rows):
@@ -139,16 +142,20 @@ def _first_pass(head: Head, one: HeadInput, keep: bool) -> mx.array:
             position, target = _targets(one, rows, part)
             if position.size:
                 at_target[part.start + position] = logits[position, target]
-            evaluate(largest, total, at_target, one.exponentials)
+            if one.smoothing:
+                summed[part] = summed[part] + logits.sum(axis=1)
+            evaluate(largest, total, at_target, summed, one.exponentials)
             del logits, exponentials  # before the next chunk's are computed
     one.log_sums = largest + mx.log(total)
+    if one.smoothing:
+        at_target = (1.0 - one.smoothing) * at_target + (one.smoothing / head["weight"].shape[0]) * summed
     loss = ((one.log_sums - at_target) * one.weights).sum()
     evaluate(loss, one.log_sums)
     return loss
 
 
 def _logit_gradients(head: Head, weight: mx.array, one: HeadInput, rows: slice, part: slice) -> mx.array:
-    """weight * (softmax - one_hot(target)) for a chunk (n, v)."""
+    """weight * (softmax - target's distribution) for a chunk (n, v)."""
     weights, log_sums = one.weights[part], one.log_sums[part]
     if kept := one.exponentials.pop((rows.start, part.start), None):
         exponentials, subtracted = kept
@@ -157,8 +164,10 @@ def _logit_gradients(head: Head, weight: mx.array, one: HeadInput, rows: slice, 
         logits = _logits(head, weight, one, rows, part)
         gradients = fast_exp(logits - log_sums[:, None]) * weights[:, None]
     position, target = _targets(one, rows, part)
+    if one.smoothing:
+        gradients = gradients - weights[:, None] * (one.smoothing / head["weight"].shape[0])
     if position.size:
-        gradients = gradients.at[position, target].subtract(weights[position])
+        gradients = gradients.at[position, target].subtract(weights[position] * (1.0 - one.smoothing))
     if one.cap is not None:
         gradients = gradients * cap_slope(logits, one.cap)
     return gradients.astype(one.hidden.dtype)
