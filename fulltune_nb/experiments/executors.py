@@ -17,7 +17,7 @@ from typing import Any
 
 from fulltune_nb.errors import ConfigError, optional_import
 from fulltune_nb.experiments.runs import Run
-from fulltune_nb.experiments.worker import BEGUN, OF_ITS_OWN, work
+from fulltune_nb.experiments.worker import BEGUN, OF_ITS_OWN, claim, work
 
 HEARTBEAT = "heartbeat"
 """In the folder of a sweep; its content changes as long as the sweep lives."""
@@ -156,7 +156,7 @@ class Dispatcher:
         """Takes in how a run ended. False: its worker was lost, and it was begun again."""
         try:
             outcome = future.result()
-        except Exception as error:  # of any kind: what an executor raises when the process that did the work is gone
+        except BaseException as error:  # what an executor raises when the process that did the work is gone, or what ended that
             return self._repeat(run, _told(error))
         if "begun_before" in outcome:
             return self._repeat(run, f"{outcome['begun_before']} had begun it and is gone")
@@ -185,8 +185,8 @@ class Dispatcher:
         for run, _ in self._futures.values():
             run.stop()
         for run, future in self._futures.values():
-            if not (run.attempt_folder / BEGUN).exists():  # what has begun saves itself and ends; an engine's cancel would kill it
-                with suppress(Exception):  # of any kind, as by `submit`; a run that was not cancelled ends by its file `stop`
+            if claim(run.attempt_folder):  # what has begun saves itself and ends; an engine's cancel would kill it
+                with suppress(Exception):  # of any kind, as by `submit`; no worker begins the run now
                     future.cancel()
         until = time.monotonic() + _SECONDS_TO_END
         while self._futures and time.monotonic() < until:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from fulltune_nb.experiments.space import Space, check_space, is_range, is_whole
 from fulltune_nb.experiments.sweep import REDRAW_SECONDS, Progress, find, first_day, own_folder, progress_of
 from fulltune_nb.experiments.table import Sweep
 from fulltune_nb.settings import whole_number
+from fulltune_nb.training.run_files import read_on
 
 if TYPE_CHECKING:
     import optuna
@@ -104,7 +105,7 @@ def search(
     check_names([space], known, notebook)
     sha256 = hashlib.sha256(notebook.read_bytes()).hexdigest()
     seed = whole_number("search: seed", seed, 0)
-    with own_folder(out_dir), _quiet(optuna):
+    with own_folder(out_dir, "search"), _quiet(optuna):
         study = _study(out_dir, pruner or optuna.pruners.MedianPruner(), ranking)
         # A search that goes on draws anew: with the same seed it would draw the values of its first trials again.
         study.sampler = sampler or optuna.samplers.TPESampler(seed=seed + len(study.trials))
@@ -142,11 +143,24 @@ def _run_all(trials: _Trials, dispatcher: Dispatcher, wanted: int, progress: Pro
 
 
 @dataclass
-class _Trial:
-    """A trial under way: Optuna's, and the step up to which its validation losses were reported."""
+class _UnderWay:
+    """A run's trials, which have the same values; the step up to which its validation losses were reported to them, and where in which
+    attempt's file these end."""
 
-    trial: optuna.Trial
+    trials: list[optuna.Trial] = field(default_factory=list)
     reported: int = 0
+    attempt: int = 0
+    read: int = 0
+
+    def new_losses(self, run: Run) -> Iterator[tuple[float, int]]:
+        """What the run's attempt has written since the last call: validation losses, and their steps."""
+        if run.attempt != self.attempt:
+            self.attempt, self.read = run.attempt, 0
+        reports, self.read = read_on(run.run_dir, self.read)
+        for report in reports.evals:
+            if report.split == "valid" and report.step > self.reported:
+                self.reported = report.step
+                yield report.loss, report.step
 
 
 class _Trials:
@@ -160,7 +174,7 @@ class _Trials:
         self._study, self._space, self._out_dir, self._ranking = study, space, out_dir, ranking
         self._names = [name for name, value in space.items() if is_range(value) or isinstance(value, (list, tuple))]
         self._distributions = {name: _distribution(space[name]) for name in self._names}
-        self._under_way: dict[str, list[_Trial]] = {}  # by the run's folder; of the same values there is one run only
+        self._under_way: dict[str, _UnderWay] = {}  # by the run's folder; of the same values there is one run only
         self.runs: list[Run] = []
         self._take_up()
 
@@ -181,7 +195,7 @@ class _Trials:
     @property
     def count(self) -> int:
         """How many there are, without those that were cut off."""
-        return sum(map(len, self._under_way.values())) + sum(
+        return sum(len(entry.trials) for entry in self._under_way.values()) + sum(
             trial.state.is_finished() and not _was_cut_off(trial) for trial in self._study.get_trials(deepcopy=False)
         )
 
@@ -198,32 +212,34 @@ class _Trials:
         return found
 
     def next(self) -> Run | None:
-        """The run of the next trial; None where a run of the same values is under way or done, whose end is the trial's too."""
+        """The run of the next trial; None where a run of the same values is under way, done or pruned, whose end is the trial's too."""
         trial = self._study.ask(self._distributions)
         run = self._run_of(trial.params)
-        others = self._under_way.setdefault(str(run.folder), [])
-        others.append(_Trial(trial))
-        if run.status == "done":
+        entry = self._under_way.setdefault(str(run.folder), _UnderWay())
+        entry.trials.append(trial)
+        if run.status in ("done", "pruned"):
             self.tell(run)
             return None
-        return None if len(others) > 1 else run
+        return None if len(entry.trials) > 1 else run
 
     def tell(self, run: Run) -> None:
         """Tells Optuna how the trials of a run ended."""
         from optuna.trial import TrialState
 
         value = self._ranking.value(run.result) if run.status == "done" else None
-        for entry in self._under_way.pop(str(run.folder)):
+        entry = self._under_way.pop(str(run.folder))
+        if value is None and run.stops and entry.reported:
+            run.status = "pruned"
+            run.reason = f"at step {entry.reported:,}, where its validation loss lay behind that of the others"
+            run.remember()
+        for trial in entry.trials:
             if value is not None:
-                self._study.tell(entry.trial, value)
-            elif run.stops and entry.reported:
-                run.status = "pruned"
-                run.reason = f"at step {entry.reported:,}, where its validation loss lay behind that of the others"
-                run.remember()
-                self._study.tell(entry.trial, state=TrialState.PRUNED)
+                self._study.tell(trial, value)
+            elif run.status == "pruned":
+                self._study.tell(trial, state=TrialState.PRUNED)
             else:
-                entry.trial.set_user_attr(_REASON, run.reason or f"no {self._ranking.name} in result.json")
-                self._study.tell(entry.trial, state=TrialState.FAIL)
+                trial.set_user_attr(_REASON, run.reason or f"no {self._ranking.name} in result.json")
+                self._study.tell(trial, state=TrialState.FAIL)
 
     def prune(self) -> None:
         """Reports new validation losses of what runs, and has the hopeless end."""
@@ -231,14 +247,13 @@ class _Trials:
             return
         running = {str(run.folder): run for run in self.runs if run.status == "running" and not run.stops}
         for folder in self._under_way.keys() & running.keys():
-            run, entry = running[folder], self._under_way[folder][0]
-            for report in run.history.evals:
-                if report.split == "valid" and report.step > entry.reported:
-                    entry.reported = report.step
-                    entry.trial.report(report.loss, report.step)
-                    if entry.trial.should_prune():
-                        run.stop()
-                        break
+            run, entry = running[folder], self._under_way[folder]
+            for loss, step in entry.new_losses(run):
+                for trial in entry.trials:
+                    trial.report(loss, step)
+                if entry.trials[0].should_prune():
+                    run.stop()
+                    break
 
 
 def _was_cut_off(trial: optuna.trial.FrozenTrial) -> bool:

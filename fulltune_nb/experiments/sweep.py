@@ -96,16 +96,16 @@ def sweep(
 
 
 @contextmanager
-def own_folder(out_dir: Path) -> Iterator[None]:
-    """Within the block no other sweep writes into the folder, which is made if need be."""
+def own_folder(out_dir: Path, what: str = "sweep") -> Iterator[None]:
+    """Within the block no other sweep or search writes into the folder, which is made if need be. `what` asks for it, in messages."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with held(out_dir / LOCK) as ours:
             if not ours:
-                raise ConfigError(f"sweep: another sweep is under way in out_dir {out_dir}. Wait for its end, or give another out_dir.")
+                raise ConfigError(f"{what}: out_dir {out_dir} is in use by a sweep or search. Wait for its end, or give another out_dir.")
             yield
     except OSError as error:
-        raise ConfigError(f"sweep: out_dir {out_dir} cannot be written to: {error}.") from error
+        raise ConfigError(f"{what}: out_dir {out_dir} cannot be written to: {error}.") from error
 
 
 def find(notebook: Path) -> Path:

@@ -3,7 +3,7 @@
 The folder is all that the sweep and the worker share, so both may stand on different machines:
 
     request.json     what to execute, by the sweep
-    begun            the first worker that took it, and its process id
+    begun            the first worker that took it, and its process id; or the sweep, so that none takes it
     stop             by the sweep: pause, save and end
 """
 
@@ -45,10 +45,7 @@ def work(attempt: str, date: str, temporary: str | None = None, heartbeat: str |
         that repeats by itself what was cut off must not write into the same folder again.
     """
     folder, host, started = Path(attempt), socket.gethostname(), time.monotonic()
-    try:
-        with (folder / BEGUN).open("x", encoding="utf-8") as file:
-            file.write(f"{host} {os.getpid()}\n")
-    except FileExistsError:
+    if not claim(folder):
         return {"begun_before": (folder / BEGUN).read_text(encoding="utf-8").strip()}
     if (folder / STOP).exists():
         return {"code": -15, "seconds": 0.0, "host": host}
@@ -60,6 +57,16 @@ def work(attempt: str, date: str, temporary: str | None = None, heartbeat: str |
         process = _start(folder, date, place)
         _watch(process, folder / STOP, None if heartbeat is None else Path(heartbeat))
     return {"code": process.returncode, "seconds": time.monotonic() - started, "host": host}
+
+
+def claim(folder: Path) -> bool:
+    """Makes an attempt this process's; False where another has it."""
+    try:
+        with (folder / BEGUN).open("x", encoding="utf-8") as file:
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+    except FileExistsError:
+        return False
+    return True
 
 
 def _start(folder: Path, date: str, temporary: str | None) -> subprocess.Popen:
@@ -76,17 +83,20 @@ def _start(folder: Path, date: str, temporary: str | None) -> subprocess.Popen:
 def _watch(process: subprocess.Popen, stop: Path, heartbeat: Path | None) -> None:
     """Waits until the process ends; has it end where it is to stop, or where the sweep is gone."""
     polls, beat, silent = 0, "", 0
-    while process.poll() is None:
-        time.sleep(_POLL_SECONDS)
-        polls += 1
-        if polls % _POLLS_BETWEEN_LOOKS:
-            continue
-        if heartbeat is not None:
-            now = _read(heartbeat)
-            beat, silent = (beat, silent + 1) if now in ("", beat) else (now, 0)
-        if silent > _LOOKS_WITHOUT_A_BEAT or stop.exists():
-            process.stdin.close()  # by which it notices; the run in its kernel pauses and is saved
-            process.wait()
+    try:
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            polls += 1
+            if polls % _POLLS_BETWEEN_LOOKS:
+                continue
+            if heartbeat is not None:
+                now = _read(heartbeat)
+                beat, silent = (beat, silent + 1) if now in ("", beat) else (now, 0)
+            if silent > _LOOKS_WITHOUT_A_BEAT or stop.exists():
+                break
+    finally:  # also of a terminal's interrupt, which the processes of a pool get too
+        process.stdin.close()  # by which it notices; the run in its kernel pauses and is saved
+        process.wait()
 
 
 def _read(path: Path) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,42 @@ def read_metrics(path: Path, name: str = METRICS_FILE) -> tuple[History, list[st
         The reports, none where there is no such file; and notes on what was passed over: a line cut off by a crash, damaged ones, or
         the whole file where it cannot be read.
     """
-    history, bad = History(), []
     try:
         with open_ordinary(path / name) as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    history += History.from_jsonable([json.loads(line)] if line.strip() else [])
-                except (ValueError, RecursionError, CheckpointError):
-                    bad.append(number)
+            history, bad = _reports(file)
     except FileNotFoundError:
-        return history, []
+        return History(), []
     except OSError as error:
-        return history, [f"{name} cannot be read: {error}"]
+        return History(), [f"{name} cannot be read: {error}"]
     if not bad:
         return history, []
     what = "1 line is no report and was" if len(bad) == 1 else f"{len(bad):,} lines are no reports and were"
     return history, [f"{name}: {what} passed over (line {listed(bad)})"]
+
+
+def read_on(path: Path, begin: int) -> tuple[History, int]:
+    """The reports in the `metrics.jsonl` of a run's folder from byte `begin` on, and where the next ones will begin: those of a run that
+    is under way, whose last line may not be whole yet. Where the file is shorter by now, it is read from its begin."""
+    try:
+        with open_ordinary(path / METRICS_FILE) as file:
+            begin = begin if begin <= os.fstat(file.fileno()).st_size else 0
+            file.seek(begin)
+            text = file.read()
+    except OSError:
+        return History(), begin
+    whole = text[: text.rfind(b"\n") + 1]
+    return _reports(whole.splitlines())[0], begin + len(whole)
+
+
+def _reports(lines: Iterable[bytes]) -> tuple[History, list[int]]:
+    """The reports, a line each, and the numbers of lines that are none."""
+    history, bad = History(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            history += History.from_jsonable([json.loads(line)] if line.strip() else [])
+        except (ValueError, RecursionError, CheckpointError):
+            bad.append(number)
+    return history, bad
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -156,6 +156,63 @@ def test_an_interrupt_cancels_what_waits_and_kills_nothing_that_runs(tmp_path, s
     assert [Path(attempt).parent.name[:3] for attempt in cancelled] == ["x=2"]
 
 
+INTERRUPTED = """
+import os, sys
+from concurrent.futures import ProcessPoolExecutor
+import fulltune_nb as ft
+from fulltune_nb.experiments import worker
+from nbs_tests.experiments.test_executors import STAND_IN
+import subprocess
+worker._start = lambda folder, date, place: subprocess.Popen(
+    [sys.executable, "-c", STAND_IN.replace("SECONDS", "60"), str(folder)], stdin=subprocess.PIPE, start_new_session=True)
+import multiprocessing
+with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+    ft.sweep({notebook!r}, {{"x": [1, 2, 3, 4, 5, 6]}}, {out!r}, executor=pool)
+"""
+
+
+def test_ctrl_c_with_a_pool_of_processes_leaves_no_run_queued(tmp_path):
+    out, notebook = tmp_path / "out", notebook_of(tmp_path / "n.ipynb", "pass")
+    program = INTERRUPTED.format(notebook=str(notebook), out=str(out))
+    sweep = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(list(out.glob("*/1/begun"))) == 2)
+    time.sleep(0.5)
+    os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: the sweep and the pool's processes
+    assert sweep.wait(60) != 0
+    states = [json.loads(path.read_text()) for path in out.glob("*/state.json")]
+    assert [state["status"] for state in states] == ["failed"] * 6 and {state["attempt"] for state in states} == {1}
+
+
+def test_a_run_that_begins_while_it_is_cancelled_is_waited_for_or_never_begins(tmp_path, stand_in, monkeypatch):
+    stand_in(seconds=60.0)
+    begun = []
+
+    class Racing(Future):
+        """Which a worker takes in the very moment in which it is cancelled, as one of Dask's may."""
+
+        def cancel(self):
+            begun.append(worker.work(*self.arguments))
+            return super().cancel()
+
+    class Engine:
+        def submit(self, function, *arguments):
+            future = Racing()
+            future.arguments = arguments
+            return future
+
+    def interrupted(self, seconds=1.0):
+        monkeypatch.setattr(executors.Dispatcher, "ended", ended)
+        raise KeyboardInterrupt
+
+    ended = executors.Dispatcher.ended
+    monkeypatch.setattr(executors.Dispatcher, "ended", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ft.sweep(notebook_of(tmp_path / "n.ipynb", "pass"), {"x": [1]}, tmp_path / "out", executor=Engine())
+    assert ["begun_before" in outcome for outcome in begun] == [True]  # no process was started that nobody waits for
+    state = json.loads(next((tmp_path / "out").glob("x=1*/state.json")).read_text())
+    assert (state["status"], state["attempt"]) == ("failed", 1)
+
+
 def attempt_of(folder: Path) -> Path:
     (folder / "1").mkdir()
     (folder / "1" / "request.json").write_text(json.dumps({"parameters": {"x": 1}}))

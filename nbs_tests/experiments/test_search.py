@@ -76,7 +76,7 @@ def test_hopeless_trials_are_pruned_and_told(notebook, tmp_path, capsys):
 
     class Behind(optuna.pruners.BasePruner):
         def prune(self, study, trial):
-            return trial.params["x"] > 5
+            return float(trial.params["x"]) > 5
 
     sampler = optuna.samplers.RandomSampler(seed=5)
     space = {"x": SPACE["x"], "steps": 6}
@@ -145,4 +145,45 @@ def test_a_search_runs_the_notebook_itself_and_keeps_every_executed_one(tmp_path
 @pytest.mark.skipif(INSTALLED, reason="optuna is installed")
 def test_without_optuna_the_command_to_install_it_is_named(notebook, tmp_path):
     with pytest.raises(ft.errors.MissingDependencyError, match=r"pip install 'fulltune_nb\[optuna\]'"):
+        ft.search(notebook, SPACE, tmp_path / "out")
+
+
+@WITH_OPTUNA
+def test_trials_of_the_same_values_share_a_pruned_run(notebook, tmp_path):
+    import optuna
+
+    use_stand_in(0.5)
+
+    class Behind(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return float(trial.params["x"]) > 5
+
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    found = ft.search(notebook, {"x": [6, 1], "steps": 9}, tmp_path / "out", trials=6, jobs=2, sampler=sampler, pruner=Behind())
+    states = [(trial.params["x"], trial.state.name) for trial in found.study.trials]
+    assert set(states) == {("6", "PRUNED"), ("1", "COMPLETE")} and states.count(("6", "PRUNED")) > 1
+    assert [run.parameters["x"] for run in found.pruned] == [6] and found.pruned[0].attempt == 1  # once, for all of them
+
+
+def test_a_growing_file_of_metrics_is_read_on_from_where_it_ended(tmp_path):
+    from fulltune_nb.training.run_files import read_on
+
+    path, steps = tmp_path / "metrics.jsonl", lambda found: [report.step for report in found.evals]
+    line = '{"kind": "eval", "split": "valid", "step": %d, "loss": 1.0, "perplexity": 1.0, "tokens": 9, "seconds": 0.1}\n'
+    assert read_on(tmp_path, 0) == ([], 0)
+    path.write_text(line % 1 + line[:9])
+    found, end = read_on(tmp_path, 0)
+    assert steps(found) == [1] and end == len(line % 1)
+    path.write_text(line % 1 + "no report\n" + line % 2)
+    found, end = read_on(tmp_path, end)
+    assert steps(found) == [2] and end == path.stat().st_size
+    path.write_text(line % 3)  # begun anew
+    assert steps(read_on(tmp_path, end)[0]) == [3]
+
+
+@WITH_OPTUNA
+def test_a_folder_in_use_is_told_in_a_searchs_own_name(notebook, tmp_path):
+    from fulltune_nb.experiments.sweep import own_folder
+
+    with own_folder(tmp_path / "out"), pytest.raises(ft.ConfigError, match="search: out_dir .* is in use by a sweep or search"):
         ft.search(notebook, SPACE, tmp_path / "out")

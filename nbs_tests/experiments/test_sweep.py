@@ -181,7 +181,7 @@ time.sleep(60)
     )
     wait_for(lambda: [path for path in (tmp_path / "out").glob("x=1*/1/run.pids") if path.read_text()])
     pids = [int(pid) for pid in next((tmp_path / "out").glob("x=1*/1/run.pids")).read_text().split()]
-    with pytest.raises(ft.ConfigError, match="another sweep is under way in out_dir"):
+    with pytest.raises(ft.ConfigError, match="sweep: out_dir .* is in use by a sweep or search"):
         ft.sweep(notebook, {"x": [3]}, tmp_path / "out")
     process.send_signal(number)
     assert process.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
