@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from fulltune_nb.errors import IN_LOADING, FulltuneError, TrainingError, device_errors, nearest, tells_missing_backend
 from fulltune_nb.html import printable
 from fulltune_nb.settings import as_typed
+from fulltune_nb.training.rank_channel import rank_of_environment
 from fulltune_nb.training.signals import ENDING, leave_closed_outputs
 
 PROGRAM = "fulltune"
@@ -120,14 +121,10 @@ def run(work: Callable[[], int]) -> int:
         return 1
 
 
-def rank_of_environment() -> int:
-    """Which of the processes this is that were started together, as by `mlx.launch`; 0 where it is one alone."""
-    return int(os.environ.get("MLX_RANK") or 0)
-
-
 @contextmanager
 def silent_unless_first() -> Iterator[None]:
-    """Within the block what is printed goes nowhere but in rank 0, which says it for all; errors are shown by each."""
+    """Within the block, or the function it decorates, what is printed goes nowhere but in rank 0, which says it for all; errors are
+    shown by each."""
     if not rank_of_environment():
         yield
         return

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune_nb.command_line import Parser, add_fields, rank_of_environment, run, silent_unless_first, start, termination_exits
+from fulltune_nb.command_line import Parser, add_fields, run, silent_unless_first, start, termination_exits
 from fulltune_nb.errors import ConfigError, DataError
 from fulltune_nb.html import human_bytes, printable
 from fulltune_nb.settings import SettingError, check_fields, described, flag, names_of, optional, read_yaml, setting, text
 from fulltune_nb.training.config import TrainConfig
+from fulltune_nb.training.rank_channel import rank_of_environment
 
 if TYPE_CHECKING:
     from fulltune_nb.data.dataset import DataSet
@@ -95,6 +96,7 @@ class Settings:
         return Path(self.options.export_dir or beside).expanduser()
 
 
+@silent_unless_first()
 def work(flags: Mapping[str, Any]) -> int:
     """What the command does; returns its exit code."""
     settings = read_settings(flags)
@@ -351,8 +353,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     flags = vars(build_parser().parse_args(argv))
-    with silent_unless_first():
-        return run(lambda: work(flags))
+    return run(lambda: work(flags))
 
 
 if __name__ == "__main__":

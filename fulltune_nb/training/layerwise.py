@@ -326,7 +326,7 @@ class LayerwiseGradients:
         embedding = name == EMBEDDING
         head = not embedding or self._model.config.tie_word_embeddings
         for rows in self._ranges:
-            gradient = self._head_gradients(rows)["weight"] if head else 0.0
+            gradient = self._head_gradient(rows, "weight") if head else 0.0
             if embedding:  # no name for the summands: the sum is written over one of them
                 gradient = self._embedding_gradient(rows) + gradient
             evaluate(gradient)
@@ -336,21 +336,21 @@ class LayerwiseGradients:
     def _head_bias_gradient(self) -> mx.array | None:
         if "lm_head.bias" not in self._trained:
             return None
-        gradient = mx.concatenate([self._head_gradients(rows)["bias"] for rows in self._ranges])
+        gradient = mx.concatenate([self._head_gradient(rows, "bias") for rows in self._ranges])
         evaluate(gradient)
         return gradient
 
-    def _head_gradients(self, rows: slice) -> Arrays:
+    def _head_gradient(self, rows: slice, of: str) -> mx.array:
         head = self._model.head_weights()
         if self._ranks is None:
-            return vocabulary.head_gradients(head, [stream.head for stream in self._streams], rows)
+            return vocabulary.head_gradient(head, [stream.head for stream in self._streams], rows, of)
         sums: Arrays = {}
         for stream in self._streams:
             # Chunk after chunk is added, whichever micro-batch it is of: the sum must have come before.
             sums = self._ranks.received(stream.number, sums)
-            sums = vocabulary.head_gradients(head, [stream.head], rows, sums)
+            sums = {of: vocabulary.head_gradient(head, [stream.head], rows, of, sums.pop(of, None))}
             sums = self._ranks.passed_on(stream.number, len(self._batches), sums)
-        return self._total(sums)
+        return self._total(sums)[of]
 
     def _embedding_gradient(self, rows: slice) -> mx.array:
         config = self._model.config

@@ -11,15 +11,17 @@ it can before it waits for the sum, so that the ranks compute at the same time.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -28,12 +30,14 @@ from fulltune_nb.cpu import evaluate, on_cpu
 from fulltune_nb.errors import ConfigError, FulltuneError, NonFiniteError, TrainingError
 from fulltune_nb.models.parameters import Arrays
 from fulltune_nb.training.gradients import add
-from fulltune_nb.training.rank_channel import ADDRESS, RankChannel
+from fulltune_nb.training.rank_channel import ADDRESS, RankChannel, rank_of_environment, whole_number_in
 
 HOSTS = "FULLTUNE_NB_HOSTS"
 """Environment variable: what stands in the ring's host file, where we have started the ranks."""
 LOST_ENGINE_SECONDS = 10.0
 """So long an operation of the engine may still take when a rank is lost and its connections are shut."""
+CONNECT_SECONDS = 5.0
+"""In which MLX's engine, of ranks that are all there, connects, or it ends the process after the deadline."""
 
 
 class Ranks:
@@ -55,14 +59,18 @@ class Ranks:
         self.bytes_sent, self.seconds = 0, 0.0
         self.settled: FulltuneError | None = None
         """The last error that all ranks raised together, behind which they are in step."""
+        self.obeys: Callable[[], Callable[[dict[str, Any]], Any] | None] = lambda: None
+        """On the others: a reference to who does what rank 0 says between two calls."""
         self._calls = self._depth = 0
         self._engine_since: float | None = None
-        self._sockets: list[int] = []
-        channel.on_lost = self._shut_engine
         channel.exchange("connected")  # all are there: now the engine, which waits for ever, need not wait
         before = _open_sockets()
-        self._group = mx.distributed.init(strict=True, backend=os.environ.get("FULLTUNE_NB_BACKEND", "any"))
-        self._sockets = sorted(_open_sockets() - before)
+        self._sockets = lambda: _open_sockets() - before
+        channel.on_lost = self._shut_engine
+        with self._in_engine():
+            self._group = _connected_engine(channel.deadline)
+        own = self._sockets()
+        self._sockets = lambda: own
         if (self._group.rank(), self._group.size()) != (self.rank, self.size):
             found = f"rank {self._group.rank()} of {self._group.size()}"
             raise ConfigError(f"MLX's engine says {found}, the environment rank {self.rank} of {self.size}. Start all ranks anew.")
@@ -89,16 +97,25 @@ class Ranks:
     def command(self, do: str, **values: Any) -> None:
         """On rank 0: has the others do the same as this rank now. On the others, which are at it, nothing."""
         if self.rank == 0:
-            self._channel.command({"do": do, **values})
+            self._channel.command({"do": do, **values}, needed=do not in ("leave", "end"))
 
     def next_command(self) -> dict[str, Any]:
         """On the others: what comes next."""
         return self._channel.next_command()
 
     def awaited(self, do: str) -> dict[str, Any]:
-        """On the others: the next command of this name; what comes before it was meant for others."""
+        """On the others: the next command of this name; what comes before it is for the trainer that these ranks had before.
+
+        Raises:
+            TrainingError: that is gone here, but not on rank 0.
+        """
         while (command := self.next_command())["do"] != do:
-            pass
+            if (obey := self.obeys()) is not None:
+                obey(command)
+            elif command["do"] != "leave":
+                error = TrainingError(f"rank 0 still has a trainer that rank {self.rank} has let go. Let go of them alike.")
+                self.fail(error)
+                raise error
         return command
 
     def following_at_once(self, do: str) -> dict[str, Any]:
@@ -157,6 +174,11 @@ class Ranks:
         """What the ranks have by number, in the order of the numbers."""
         pairs = [(int(number), value) for part in self.exchange(sorted(own.items())) for number, value in part]
         return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+    def told(self, value: Any) -> Any:
+        """Rank 0's value (of JSON, of any size), on every rank."""
+        text = {"": mx.array(np.frombuffer(json.dumps(value).encode(), np.uint8))}
+        return json.loads(np.asarray(self.shared(text, 0)[""]).tobytes())
 
     def agree(self, check: Callable[[], None]) -> None:
         """Calls `check` on every rank; where it raises on one, all raise."""
@@ -314,7 +336,7 @@ class Ranks:
 
     def _shut_engine(self) -> None:
         """Has what waits in the engine fail. Called on a thread of the channel when a rank is lost."""
-        for number in self._sockets:
+        for number in self._sockets():
             with suppress(OSError):
                 own = socket.socket(fileno=os.dup(number))
                 own.shutdown(socket.SHUT_RDWR)
@@ -340,6 +362,16 @@ def _added_head(so_far: Head | None, own: mx.array | None) -> Head:
         return so_far
     shape, dtype = heads_of({"": own})[""]
     return (shape, dtype if so_far is None or on_cpu() else "float32")  # as `gradients.add` does it
+
+
+def _connected_engine(deadline: float) -> mx.distributed.Group:
+    """MLX's engine. Where a rank has ended in this very moment it waits for ever, with Python's lock: no thread of ours could end that.
+    So the system's clock does, and the process with it."""
+    faulthandler.dump_traceback_later(deadline + CONNECT_SECONDS, exit=True, file=sys.__stderr__ or 2)
+    try:
+        return mx.distributed.init(strict=True, backend=os.environ.get("FULLTUNE_NB_BACKEND", "any"))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _open_sockets() -> set[int]:
@@ -369,26 +401,42 @@ def ranks_of_environment() -> Ranks | None:
     return _ranks
 
 
-def connect(launched: bool = False, end: Callable[[], None] = lambda: None) -> Ranks | None:
-    """The ranks that the environment names; None where that is this process alone. Arguments as for `Ranks`."""
+class Started(Protocol):
+    """The other ranks, where this process has started them."""
+
+    def last_words(self, rank: int, within: float) -> str | None:
+        """See `RankChannel`."""
+
+    def end(self) -> None:
+        """Those that were told to end have a moment; then they are killed."""
+
+
+def connect(started: Started | None = None) -> Ranks | None:
+    """The ranks that the environment names; None where that is this process alone."""
     if (hosts := os.environ.get(HOSTS)) is None:
-        return _connected(launched, end)
+        return _connected(started)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(hosts)
         file.flush()
         os.environ["MLX_HOSTFILE"] = file.name
-        return _connected(launched, end)
+        return _connected(started)
 
 
-def _connected(launched: bool, end: Callable[[], None]) -> Ranks | None:
-    size, address = size_of_environment(), address_of_environment()
-    return Ranks(RankChannel(int(os.environ["MLX_RANK"]), size, address), launched, end) if size > 1 else None
+def _connected(started: Started | None) -> Ranks | None:
+    rank, size, address = rank_of_environment(), size_of_environment(), address_of_environment()
+    if size <= 1:
+        return None
+    if rank >= size:
+        raise ConfigError(f"The environment variable MLX_RANK: expected less than the number of ranks, {size}, got {rank}.")
+    if started is None:
+        return Ranks(RankChannel(rank, size, address))
+    return Ranks(RankChannel(rank, size, address, last_words=started.last_words), True, started.end)
 
 
 def size_of_environment() -> int:
     """How many processes were started together."""
     if size := os.environ.get("MLX_WORLD_SIZE"):
-        return int(size)
+        return whole_number_in("MLX_WORLD_SIZE", size, 1)
     for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES", "JACCL_IBV_DEVICES"):
         if path := os.environ.get(name):
             with open(path, encoding="utf-8") as file:
@@ -400,12 +448,15 @@ def address_of_environment() -> tuple[str, int]:
     """Where rank 0 listens: a thousand ports above where the engine's first rank does, unless a variable says it."""
     if own := os.environ.get(ADDRESS):
         host, _, port = own.rpartition(":")
-        return host, int(port)
-    coordinator = os.environ.get("MLX_JACCL_COORDINATOR") or os.environ.get("NCCL_HOST_IP", "") + ":" + os.environ.get("NCCL_PORT", "")
+        return host, whole_number_in(f"{ADDRESS} (host:port)", port, 1)
     if path := os.environ.get("MLX_HOSTFILE"):
         with open(path, encoding="utf-8") as file:
-            coordinator = json.load(file)[0][0]
-    host, _, port = coordinator.rpartition(":")
+            name, place = "MLX_HOSTFILE", json.load(file)[0][0]
+    elif place := os.environ.get("MLX_JACCL_COORDINATOR"):
+        name = "MLX_JACCL_COORDINATOR"
+    else:
+        name, place = "NCCL_PORT", os.environ.get("NCCL_HOST_IP", "") + ":" + os.environ.get("NCCL_PORT", "")
+    host, _, port = place.rpartition(":")
     if not host or not port:
         raise ConfigError(f"Where rank 0 listens is not known: set {ADDRESS} to its host and a free port, the same on every rank.")
-    return host, int(port) + 1000
+    return host, whole_number_in(name, port, 1) + 1000

@@ -10,6 +10,7 @@ import atexit
 import hashlib
 import hmac
 import json
+import math
 import os
 import queue
 import socket
@@ -27,6 +28,8 @@ ADDRESS, DEADLINE, TOKEN = "FULLTUNE_NB_RANK0", "FULLTUNE_NB_DEADLINE", "FULLTUN
 DEADLINE_SECONDS = 60.0
 JOIN_SECONDS = 300.0
 """Within which all ranks must have come: models and data are loaded by then."""
+HELLO_SECONDS = 5.0
+"""In which whoever connects must have said who it is."""
 _MOST_BYTES, _MOST_HELLO_BYTES = 2**26, 2**12  # of a message, and of the first one, which may be a stranger's
 _LOST = -1  # in place of a rank: a message that tells of a lost one
 
@@ -38,10 +41,13 @@ class Abandoned(Exception):
 class _Wire:
     """One connection."""
 
-    def __init__(self, connection: socket.socket, deadline: float):
-        connection.settimeout(deadline)
+    def __init__(self, connection: socket.socket, seconds: float):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._lock = connection, threading.Lock()
+        self.wait_at_most(seconds)
+
+    def wait_at_most(self, seconds: float) -> None:
+        self._socket.settimeout(max(seconds, 0.01))
 
     def send(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode()
@@ -79,17 +85,26 @@ class RankChannel:
         size: how many there are.
         address: where rank 0 listens.
         deadline: seconds of silence after which a rank is lost; None: as the environment says.
+        last_words: how a rank's process has ended and what it said, asked for with seconds to wait for its end; None while it runs, or
+            where this process has not started it.
 
     Attributes:
         on_lost: called once when a rank is lost, on a thread of this channel.
         interrupted: a signal asks this rank to pause; on rank 0: one has asked another.
 
     Raises:
-        TrainingError: not all ranks came.
+        TrainingError: not all ranks came; on another rank: rank 0 is not there, or does not take this process.
     """
 
-    def __init__(self, rank: int, size: int, address: tuple[str, int], deadline: float | None = None):
-        self.rank, self.size = rank, size
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        address: tuple[str, int],
+        deadline: float | None = None,
+        last_words: Callable[[int, float], str | None] = lambda rank, within: None,
+    ):
+        self.rank, self.size, self._last_words = rank, size, last_words
         self.deadline = deadline_of_environment() if deadline is None else deadline
         self.on_lost: Callable[[], None] | None = None
         self.interrupted = False
@@ -98,9 +113,14 @@ class RankChannel:
         self._inbox: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self._put_back: dict[str, Any] | None = None
         self._at = [0, 0]  # the command under way, and the exchanges within it
+        self._needed = 0  # the last command that every rank must take
+        self._through: set[int] = set()  # ranks whose program has come to its end
         self._wires = self._accepted(address) if rank == 0 else {0: self._connected(address)}
-        for other, wire in self._wires.items():
-            threading.Thread(target=self._read, args=(other, wire), daemon=True, name=f"rank {other}").start()
+        self._readers = [
+            threading.Thread(target=self._read, args=item, daemon=True, name=f"rank {item[0]}") for item in self._wires.items()
+        ]
+        for reader in self._readers:
+            reader.start()
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
         atexit.register(self.close)
 
@@ -114,43 +134,66 @@ class RankChannel:
         except OSError as error:
             raise TrainingError(f"Rank 0 cannot listen at {address[0]}:{address[1]}: {error}. Set {ADDRESS} to a free port.") from error
         with server:
-            while len(wires) < self.size - 1:
-                server.settimeout(max(end - time.monotonic(), 0.01))
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    missing = ", ".join(str(rank) for rank in range(1, self.size) if rank not in wires)
-                    raise TrainingError(f"Rank {missing} did not come within {JOIN_SECONDS:.0f} s. See what it printed.") from None
-                wire = _Wire(connection, self.deadline)
-                with suppress(OSError, ValueError, RecursionError):
-                    hello = wire.receive(_MOST_HELLO_BYTES)
-                    rank = hello.get("rank")
-                    known = hmac.compare_digest(str(hello.get("token")).encode(), secret)
-                    if known and rank in range(1, self.size) and rank not in wires:
+            server.settimeout(0.5)
+            while missing := [rank for rank in range(1, self.size) if rank not in wires]:
+                for rank in missing:
+                    if (ended := self._last_words(rank, 0.0)) is not None:
+                        raise TrainingError(f"Rank {rank} has ended before it came: {ended}")
+                if time.monotonic() > end:
+                    ranks = ", ".join(map(str, missing))
+                    raise TrainingError(f"Rank {ranks} did not come within {JOIN_SECONDS:.0f} s. See what it printed.")
+                with suppress(TimeoutError):
+                    wire = _Wire(server.accept()[0], min(self.deadline, HELLO_SECONDS))
+                    if (rank := self._greeted(wire, missing, secret)) is not None:
                         wires[rank] = wire
-                        continue
-                wire.close()  # somebody else's
         return wires
 
+    def _greeted(self, wire: _Wire, missing: list[int], secret: bytes) -> int | None:
+        """On rank 0: which of the missing ranks this is; None of somebody else's connection, which is closed without a word."""
+        with suppress(OSError, ValueError, RecursionError):
+            hello = wire.receive(_MOST_HELLO_BYTES)
+            known = hmac.compare_digest(str(hello.get("token")).encode(), secret)
+            if known and (rank := hello.get("rank")) in missing:
+                wire.wait_at_most(self.deadline)
+                wire.send({"welcome": rank})
+                return rank
+        wire.close()
+        return None
+
     def _connected(self, address: tuple[str, int]) -> _Wire:
-        end = time.monotonic() + JOIN_SECONDS
+        where, secret, end = f"{address[0]}:{address[1]}", token(), time.monotonic() + JOIN_SECONDS
         while True:
             try:
-                wire = _Wire(socket.create_connection(address, timeout=self.deadline), self.deadline)
-                wire.send({"rank": self.rank, "token": token()})
-                return wire
+                wire = _Wire(socket.create_connection(address, timeout=self.deadline), end - time.monotonic())
+                break
             except OSError as error:
                 if time.monotonic() > end:
-                    where = f"{address[0]}:{address[1]}"
                     raise TrainingError(f"Rank {self.rank} does not reach rank 0 at {where}: {error}. Is it running there?") from error
                 time.sleep(0.05)
+        try:
+            wire.send({"rank": self.rank, "token": secret})
+            if wire.receive(_MOST_HELLO_BYTES).get("welcome") != self.rank:
+                raise ConnectionError("it answers something else")
+        except (OSError, ValueError, RecursionError) as error:
+            wire.close()
+            raise TrainingError(
+                f"Rank 0 at {where} does not take this process as rank {self.rank}: {error}. It has another secret ({TOKEN}, or another"
+                f" MLX_HOSTFILE) or such a rank already, has ended, or another program listens there ({ADDRESS} names the place)."
+            ) from error
+        wire.wait_at_most(self.deadline)
+        return wire
 
     # -- messages ----------------------------------------------------------------------------------------------------------------
 
-    def command(self, message: dict[str, Any]) -> None:
-        """On rank 0: to every other rank."""
+    def command(self, message: dict[str, Any], needed: bool = True) -> None:
+        """On rank 0: to every other rank. `needed`: one whose program has ended cannot do without it, and is lost."""
         self.check()
         self._at = [self._at[0] + 1, 0]
+        if needed:
+            self._needed = self._at[0]  # before the next line: the thread that hears of an end looks at both the other way round
+            for rank in self._through:
+                self.lose(f"rank {rank} has ended")
+                raise self.error()
         self._to_all({**message, "at": self._at})
 
     def next_command(self) -> dict[str, Any]:
@@ -200,8 +243,10 @@ class RankChannel:
 
     def _take(self) -> tuple[int, dict[str, Any]]:
         rank, message = self._inbox.get()
-        if rank == _LOST:  # behind all that came before
-            self._inbox.put((rank, message))
+        if "bye" in message:  # behind all that it said, and something is wanted still
+            self.lose(f"rank {rank} has ended")
+        if rank == _LOST or "bye" in message:
+            self._inbox.put((_LOST, {}))
             raise self.error()
         return rank, message
 
@@ -213,7 +258,7 @@ class RankChannel:
             raise self.error() from error
 
     def _to_all(self, message: dict[str, Any]) -> None:
-        for rank in self._wires:
+        for rank in self._wires.keys() - self._through:
             self._send(rank, message)
 
     # -- who is there ------------------------------------------------------------------------------------------------------------
@@ -262,9 +307,10 @@ class RankChannel:
             except TimeoutError:
                 return self.lose(f"rank {rank} has not been heard of for {self.deadline:.0f} s: it hangs, or the network does")
             except (OSError, ValueError) as error:
-                return self.lose(f"rank {rank} has ended ({error})")
-            if "bye" in message:
-                return self.lose(f"rank {rank} has ended")
+                ended = None if self._closed else self._last_words(rank, 1.0)
+                return self.lose(f"rank {rank} has ended ({ended or error})")
+            if "bye" in message and self._has_gone(rank, message):
+                return None
             if "failed" in message:
                 return self.lose(f"rank {rank} failed: {message['failed']}")
             if "lost" in message:
@@ -273,6 +319,15 @@ class RankChannel:
                 self.interrupted = True
             if "beat" not in message:
                 self._inbox.put((rank, message))
+
+    def _has_gone(self, rank: int, message: dict[str, Any]) -> bool:
+        """A rank's program is through. Whether there is nothing more to hear of it: on the others rank 0 waits for all."""
+        if not self.rank:
+            self._through.add(rank)
+            if message["bye"] < self._needed:
+                self.lose(f"rank {rank} has ended")
+        self._inbox.put((rank, message))
+        return not self.rank
 
     def _beat(self) -> None:
         while not self._failed.wait(min(1.0, self.deadline / 4)):
@@ -283,21 +338,56 @@ class RankChannel:
                     self.lose(f"rank {rank} cannot be reached: {error}")
 
     def close(self) -> None:
-        """This process is through; the others hear of it."""
+        """This process is through; the others hear of it. It waits until they are, for the deadline at most: they may still be reading
+        what MLX's engine has of this process's."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+        end = time.monotonic() + self.deadline
         for wire in self._wires.values():
             with suppress(OSError):
-                wire.send({"bye": 1})
+                wire.send({"bye": self._at[0] - (self._put_back is not None)})  # the last command that was taken
+        for reader in self._readers:
+            reader.join(0.0 if self.failure else max(end - time.monotonic(), 0.0))
         self.failure = self.failure or "they were ended"
         self._failed.set()
+        for wire in self._wires.values():
+            wire.close()
+
+
+def rank_of_environment() -> int:
+    """Which of the processes this is that were started together, as by `mlx.launch`; 0 where it is one alone.
+
+    Raises:
+        ConfigError: the variable is no whole number.
+    """
+    return whole_number_in("MLX_RANK", os.environ.get("MLX_RANK") or "0")
 
 
 def deadline_of_environment() -> float:
-    """Seconds of silence after which a rank is lost."""
-    return float(os.environ.get(DEADLINE) or DEADLINE_SECONDS)
+    """Seconds of silence after which a rank is lost.
+
+    Raises:
+        ConfigError: the variable is no number above 0.
+    """
+    said = os.environ.get(DEADLINE) or DEADLINE_SECONDS
+    with suppress(ValueError):
+        if 0 < (deadline := float(said)) < math.inf:
+            return deadline
+    raise ConfigError(f"The environment variable {DEADLINE}: expected seconds, a number above 0 such as 60, got {said!r:.80}.")
+
+
+def whole_number_in(variable: str, said: str, low: int = 0) -> int:
+    """What an environment variable, or a part of it, says.
+
+    Raises:
+        ConfigError: no whole number of at least `low`.
+    """
+    with suppress(ValueError):
+        if (number := int(said)) >= low:
+            return number
+    raise ConfigError(f"The environment variable {variable}: expected a whole number of at least {low}, got {said!r:.80}.")
 
 
 def token() -> str:

@@ -9,10 +9,11 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.training.parallel import HOSTS, Ranks, connect
@@ -22,6 +23,9 @@ LOCAL = ("localhost", "127.0.0.1")
 REMOTE_PORTS = range(21000, 31000)
 PATIENCE_SECONDS = 3.0
 """Between the end of a rank that failed and that of the others, which have noticed it, or hang."""
+WORKER = [sys.executable, "-m", "fulltune_nb.training.worker"]
+"""What a rank runs that a notebook has started."""
+_LAST_LINES, _LAST_BYTES = 5, 2000  # of what a rank said
 PASSED_ON = ("FULLTUNE_NB_DEADLINE", "MLX_ENABLE_TF32", "PYTHONPATH", "HF_HOME")
 """Variables that processes on other machines get too."""
 
@@ -99,30 +103,58 @@ def launch(hosts: Sequence[str], address: str | None = None) -> Ranks:
     if not hosts or hosts[0] not in LOCAL:
         raise ConfigError(f'hosts: expected "localhost" first, which is this process, got {hosts!r:.200}.')
     own, *others = environments(hosts, address)
-    command = [sys.executable, "-m", "fulltune_nb.training.worker"]
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
-    started: list[subprocess.Popen] = []
+    started = StartedRanks()
     before = {name: os.environ.get(name) for name in (*own, "MLX_HOSTFILE")}
     try:
         for host, one in zip(hosts[1:], others, strict=True):
-            started.append(start_rank(host, command, one, **options))
-        _launched = True
+            started.start(host, WORKER, one)
         os.environ.update(own)  # where MLX looks for it, too
-        return connect(launched=True, end=lambda: end_started(started))
+        ranks = connect(started)
+        _launched = True
+        return ranks
     except BaseException:
-        kill(started)
+        started.kill()
         raise
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def end_started(processes: Sequence[subprocess.Popen]) -> None:
-    """Those that were told to end have a moment; then they are killed."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    while any([process.poll() is None for process in processes]) and time.monotonic() < end:
-        time.sleep(0.02)
-    kill(processes)
+class StartedRanks:
+    """The processes of all ranks but 0, and what they say of errors."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen] = []
+        self._said: list[IO[bytes]] = []
+
+    def start(self, host: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        """The next rank; arguments as for `start_rank`."""
+        self._said.append(tempfile.TemporaryFile())
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self._said[-1]}
+        self._processes.append(start_rank(host, command, environment, start_new_session=True, **streams))
+
+    def last_words(self, rank: int, within: float = 0.0) -> str | None:
+        """How a rank's process has ended, and the last lines that it said; None where it still runs after so many seconds."""
+        try:
+            code = self._processes[rank - 1].wait(within)
+        except subprocess.TimeoutExpired:
+            return None
+        said = self._said[rank - 1]
+        size = os.fstat(said.fileno()).st_size
+        text = os.pread(said.fileno(), _LAST_BYTES, max(size - _LAST_BYTES, 0)).decode("utf-8", "replace")
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return "; ".join([how, *(line.strip() for line in text.splitlines()[-_LAST_LINES:] if line.strip())])
+
+    def end(self) -> None:
+        """Those that were told to end have a moment; then they are killed."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while any([process.poll() is None for process in self._processes]) and time.monotonic() < end:
+            time.sleep(0.02)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends those that are still there, at once."""
+        kill(self._processes)
 
 
 def end_together(processes: Sequence[subprocess.Popen]) -> int:

@@ -1062,6 +1062,7 @@ class Trainer:
         self.ranks.agree(check)
         self._begin(lm, data, TrainConfig.from_dict(begin["config"]), force=True, backward=begin["backward"])
         self.obey(self.ranks.following_at_once("take_state"))
+        self.ranks.obeys = weakref.WeakMethod(self.obey)  # as when rank 0 makes its next trainer, for which this one saves
 
     @classmethod
     def _joined_run(cls, ranks: Ranks, lm: LanguageModel | None, data: DataSet | str | os.PathLike | None) -> Trainer:
@@ -1080,6 +1081,7 @@ class Trainer:
         """On rank 0: has the others stand where it does. `arrays`: the optimizer's; None where they have them, of a run that begins."""
         if self.ranks is not None:
             with self._with_ranks("take_state", step=self.step_count, optimizer=arrays is not None):
+                self.ranks.told(self.history.to_jsonable())
                 self.ranks.shared(parameters_of(self.lm.model), 0)
                 if arrays is not None:
                     self.ranks.shared(arrays, 0)
@@ -1087,6 +1089,7 @@ class Trainer:
     def _take_shared_state(self, step: int, optimizer: bool) -> None:
         """On the others, the same."""
         self.step_count = step
+        self.history[:] = History.from_jsonable(self.ranks.told(None))
         put_parameters(self.lm.model, self.ranks.shared({}, 0))
         if optimizer:
             self.optimizers.load_state_arrays(self.ranks.shared({}, 0, self.optimizers.keeps))

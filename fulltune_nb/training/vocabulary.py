@@ -57,7 +57,7 @@ def ranges(vocab_size: int, hidden_size: int) -> list[slice]:
 def head_loss(head: Head, inputs: list[HeadInput], kernels: Kernels | None = None) -> tuple[list[float | mx.array], list[mx.array]]:
     """Of each input the weighted sum of -log p(target), and its gradient with respect to `hidden` (N, D); by `evaluate`.
 
-    Fills in `log_sums` and `kept` for `head_gradients`. With kernels, one pass is enough where it is kept for one range.
+    Fills in `log_sums` and `kept` for `head_gradient`. With kernels, one pass is enough where it is kept for one range.
     """
     losses, gradients = [], []
     for one in inputs:
@@ -81,22 +81,16 @@ def head_loss(head: Head, inputs: list[HeadInput], kernels: Kernels | None = Non
     return losses, gradients
 
 
-def head_gradients(
-    head: Head, inputs: list[HeadInput], rows: slice, found: dict[str, mx.array] | None = None
-) -> dict[str, mx.array]:
-    """Gradients of a range of the head's rows: "weight" (v, D), and "bias" (v,) where there is one; by `evaluate`. They are added to
-    those `found` before."""
-    found = found or {}
+def head_gradient(head: Head, inputs: list[HeadInput], rows: slice, of: str, found: mx.array | None = None) -> mx.array:
+    """Gradient of a range of the head's rows, `of` its "weight" (v, D) or "bias" (v,); by `evaluate`. It is added to what was `found`."""
     for one in inputs:
         weight = None if one.kept else head["weight"][rows].astype(one.hidden.dtype)
         for part in _chunks(one, rows):
             logit_gradients = one.kept.get((rows.start, part.start))
             if logit_gradients is None:
                 logit_gradients = _logit_gradients(head, weight, one, rows, part)
-            more = {"weight": logit_gradients.T @ one.hidden[part]}
-            if "bias" in head:
-                more["bias"] = logit_gradients.sum(axis=0)
-            found = {name: found[name] + more[name] for name in more} if found else more
+            more = logit_gradients.T @ one.hidden[part] if of == "weight" else logit_gradients.sum(axis=0)
+            found = more if found is None else found + more
             evaluate(found)
     return found
 

@@ -36,6 +36,9 @@ def trained(scenario: dict[str, Any], listeners: Sequence[Any] = ()) -> dict[str
     splits = {"train": make_rows(27), "valid": make_rows(9, start=100), "test": make_rows(3, start=200)}
     data = ft.load_data(splits, tokenizer, config=config)
     trainer = ft.Trainer(lm, data, config, scenario.get("run_dir"), resume=scenario.get("resume"))
+    if scenario.get("again"):
+        trainer.run(2)
+        trainer = ft.Trainer(lm, data, config, scenario["run_dir"], resume="auto")  # for which the first one saves
     trainer.listeners.extend(listeners)
     if scenario.get("loop"):
         for report in trainer.steps():
@@ -73,6 +76,9 @@ def digest_of(arrays: dict[str, Any]) -> str:
 def main(folder: str) -> None:
     """All scenarios, one after the other."""
     scenarios = json.loads((Path(folder) / "scenarios.json").read_text())
+    for scenario in scenarios.values():
+        if "run_dir" in scenario:
+            scenario["run_dir"] = str(Path(folder) / scenario["run_dir"])
     results = {name: trained(scenario) for name, scenario in scenarios.items()}
     (Path(folder) / f"rank-{os.environ.get('MLX_RANK', 0)}.json").write_text(json.dumps(results))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -179,3 +181,29 @@ def test_a_run_that_does_not_fit_is_refused_unless_forced(make_lm, make_data, mo
 
 def test_engines_name_themselves(make_trainer):
     assert repr(make_trainer().engine) == "WholeGraph()" and repr(make_trainer(backward="layerwise").engine) == "Layerwise()"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_between_ranks_a_heads_bias_travels_without_its_weight(many, monkeypatch):
+    if many:
+        monkeypatch.setattr(vocabulary, "RANGE_ELEMENTS", 32 * 100)
+    model = Decoder(read_config({**TINY_LLAMA, "model_type": "phi", "partial_rotary_factor": 0.5}))
+    batches = [random_batch(512, 3, 20, 1), random_batch(512, 2, 13, 2)]
+    passed: list[dict[str, mx.array]] = []
+
+    def keep(sums):
+        passed.append(dict(sums))
+        return sums
+
+    ranks = SimpleNamespace(
+        own=enumerate, received=lambda number, sums: sums, passed_on=lambda number, count, sums: keep(sums), total=lambda count, sums: sums,
+        added=lambda number, count, sums, own: own if not sums else {name: sums[name] + own[name] for name in own},
+        merged=lambda own: list(own.values()),
+    )  # fmt: skip
+    gradients = Layerwise(model, ranks=ranks).gradients(1, batches)
+    gradients.check_finite()
+    handed_out = {name for piece in gradients.pieces() for name in piece.gradients}
+    assert {"lm_head.weight", "lm_head.bias"} <= handed_out
+    assert all(len(sums) == 1 for sums in passed)
+    elements = sum(array.size for sums in passed for array in sums.values())
+    assert elements == len(batches) * (512 * 32 + 512)  # each once a micro-batch

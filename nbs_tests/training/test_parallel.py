@@ -45,6 +45,7 @@ SCENARIOS = {
     },
     "experts": {"settings": ONE_BY_ONE, "model": EXPERTS},
     "calls within a loop": {"settings": ONE_BY_ONE, "loop": True},
+    "a second trainer goes on": {"settings": {**ONE_BY_ONE, "shard_optimizer": True}, "run_dir": "again", "again": True},
     "early stop": {"settings": {**ONE_BY_ONE, "iters": 20, "steps_per_eval": 1, "patience": 2, "learning_rate": 0.3, "val_batches": 2}},
 }
 
