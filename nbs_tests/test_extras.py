@@ -12,8 +12,9 @@ import fulltune_nb as ft
 
 NOTEBOOK = ("matplotlib", "PIL", "ipywidgets", "anywidget", "traitlets", "IPython", "ipykernel", "papermill", "nbclient", "nbformat")
 NOTEBOOK += ("nbconvert", "jupyterlab")
-OTHERS = ("pandas", "datasets", "tensorboard", "wandb", "trackio")
-COMMAND = {package: f"pip install 'fulltune_nb[{'notebook' if package in NOTEBOOK else package}]'" for package in NOTEBOOK + OTHERS}
+OTHERS = ("pandas", "datasets", "tensorboard", "wandb", "trackio", "swanlab", "mlflow", "optuna", "ray", "lm_eval", "mlx_lm")
+EXTRA = dict.fromkeys(NOTEBOOK, "notebook") | {package: package for package in OTHERS} | {"lm_eval": "eval", "mlx_lm": "mlx-lm"}
+COMMAND = {package: f"pip install 'fulltune_nb[{extra}]'" for package, extra in EXTRA.items()}
 
 BLOCK = """
 import sys
@@ -95,16 +96,21 @@ def test_public_names_that_need_a_package_name_the_command_and_the_others_are_th
 
 OTHERWISE = """
 from pathlib import Path
-from fulltune_nb.experiments import loggers, parameters
+from fulltune_nb.experiments import executors, loggers
 from fulltune_nb.experiments.execution import execute, find_notebook
 quickstart = find_notebook("00_quickstart.ipynb")
 Path("train.parquet").write_bytes(b"")
-tokenizer = ft.load_model(ft.tiny.BASE_MODEL).tokenizer
+lm = ft.load_model(ft.tiny.BASE_MODEL)
 for what in (
     lambda: execute(quickstart, Path("executed.ipynb"), {}),
     lambda: ft.sweep(quickstart, grid={"seed": [0]}, out_dir="sweep"),
-    lambda: ft.load_data(".", tokenizer), ft.History().to_frame,
-    lambda: loggers.Tensorboard("logs"), lambda: loggers.Wandb("a"), lambda: loggers.Trackio("a"),
+    lambda: ft.search(quickstart, {"seed": [0]}, "search", trials=1),
+    lambda: executors.RayExecutor(),
+    lambda: ft.load_data(".", lm.tokenizer), ft.History().to_frame,
+    lambda: loggers.Tensorboard("logs"), lambda: loggers.Wandb("a"), lambda: loggers.Trackio("a"), lambda: loggers.SwanLab("a"),
+    lambda: loggers.MLflow("a"),
+    lambda: __import__("fulltune_nb.insight.harness"),
+    lambda: lm.export("folder", to="mlx-4bit"),
 ):
     print(told(what))
 """
@@ -112,7 +118,8 @@ for what in (
 
 def test_notebooks_tables_and_loggers_name_the_command_too(tmp_path):
     lines = without(NOTEBOOK + OTHERS, OTHERWISE, tmp_path).splitlines()
-    extras = ["notebook", "notebook", "datasets", "pandas", "tensorboard", "wandb", "trackio"]
+    extras = ["notebook", "notebook", "optuna", "ray", "datasets", "pandas", "tensorboard", "wandb", "trackio", "swanlab", "mlflow"]
+    extras += ["eval", "mlx-lm"]
     assert [line.split("not installed: ")[1] for line in lines] == [f"pip install 'fulltune_nb[{extra}]'." for extra in extras]
 
 
