@@ -215,6 +215,11 @@ class TrainConfig:
     patience: int | None = setting(
         None, checks.optional(checks.whole(1)), "Evaluations without improvement after which training stops. None: never."
     )
+    load_best: bool = setting(
+        False, checks.flag,
+        "When the run is done, give the model the weights of the best validation; the last ones are in the last checkpoint. Without a "
+        "run's folder the best are kept in memory meanwhile.",
+    )  # fmt: skip
     seed: int = setting(0, checks.whole(0, 2**63 - 1), "Seed of the order of the data.")
     mask_prompt: bool | str | None = _data_setting("mask_prompt")
     max_seq_length: int | None = _data_setting("max_seq_length")

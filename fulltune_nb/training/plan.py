@@ -132,6 +132,8 @@ def _without_effect(config: TrainConfig, data: Any, total_steps: int) -> list[tu
     if config.patience is not None and (data.valid is None or not config.val_batches):
         why = "the data has no valid split" if data.valid is None else "val_batches=0 leaves evaluations out"
         notes.append(("patience", f"patience={config.patience} has no effect: {why}, so nothing is evaluated during training"))
+    if config.load_best and (data.valid is None or not config.val_batches):
+        notes.append(("load_best", "load_best=True has no effect: nothing is evaluated during training, so the last weights stay"))
     warmup = warmup_steps(form.get("warmup", config.warmup) if isinstance(form, Mapping) else config.warmup, total_steps)
     if 0 < total_steps <= warmup:
         notes.append(("warmup", f"warmup={warmup:,} is as long as the run of {total_steps:,} steps or longer: it ends below the peak rate"))

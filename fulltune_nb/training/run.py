@@ -30,6 +30,7 @@ from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelErr
 from fulltune_nb.files import absolute, append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
 from fulltune_nb.models.language_model import LanguageModel, load_model
+from fulltune_nb.models.parameters import Arrays, parameters_of
 from fulltune_nb.settings import names_of
 from fulltune_nb.tokenizer import TEMPLATE
 from fulltune_nb.training.config import TrainConfig
@@ -60,10 +61,13 @@ from fulltune_nb.training.schedule import spans_the_run
 from fulltune_nb.training.state import (
     BEST,
     FOLDER_NAME,
+    STATE_FILE,
     TrainerState,
+    check_files,
     checkpoint_name,
     evaluated_since,
     list_checkpoints,
+    new_decoder,
     newest_whole,
     other_arithmetic,
     read_optimizer,
@@ -76,7 +80,7 @@ from fulltune_nb.training.state import (
 Entry = StepReport | EvalReport | Event
 _CHANGE_NO_WEIGHT = {
     "steps_per_report", "steps_per_eval", "val_batches", "test_batches", "save_every", "keep", "on_save_error", "patience",
-    "shard_optimizer",
+    "shard_optimizer", "load_best",
 }  # fmt: skip
 """Settings that may change within a run: they say what is looked at and kept."""
 
@@ -197,6 +201,24 @@ class RunDirectory:
     def save_best(self, lm: LanguageModel, step: int) -> None:
         """Makes the present weights, those of a step, the best ones."""
         self._write_model(self.path / BEST, lm, about={"step": step})
+
+    def best_weights(self, lm: LanguageModel, step: int) -> Arrays | None:
+        """Those of `best/` by module path, where they are those of a step; `lm` is left as it is.
+
+        Raises:
+            CheckpointError: they are not what was written.
+        """
+        folder = self.path / BEST
+        if read_result(folder / STATE_FILE).get("step") != step:
+            return None
+        try:
+            check_files(folder)
+        except (OSError, ValueError) as error:
+            last = self.last_checkpoint()
+            raise CheckpointError(f"{folder} is not what was written: {error}. The last weights are in {last}.") from error
+        model = new_decoder(lm)
+        load_folder_weights(model, folder)
+        return parameters_of(model)
 
     def _write_model(
         self, folder: Path, lm: LanguageModel, state: TrainerState | None = None, about: Mapping[str, Any] | None = None

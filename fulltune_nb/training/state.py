@@ -80,14 +80,14 @@ def set_random_state(state: list[int]) -> None:
 
 def copy_of(lm: LanguageModel) -> LanguageModel:
     """The same model with weights of its own."""
-    model = _new_decoder(lm)
+    model = new_decoder(lm)
     put_parameters(model, copied(parameters_of(lm.model)))
     other = LanguageModel(model, lm.tokenizer, lm.source, lm.generation_config)
     other.dequantized = lm.dequantized
     return other
 
 
-def _new_decoder(lm: LanguageModel) -> Decoder:
+def new_decoder(lm: LanguageModel) -> Decoder:
     """One of the same shape; MLX's random state does not notice its initial values."""
     random = random_state()
     model = Decoder(lm.config)
@@ -354,7 +354,7 @@ def read_checkpoint(folder: Path, lm: LanguageModel) -> TrainerState:
     Raises:
         CheckpointError: it is not whole.
     """
-    values, model = read_state(folder), _new_decoder(lm)
+    values, model = read_state(folder), new_decoder(lm)
     load_folder_weights(model, folder)
     return TrainerState.from_json(values, read_optimizer(folder), parameters_of(model))
 

@@ -126,6 +126,7 @@ class Trainer:
         pausing: whether the run under way is to end after its step; see `pause`.
         doing: what is done beside steps at this moment, such as "evaluating valid 12 of 50" (batches) or "saving"; "" for nothing.
         failure: why the state is "failed", in a line; "" where it is not.
+        loaded_best: the step whose weights the model has been given at the end of the run, with `load_best`; None: it has the last ones.
     """
 
     def __init__(
@@ -362,6 +363,7 @@ class Trainer:
         with self._leading(), interrupts_deferred():
             with self._running():
                 self._check_whole()
+                self._check_has_last_weights()
                 if self._directory and not self._directory.lock.is_ours:
                     self._directory.lock.check()  # before the update: the later trainer may be training this very model
                 if self.step_count == 0 and self._directory and self._directory.last_checkpoint() is None:
@@ -478,9 +480,10 @@ class Trainer:
             raise
 
     @contextmanager
-    def rehearsal(self) -> Iterator[Callable[[float], float]]:
+    def rehearsal(self, same_rows: bool = False) -> Iterator[Callable[[float], float]]:
         """A function that takes the next step with a learning rate and returns its loss; after the block all is as it was, bit for bit.
 
+        With `same_rows` it takes the first of them again and again.
         The steps are the trainer's own, with its data, its optimizer and its way to get gradients, but they are in no history and
         move no schedule. Nothing is copied: while somebody holds the old arrays, updates are made in new memory. So the block needs
         memory for a second set of weights and optimizer state.
@@ -492,7 +495,7 @@ class Trainer:
 
         def step(learning_rate: float) -> float:
             nonlocal taken
-            number, taken = self.step_count + taken, taken + 1
+            number, taken = self.step_count + taken * (not same_rows), taken + 1
             with device_errors(IN_TRAINING):
                 return self._take_step(number + 1, self.batches.of_step(number), learning_rate)[0]
 
@@ -626,14 +629,16 @@ class Trainer:
         self._tell_report(report)
         return report
 
-    def _evaluated(self, split: str, batches: int | None) -> EvalReport:
-        """What `evaluate` records."""
+    def _evaluated(self, split: str, batches: int | None, step: int | None = None) -> EvalReport:
+        """What `evaluate` records; `step`: on the other ranks, the one whose weights these are."""
         self.lm.check_whole()
+        if step is None:
+            step = self.step_count if self.loaded_best is None else self.loaded_best
         with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
             tell = partial(self._tell_evaluated, split, [time.monotonic()])
             if self.ranks is not None and split in self.data.splits:
-                self._command("evaluate", split=split, batches=batches)
-            return evaluate_split(self.lm.model, self.data, split, self.step_count, self.config.batch_size, batches, tell, self.ranks)
+                self._command("evaluate", split=split, batches=batches, step=step)
+            return evaluate_split(self.lm.model, self.data, split, step, self.config.batch_size, batches, tell, self.ranks)
 
     def _tell_report(self, report: EvalReport) -> None:
         self.tell(_METHODS[EvalReport], report)
@@ -666,18 +671,48 @@ class Trainer:
 
     def _write_best_if_due(self) -> None:
         """The best weights, while they are those of now; where they could not be written in time, an event says so."""
-        if self.run_dir is None or not self._best_is_due:
+        if not self._best_is_due:
             return
         best = self._best_step
-        if best == self.step_count:
+        if self.run_dir is None:
+            self._best_is_due = False
+            if self.config.load_best:
+                self._best_kept = best, copied(parameters_of(self.lm.model))
+        elif best == self.step_count:
             with self.now_doing("saving the best weights"):
                 self._best_is_due = not self._try_to_write(partial(self._directory.save_best, self.lm, best))
+        else:
+            self._best_is_due = False
+            there = self.run_dir / "checkpoints" / checkpoint_name(best)
+            where = f" They are in {there}, while it is kept." if there.is_dir() else " They are kept nowhere."
+            lost = f"best/ has not the weights of step {best}, whose validation loss is the lowest: they could not be written.{where}"
+            self.event("save_failed", lost)
+
+    def _load_best_if_due(self) -> None:
+        """At the end of a run with `load_best`: the model gets the weights of the best validation. What cannot be had is told."""
+        best = self._best_step
+        if not self.config.load_best or best in (None, self.step_count, self.loaded_best):
             return
-        self._best_is_due = False
-        there = self.run_dir / "checkpoints" / checkpoint_name(best)
-        where = f" They are in {there}, while it is kept." if there.is_dir() else " They are kept nowhere."
-        lost = f"best/ has not the weights of step {best}, whose validation loss is the lowest: they could not be written.{where}"
-        self.event("save_failed", lost)
+        step, weights = self._best_kept if self._directory is None else (best, self._directory.best_weights(self.lm, best))
+        if step != best or weights is None:
+            why = "the model had before it was trained" if best == 0 else "are kept nowhere"
+            stay = f"those of step {self.step_count} stay"
+            self.event("load_best", f"the best validation loss is of step {best}, whose weights {why}: {stay}")
+            return
+        put_parameters(self.lm.model, weights)
+        mx.eval(self.lm.model.parameters())
+        self.loaded_best = best
+        self._share_state()
+        last = self._directory and self._directory.last_checkpoint()
+        where = f"; the last are in {last}" if last else ""
+        self.event("load_best", f"the model has the weights of step {best}, the best validation{where}")
+
+    def _check_has_last_weights(self) -> None:
+        if self.loaded_best is not None:
+            raise TrainingError(
+                f"The model has the best weights now, those of step {self.loaded_best} (load_best), and optimizer and data stand at step"
+                f" {self.step_count}. trainer.restore(the last checkpoint) goes back to that; a new Trainer begins with the best."
+            )
 
     @property
     def _best_step(self) -> int | None:
@@ -802,6 +837,7 @@ class Trainer:
             with interrupts_deferred():
                 self._save_unless_saved()
         if self.done and self._result_step != self.step_count:
+            self._load_best_if_due()
             self._write_result()
             self._result_step = self.step_count
 
@@ -810,7 +846,7 @@ class Trainer:
         self._directory, directory.lock.save = directory, weakref.WeakMethod(self._save_for_the_next)
 
     def _save_for_the_next(self) -> None:
-        if self._torn() is None and self._saved_step != self.step_count:
+        if self._torn() is None and self._saved_step != self.step_count and self.loaded_best is None:
             self._write_checkpoint()
 
     def _save_unless_saved(self) -> None:
@@ -839,6 +875,8 @@ class Trainer:
         """Of a run that goes back, what was written is not of the line that begins now."""
         self._saved_step = self._result_step = -1
         self._best_is_due = False  # it has not been written since the best evaluation
+        self._best_kept: tuple[int, Arrays] = -1, {}  # where there is no folder for them: the step, and the weights
+        self.loaded_best: int | None = None
         self._rates_to_come: dict[int, RateSet] = {}  # by step count; see `_set_rate_to_come`
 
     def result(self) -> dict[str, Any]:
@@ -848,6 +886,7 @@ class Trainer:
             "steps": self.step_count,
             "total_steps": self.total_steps,
             "stopped_early": self.stopped_early,
+            "loaded_best": self.loaded_best,
             **self.history.summary.to_dict(),
             "config": self.config.to_dict(),
             "model": self.lm.source,
@@ -865,6 +904,7 @@ class Trainer:
     def _take_state(self) -> TrainerState:
         """Where the run stands; the arrays are the trainer's own, which the next step changes."""
         self._check_whole()
+        self._check_has_last_weights()
         self.lm.check_whole()
         origin = {
             "position": {"epoch": self.step_count // self.steps_per_epoch, "step_in_epoch": self.step_count % self.steps_per_epoch},
@@ -1149,7 +1189,7 @@ class Trainer:
             if do == "step":
                 return self._step_along(command["number"], command["rate"])
             if do == "evaluate":
-                self.history.append(self._evaluated(command["split"], command["batches"]))
+                self.history.append(self._evaluated(command["split"], command["batches"], command["step"]))
             elif do == "give_state":
                 self._optimizer_arrays()
             elif do == "take_state":
