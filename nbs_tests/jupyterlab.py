@@ -190,8 +190,20 @@ class Lab:
         return self.output(number).inner_text().strip()
 
     def save(self) -> None:
-        """Saves the notebook's file."""
-        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.context.save()")
+        """Saves the notebook's file, over what another tab has saved meanwhile: JupyterLab asks, and waits for the answer."""
+        self.page.evaluate(
+            "() => { window.saved = ''; window.jupyterapp.shell.currentWidget.context.save().then(() => { window.saved = 'yes'; }, "
+            "error => { window.saved = String(error); }); }"
+        )
+        overwrite = self.page.get_by_role("button", name="Overwrite")
+        for _ in range(300):
+            if saved := self.page.evaluate("() => window.saved"):
+                assert saved == "yes", saved
+                return
+            if overwrite.count():
+                overwrite.click()
+            self.page.wait_for_timeout(100)
+        raise AssertionError("The notebook was not saved within 30 s.")
 
     def theme(self, name: str) -> None:
         """`JupyterLab Light` or `JupyterLab Dark`."""

@@ -154,7 +154,7 @@ def test_two_tabs_save_the_same_true_record(lab, browser, server, folder):  # no
         tab.page.wait_for_timeout(1500)
     step = shown_step(second)
     for tab in (second, lab):
-        save(tab)
+        save(tab)  # the other one's was saved before: JupyterLab asks which shall stand
         assert saved_record(path, PANEL).startswith(f"paused: step {step:,} of")
     page.close()
     lab.command("kernelmenu:shutdown")

@@ -120,7 +120,7 @@ def test_the_tabs_look_inside_while_the_run_goes_on(shown):
     assert "<img src=x onerror=" in panel.inner_text()
     assert panel.locator("script, iframe, img[src='x'], mjx-container, .jupyter-widgets-error-widget").count() == 0
     look(lab, "train-panel-callbacks")
-    lab.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    lab.page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart(); }")
     gone = lab.page.locator(".fulltune-panel.jupyter-widgets-disconnected")
     gone.wait_for()
     said = gone.aria_snapshot().splitlines()  # what a screen reader is given
