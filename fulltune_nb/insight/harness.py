@@ -103,10 +103,10 @@ class HarnessModel(TemplateLM):
             if not 0 < len(continuation) <= self.max_length:
                 raise ConfigError(f"A task has a continuation of {len(continuation):,} tokens; 1 to {self.max_length:,} can be scored.")
             rows.append(np.array([*context, *continuation][-self.max_length - 1 :], dtype=np.int32))
+        scored = [len(continuation) for _, _, continuation in requests]
         found = []
-        for (_, _, continuation), statistics in zip(requests, token_statistics(self.lm.model, rows, alternatives=1), strict=True):
-            scored = slice(-len(continuation), None)
-            losses, ranks = statistics.losses[scored], statistics.ranks[scored]
+        for last, statistics in zip(scored, token_statistics(self.lm.model, rows, alternatives=1, last=scored), strict=True):
+            losses, ranks = statistics.losses[-last:], statistics.ranks[-last:]
             found.append((-float(losses.sum(dtype=np.float64)), bool((ranks == 1).all())))
         return found
 

@@ -89,8 +89,12 @@ class TokenStatistics:
 
 
 @tells_device_errors(IN_EVALUATION)
-def token_statistics(model: Decoder, rows: Sequence[np.ndarray], alternatives: int = ALTERNATIVES) -> list[TokenStatistics]:
-    """One for each row of token ids, in their order. `alternatives=0` leaves out ranks and alternatives, and takes less time."""
+def token_statistics(
+    model: Decoder, rows: Sequence[np.ndarray], alternatives: int = ALTERNATIVES, last: Sequence[int] | None = None
+) -> list[TokenStatistics]:
+    """One for each row of token ids, in their order. `alternatives=0` leaves out ranks and alternatives, and takes less time; so does
+    `last`, of how many of each row's last tokens there are some: before them stand NaN and rank 0, as for a first token.
+    """
     found: list[TokenStatistics | None] = [None] * len(rows)
     for numbers in _batches([len(row) for row in rows]):
         inputs = np.zeros((len(numbers), max(1, *(len(rows[i]) - 1 for i in numbers))), dtype=np.int32)
@@ -102,18 +106,17 @@ def token_statistics(model: Decoder, rows: Sequence[np.ndarray], alternatives: i
         mx.eval(hidden)
         for b, i in enumerate(numbers):
             size = len(rows[i])
-            losses, _, ranks, *top = predictions(model, hidden[b, : max(0, size - 1)], rows[i][1:], alternatives)
-            losses, ranks, *top = (_with_first(array, size) for array in (losses, ranks, *top))
-            losses[:1] = np.nan
+            first = min(1, size) if last is None else max(min(1, size), size - last[i])
+            losses, _, ranks, *top = predictions(model, hidden[b, max(0, first - 1) : max(0, size - 1)], rows[i][first:], alternatives)
+            losses, ranks, *top = (_with_first(array, first) for array in (losses, ranks, *top))
+            losses[:first] = np.nan
             found[i] = TokenStatistics(losses, ranks, *top)
     return found
 
 
-def _with_first(array: np.ndarray, size: int) -> np.ndarray:
-    """(T, ...) from (T - 1, ...): zeros for the first token, which nothing predicts."""
-    whole = np.zeros((size, *array.shape[1:]), array.dtype)
-    whole[1:] = array
-    return whole
+def _with_first(array: np.ndarray, first: int) -> np.ndarray:
+    """(T, ...) from (T - first, ...): zeros for the first tokens, which nothing predicts or nobody asks about."""
+    return np.concatenate([np.zeros((first, *array.shape[1:]), array.dtype), array])
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ import pytest
 import fulltune_nb as ft
 from fulltune_nb.insight import top_losses
 from fulltune_nb.insight.losses import ExampleLosses, TokenLosses
-from fulltune_nb.insight.predictions import TokenStatistics
+from fulltune_nb.insight.predictions import TokenStatistics, token_statistics
 from nbs_tests.insight.conftest import HOSTILE, assert_harmless
 from nbs_tests.models.parity import need_torch
 
@@ -92,6 +92,16 @@ def test_long_rows_give_the_same_alone_and_among_others(make_lm, make_data):
     together = ft.token_losses(lm, data.train)
     for row, example in zip(together.rows, data.train, strict=True):
         np.testing.assert_allclose(ft.token_losses(lm, example).rows[0].losses, row.losses, atol=1e-5)
+
+
+def test_of_the_last_tokens_alone_the_same_is_said(make_lm, make_data):
+    lm = make_lm()
+    rows = [example.tokens for example in make_data().train][:5] + [np.array([3], np.int32)]
+    last = [1, 2, 5, len(rows[3]) - 1, len(rows[4]), 1]
+    for size, some, whole in zip(last, token_statistics(lm.model, rows, 2, last), token_statistics(lm.model, rows, 2), strict=True):
+        assert np.isnan(some.losses[: len(some.losses) - size]).all() and not some.ranks[: len(some.ranks) - size].any()
+        assert np.allclose(some.losses[-size:], whole.losses[-size:], rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert (some.ranks[-size:] == whole.ranks[-size:]).all() and (some.top_ids[-size:] == whole.top_ids[-size:]).all()
 
 
 def test_one_token_alone_has_no_loss_and_is_shown(make_lm):
