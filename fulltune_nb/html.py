@@ -28,6 +28,9 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028
 _CELL_CHARACTERS = 20_000  # of a text in a table; what is cut is counted
 _LONG_CAPTION = 80  # characters; longer ones may be broken between words
 _LONG_WORD = 40  # characters; longer ones may be broken anywhere
+_PICTURE = "fulltune-picture"
+_DARK_PAGES = ('[data-jp-theme-light="false"]', '[data-vscode-theme-kind*="dark"]', "body.dark")  # Jupyter's front ends, VS Code, marimo
+_ON_DARK = "filter: invert(0.93) hue-rotate(180deg)"  # white becomes the page's near-black, dark text light, and blue stays blue
 
 
 def esc(text: object, limit: int | None = None) -> str:
@@ -103,9 +106,18 @@ def facts(title: str, pairs: Iterable[tuple[str, object]]) -> str:
 
 
 def image(png: bytes, alt: str, width: float) -> str:
-    """A picture as an element of a page, so many pixels wide or as wide as its place; `alt` tells it to those who cannot see it."""
+    """A picture on white as an element of a page, dark where the page is; so many pixels wide or as wide as its place.
+
+    `alt` tells it to those who cannot see it.
+    """
     data = b64encode(png).decode()
-    return f'<img width="{width:.0f}" style="max-width:100%" alt="{esc(alt)}" src="data:image/png;base64,{data}"/>'
+    img = f'<img class="{_PICTURE}" width="{width:.0f}" style="max-width:100%" alt="{esc(alt)}" src="data:image/png;base64,{data}"/>'
+    return on_dark(f".{_PICTURE}") + img
+
+
+def on_dark(pictures: str) -> str:
+    """A style element that has pictures on white, which a CSS selector names, follow a dark page."""
+    return f"<style>{', '.join(f'{page} {pictures}' for page in _DARK_PAGES)} {{ {_ON_DARK} }}</style>"
 
 
 def scrolling(content: str, name: str) -> str:

@@ -10,7 +10,7 @@ from base64 import b64encode
 from typing import Any
 
 from fulltune_nb.errors import MissingDependencyError, optional_import
-from fulltune_nb.html import esc
+from fulltune_nb.html import esc, on_dark
 
 
 def in_kernel() -> bool:
@@ -75,10 +75,12 @@ class Record:
 
     def __init__(self, mark: str, with_picture: bool):
         self._name = f"{mark or new_mark()}-record"
-        beside = f".jp-OutputArea:has(.{mark}) .jp-OutputArea-child"
-        both = f"{beside}:has(.{self._name}), {beside}:has(+ .jp-OutputArea-child .{self._name})"  # the picture stands before the table
-        hidden = both if with_picture else f"body:has(.{mark}) .{self._name}"
+        child = ".jp-OutputArea-child"
+        picture = f"{child}:has(+ {child} .{self._name})"  # it stands before the table
+        beside = f".jp-OutputArea:has(.{mark})"
+        hidden = f"{beside} {child}:has(.{self._name}), {beside} {picture}" if with_picture else f"body:has(.{mark}) .{self._name}"
         self._rule = f"<style>{hidden} {{ display: none; }}</style>" if mark else ""
+        self._rule += on_dark(f"{picture} img") if with_picture else ""
         self._with_picture = with_picture
         self._outputs: list[Any] = []  # handles of what was displayed: the picture, where there is one, and the table
         self._place = ""  # a class that only the table has

@@ -94,7 +94,9 @@ def named_bars(values: Mapping[str, float], title: str, width: int = 240) -> str
     return f"<div><b>{esc(title)}</b></div><table>{''.join(lines)}</table>"
 
 
-def stacked_bar(parts: Mapping[str, float], limit: float | None = None, width: int = 560, unit: str = "") -> str:
+def stacked_bar(
+    parts: Mapping[str, float], limit: float | None = None, width: int = 560, unit: str = "", beside: Mapping[str, float] | None = None
+) -> str:
     """One lying bar of several parts, with a legend; an upright line marks `limit` where given.
 
     Args:
@@ -102,17 +104,21 @@ def stacked_bar(parts: Mapping[str, float], limit: float | None = None, width: i
         limit: where the line is drawn, in the same unit.
         width: pixels.
         unit: written behind each size in the legend.
+        beside: what is no part of the whole, as outlines behind it; as `parts`.
     """
-    scale = width / max(sum(parts.values()), limit or 0.0, 1e-12)
+    beside = beside or {}
+    scale = width / max(sum(parts.values()) + sum(beside.values()), limit or 0.0, 1e-12)
     x, shapes, legend, labels = 0.0, [], [], []
-    for i, (name, size) in enumerate(parts.items()):
+    for i, (name, size) in enumerate([*parts.items(), *beside.items()]):
         if not size:
             continue
         colour = PALETTE[i % len(PALETTE)] + ("" if i < len(PALETTE) else "77")  # paler the second time
-        label = f"{name} {hundredths(size)} {unit}".strip()
-        shapes.append(f'<rect x="{x:.1f}" y="4" width="{size * scale:.1f}" height="22" fill="{colour}"><title>{esc(label)}</title></rect>')
+        label, sign, look = f"{name} {hundredths(size)} {unit}".strip(), "■", f'fill="{colour}"'
+        if i >= len(parts):
+            sign, look = "□", f'fill="{colour}" fill-opacity="0.15" stroke="{colour}" stroke-dasharray="3 2"'
+        shapes.append(f'<rect x="{x:.1f}" y="4" width="{size * scale:.1f}" height="22" {look}><title>{esc(label)}</title></rect>')
         labels.append(label)
-        legend.append(f'<span style="margin-right:12px;white-space:nowrap"><span style="color:{colour}">■</span> {esc(label)}</span>')
+        legend.append(f'<span style="margin-right:12px;white-space:nowrap"><span style="color:{colour}">{sign}</span> {esc(label)}</span>')
         x += size * scale
     if limit is not None:
         at = min(limit * scale, width - 1)

@@ -68,6 +68,8 @@ def test_bars_keep_proportions_and_those_below_zero_hang_from_the_middle():
     assert numbers("height", shown)[1:] == [20.0, 10.0] and numbers("y", shown) == [0.0, 20.0]
     assert len(set(re.findall('fill="(.*?)"', shown))) == 2
     assert numbers("width", svg.stacked_bar({"a": 1.0, "b": 3.0}, width=400))[:2] == [400.0, 100.0]
+    both = svg.stacked_bar({"a": 3.0}, width=400, beside={"b": 1.0})
+    assert numbers("width", both)[:2] == [400.0, 300.0] and "stroke-dasharray" in both and "□</span> b 1.00" in both
     assert numbers("width", svg.named_bars({"a": 1.0, "b": 2.0, "c": math.nan}, "", width=100))[1::2] == [50.0, 100.0, 0.0]
 
 

@@ -184,7 +184,9 @@ def load_data(
         split = built[data_set, raw.name] = _build(raw, name, tokenizer, settings, notes)
         problems += split.skipped if settings.bad_rows == "error" or not len(split) else []
     if problems:
-        raise bad_rows_error(problems, where or "the rows given")
+        usable = settings.bad_rows == "error" and all(map(len, built.values()))
+        remedy = "Correct or remove these rows" + (', or leave them out by bad_rows="skip"' if usable else "")
+        raise bad_rows_error(problems, where or "the rows given", remedy)
     for split in built.values():
         _check_trainable(split, settings)
     if all(split.format == "text" for split in built.values()):

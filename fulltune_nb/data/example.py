@@ -81,10 +81,12 @@ _STYLES = {
 _PRE = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;margin:2px 0 10px 0;line-height:1.9"
 LEGEND_OF_RUNS = (
     f'<div style="margin-bottom:6px"><u style="{_STYLES["trained"]}">trained on</u> (underlined, tinted) &nbsp; '
-    f'<span style="{_STYLES["masked"]}">masked</span> (plain, faint) &nbsp; '
-    f'<span style="{_STYLES["special"]}">special token</span> (dashed box)'
+    f'<span style="{_STYLES["masked"]}">masked</span> (plain, faint)'
 )
-_LEGEND = f'{LEGEND_OF_RUNS} &nbsp; · space &nbsp; ⏎ line break &nbsp; <s style="{_STYLES["cut"]}">cut off</s> (struck through)</div>'
+_LEGEND = (
+    f'{LEGEND_OF_RUNS} &nbsp; <span style="{_STYLES["special"]}">special token</span> (dashed box) &nbsp; '
+    f'· space &nbsp; ⏎ line break &nbsp; <s style="{_STYLES["cut"]}">cut off</s> (struck through)</div>'
+)
 
 
 class Lens:

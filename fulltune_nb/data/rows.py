@@ -181,7 +181,7 @@ def template_unusable(source: str, limit: Exception) -> DataError:
     return DataError(f"{problem}. Look at tokenizer.chat_template, and use another one.", [problem])
 
 
-def bad_rows_error(problems: list[str], where: str) -> DataError:
+def bad_rows_error(problems: list[str], where: str, remedy: str = "Correct or remove these rows") -> DataError:
     """The error that lists bad rows: the first 20 in the message, equal reasons once; all in `.problems`."""
     groups: dict[str, list[str]] = {}
     for problem in problems[:PROBLEMS_SHOWN]:
@@ -196,7 +196,7 @@ def bad_rows_error(problems: list[str], where: str) -> DataError:
     if more > 0:
         lines.append(f"  ... and {more:,} more (all of them are in the error's .problems)")
     rows = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-    return DataError("\n".join([f"{rows} in {where}; nothing was loaded. Correct or remove these rows:", *lines]), problems)
+    return DataError("\n".join([f"{rows} in {where}; nothing was loaded. {remedy}:", *lines]), problems)
 
 
 # ---- files and lines
@@ -234,7 +234,8 @@ def parse_line(line: bytes) -> dict[str, Any]:
         raise RowError(f"not UTF-8 (byte 0x{byte:02x} at byte {error.start + 1} of the line); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 10) : error.pos + 20].rstrip("\r\n")
-        raise RowError(f"not JSON: {error.msg} at character {error.pos + 1}, near {near!r}{_json_hint(text, error)}") from None
+        what = error.msg.removesuffix(" at")
+        raise RowError(f"not JSON: {what} at character {error.pos + 1}, near {near!r}{_json_hint(text, error)}") from None
     except KeyTwice as error:
         raise RowError(f"{error}; keep one") from None
     except (RecursionError, ValueError) as error:

@@ -122,15 +122,24 @@ class Comparison:
             raise NotImplementedError from error  # by which IPython goes on to `_repr_html_`
         show(self.chart(), self._repr_html_(), repr(self))
 
+    def _own_results(self) -> list[str]:
+        """Entries of `result.json` that are not the same in all runs, where there are several, nor said by one above them."""
+        told, found = [], []
+        for name, values in self.results.items():
+            differs = len(values) == 1 or any(value != values[0] for value in values)
+            if name.startswith("result.") and differs and values not in told:
+                found.append(name)
+            told.append(values)
+        return found
+
     def __repr__(self) -> str:
         return f"Comparison({counted(len(self.runs), 'run')}, {len(self.differences)} settings differ)"
 
     def _repr_html_(self) -> str:
         names, results = [run.name for run in self.runs], self.results
-        shown = [name for name in results if not name.startswith("result.")]
-        told = [results[name] for name in shown]
-        own = [name for name in results if name.startswith("result.") and results[name] not in told]
-        shown, hidden = shown + own[:_RESULTS], more(len(own) - _RESULTS, "entries of result.json, in .results")
+        own = self._own_results()
+        shown = [name for name in results if not name.startswith("result.")] + own[:_RESULTS]
+        hidden = more(len(results) - len(shown), "entries of result.json, in .results")
         rows = [(_in_words(name), *_readable(name, results[name])) for name in shown]
         given = {name: [_text(value, "not set") for value in values] for name, values in self.differences.items()}
         differing = [(name, *values, _MEANINGS.get(name, "")) for name, values in given.items()]

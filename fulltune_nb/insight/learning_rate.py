@@ -28,6 +28,9 @@ _SAMPLE = 2**12  # elements of a tensor that surviving updates are counted in
 _SURVIVES = 0.5
 _VALLEY = 0.1  # of the fall
 _FEWEST = 5  # steps before a minimum that make it a fall
+_CLEAR = 4.0
+"""Standard errors that the fall has to have. On the package's tiny model it had 33 to 53 at the start, 7 to 20 after 20 steps, and 2 to 3
+at the end of a run, where no rate lowers the loss in so few steps (`docs/log.md`)."""
 
 
 class LearningRateSearch:
@@ -39,7 +42,8 @@ class LearningRateSearch:
         smoothed: (n,) float64, the losses' centred moving mean.
         survival: (n,) float64, share of updates that survive rounding at each rate; all NaN where the weights are float32.
         lowest_loss_rate: where the smoothed loss is lowest, which is the middle (on the logarithmic scale) of the rates at which it is
-            within a tenth of its whole fall from the bottom; None where it never fell.
+            within a tenth of its whole fall from the bottom; None where it fell no further than batches differ, or not at all.
+        rises_from: the rate from which on the smoothed loss stays clearly above that of the lowest rates; None where it does not.
         below: what that is divided by: 7 where the schedule keeps its rate, 3.5 where it lets it decay to 0 (as the mean of its rates is
             half its highest then), in between for others.
         suggestion: the quotient: the rate to train with (the peak of the schedule).
@@ -65,12 +69,28 @@ class LearningRateSearch:
         self.rates, self.losses = np.array(rates, np.float64), np.array(losses, np.float64)
         self.survival, self.dtype, self.stochastic = np.array(survivals, np.float64), dtype, stochastic
         finite = np.where(np.isfinite(self.losses), self.losses, np.nan)
-        self.smoothed = moving_mean(finite, max(3, len(finite) // 12) // 2 * 2 + 1)
+        window = max(3, len(finite) // 12) // 2 * 2 + 1
+        self.smoothed = moving_mean(finite, window)
         lowest = int(np.nanargmin(self.smoothed)) if np.isfinite(self.smoothed).any() else 0
-        self.lowest_loss_rate = self._middle_of_the_valley(lowest) if lowest >= _FEWEST else None
+        self._fall, doubt = self._compare_with_the_start(lowest, finite, window)
+        self.lowest_loss_rate = self._middle_of_the_valley(lowest) if lowest >= _FEWEST and self._fall > doubt else None
+        self.rises_from = self._end_of_the_flat(lowest, doubt)
         self.below = _BELOW_THE_MINIMUM * (1.0 + final_share) / 2.0
         self.suggestion = None if self.lowest_loss_rate is None else self.lowest_loss_rate / self.below
         self._at_the_end = lowest >= len(self.rates) - 2
+
+    def _compare_with_the_start(self, lowest: int, losses: np.ndarray, window: int) -> tuple[float, float]:
+        """How far the smoothed loss fell, and how far it may seem to, as the rows of each step are others; both in nats."""
+        if len(losses) <= _FEWEST or not np.isfinite(losses).any():
+            return 0.0, 0.0
+        steps = np.diff(losses[: max(lowest, 2 * _FEWEST) + 1])  # a slow fall hardly changes them
+        error = math.sqrt(np.nanmean(steps**2) / window)  # of the difference of two means, each of so many losses
+        return float(np.nanmean(self.smoothed[:_FEWEST]) - self.smoothed[lowest]), _CLEAR * error
+
+    def _end_of_the_flat(self, lowest: int, doubt: float) -> float | None:
+        flat = np.flatnonzero(self.smoothed <= self.smoothed[lowest] + self._fall + doubt)
+        first = int(flat[-1]) + 1 if len(flat) else 0
+        return float(self.rates[first]) if max(lowest, 2 * _FEWEST) < first < len(self.rates) else None
 
     def _middle_of_the_valley(self, lowest: int) -> float:
         # The lowest point itself hangs on which rows came then: from seed to seed it moves by a factor of 2.5, the middle by 1.3.
@@ -91,7 +111,13 @@ class LearningRateSearch:
     def notes(self) -> list[str]:
         """What to know about the suggestion."""
         notes = []
-        if self.suggestion is None:
+        if self.suggestion is None and self.rises_from is not None:
+            notes.append(
+                f"The loss fell by {self._fall:.2g}, which is no more than batches differ: there is nothing to suggest. A model that has "
+                f"learned these rows looks so: no rate makes it better in so few steps, and from {self.rises_from:.2g} on it is worse. "
+                "To train on, stay far below that, such as at the rate the training ended with."
+            )
+        elif self.suggestion is None:
             notes.append("The loss never fell: there is nothing to suggest. Look at the data, or begin at a lower rate (lowest=).")
         elif self._at_the_end:
             notes.append("The loss still fell at the highest rate tried: try higher ones (highest=).")
@@ -123,6 +149,8 @@ class LearningRateSearch:
         if self.suggestion is not None:
             mark(ax, self.suggestion, f"suggestion {self.suggestion:.2g}")
             mark(ax, self.lowest_loss_rate, f"lowest loss {self.lowest_loss_rate:.2g}")
+        elif self.rises_from is not None:
+            mark(ax, self.rises_from, f"loss rises from {self.rises_from:.2g}")
         if self.survives_from is not None and not self.stochastic and self.survives_from > self.rates[0]:
             mark(ax, self.survives_from, f"rounding eats updates below {self.survives_from:.2g}")
         return ax

@@ -13,7 +13,7 @@ import numpy as np
 from fulltune_nb import svg
 from fulltune_nb.errors import ConfigError
 from fulltune_nb.frames import frame
-from fulltune_nb.html import NO_MATH, more, table
+from fulltune_nb.html import NO_MATH, counted, more, table
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.callbacks import Attachable
 from fulltune_nb.training.rules import Piece
@@ -322,7 +322,7 @@ def survival_html(meter: UpdateMeter, what: str = "survival") -> str:
             rows.append((name, _percent(share), *(f"{number:{form}}" for number, form in zip(numbers, (".2e", ".3g", ".4g"), strict=True))))
     headers = ("block", "updates that survive", "update / weight", "gradient norm", "weight norm")
     share, measured = survival(record for record in recent if record.step == last), len(meter.steps)
-    caption = f"Step {last:,}: {_percent(share)} of the updates survive rounding; {measured:,} steps measured"
+    caption = f"Step {last:,}: {_percent(share)} of the updates survive rounding; {counted(measured, 'step')} measured"
     lines = f"{table(headers, rows, caption)}{more(len(blocks) - _BLOCKS, 'blocks')}"
     return f'<div class="{NO_MATH}">{lines}{_heat_map_html(shown, what, measured)}</div>'
 

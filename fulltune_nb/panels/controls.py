@@ -26,7 +26,9 @@ def button(description: str, tooltip: str, icon: str = "", style: str = "", togg
 def field(kind: type[widgets.DOMWidget], description: str, tooltip: str, layout: str | dict[str, str], **settings: Any) -> Any:
     """A control with a label: of some kind, `layout` wide, with the kind's own settings."""
     placed = widgets.Layout(**({"width": layout} if isinstance(layout, str) else layout))
-    return kind(description=description, tooltip=tooltip, style={"description_width": "initial"}, layout=placed, **settings)
+    made = kind(description=description, tooltip=tooltip, style={"description_width": "initial"}, layout=placed, **settings)
+    made.usual_tooltip = tooltip  # as of a button
+    return made
 
 
 def row(*children: widgets.Widget) -> widgets.HBox:
@@ -198,7 +200,7 @@ class ChatControls:
 
     def _make_settings(self, system: str, sampling: Sampling, presets: Mapping[str, tuple[float, float, int]]) -> None:
         tooltip = "Fills in temperature, top-p and top-k"
-        self.preset = field(widgets.Dropdown, "sampling", tooltip, "200px", options=[*presets, OWN_NUMBERS], value=OWN_NUMBERS)
+        self.preset = field(widgets.Dropdown, "sampling", tooltip, "250px", options=[*presets, OWN_NUMBERS], value=OWN_NUMBERS)
         number, whole = widgets.BoundedFloatText, widgets.BoundedIntText
         tooltip = "0: always the likeliest token; 1: as the model's own probabilities say; more: wilder"
         self.temperature = field(number, "temperature", tooltip, "160px", value=sampling.temperature, min=0.0, max=1e9, step=0.1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fulltune_nb.errors import FulltuneError, GenerationError
-from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, table
+from fulltune_nb.html import NO_MATH, PALETTE, cut, esc, scrolling, table
 from fulltune_nb.models.generation import Reading
 from fulltune_nb.models.language_model import LanguageModel
 from fulltune_nb.panels.loop import Background, Hold, let_go
@@ -164,7 +164,8 @@ class Conversation:
         if not rows:
             return f'<div class="{NO_MATH}">Conversation with {esc(" and ".join(self.names))}: nothing said yet</div>'
         more = f", the last {len(shown)} of {len(self.turns):,} turns" if len(shown) < len(self.turns) else ""
-        return table(("You", *self.names, ""), rows, f"Conversation{more}")
+        turns = table(("You", *self.names, ""), rows, f"Conversation{more}", least_width="7em")
+        return scrolling(turns, "Conversation")
 
 
 def _bubble(name: str, answer: Answer, colour: str) -> str:

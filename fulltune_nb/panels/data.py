@@ -212,7 +212,7 @@ class DataPanel(Panel):
 
     def _show_example(self) -> None:
         self.put(self.controls.index, self.index)
-        self.controls.lens.value = self.example_html()
+        self.controls.lens.value = self.example_html() if self.example is not None else ""  # the status says why
         self.controls.previous.disabled = not np.any(self.rows < self.index)
         self.controls.next.disabled = not np.any(self.rows > self.index)
         self._control_error = None  # of an earlier control

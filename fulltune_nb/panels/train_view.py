@@ -143,7 +143,6 @@ class TrainView:
         controls.progress.max = max(1, trainer.total_steps)
         controls.progress.value = trainer.step_count
         controls.progress.bar_style = "success" if trainer.done else ""
-        controls.learning_rate.disabled = running
         if not running:
             self._panel.put(controls.learning_rate, float(f"{trainer.peak_learning_rate:.12g}"))  # as it was typed
         if self._samples.version != self._samples_version:  # making the table takes a while

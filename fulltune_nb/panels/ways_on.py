@@ -46,7 +46,7 @@ def _free_folder(run_dir: Path) -> Path:
 
 
 def reasons_against(trainer: Trainer, loop: TrainLoop, samples: Samples) -> dict[str, str]:
-    """Button -> why it can do nothing now; "" where it can. From any thread."""
+    """Button or field -> why it can do nothing now; "" where it can. From any thread."""
     pausing, in_cell = trainer.pausing, trainer.state == "running" and not loop.busy
     training = loop.running or trainer.state == "running"
     begin = ""
@@ -62,5 +62,6 @@ def reasons_against(trainer: Trainer, loop: TrainLoop, samples: Samples) -> dict
         "step_n": begin,
         "pause": "It pauses after this step" if pausing else "" if training or trainer.doing else "Nothing is running",
         "stop": f"The run is {trainer.state}" if trainer.done and not training else "",
+        "learning_rate": "To be changed while paused" if loop.running else f"The run is {trainer.state}" if trainer.done else "",
         "sample_now": "" if samples.prompts else "There are no prompts yet: enter some, one a line",
     }

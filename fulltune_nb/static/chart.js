@@ -377,9 +377,10 @@ class View {
     return Math.max(120, Math.floor(this.box.clientWidth || 600));
   }
 
+  // Also when the page takes the chart in again, which may have another theme since: out of the page no transition is told.
   resize() {
-    if (!this.plot) this.show();
-    else if ( this.width() !== this.plot.width) this.plot.setSize({ width: this.width(), height: HEIGHT });
+    if (!this.plot || getComputedStyle(this.el).color !== this.ink) this.show();
+    if (this.plot && this.width() !== this.plot.width) this.plot.setSize({ width: this.width(), height: HEIGHT });
   }
 
   // Dotted lines where something happened, with their numbers in the list; crosses at the bottom where the loss was not finite.

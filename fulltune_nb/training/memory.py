@@ -73,8 +73,8 @@ def read_memory() -> MemoryReading:
 # -- what a run needs --------------------------------------------------------------------------------------------------------------
 
 
-_PARTS = ("weights", "optimizer state", "gradients", "activations", "logits", "random bits", "gradients and activations", "cache")
-"""Of a plan, in the order in which they are drawn: each has its colour in every plan."""
+_PARTS = ("weights", "optimizer state", "gradients", "activations", "logits", "random bits", "gradients and activations")
+"""Of a plan's peak, in the order in which they are drawn: each has its colour in every plan."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ class MemoryPlan:
 
     def _repr_html_(self) -> str:
         scale, unit = html.one_unit([self.peak])
-        sizes = {**dict.fromkeys(_PARTS, 0), **self.parts, "cache": self.cache}
-        parts = {name: size / scale for name, size in sizes.items()}
+        parts = {name: size / scale for name, size in {**dict.fromkeys(_PARTS, 0), **self.parts}.items()}
         verdict = f"{'fits' if self.fits else 'does not fit'} in {html.human_bytes(self.limit)}"
         title = f"<div><b>Memory: {self.peak / scale:,.2f} {unit} at the peak {verdict}</b>, {self._how}</div>"
         near = self.peak + self.cache > self.limit / 20  # a limit far above would leave nothing of the parts to see
         assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
         advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)
-        bar = svg.stacked_bar(parts, self.limit / scale if near else None, unit=unit)
+        cache = {"beside the peak: cache": self.cache / scale}
+        bar = svg.stacked_bar(parts, self.limit / scale if near else None, unit=unit, beside=cache)
         return title + bar + assumed + (f"<ul>{advice}</ul>" if advice else "")
 
 

@@ -128,6 +128,10 @@ def test_all_bad_rows_of_all_splits_are_collected_in_the_order_of_lines(tmp_path
     assert len(error.value.problems) == len(starts)
     for problem, start in zip(error.value.problems, starts, strict=True):
         assert problem.startswith(start) and problem in str(error.value)
+    assert 'bad_rows="skip"' not in str(error.value)  # test would be empty all the same
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(DataError, match='leave them out by bad_rows="skip"'):
+        load_data(tmp_path, make_tokenizer(templates.GEMMA))
 
 
 def test_rows_of_no_known_format_are_told_the_keys_expected_and_found(tokenizer):

@@ -48,6 +48,7 @@ def test_what_result_json_says_again_is_shown_once(runs):
     found = ft.compare([folder for folder, _ in runs])
     assert found.results["result.steps"] == [4, 4]
     shown = found._repr_html_()
+    assert "model source" not in shown and "more entries of result.json" in shown, "what is the same in all runs is counted"
     assert "result.steps" not in shown and "result.peak" not in shown and ", perplexity, by result.json" in shown
 
 

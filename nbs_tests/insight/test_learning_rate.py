@@ -112,6 +112,16 @@ def test_curves_without_a_minimum_say_so():
     assert curve([np.inf]).suggestion is None
 
 
+def test_a_fall_no_larger_than_batches_differ_suggests_nothing_and_says_from_where_the_loss_rises():
+    at, noise = np.linspace(0, 1, 101), np.random.default_rng(0).normal(0, 0.2, 101)
+    rise = np.maximum(at - 0.7, 0) * 20
+    trained, learning = curve(3 + noise + rise), curve(3 + noise + rise - np.clip(at, 0.2, 0.7) * 4)
+    assert trained.suggestion is None and trained.rises_from == pytest.approx(10 ** (-6 + 5 * 0.75), rel=1)
+    assert "no more than batches differ" in trained.notes[0] and f"from {trained.rises_from:.2g} on" in trained.notes[0]
+    assert any("loss rises" in text.get_text() for text in trained.plot().texts)
+    assert learning.suggestion is not None and not learning.notes
+
+
 def test_a_suggestion_where_rounding_eats_the_updates_names_the_remedy():
     at = np.linspace(0, 1, 101)
     losses = 2 + (at - 0.6) ** 2

@@ -152,6 +152,8 @@ def test_the_plan_shows_its_parts_against_the_limit(set_limit):
     plan = preflight(make_lm(**MISTRAL_7B), make_data(), TrainConfig())
     shown = plan._repr_html_()
     assert all(name in shown for name in ("weights", "optimizer state", "does not fit", "<svg", "limit 1.00 GB", "<li>"))
+    filled = [float(size.replace(",", "")) for size in re.findall(r"■</span> [a-z ]+ ([\d,.]+) GB", shown)]
+    assert sum(filled) == pytest.approx(plan.peak / GB, abs=0.05), "the cache is no part of the peak"
     assert repr(plan).startswith("MemoryPlan(peak ") and "\n" not in repr(plan)
     json.dumps(plan.parts)
 
