@@ -187,23 +187,26 @@ class StepBatches:
         grad_accumulation_steps: micro-batches of a step; the last step of an epoch may have fewer.
         packing: whether a row holds several examples.
         max_seq_length: tokens of a packed row at most.
+        rows_together: so many rows that follow each other in the split stand in one micro-batch, in their order, such as the two of a pair.
         multiple_of: T is padded to a multiple of this, which may be more than `max_seq_length`. What stands in which batch does not
             depend on it.
 
     Raises:
-        ConfigError: a number is out of range, or an example has more tokens than a packed row.
+        ConfigError: a number is out of range, an example has more tokens than a packed row, or rows cannot stay together.
     """
 
     def __init__(
         self, split: Split, *, batch_size: int, seed: int, grad_accumulation_steps: int = 1,
-        packing: bool = False, max_seq_length: int = 2048, multiple_of: int = 1,
+        packing: bool = False, max_seq_length: int = 2048, multiple_of: int = 1, rows_together: int = 1,
     ):  # fmt: skip
         self.batch_size = whole_number("batch_size", batch_size, low=1)
         self.seed = whole_number("seed", seed, low=0)
         self.grad_accumulation_steps = whole_number("grad_accumulation_steps", grad_accumulation_steps, low=1)
         self.max_seq_length = whole_number("max_seq_length", max_seq_length, low=2)
         self._multiple_of = whole_number("multiple_of", multiple_of, low=1)
-        self._split = split
+        self._split, self.rows_together = split, whole_number("rows_together", rows_together, low=1)
+        if rows_together > 1:
+            _check_together(split, rows_together, batch_size, packing)
         # As lists, because single elements of an array take ten times as long to read.
         self._width_of, self._targets_of = (split.lengths - 1).tolist(), split.trained_lengths.tolist()
         self._parts = [_Rows(split, examples, packing, self.max_seq_length) for examples in split.trainable_parts()]
@@ -283,7 +286,10 @@ class StepBatches:
         else:
             drawn = [self._drawn(number, epoch) for number in range(len(self._parts))]
             rows, widths = [row for rows, _ in drawn for row in rows], np.concatenate([widths for _, widths in drawn])
-        return rows, widths, _draw_batches(random, widths, self.batch_size)
+        if (together := self.rows_together) == 1:
+            return rows, widths, _draw_batches(random, widths, self.batch_size)
+        drawn_groups = _draw_batches(random, widths.reshape(-1, together).max(axis=1), self.batch_size // together)
+        return rows, widths, [(together * groups[:, None] + np.arange(together)).reshape(-1) for groups in drawn_groups]
 
     def _drawn(self, number: int, epoch: int) -> tuple[list[Row], np.ndarray]:
         """The rows that an epoch takes of a data set, and their widths: a piece of its passes, one behind the other."""
@@ -335,6 +341,26 @@ class StepBatches:
             f"StepBatches({self.rows_per_epoch:,} rows, batch_size={self.batch_size}, seed={self.seed}, "
             f"grad_accumulation_steps={self.grad_accumulation_steps}, {self.steps_per_epoch:,} steps per epoch)"
         )
+
+
+def _check_together(split: Split, together: int, batch_size: int, packing: bool) -> None:
+    """
+    Raises:
+        ConfigError: rows of a split cannot stay together.
+    """
+    problem = None
+    if packing or split.parts:
+        problem = "packing" if packing else "a mixture of data sets"
+        problem = f"{problem} puts rows together otherwise. Leave it out"
+    elif batch_size % together:
+        problem = f"batch_size={batch_size} is no multiple of it"
+    elif len(split.trainable) != len(split):
+        lost = np.setdiff1d(np.arange(len(split)), split.trainable)[0]
+        problem = f"{split[int(lost)].source} has no token to train on, so the rows that belong together are not whole"
+    elif len(split) % together:
+        problem = f"the split has {len(split):,} rows, no multiple of it"
+    if problem:
+        raise ConfigError(f"rows_together={together}: {problem}.")
 
 
 def padded_to(widths: Any, multiple: int) -> Any:

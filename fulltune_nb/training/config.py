@@ -227,6 +227,11 @@ class TrainConfig:
         False, checks.flag,
         "Put several rows into one of at most `max_seq_length` tokens, kept apart in attention: less padding, the same loss.",
     )  # fmt: skip
+    rows_together: int = setting(
+        1, checks.whole(1),
+        "So many rows that follow each other in the data come in one micro-batch, in their order, such as the two of a pair for a loss "
+        "that compares them.",
+    )  # fmt: skip
     prompt_feature: str | None = _data_setting("prompt_feature")
     completion_feature: str | None = _data_setting("completion_feature")
     text_feature: str | None = _data_setting("text_feature")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +24,8 @@ from fulltune_nb.models.experts import RouterBalance, lay_together, stacks_of
 from fulltune_nb.models.parameters import Arrays, apart, backward_through, parameters_of, swapped_in, together, trainable_of
 from fulltune_nb.training.gradients import Engine, GradientPiece, add, check_finite, global_norm, norm_of
 from fulltune_nb.training.layerwise import Layerwise, balance_of
-from fulltune_nb.training.loss import cross_entropy, losses_by_kernel
-from fulltune_nb.training.objective import PLAIN, Objective
+from fulltune_nb.training.loss import cross_entropy, losses_by_kernel, target_log_probs
+from fulltune_nb.training.objective import PLAIN, Objective, StepSize
 from fulltune_nb.training.parallel import Ranks
 
 CHUNK_ELEMENTS = 2**23
@@ -73,7 +74,8 @@ class WholeGraph:
         # A graph with experts cannot wait for its loss: their routing is read while it is made.
         self._in_halves = kernels is not None and not self._config.num_experts
         graph = self._halves if self._in_halves else self._whole
-        self._graph = mx.compile(graph) if compiled else graph
+        # What a loss of the user's reads of a batch would be constants of a compiled program.
+        self._graph = mx.compile(graph) if compiled and (self._in_halves or objective.loss is None) else graph
 
     def __repr__(self) -> str:
         return "WholeGraph()"
@@ -81,50 +83,56 @@ class WholeGraph:
     def gradients(self, number: int, batches: Sequence[Batch]) -> WholeGradients:
         """The step's loss and gradients, evaluated; see `gradients.Engine`."""
         lay_together(self._stacks)
-        step_tokens = sum(batch.num_tokens for batch in batches)
+        size = StepSize.of(batches)
         if self._ranks is not None:
-            return WholeGradients(number, batches, *self._sums_of_ranks(self._ranks, batches, step_tokens), self._kernels)
+            return WholeGradients(number, batches, *self._sums_of_ranks(self._ranks, batches, size), self._kernels)
         sums: Sums = None, {}
         for batch in batches:
-            sums = self._with(batch, step_tokens, sums)
+            sums = self._with(batch, size, sums)
         return WholeGradients(number, batches, *sums, self._kernels)
 
-    def _with(self, batch: Batch, step_tokens: int, sums: Sums) -> Sums:
+    def _with(self, batch: Batch, size: StepSize, sums: Sums) -> Sums:
         """The sums with one micro-batch more; by `evaluate`."""
         # Each micro-batch is weighted by its tokens: the sum is the mean over all tokens, not a mean of means.
-        weights = batch.weights / step_tokens
-        sums = added(sums, *self._by_kernel(batch, weights)) if self._in_halves else self._by_graph(batch, weights, sums)
+        weights = batch.weights / size.tokens
+        sums = added(sums, *self._by_kernel(batch, weights, size)) if self._in_halves else self._by_graph(batch, weights, size, sums)
         # One micro-batch's activations at a time; and before the norm, in one graph with which the peak of `grad_checkpoint` doubles.
         evaluate(*sums)
         return sums
 
-    def _sums_of_ranks(self, ranks: Ranks, batches: Sequence[Batch], step_tokens: int) -> Sums:
+    def _sums_of_ranks(self, ranks: Ranks, batches: Sequence[Batch], size: StepSize) -> Sums:
         """The sums over all ranks' micro-batches."""
         sums: Arrays = {}  # the loss is one of them
         for number, batch in ranks.own(batches):
-            loss, gradients = self._with(batch, step_tokens, (None, {}))
+            loss, gradients = self._with(batch, size, (None, {}))
             own = {"": loss, **gradients}
             del loss, gradients  # added to the running sum, none is held
             sums = ranks.added(number, len(batches), sums, own)
         sums = ranks.total(len(batches), sums)
         return sums.pop(""), sums
 
-    def _by_graph(self, batch: Batch, weights: np.ndarray, sums: Sums) -> Sums:
+    def _by_graph(self, batch: Batch, weights: np.ndarray, size: StepSize, sums: Sums) -> Sums:
         """The sums, to which a micro-batch's share of the mean loss and its gradients are added; lazy."""
-        targets = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
+        targets: dict[str, Any] = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
+        if self._objective.loss is not None:
+            targets["weighed"] = partial(self._objective.weighed, batch, size)
         balance = balance_of(self._model, batch, self._balance * weights.sum()) or ()
         read = together(parameters_of(self._model)), inputs_of(batch, self._model), targets, *balance
         # On a CPU adding is no part of what may be compiled: so it was, and runs that began so go on to the same bits.
         return added(sums, *self._graph((None, {}), *read)) if on_cpu() else self._graph(sums, *read)
 
-    def _whole(self, sums: Sums, parameters: Arrays, inputs: Arrays, targets: Arrays, *of_balance: Any) -> Sums:
+    def _whole(self, sums: Sums, parameters: Arrays, inputs: Arrays, targets: dict[str, Any], *of_balance: Any) -> Sums:
         balance = RouterBalance(*of_balance) if of_balance else None
 
         # Frozen parameters are an input too: compiled, what is not would be a constant of the program.
         def loss(*rows: mx.array) -> mx.array:
             hidden, head = self._hidden_states(inputs, balance, *rows), self._model.head_weights()
             cap, smoothing = self._config.logit_cap, self._objective.smoothing
-            return cross_entropy(hidden, head, targets["targets"], targets["weights"], cap, smoothing)
+            if (weighed := targets.get("weighed")) is None:
+                return cross_entropy(hidden, head, targets["targets"], targets["weights"], cap, smoothing)
+            value, weights = weighed(target_log_probs(hidden, head, targets["targets"], cap))
+            entropy = cross_entropy(hidden, head, targets["targets"], mx.stop_gradient(weights), cap)
+            return mx.stop_gradient(value - entropy) + entropy  # the value of the one, the gradients of the other
 
         with swapped_in(self._model, apart(parameters)):
             rows = self._embedding_rows(inputs["ids"])
@@ -159,20 +167,25 @@ class WholeGraph:
             hidden, _, gradients = backward_through(body, lambda: self._hidden_states(inputs), [], hidden_gradient)
         return hidden, gradients
 
-    def _by_kernel(self, batch: Batch, weights: np.ndarray) -> tuple[mx.array, Arrays]:
+    def _by_kernel(self, batch: Batch, weights: np.ndarray, size: StepSize) -> tuple[mx.array, Arrays]:
         """A micro-batch's share of the mean loss, and its gradients; evaluated."""
         # The second half reads what the kernel has written by then. NaN: what would be computed too early could not go unnoticed.
         hidden_gradient = mx.full((len(batch.targets), self._config.hidden_size), math.nan)
         mx.eval(hidden_gradient)
         hidden, gradients = self._graph(parameters_of(self._model), inputs_of(batch, self._model), hidden_gradient)
         mx.eval(hidden)
+        value = None
+        if self._objective.loss is not None:
+            head, targets = self._model.head_weights(), mx.array(batch.targets)
+            value, found = self._objective.weighed(batch, size, target_log_probs(hidden, head, targets, self._config.logit_cap))
+            weights = np.asarray(found)
         loss, of_head = self._head(hidden, batch.targets, weights, np.asarray(hidden_gradient))
         del hidden
         mx.eval(gradients)
         add(gradients, of_head)  # a tied one has both
         del of_head
         mx.eval(gradients)
-        return mx.array(loss), gradients
+        return mx.array(loss) if value is None else value, gradients
 
     def _head(self, hidden: mx.array, targets: np.ndarray, weights: np.ndarray, hidden_gradient: np.ndarray) -> tuple[float, Arrays]:
         """The loss, and the gradients of the head's trained arrays; that of `hidden` is written into `hidden_gradient`. Evaluated."""

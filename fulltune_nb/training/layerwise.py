@@ -38,7 +38,8 @@ from fulltune_nb.models.parameters import (
 from fulltune_nb.training import vocabulary
 from fulltune_nb.training.expert_gradients import ExpertWork, expert_gradients, vjp
 from fulltune_nb.training.gradients import GradientPiece, add, check_finite, global_norm, read
-from fulltune_nb.training.objective import PLAIN, Objective
+from fulltune_nb.training.loss import target_log_probs
+from fulltune_nb.training.objective import PLAIN, Objective, StepSize
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.parallel import Ranks
 from fulltune_nb.training.vocabulary import HeadInput
@@ -235,13 +236,24 @@ class LayerwiseGradients:
 
     def _forward_all(self) -> None:
         """All micro-batches up to the loss, and back to the last block's output."""
-        tokens = sum(batch.num_tokens for batch in self._batches)
-        how = tokens, self._balance, self._objective
+        size = StepSize.of(self._batches)
+        how = size.tokens, self._balance, self._objective
         self._streams = [_forward_one(self._model, self._passes, *numbered, *how) for numbered in self._own_batches]
+        values = [] if self._objective.loss is None else self._weigh(size)
         inputs = [stream.head for stream in self._streams]
         losses, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
-        self._losses = self._losses or losses  # a second pass has the same
+        self._losses = self._losses or values or losses  # a second pass has the same
         self._norm_gradients = self._through_final_norm(gradients)
+
+    def _weigh(self, size: StepSize) -> list[mx.array]:
+        """The values of a loss of the user's for each stream, whose trained positions then have its weights."""
+        head, values = self._model.head_weights(), []
+        for stream, (_, batch) in zip(self._streams, self._own_batches, strict=True):
+            one = stream.head
+            value, one.weights = self._objective.weighed(batch, size, target_log_probs(one.hidden, head, mx.array(one.targets), one.cap))
+            evaluate(value, one.weights)
+            values.append(value)
+        return values
 
     # Of several ranks each has the sums over its own micro-batches first: what it adds to the running sum when that has come.
 

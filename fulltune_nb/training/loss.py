@@ -81,6 +81,16 @@ def prediction_sums(hidden: mx.array, head: Head, targets: mx.array, weights: mx
     return sums
 
 
+def target_log_probs(hidden: mx.array, head: Head, targets: mx.array, cap: float | None = None) -> mx.array:
+    """(N,) float32, log p(target), without gradients, one chunk's logits at a time; arguments as for `cross_entropy`."""
+    found: list[mx.array] = []
+    head = {name: array.astype(hidden.dtype) for name, array in head.items()}
+    for rows in chunks(hidden.shape[0], head["weight"].shape[0]):
+        *_, losses = _token_losses(chunk_logits(mx.depends([hidden[rows]], found[-1:])[0], head, cap), targets[rows])
+        found.append(-losses)
+    return mx.stop_gradient(mx.concatenate(found))
+
+
 def _loss_with_gradients(
     hidden: mx.array, head: Head, targets: mx.array, weights: mx.array, cap: float | None, smoothing: float
 ) -> tuple[mx.array, ...]:

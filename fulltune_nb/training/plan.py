@@ -25,7 +25,7 @@ from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
 from fulltune_nb.training.memory import MemoryPlan, Workload, kept_freed
-from fulltune_nb.training.objective import PLAIN, Objective
+from fulltune_nb.training.objective import PLAIN, Loss, Objective
 from fulltune_nb.training.optimizers import check_patterns, update_bytes
 from fulltune_nb.training.parallel import Ranks
 from fulltune_nb.training.rounding import NEAREST_WARNING, stored_dtype
@@ -72,7 +72,9 @@ class Plan:
         return make_engine(model, self.backward, *how, in_stacks, ranks, self.objective)
 
 
-def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None) -> Plan:
+def make_plan(
+    lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None, loss: Loss | None = None
+) -> Plan:
     """The plan of a run.
 
     Args:
@@ -81,12 +83,15 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
         config: the settings, those of the data too.
         force: plan what does not fit into this machine's memory too.
         backward: "whole" or "layerwise", decided before; None: as the settings and the memory say.
+        loss: in place of the cross-entropy.
 
     Raises:
-        ConfigError: a pattern in `train_only`, `freeze` or `lr_factors` matches nothing.
+        ConfigError: a pattern in `train_only`, `freeze` or `lr_factors` matches nothing, or settings go against each other.
         MemoryLimitError: the run does not fit; the message says what would make it fit.
     """
     check_patterns(lm.model, config)
+    _check_rows_together(config)
+    objective = Objective(config.label_smoothing, loss)
     notes, batches = [], step_batches(data.train, config)
     if config.packing:
         notes.append(("packing", batches.packing_note))
@@ -106,6 +111,8 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
         )
     kernels = kernels_for(work.num_trained)
     compiles, note = _choose_compile(work, memory.backward, 6 * work.num_trained * total_steps * batches.tokens_per_step)
+    if compiles and loss is not None and memory.backward == "whole" and (kernels is None or lm.config.num_experts):
+        compiles, note = False, config.compile and "compile=True has no effect: with loss= the whole graph is not compiled"
     if note:
         notes.append(("compile", note))
     notes += _without_effect(config, data, total_steps) + _beyond_positions(lm, data)
@@ -119,11 +126,22 @@ def make_plan(lm: Any, data: Any, config: TrainConfig, force: bool = False, back
         )
     if balance and not lm.config.num_experts:
         notes.append(("router_aux_loss_coef", f"router_aux_loss_coef={balance:g} has no effect: the model has no experts"))
-    objective = Objective(config.label_smoothing)
     if objective.note:
         notes.append(("loss", objective.note))
     how = config.grad_checkpoint, gives_back, kernels
     return Plan(batches, total_steps, work.stored, memory, compiles, *how, tuple(notes), balance, objective)
+
+
+def _check_rows_together(config: TrainConfig) -> None:
+    """
+    Raises:
+        ConfigError: loading may have left out or split some of the rows that are to stay together.
+    """
+    given = {"bad_rows": config.bad_rows == "skip", "long_rows": config.long_rows in ("drop", "split")}
+    given["valid_fraction"] = bool(config.valid_fraction)
+    if config.rows_together > 1 and (wrong := [name for name, is_wrong in given.items() if is_wrong]):
+        what = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        raise ConfigError(f"rows_together={config.rows_together}: with {what} rows move up to where others stood. Leave that out.")
 
 
 def _without_effect(config: TrainConfig, data: Any, total_steps: int) -> list[tuple[str, str]]:
@@ -163,6 +181,7 @@ def step_batches(split: Split, config: TrainConfig) -> StepBatches:
         packing=config.packing,
         max_seq_length=config.max_seq_length,
         multiple_of=length_multiple(),
+        rows_together=config.rows_together,
     )
 
 

@@ -30,12 +30,12 @@ from fulltune_nb.errors import CheckpointError, ConfigError, DataError, ModelErr
 from fulltune_nb.files import absolute, append_line, flush_to_disk, remove_folder, tidy, wait_for_removals, write_text
 from fulltune_nb.models.folder import check_not_source, load_folder_weights, read_config_file
 from fulltune_nb.models.language_model import LanguageModel, load_model
-from fulltune_nb.models.parameters import Arrays, parameters_of
 from fulltune_nb.settings import names_of
 from fulltune_nb.tokenizer import TEMPLATE
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.lock import RunLock
+from fulltune_nb.training.objective import Loss, name_of
 from fulltune_nb.training.plan import step_batches
 from fulltune_nb.training.run_files import (  # noqa: F401  some of it is imported from here, by notebooks too
     CHECKPOINTS,
@@ -45,6 +45,7 @@ from fulltune_nb.training.run_files import (  # noqa: F401  some of it is import
     METRICS_FILE,
     RESULT_FILE,
     best_is_older_than,
+    best_weights,
     check_holds_no_run,
     check_kinds,
     check_nothing_of_others,
@@ -61,13 +62,10 @@ from fulltune_nb.training.schedule import spans_the_run
 from fulltune_nb.training.state import (
     BEST,
     FOLDER_NAME,
-    STATE_FILE,
     TrainerState,
-    check_files,
     checkpoint_name,
     evaluated_since,
     list_checkpoints,
-    new_decoder,
     newest_whole,
     other_arithmetic,
     read_optimizer,
@@ -201,24 +199,6 @@ class RunDirectory:
     def save_best(self, lm: LanguageModel, step: int) -> None:
         """Makes the present weights, those of a step, the best ones."""
         self._write_model(self.path / BEST, lm, about={"step": step})
-
-    def best_weights(self, lm: LanguageModel, step: int) -> Arrays | None:
-        """Those of `best/` by module path, where they are those of a step; `lm` is left as it is.
-
-        Raises:
-            CheckpointError: they are not what was written.
-        """
-        folder = self.path / BEST
-        if read_result(folder / STATE_FILE).get("step") != step:
-            return None
-        try:
-            check_files(folder)
-        except (OSError, ValueError) as error:
-            last = self.last_checkpoint()
-            raise CheckpointError(f"{folder} is not what was written: {error}. The last weights are in {last}.") from error
-        model = new_decoder(lm)
-        load_folder_weights(model, folder)
-        return parameters_of(model)
 
     def _write_model(
         self, folder: Path, lm: LanguageModel, state: TrainerState | None = None, about: Mapping[str, Any] | None = None
@@ -385,6 +365,20 @@ class StoredRun:
         if not self._has_weights:
             load_folder_weights(lm.model, self.checkpoint)
             lm.dequantized = self._state.get("dequantized", lm.dequantized)
+
+    def check_loss(self, loss: Loss | None) -> None:
+        """
+        Raises:
+            CheckpointError: it is not the loss of the run, by its name.
+        """
+        then, now = self._state.get("loss"), name_of(loss)
+        if then != now and not self._force:
+            raise CheckpointError(
+                f"the run was trained with loss={str(then)[:80]}, and here it is {now}. A function cannot be stored: pass the same again,"
+                " or force=True to go on with another."
+            )
+        if then != now:
+            self.notes.append(f"loss was {str(then)[:80]} and is {now}")
 
     def of_its_day(self, config: TrainConfig, data: DataSet) -> TrainConfig:
         """The config with the run's date in place of the one of today, where it has that from the data, and the data from the clock."""

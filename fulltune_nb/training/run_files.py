@@ -13,9 +13,22 @@ from typing import Any
 
 from fulltune_nb.errors import CheckpointError, listed
 from fulltune_nb.files import FINDER_FILE, LEFT, check_ordinary, open_ordinary, write_text
+from fulltune_nb.models.folder import load_folder_weights
+from fulltune_nb.models.language_model import LanguageModel
+from fulltune_nb.models.parameters import Arrays, parameters_of
 from fulltune_nb.training.history import History
 from fulltune_nb.training.lock import LOCK_FILE, is_lock_file
-from fulltune_nb.training.state import BEST, CHECKPOINT_FILE, FOLDER_NAME, MANIFEST_FILE, STATE_FILE, list_checkpoints, names_in_manifest
+from fulltune_nb.training.state import (
+    BEST,
+    CHECKPOINT_FILE,
+    FOLDER_NAME,
+    MANIFEST_FILE,
+    STATE_FILE,
+    check_files,
+    list_checkpoints,
+    names_in_manifest,
+    new_decoder,
+)
 
 CONFIG_FILE, METRICS_FILE, EVENTS_FILE, RESULT_FILE = "config.yaml", "metrics.jsonl", "events.jsonl", "result.json"
 CHECKPOINTS = "checkpoints"
@@ -113,6 +126,24 @@ def best_is_older_than(step: int, run_dir: Path) -> bool:
     """Whether a run's `best/` is not there, or says that its weights are of an earlier step. Earlier versions did not say."""
     there = read_result(run_dir / BEST / STATE_FILE).get("step", step)
     return not (run_dir / BEST).is_dir() or (isinstance(there, int) and there < step)
+
+
+def best_weights(run_dir: Path, lm: LanguageModel, step: int) -> Arrays | None:
+    """Those of a run's `best/` by module path, where they are those of a step; `lm` is left as it is.
+
+    Raises:
+        CheckpointError: they are not what was written.
+    """
+    folder = run_dir / BEST
+    if read_result(folder / STATE_FILE).get("step") != step:
+        return None
+    try:
+        check_files(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not what was written: {error}. The last weights are in {run_dir / CHECKPOINTS}.") from error
+    model = new_decoder(lm)
+    load_folder_weights(model, folder)
+    return parameters_of(model)
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> Path:

@@ -48,6 +48,7 @@ from fulltune_nb.training.history import EvalReport, Event, History, StepReport
 from fulltune_nb.training.layerwise import check_for_ranks
 from fulltune_nb.training.lock import have_holder_save
 from fulltune_nb.training.loss import evaluate_split
+from fulltune_nb.training.objective import Loss, name_of
 from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.parallel import Ranks, ranks_of_environment
 from fulltune_nb.training.plan import make_plan
@@ -58,6 +59,7 @@ from fulltune_nb.training.run import (
     RunDirectory,
     StoredRun,
     best_is_older_than,
+    best_weights,
     check_holds_no_run,
     check_long_enough,
     check_same_data,
@@ -110,6 +112,7 @@ class Trainer:
         lm: the language model; its weights change in place.
         data: the data set; `data.train` is trained on.
         config: the settings.
+        loss: what is minimized in place of the cross-entropy, or None.
         run_dir: where checkpoints and metrics go, or None.
         history: every report and event so far, oldest first.
         listeners: callbacks that are told of every report and event for as long as they stand here, in `run` and outside.
@@ -138,6 +141,7 @@ class Trainer:
         force: bool = False,
         resume: str | StoredRun | None = None,
         parallel: Ranks | bool | None = None,
+        loss: Loss | None = None,
     ):
         """
         Args:
@@ -152,6 +156,8 @@ class Trainer:
             parallel: the processes that train together, from `ft.launch`; None: those that this one was started among (by `mlx.launch`);
                 False: this one alone. Rank 0 leads: settings, weights and `run_dir` are its own; on the others every call does what
                 rank 0 does in the same call, and nothing is shown or written.
+            loss: in place of the cross-entropy: a function of a `LossInput`, the log-probabilities of a micro-batch's trained tokens, that
+                gives its share of the step's loss as an `mx.array` number. A run that goes on needs it again.
 
         Raises:
             ConfigError: settings that disagree with the data's, or patterns that match nothing.
@@ -165,7 +171,7 @@ class Trainer:
         if resume not in (None, "auto") and not isinstance(resume, StoredRun):
             raise ConfigError(f'resume: expected "auto" or None, got {resume!r:.80}. Trainer.resume(run_dir) goes on with a run.')
         run_dir = None if run_dir is None else absolute(run_dir)
-        self.ranks = (ranks_of_environment() if parallel is None else parallel) or None
+        self.ranks, self.loss = (ranks_of_environment() if parallel is None else parallel) or None, loss
         if self._follows:
             self._join(lm, data)
         elif isinstance(resume, StoredRun):
@@ -188,6 +194,7 @@ class Trainer:
         lm: LanguageModel | None = None,
         data: DataSet | str | os.PathLike | None = None,
         force: bool = False,
+        loss: Loss | None = None,
     ) -> Trainer:
         """The run of a folder, at its newest whole checkpoint; it goes on bit for bit as if it had never stopped.
 
@@ -197,17 +204,18 @@ class Trainer:
             data: the same data, or the folder where it is now; loaded from its old folder where left out. Data that was in
                 memory must be passed again.
             force: go on even though data, model or `config.yaml` differ from what the run began with.
+            loss: the one that the run was trained with, where it had one of its own.
 
         Raises:
             CheckpointError: no whole checkpoint, a process that has the run in its hands, or (unless forced) a difference in data,
                 model or settings that matters.
         """
         if (ranks := ranks_of_environment()) is not None and ranks.rank:
-            return cls._joined_run(ranks, lm, data)
+            return cls._joined_run(ranks, lm, data, loss)
         with StoredRun(run_dir, force) as stored:
             config = stored.config()
             lm = stored.model(lm)
-            return cls(lm, stored.data(data, lm, config), config, force=force, resume=stored)
+            return cls(lm, stored.data(data, lm, config), config, force=force, resume=stored, loss=loss)
 
     def _begin(
         self,
@@ -231,8 +239,9 @@ class Trainer:
         self._told_failures: set[str] = set()
         self._forget_what_is_written()
         if stored is not None:
+            stored.check_loss(self.loss)
             stored.put_weights(lm, data, config)
-        plan = make_plan(lm, data, config, force, backward or (stored and stored.backward(config)))
+        plan = make_plan(lm, data, config, force, backward or (stored and stored.backward(config)), self.loss)
         if self.ranks is not None and not self._follows:
             self._gather_ranks(plan.backward, stored)
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
@@ -693,7 +702,7 @@ class Trainer:
         best = self._best_step
         if not self.config.load_best or best in (None, self.step_count, self.loaded_best):
             return
-        step, weights = self._best_kept if self._directory is None else (best, self._directory.best_weights(self.lm, best))
+        step, weights = self._best_kept if self._directory is None else (best, best_weights(self.run_dir, self.lm, best))
         if step != best or weights is None:
             why = "the model had before it was trained" if best == 0 else "are kept nowhere"
             stay = f"those of step {self.step_count} stay"
@@ -911,6 +920,7 @@ class Trainer:
             "learning_rate": self.learning_rate,
             "rates_to_come": self._rates_to_come,
             "backward": self.backward,
+            "loss": name_of(self.loss),
             "config": self.config.to_dict(),
             "model_source": self.lm.source,
             "dequantized": self.lm.dequantized,
@@ -1007,7 +1017,7 @@ class Trainer:
         """
         self._check_leads("A fork")
         state, config = self._take_state(), self.config.replace(**changes)
-        other = type(self)(copy_of(self.lm), self.data, config, parallel=False)
+        other = type(self)(copy_of(self.lm), self.data, config, parallel=False, loss=self.loss)
         if other.total_steps < state.step:
             raise ConfigError(f"the fork would have {other.total_steps} steps in all, but {state.step} are taken. Give more iters.")
         new = {"optimizer_arrays": copied(state.optimizer_arrays), "weights": {}}
@@ -1067,6 +1077,8 @@ class Trainer:
         """
         if backward == "layerwise":
             check_for_ranks(self.lm.config)
+        if self.ranks.launched and self.loss is not None:
+            raise ConfigError("loss= is a function of this process, which ft.launch cannot send to ranks: start them by mlx.launch.")
         self.ranks.runs += 1
         self._run_of_ranks = self.ranks.runs
         if self.ranks.launched:
@@ -1074,7 +1086,7 @@ class Trainer:
             with self._with_ranks("material", material=material):
                 self.ranks.shared(arrays, 0)
         run = {"config": self.config.to_dict(), "backward": backward, "source": self.data.source}
-        run |= {"checkpoint": stored and str(stored.checkpoint), "has": self._what_must_agree(self.lm, self.data)}
+        run |= {"checkpoint": stored and str(stored.checkpoint), "has": self._what_must_agree(self.lm, self.data, self.loss)}
         with self._with_ranks("begin", **run):
             self.ranks.agree(lambda: None)
         count = self.config.grad_accumulation_steps
@@ -1083,15 +1095,16 @@ class Trainer:
             self.event("parallel", f"grad_accumulation_steps={count}: a step has so many micro-batches, so {who}")
 
     @staticmethod
-    def _what_must_agree(lm: LanguageModel, data: DataSet) -> dict[str, str]:
+    def _what_must_agree(lm: LanguageModel, data: DataSet, loss: Loss | None) -> dict[str, str | None]:
         shapes = {name: (array.shape, str(array.dtype)) for name, array in sorted(parameters_of(lm.model).items())}
-        return {"data": data.fingerprint, "model": hashlib.sha256(repr(shapes).encode()).hexdigest(), "versions": repr(versions())}
+        model = hashlib.sha256(repr(shapes).encode()).hexdigest()
+        return {"data": data.fingerprint, "model": model, "versions": repr(versions()), "loss": name_of(loss)}
 
     def _join(self, lm: LanguageModel, data: DataSet, begin: dict[str, Any] | None = None) -> None:
         """On another rank than 0: the run that rank 0 begins, with its settings and weights."""
         begin = begin or self.ranks.awaited("begin")
         self._run_of_ranks = self.ranks.runs
-        has = self._what_must_agree(lm, data)
+        has = self._what_must_agree(lm, data, self.loss)
         others = [name for name in has if has[name] != begin["has"][name]]
 
         def check() -> None:
@@ -1105,7 +1118,9 @@ class Trainer:
         self.ranks.obeys = weakref.WeakMethod(self.obey)  # as when rank 0 makes its next trainer, for which this one saves
 
     @classmethod
-    def _joined_run(cls, ranks: Ranks, lm: LanguageModel | None, data: DataSet | str | os.PathLike | None) -> Trainer:
+    def _joined_run(
+        cls, ranks: Ranks, lm: LanguageModel | None, data: DataSet | str | os.PathLike | None, loss: Loss | None
+    ) -> Trainer:
         """`resume` on another rank than 0: rank 0 reads the run's folder, and gives what it has."""
         begin = ranks.awaited("begin")
         config = TrainConfig.from_dict(begin["config"])
@@ -1113,7 +1128,7 @@ class Trainer:
         if not isinstance(data, DataSet):
             data = load_data(data or begin["source"], lm.tokenizer, config=config)
         trainer = cls.__new__(cls)
-        trainer.ranks = ranks
+        trainer.ranks, trainer.loss = ranks, loss
         trainer._join(lm, data, begin)
         return trainer
 

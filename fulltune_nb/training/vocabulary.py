@@ -35,7 +35,7 @@ class HeadInput:
     targets: np.ndarray
     """(N,) token ids."""
     weights: mx.array
-    """(N,) float32: 1 / trained tokens of the step; 0 for padding."""
+    """(N,) float32: 1 / trained tokens of the step, or what `Objective.weighed` says; 0 for padding."""
     cap: float | None = None
     """Of the logits, as `ModelConfig.logit_cap`."""
     smoothing: float = 0.0
