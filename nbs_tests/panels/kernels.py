@@ -54,7 +54,7 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
 def version_of(python: str) -> str:
     """Of its ipykernel."""
     code = "import importlib.metadata as m; print(m.version('ipykernel'))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout.strip()
 
 
 @dataclass

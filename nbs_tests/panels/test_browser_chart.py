@@ -84,7 +84,8 @@ def shown(front_end: str, browser, folder: Path, cells: list[str]):  # noqa: F81
     write_notebook(folder / "chart.ipynb", cells)
     if front_end == "marimo":
         (folder / "pyproject.toml").write_text('[tool.marimo.display]\ntheme = "system"\n')
-        subprocess.run([sys.executable, "-m", "marimo", "-q", "convert", "chart.ipynb", "-o", "chart.py"], cwd=folder, check=True)
+        convert = [sys.executable, "-m", "marimo", "-q", "convert", "chart.ipynb", "-o", "chart.py"]
+        subprocess.run(convert, cwd=folder, check=True, timeout=120)
     with served(front_end, folder, {"PYTHONPATH": str(Path(__file__).parents[2])}) as address:
         page = browser.new_page(viewport={"width": 1280, "height": 1000}, device_scale_factor=2)
         page.set_default_timeout(60_000)
@@ -150,6 +151,23 @@ def test_chart_and_panel_in_every_front_end(front_end, browser, tmp_path):  # no
         chart.evaluate("chart => { chart.style.width = '360px'; }")
         page.wait_for_timeout(300)
         assert chart.evaluate("chart => chart.scrollWidth") <= 360 and canvas.evaluate("canvas => canvas.clientWidth") <= 360
+
+
+def test_a_chart_that_was_out_of_the_page_when_the_theme_changed_has_its_colours(lab, folder):  # noqa: F811
+    write_notebook(folder / "theme.ipynb", [SETUP, "ft.LossChart(history)"])
+    lab.open("theme.ipynb")
+    lab.run_all()
+    chart = lab.page.locator(".ft-chart")
+    chart.locator("canvas").wait_for()
+    light = ink(chart)
+    away = "() => { const one = document.querySelector('.ft-chart'); window.kept = [one, one.parentNode]; one.remove(); }"
+    lab.page.evaluate(away)  # as a cell that is scrolled out of sight
+    lab.theme("JupyterLab Dark")
+    lab.page.evaluate("() => { const [one, place] = window.kept; place.append(one); }")
+    lab.page.wait_for_timeout(500)
+    assert ink(chart)[0] > light[0] + 100, "the ink is light now"
+    lab.theme("JupyterLab Light")
+    lab.command("kernelmenu:shutdown")
 
 
 def test_hostile_names_and_events_stay_text_and_the_chart_answers_to_the_keyboard(lab, folder):  # noqa: F811

@@ -10,7 +10,7 @@ import pytest
 from nbs_tests.jupyterlab import Lab, axe_core, write_notebook
 from nbs_tests.panels.kernels import SETUP
 from nbs_tests.panels.test_browser_chart import shown
-from nbs_tests.test_browser import FINDINGS, browser, folder, lab, look, server  # noqa: F401  fixtures
+from nbs_tests.test_browser import FINDINGS, browser, folder, lab, look, on_page, server  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.long
 
@@ -125,6 +125,10 @@ def test_rows_can_be_browsed_searched_and_filtered(open_panel):
     lab.page.wait_for_timeout(1500)
     assert image.evaluate("image => image.naturalWidth") == 1280
     look(lab, "data-panel-lengths")
+    assert on_page(image) == "none"
+    lab.theme("JupyterLab Dark")
+    assert on_page(image).startswith("invert(0.93)")
+    lab.theme("JupyterLab Light")
     tab(lab, "Checks")
     says(lab, "train:6 = test:1")
     look(lab, "data-panel-checks")

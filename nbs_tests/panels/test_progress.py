@@ -397,7 +397,7 @@ def test_a_run_of_the_panel_ends_in_plain_lines_as_it_does_in_the_panel(make_tra
 
 def test_progress_needs_no_front_end():
     code = "import sys, fulltune_nb.panels.progress; print([m for m in ('ipywidgets', 'IPython', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.strip() == "[]"
 
 
 def test_progress_can_be_turned_off(make_trainer, monkeypatch, capsys):
