@@ -215,6 +215,11 @@ class TrainConfig:
     patience: int | None = setting(
         None, checks.optional(checks.whole(1)), "Evaluations without improvement after which training stops. None: never."
     )
+    ema_decay: float | None = setting(
+        None, checks.optional(checks.number(low=0.0, below=1.0)),
+        "Keep an exponential moving average of the weights, in float32, such as 0.999: 4 bytes a weight. Validations during the run, "
+        "`best/` and `load_best` are then of the average. None: no average.",
+    )  # fmt: skip
     load_best: bool = setting(
         False, checks.flag,
         "When the run is done, give the model the weights of the best validation; the last ones are in the last checkpoint. Without a "

@@ -23,6 +23,7 @@ from fulltune_nb.training.adafactor import Adafactor
 from fulltune_nb.training.config import TrainConfig, optimizer_settings
 from fulltune_nb.training.eight_bit import EightBit, GpuEightBit
 from fulltune_nb.training.gpu_rules import gpu_rule
+from fulltune_nb.training.moving_average import PART, MovingAverage
 from fulltune_nb.training.muon import Muon
 from fulltune_nb.training.rounding import Rounding, check_dtype
 from fulltune_nb.training.rules import SGD, Adam, KernelAdam, Lion, Piece, Rule, Scalars, Shape, State, Tensor, piece_size
@@ -109,6 +110,10 @@ class Optimizers:
             for name, own in self._slots.items()
             if self.owners[name] == rank
         }
+        self.average: MovingAverage | None = None
+        """Of the weights that are updated here; None where none is asked for."""
+        self._decay = config.ema_decay
+        self.begin_average(model)
         self._scalars: dict[Group, Scalars] | None = None
         """Of the step in progress."""
         self._changed = False
@@ -202,6 +207,17 @@ class Optimizers:
                 if self.passes(tensor.name):
                     self._rules[group.optimizer].observe(tensor, self._scalars[group])
 
+    def begin_average(self, model: nn.Module) -> None:
+        """Has the moving average, where one is asked for, begin with the model's weights as they are."""
+        if self._decay is not None:
+            own = {name: array for name, array in trainable_of(model).items() if name in self._state}
+            self.average = MovingAverage(own, self._decay)
+
+    def take_average(self, model: nn.Module) -> None:
+        """Takes the updated weights of a step into the moving average, where there is one. To be called before the step is whole."""
+        if self.average is not None:
+            self.average.update(trainable_of(model))
+
     def end_step(self) -> None:
         """The step is whole."""
         self._scalars = None
@@ -283,6 +299,8 @@ class Optimizers:
             for slot, kept in own.items()
             for part, array in self._slots[name][slot].apart(slot, kept).items()
         }
+        if self.average is not None:
+            arrays |= {f"{name}.{PART}": array for name, array in self.average.arrays.items()}
         mx.eval(arrays)  # parts of what is evaluated: there is nothing to compute, and other threads may read them
         return {"step": mx.array(self.step, dtype=mx.uint32), **arrays}
 
@@ -295,6 +313,8 @@ class Optimizers:
         slots = [(name, slot, s) for name in self._state for slot, s in self._slots[name].items()]
         elsewhere = tuple(f"{name}." for name in self._shapes if name not in self._state)
         expected = {f"{name}.{part}": kept for name, slot, s in slots for part, kept in s.stored(slot).items()}
+        if self.average is not None:
+            expected |= {f"{name}.{PART}": (array.shape, mx.float32) for name, array in self.average.arrays.items()}
         expected["step"] = ((), mx.uint32)
         problems = [f"missing {name}" for name in expected.keys() - arrays.keys()]
         problems += [f"unexpected {name}" for name in arrays.keys() - expected.keys() if not name.startswith(elsewhere)]
@@ -311,12 +331,15 @@ class Optimizers:
         for name, slot, s in slots:  # one at a time: what stands together is a copy
             self._state[name][slot] = s.together(slot, {part: arrays[f"{name}.{part}"] for part in s.stored(slot)})
             mx.eval(self._state[name][slot])
+        if self.average is not None:
+            self.average.arrays = {name: arrays[f"{name}.{PART}"] for name in self.average.arrays}
         self._lay_together()
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the optimizer state."""
-        return sum(array.nbytes for own in self._state.values() for array in own.values())
+        averages = {} if self.average is None else self.average.arrays
+        return sum(array.nbytes for own in (*self._state.values(), averages) for array in own.values())
 
     def groups(self) -> dict[Group, list[str]]:
         """Group -> module paths of its parameters."""
@@ -413,7 +436,8 @@ def check_patterns(model: nn.Module, config: TrainConfig) -> None:
 def predict_state_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:
     """Bytes the optimizer state will take, from module paths and shapes of the trained parameters alone."""
     slots = (slot for rule, own in _shapes_by_rule(shapes, config) for shape in own for slot in rule.slots(shape).values())
-    return sum(slot.nbytes for slot in slots)
+    averages = 0 if config.ema_decay is None else 4 * sum(map(math.prod, shapes.values()))
+    return averages + sum(slot.nbytes for slot in slots)
 
 
 def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dtype = mx.float32) -> int:
@@ -427,7 +451,9 @@ def update_bytes(shapes: Mapping[str, Shape], config: TrainConfig, dtype: mx.Dty
     stacks = updated_in_stacks(shapes, config)
     single = {name: shape for name, shape in shapes.items() if not any(name in names for names in stacks)}
     shapes = single | {names[0]: (len(names), *shapes[names[0]]) for names in stacks}
-    return max((rule.update_bytes(own, dtype, config.weight_decay) for rule, own in _shapes_by_rule(shapes, config)), default=0)
+    of_rules = [rule.update_bytes(own, dtype, config.weight_decay) for rule, own in _shapes_by_rule(shapes, config)]
+    of_average = 0 if config.ema_decay is None else 8 * max(map(math.prod, shapes.values()), default=0)
+    return max(of_average, *of_rules, 0)
 
 
 def updated_in_stacks(names: Iterable[str], config: TrainConfig) -> list[list[str]]:

@@ -126,6 +126,9 @@ def make_plan(
         )
     if balance and not lm.config.num_experts:
         notes.append(("router_aux_loss_coef", f"router_aux_loss_coef={balance:g} has no effect: the model has no experts"))
+    if config.ema_decay is not None:
+        what = "validations during the run, best/ and load_best are of the moving average of the weights"
+        notes.append(("average", f"ema_decay={config.ema_decay:g}: {what}; trainer.averaged() has the model have it"))
     if objective.note:
         notes.append(("loss", objective.note))
     how = config.grad_checkpoint, gives_back, kernels

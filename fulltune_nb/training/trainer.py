@@ -39,7 +39,7 @@ from fulltune_nb.errors import (
 from fulltune_nb.files import absolute
 from fulltune_nb.html import cut, facts, printable
 from fulltune_nb.models.language_model import LanguageModel, load_model
-from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters, select_trainable, trainable_of
+from fulltune_nb.models.parameters import Arrays, parameters_of, put_parameters, select_trainable, swapped_in, trainable_of
 from fulltune_nb.training.callbacks import default_callbacks
 from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
@@ -84,7 +84,7 @@ from fulltune_nb.training.state import (
 _METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
 _TELL_SECONDS = 0.25  # how often callbacks hear how far an evaluation is
 _NEW_SCHEDULE = {"learning_rate", "lr_schedule", "warmup", "lr_floor", "lr_decay"}
-_NEW_OPTIMIZER = {"optimizer", "optimizer_config", "train_only", "freeze"}
+_NEW_OPTIMIZER = {"optimizer", "optimizer_config", "train_only", "freeze", "ema_decay"}
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -436,6 +436,7 @@ class Trainer:
             if self._shards:
                 self._exchange_weights(piece.gradients, piece.rows)
             del piece  # before the next one is computed
+        self.optimizers.take_average(self.lm.model)
         self.optimizers.end_step()
         self.lm.update_under_way = not on_cpu()
         return gradients.loss, gradients.norm()
@@ -638,15 +639,17 @@ class Trainer:
         self._tell_report(report)
         return report
 
-    def _evaluated(self, split: str, batches: int | None, step: int | None = None) -> EvalReport:
-        """What `evaluate` records; `step`: on the other ranks, the one whose weights these are."""
+    def _evaluated(self, split: str, batches: int | None, step: int | None = None, averaged: bool = False) -> EvalReport:
+        """What `evaluate` records, of the moving average of the weights where there is one and that is asked for; `step`: on the other
+        ranks, the one whose weights these are."""
         self.lm.check_whole()
         if step is None:
             step = self.step_count if self.loaded_best is None else self.loaded_best
-        with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION):
+        put_in = self._average_put_in() if averaged else nullcontext()
+        with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION), put_in:
             tell = partial(self._tell_evaluated, split, [time.monotonic()])
             if self.ranks is not None and split in self.data.splits:
-                self._command("evaluate", split=split, batches=batches, step=step)
+                self._command("evaluate", split=split, batches=batches, step=step, averaged=averaged or self._has_average)
             return evaluate_split(self.lm.model, self.data, split, step, self.config.batch_size, batches, tell, self.ranks)
 
     def _tell_report(self, report: EvalReport) -> None:
@@ -666,7 +669,7 @@ class Trainer:
         config, patience, report, improved = self.config, self.patience, None, False
         due = self.step_count == self.total_steps or self.step_count % config.steps_per_eval == 0
         if due and patience.last_step != self.step_count and self.data.valid is not None and config.val_batches:
-            report = self._evaluated("valid", None if config.val_batches < 0 else config.val_batches)
+            report = self._evaluated("valid", None if config.val_batches < 0 else config.val_batches, averaged=True)
             with interrupts_deferred():  # else it would be recorded, but not counted, and done again by whoever goes on
                 self._keep(report)
                 improved = patience.improved(self.step_count, report.loss)
@@ -686,9 +689,10 @@ class Trainer:
         if self.run_dir is None:
             self._best_is_due = False
             if self.config.load_best:
-                self._best_kept = best, copied(parameters_of(self.lm.model))
+                with self._average_put_in():
+                    self._best_kept = best, copied(parameters_of(self.lm.model))
         elif best == self.step_count:
-            with self.now_doing("saving the best weights"):
+            with self.now_doing("saving the best weights"), self._average_put_in():
                 self._best_is_due = not self._try_to_write(partial(self._directory.save_best, self.lm, best))
         else:
             self._best_is_due = False
@@ -700,7 +704,7 @@ class Trainer:
     def _load_best_if_due(self) -> None:
         """At the end of a run with `load_best`: the model gets the weights of the best validation. What cannot be had is told."""
         best = self._best_step
-        if not self.config.load_best or best in (None, self.step_count, self.loaded_best):
+        if not self.config.load_best or best in (None, self.loaded_best) or (best == self.step_count and self.optimizers.average is None):
             return
         step, weights = self._best_kept if self._directory is None else (best, best_weights(self.run_dir, self.lm, best))
         if step != best or weights is None:
@@ -716,7 +720,41 @@ class Trainer:
         where = f"; the last are in {last}" if last else ""
         self.event("load_best", f"the model has the weights of step {best}, the best validation{where}")
 
+    def _average_put_in(self) -> AbstractContextManager[None]:
+        """Within the block the model has the moving average of its weights, in their dtype, where there is one."""
+        if self.optimizers.average is None:
+            return nullcontext()
+        average, dtype = self.optimizers.average.arrays, self.lm.model.embed_tokens.weight.dtype
+        arrays = {name: array.astype(dtype) for name, array in average.items()}
+        mx.eval(arrays)
+        return swapped_in(self.lm.model, arrays)
+
+    @contextmanager
+    def averaged(self) -> Iterator[LanguageModel]:
+        """Within the block the model has the moving average of its weights: for evaluations and answers, and to save it by `lm.save`.
+
+        Raises:
+            ConfigError: the run keeps none (`ema_decay`).
+            TrainingError: in the block, steps and checkpoints; and where the model has the best weights (`load_best`).
+        """
+        if self.optimizers.average is None:
+            raise ConfigError("This run keeps no average of its weights: it begins with TrainConfig(ema_decay=0.999) or the like.")
+        self._check_leads("The average")
+        self._check_whole()
+        self._check_has_last_weights()
+        with self._average_put_in():
+            self._has_average = True
+            try:
+                yield self.lm
+            finally:
+                self._has_average = False
+
+    def _check_not_averaged(self) -> None:
+        if self._has_average:
+            raise TrainingError("The model has the average of its weights now: leave the block of trainer.averaged() first.")
+
     def _check_has_last_weights(self) -> None:
+        self._check_not_averaged()
         if self.loaded_best is not None:
             raise TrainingError(
                 f"The model has the best weights now, those of step {self.loaded_best} (load_best), and optimizer and data stand at step"
@@ -886,6 +924,7 @@ class Trainer:
         self._best_is_due = False  # it has not been written since the best evaluation
         self._best_kept: tuple[int, Arrays] = -1, {}  # where there is no folder for them: the step, and the weights
         self.loaded_best: int | None = None
+        self._has_average = False
         self._rates_to_come: dict[int, RateSet] = {}  # by step count; see `_set_rate_to_come`
 
     def result(self) -> dict[str, Any]:
@@ -994,6 +1033,7 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged or does not fit; nothing is changed.
         """
+        self._check_not_averaged()
         if not isinstance(snapshot, (Snapshot, str, os.PathLike)):
             raise TrainingError(f"restore takes what snapshot() returned, or the folder of a checkpoint; got {type(snapshot).__name__}.")
         if not isinstance(snapshot, Snapshot):
@@ -1079,6 +1119,8 @@ class Trainer:
             check_for_ranks(self.lm.config)
         if self.ranks.launched and self.loss is not None:
             raise ConfigError("loss= is a function of this process, which ft.launch cannot send to ranks: start them by mlx.launch.")
+        if self.config.ema_decay is not None and self.config.shard_optimizer:
+            raise ConfigError("ema_decay with shard_optimizer: no rank has the average of all weights. Leave one of them out.")
         self.ranks.runs += 1
         self._run_of_ranks = self.ranks.runs
         if self.ranks.launched:
@@ -1148,6 +1190,8 @@ class Trainer:
         put_parameters(self.lm.model, self.ranks.shared({}, 0))
         if optimizer:
             self.optimizers.load_state_arrays(self.ranks.shared({}, 0, self.optimizers.keeps))
+        else:
+            self.optimizers.begin_average(self.lm.model)
         self.lm.torn, self.lm.update_under_way = None, False
 
     def _optimizer_arrays(self) -> Arrays:
@@ -1204,7 +1248,7 @@ class Trainer:
             if do == "step":
                 return self._step_along(command["number"], command["rate"])
             if do == "evaluate":
-                self.history.append(self._evaluated(command["split"], command["batches"], command["step"]))
+                self.history.append(self._evaluated(command["split"], command["batches"], command["step"], command["averaged"]))
             elif do == "give_state":
                 self._optimizer_arrays()
             elif do == "take_state":

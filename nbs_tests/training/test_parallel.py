@@ -44,6 +44,7 @@ SCENARIOS = {
         "model": {"tie_word_embeddings": True},
     },
     "experts": {"settings": ONE_BY_ONE, "model": EXPERTS},
+    "smoothed, averaged": {"settings": {**ONE_BY_ONE, "label_smoothing": 0.1, "ema_decay": 0.8, "steps_per_eval": 2}},
     "calls within a loop": {"settings": ONE_BY_ONE, "loop": True},
     "a second trainer goes on": {"settings": {**ONE_BY_ONE, "shard_optimizer": True}, "run_dir": "again", "again": True},
     "early stop": {"settings": {**ONE_BY_ONE, "iters": 20, "steps_per_eval": 1, "patience": 2, "learning_rate": 0.3, "val_batches": 2}},
