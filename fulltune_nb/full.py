@@ -242,12 +242,13 @@ def check_outputs(settings: Settings, lm: LanguageModel) -> None:
 
 def new_trainer(settings: Settings) -> Trainer:
     """A trainer that begins a run, with the memory it will need announced: too much is refused by the trainer, unless forced."""
+    from fulltune_nb.training.parallel import size_of_environment
     from fulltune_nb.training.plan import preflight
     from fulltune_nb.training.trainer import Trainer
 
     lm, data = load(settings)
     check_outputs(settings, lm)
-    plan = preflight(lm, data, settings.config)
+    plan = preflight(lm, data, settings.config, ranks=size_of_environment())
     print(printable(f"Memory: about {human_bytes(plan.peak)} at the peak, of {human_bytes(plan.limit)}."))
     return Trainer(lm, data, settings.config, settings.options.run_dir, settings.options.force)
 

@@ -32,7 +32,15 @@ from fulltune_nb.training import vocabulary
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import CHUNK_ELEMENTS
 from fulltune_nb.training.loss import chunk_elements, chunk_size
-from fulltune_nb.training.optimizers import predict_state_bytes, random_bits_bytes, update_bytes, updated_in_stacks
+from fulltune_nb.training.optimizers import (
+    passes_of,
+    predict_state_bytes,
+    random_bits_bytes,
+    shared_out,
+    update_bytes,
+    updated_in_stacks,
+)
+from fulltune_nb.training.parallel import passed_to, sendings
 from fulltune_nb.training.rounding import stored_dtype
 
 MARGIN = 0.3
@@ -90,9 +98,9 @@ class MemoryPlan:
     cache: int
     """Bytes of freed arrays that MLX may keep besides."""
     moment: str
-    """When: over the whole graph "forward", "loss", "last block" or "first block" (of the backward pass), or "update"; layerwise "loss",
-    "block again" (its forward pass within the backward pass), "block", "vocabulary" or "update"; "forward or backward pass" where these
-    were measured."""
+    """When: over the whole graph "forward", "loss", "last block" or "first block" (of the backward pass), "exchange" (between ranks) or
+    "update"; layerwise "loss", "block again" (its forward pass within the backward pass), "block", "vocabulary" or "update"; "forward or
+    backward pass" where these were measured."""
     workload: str
     """What was assumed, in words."""
     advice: tuple[str, ...] = field(default=())
@@ -101,6 +109,8 @@ class MemoryPlan:
     """How gradients are computed: "whole" graph or "layerwise"."""
     measured: bool = False
     """Whether forward and backward pass were measured on this machine, not counted."""
+    sent: int = 0
+    """Bytes that a rank sends in a step, the one that sends most; 0 where one process trains alone."""
 
     @property
     def fits(self) -> bool:
@@ -129,7 +139,8 @@ class MemoryPlan:
         verdict = f"{'fits' if self.fits else 'does not fit'} in {html.human_bytes(self.limit)}"
         title = f"<div><b>Memory: {self.peak / scale:,.2f} {unit} at the peak {verdict}</b>, {self._how}</div>"
         near = self.peak + self.cache > self.limit / 20  # a limit far above would leave nothing of the parts to see
-        assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.</div>"
+        sent = f" A rank sends {html.human_bytes(self.sent)} in a step." if self.sent else ""
+        assumed = f"<div>{html.esc(self.workload)}. Largest at: {html.esc(self.moment)}.{html.esc(sent)}</div>"
         advice = "".join(f"<li>{html.esc(sentence)}</li>" for sentence in self.advice)
         cache = {"beside the peak: cache": self.cache / scale}
         bar = svg.stacked_bar(parts, self.limit / scale if near else None, unit=unit, beside=cache)
@@ -169,9 +180,11 @@ class Workload:
     """N, trained positions of a micro-batch."""
     stored: mx.Dtype
     """Of the weights."""
+    ranks: int = 1
+    """Processes that train together; this is one of them."""
 
     @classmethod
-    def of(cls, lm: Any, data: Any, config: TrainConfig) -> Workload:
+    def of(cls, lm: Any, data: Any, config: TrainConfig, ranks: int = 1) -> Workload:
         """From a language model's shapes, and a data set's lengths or, without one, rows of `max_seq_length`.
 
         Raises:
@@ -190,7 +203,7 @@ class Workload:
         tokens = padded_to(tokens, length_multiple())
         parameters = {name: array.shape for name, array in parameters_of(lm.model).items()}
         trained = frozenset(trained_names(lm.model, config.train_only, config.freeze))
-        return cls(parameters, trained, lm.config, config, rows, tokens, targets, stored_dtype(config.weights, lm.dtype))
+        return cls(parameters, trained, lm.config, config, rows, tokens, targets, stored_dtype(config.weights, lm.dtype), ranks)
 
     def count(self, backward: str) -> MemoryPlan:
         """The largest moment of a step, over the "whole" graph or "layerwise"."""
@@ -200,9 +213,10 @@ class Workload:
         config = self.config
         words = f"{self.rows} {'packed ' * config.packing}row{'s' * (self.rows > 1)} of {self.tokens:,} tokens in a micro-batch"
         way = ", layerwise" if backward == "layerwise" else ", grad_checkpoint" if config.grad_checkpoint else ""
-        words = f"{words}, {config.optimizer}{way}"
-        limit = machine_limit()
-        return MemoryPlan(parts, sum(parts.values()), limit, kept_freed(parts, limit), moment, words, backward=backward)
+        of_ranks = f", one of {self.ranks} ranks{', optimizer shared out' * config.shard_optimizer}" if self.ranks > 1 else ""
+        words = f"{words}, {config.optimizer}{way}{of_ranks}"
+        limit, sent = machine_limit(), self._sent(backward)
+        return MemoryPlan(parts, sum(parts.values()), limit, kept_freed(parts, limit), moment, words, backward=backward, sent=sent)
 
     # Shapes and what is always there.
 
@@ -221,9 +235,59 @@ class Workload:
         """Part -> bytes."""
         return {
             "weights": self.stored.size * sum(math.prod(shape) for shape in self.parameters.values()),
-            "optimizer state": predict_state_bytes(self.shapes, self.config),
+            "optimizer state": max(predict_state_bytes(own, self.config) for own in self._shares),
             "random bits": random_bits_bytes(self.shapes, self.config, self.stored),
         }
+
+    @cached_property
+    def _shares(self) -> list[dict[str, Shape]]:
+        """The trained parameters whose optimizer state each rank has."""
+        if self.ranks == 1 or not self.config.shard_optimizer:
+            return [self.shapes]
+        owners = shared_out(self.shapes, self.ranks)
+        return [{name: shape for name, shape in self.shapes.items() if owners[name] == rank} for rank in range(self.ranks)]
+
+    @property
+    def _own_batches(self) -> int:
+        """Micro-batches of a rank, the one that has most."""
+        return -(-self.config.grad_accumulation_steps // self.ranks)
+
+    @property
+    def _holds_sums(self) -> bool:
+        """Whether a rank holds sums of gradients while it computes a micro-batch's."""
+        return self.config.grad_accumulation_steps > self.ranks
+
+    def _sent(self, backward: str) -> int:
+        """See `MemoryPlan.sent`."""
+        if self.ranks == 1:
+            return 0
+        elements, vocabulary_size = self.num_trained, self.model.vocab_size * self.model.hidden_size
+        if backward == "layerwise":
+            elements += self._tied * vocabulary_size  # the head's gradient and the embedding's, one after the other
+            if len(vocabulary.ranges(self.model.vocab_size, self.model.hidden_size)) > 1:
+                ends = {name: self.shapes[name] for name in (EMBEDDING, "lm_head.weight") if name in self.shapes}
+                of_pass = (1 + self._tied) * vocabulary_size
+                elements += sum(passes_of(name, shape, self.config) * of_pass for name, shape in ends.items())
+            elements *= 1 + (self.config.max_grad_norm is not None)
+        of_gradients = [4 * elements * times for times in sendings(self.ranks, self.config.grad_accumulation_steps)]
+        of_weights = [0] * self.ranks
+        for owner, own in enumerate(self._shares if len(self._shares) > 1 else ()):
+            for rank in range(self.ranks):
+                size = self.stored.size * sum(math.prod(shape) for shape in own.values())
+                of_weights[rank] += size * len(passed_to(rank, owner, self.ranks))
+        return max(map(sum, zip(of_gradients, of_weights, strict=True)))
+
+    @cached_property
+    def _largest(self) -> int:
+        """Elements of the largest trained parameter."""
+        return max(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def _others_weights(self) -> int:
+        """Bytes of new weights that come from another rank before the old ones are let go."""
+        if len(self._shares) == 1:
+            return 0
+        return self.stored.size * max(sum(math.prod(shape) for shape in own.values()) for own in self._shares)
 
     @cached_property
     def _kernels(self) -> bool:
@@ -306,7 +370,7 @@ class Workload:
         depth = self.model.num_layers - lowest_trained_block(self.trained, self.model.num_layers)
         gradients = self.num_trained
         head = min(self.model.vocab_size * self.model.hidden_size, gradients)
-        before = gradients if self.config.grad_accumulation_steps > 1 else 0  # sums of the micro-batches before
+        before = gradients if self._holds_sums else 0  # sums of the micro-batches before
         copies = self._copied(experts_apart=False)
         kept, ahead, back = self._kept(self._width), self._ahead(self._width), self._back(self._width)
         below = self._hidden if self.config.grad_checkpoint else kept  # of each block below the one that is computed
@@ -322,10 +386,12 @@ class Workload:
             "loss": {"gradients": before, "activations": depth * below + ends, "logits": self._logits()},
             "last block": {"gradients": before + head, "activations": stack + ends + back + copies},
             "first block": {"gradients": before + gradients + self._tied * head, "activations": back + copies},
+            "exchange": {"gradients": gradients + before + (self.ranks > 1) * 2 * self._largest},  # what came, and the sum
             "update": {"gradients": gradients},
         })  # fmt: skip
-        squares = 0 if self._kernels or not on_cpu() else 4 * min(2 * max(math.prod(shape) for shape in self.shapes.values()), gradients)
-        found["update"]["update"] = max(update_bytes(self.shapes, self.config, self.stored), squares)
+        squares = 0 if self._kernels or not on_cpu() else 4 * min(2 * self._largest, gradients)
+        update = max(update_bytes(own, self.config, self.stored) for own in self._shares)
+        found["update"]["update"] = max(update, squares, self._others_weights)
         return found
 
     def _logits(self) -> int:
@@ -337,13 +403,13 @@ class Workload:
         return (rows * vocab if by_kernel else self._chunk(rows * vocab, "whole")) + heads * vocab * hidden + 2 * self.targets * hidden
 
     def _layerwise(self) -> Moments:
-        model, several = self.model, self.config.grad_accumulation_steps
+        model, several = self.model, self._own_batches
         hidden, targets = several * self._hidden, several * self.targets * model.hidden_size
         inputs = (model.num_layers + 1) * hidden + targets
         piece, copies = self._largest_group(self.trained, experts_apart=on_cpu()), self._copied(experts_apart=True)
         apart = max(model.num_experts, 1) if on_cpu() else 1  # on a CPU it is one expert at a time
         width = max(self._width // apart, self.rows * self.tokens * model.shared_expert_size)
-        again, sums = self._ahead(width) + copies, (several > 1) * piece
+        again, sums = self._ahead(width) + copies, (self.config.grad_accumulation_steps > 1) * piece
 
         range_rows = vocabulary.ranges(model.vocab_size, model.hidden_size)[0].stop
         range_weights = range_rows * model.hidden_size
@@ -354,7 +420,7 @@ class Workload:
         else:
             chunk = self._chunk(min(chunk_size(range_rows), self.targets) * range_rows, "layerwise")
         chunk += self._half_on_cpu * range_weights
-        ranges = 2 + (self._tied and several > 1)  # what is summed, and what is added to it
+        ranges = 2 + (self._tied and self.config.grad_accumulation_steps > 1)  # what is summed, and what is added to it
         found = self._in_bytes({
             "loss": {"activations": inputs + targets, "logits": (several - (not on_cpu())) * kept + chunk},
             "block again": {"activations": inputs + again, "logits": several * kept, "gradients": sums},

@@ -103,7 +103,7 @@ class Optimizers:
         self._rules = _rules_of(config, self.kernels)
         self._groups = {name: _group_of(name, shape, config, names[name]) for name, shape in self._shapes.items()}
         self._slots = {name: self._rule(name).slots(shape) for name, shape in self._shapes.items()}
-        self.owners = self._shared_out(size)
+        self.owners = shared_out(self._shapes, size)
         """Module path -> the process that updates the tensor."""
         self._state: dict[str, State] = {
             name: {slot: mx.zeros(s.shape, dtype=s.dtype) for slot, s in own.items()}
@@ -120,18 +120,6 @@ class Optimizers:
         """Whether the step in progress has changed a parameter."""
         mx.eval(self._state)
         self._lay_together()
-
-    def _shared_out(self, size: int) -> dict[str, int]:
-        """The owner of each tensor: the largest first, to whoever has least; a stack's have one."""
-        stacks = stacks_in(self._shapes)
-        units = [*stacks, *([name] for name in self._shapes if not any(name in names for names in stacks))]
-        weights = {tuple(names): sum(math.prod(self._shapes[name]) for name in names) for names in units}
-        owners, loads = {}, [0] * size
-        for names in sorted(weights, key=lambda names: (-weights[names], names)):
-            owner = loads.index(min(loads))
-            loads[owner] += weights[names]
-            owners |= dict.fromkeys(names, owner)
-        return owners
 
     def keeps(self, array: str) -> bool:
         """Whether an array of the state, by its name in `state_arrays`, is of a tensor that this process updates."""
@@ -431,6 +419,25 @@ def check_patterns(model: nn.Module, config: TrainConfig) -> None:
 
 
 # -- memory, from shapes alone ----------------------------------------------------------------------------------------
+
+
+def shared_out(shapes: Mapping[str, Shape], size: int) -> dict[str, int]:
+    """The owner of each tensor among so many processes: the largest first, to whoever has least; a stack's have one."""
+    stacks = stacks_in(shapes)
+    units = [*stacks, *([name] for name in shapes if not any(name in names for names in stacks))]
+    weights = {tuple(names): sum(math.prod(shapes[name]) for name in names) for names in units}
+    owners, loads = {}, [0] * size
+    for names in sorted(weights, key=lambda names: (-weights[names], names)):
+        owner = loads.index(min(loads))
+        loads[owner] += weights[names]
+        owners |= dict.fromkeys(names, owner)
+    return owners
+
+
+def passes_of(name: str, shape: Shape, config: TrainConfig) -> int:
+    """`Optimizers.passes` of a parameter."""
+    ((rule, _),) = _shapes_by_rule({name: shape}, config)
+    return rule.passes if len(shape) >= 2 else 0
 
 
 def predict_state_bytes(shapes: Mapping[str, Shape], config: TrainConfig) -> int:

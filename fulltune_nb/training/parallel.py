@@ -34,7 +34,7 @@ from fulltune_nb.training.rank_channel import ADDRESS, RankChannel, rank_of_envi
 
 HOSTS = "FULLTUNE_NB_HOSTS"
 """Environment variable: what stands in the ring's host file, where we have started the ranks."""
-LOST_ENGINE_SECONDS = 10.0
+LOST_ENGINE_SECONDS = 4.0
 """So long an operation of the engine may still take when a rank is lost and its connections are shut."""
 CONNECT_SECONDS = 5.0
 """In which MLX's engine, of ranks that are all there, connects, or it ends the process after the deadline."""
@@ -214,8 +214,7 @@ class Ranks:
 
     def owner(self, number: int) -> int:
         """The rank that takes micro-batch `number` of a step, counted from 0: back and forth, so that neighbours follow each other."""
-        there_and_back, place = divmod(number, self.size)
-        return place if there_and_back % 2 == 0 else self.size - 1 - place
+        return owner_of(number, self.size)
 
     def own(self, items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """This rank's micro-batches, with their numbers."""
@@ -276,8 +275,7 @@ class Ranks:
         """One rank's arrays, on every rank those that it keeps; evaluated. They go to both ends of the line of ranks, array by array."""
         here = self.rank
         near = None if here == owner else here - 1 if owner < here else here + 1
-        further = [rank for rank in (here - 1, here + 1) if 0 <= rank < self.size and rank != near]
-        further = [rank for rank in further if (rank < here) == (here < owner) or here == owner]
+        further = passed_to(here, owner, self.size)
         heads = heads_of(arrays) if near is None else self._receive_heads(near)
         for rank in further:
             self._send_heads(heads, rank)
@@ -321,9 +319,9 @@ class Ranks:
 
     @contextmanager
     def _in_engine(self) -> Iterator[None]:
-        self._channel.check()
         started = self._engine_since = time.monotonic()
         try:
+            self._channel.check()  # behind the line above: a loss is noticed here, or ends the operation by `_shut_engine`
             yield
         except RuntimeError as error:
             if isinstance(error, FulltuneError):
@@ -347,6 +345,24 @@ class Ranks:
             if self._engine_since == began:
                 os.write(2, f"error: {self._channel.error()} MLX's engine does not return: this process ends.\n".encode())
                 os._exit(1)
+
+
+def owner_of(number: int, size: int) -> int:
+    """See `Ranks.owner`."""
+    there_and_back, place = divmod(number, size)
+    return place if there_and_back % 2 == 0 else size - 1 - place
+
+
+def passed_to(here: int, owner: int, size: int) -> list[int]:
+    """The neighbours that a rank gives what one rank has for all: away from that."""
+    return [rank for rank in (here - 1, here + 1) if 0 <= rank < size and (here == owner or (rank < here) == (here < owner))]
+
+
+def sendings(size: int, count: int) -> list[int]:
+    """How often each rank sends the gradients in a step of so many micro-batches: to who has the next one, and their sum."""
+    owners = [owner_of(number, size) for number in range(count)]
+    to_next = [here for here, after in zip(owners, owners[1:], strict=False) if here != after]
+    return [to_next.count(rank) + len(passed_to(rank, owners[-1], size)) for rank in range(size)]
 
 
 Head = Sequence[Any]  # shape and dtype of an array
@@ -434,7 +450,9 @@ def _connected(started: Started | None) -> Ranks | None:
 
 
 def size_of_environment() -> int:
-    """How many processes were started together."""
+    """How many processes were started together; 1 where it is one alone."""
+    if not os.environ.get("MLX_RANK"):
+        return 1
     if size := os.environ.get("MLX_WORLD_SIZE"):
         return whole_number_in("MLX_WORLD_SIZE", size, 1)
     for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES", "JACCL_IBV_DEVICES"):

@@ -21,6 +21,7 @@ from fulltune_nb.device import length_multiple
 from fulltune_nb.errors import IN_TRAINING, ConfigError, DataError, MemoryLimitError, tells_device_errors
 from fulltune_nb.models.decoder import Decoder
 from fulltune_nb.models.parameters import in_dtype, put_trainable, swapped_in, trainable_of
+from fulltune_nb.settings import whole_number
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.engine import make_engine
 from fulltune_nb.training.gradients import Engine
@@ -73,7 +74,13 @@ class Plan:
 
 
 def make_plan(
-    lm: Any, data: Any, config: TrainConfig, force: bool = False, backward: str | None = None, loss: Loss | None = None
+    lm: Any,
+    data: Any,
+    config: TrainConfig,
+    force: bool = False,
+    backward: str | None = None,
+    loss: Loss | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """The plan of a run.
 
@@ -84,6 +91,7 @@ def make_plan(
         force: plan what does not fit into this machine's memory too.
         backward: "whole" or "layerwise", decided before; None: as the settings and the memory say.
         loss: in place of the cross-entropy.
+        ranks: how many processes train together.
 
     Raises:
         ConfigError: a pattern in `train_only`, `freeze` or `lr_factors` matches nothing, or settings go against each other.
@@ -96,7 +104,7 @@ def make_plan(
     if config.packing:
         notes.append(("packing", batches.packing_note))
     total_steps = config.total_steps(batches.steps_per_epoch)
-    work = Workload.of(lm, data, config)
+    work = Workload.of(lm, data, config, ranks)
     if (name := str(work.stored).removeprefix("mlx.core.")) != lm.dtype:
         notes.append(("dtype", f"weights were {lm.dtype} and are trained in {name}"))
     if name == "bfloat16" and config.rounding == "nearest":
@@ -107,7 +115,7 @@ def make_plan(
         raise MemoryLimitError(
             f"This run needs {html.human_bytes(memory.peak + memory.cache)} ({memory.workload}), this machine has "
             f"{html.human_bytes(memory.limit)}. What would make it fit (force=True tries it all the same):"
-            + "".join(f"\n  {sentence}" for sentence in _advice(lm, data, config))
+            + "".join(f"\n  {sentence}" for sentence in _advice(lm, data, config, ranks))
         )
     kernels = kernels_for(work.num_trained)
     compiles, note = _choose_compile(work, memory.backward, 6 * work.num_trained * total_steps * batches.tokens_per_step)
@@ -213,7 +221,7 @@ def _choose_compile(work: Workload, backward: str, operations: float) -> tuple[b
 # -- memory: which engine, does it fit, what to change --------------------------------------------------------------------------------
 
 
-def preflight(lm: Any, data: Any, config: TrainConfig | None = None, measure: bool = False) -> MemoryPlan:
+def preflight(lm: Any, data: Any, config: TrainConfig | None = None, measure: bool = False, ranks: int = 1) -> MemoryPlan:
     """A run's peak memory, and what to change where it is more than this machine has.
 
     Counting allocates nothing, and errs on the safe side. Measuring is as exact as the machine is.
@@ -224,6 +232,8 @@ def preflight(lm: Any, data: Any, config: TrainConfig | None = None, measure: bo
         config: the settings; the defaults where left out.
         measure: run forward and backward pass of the step with the widest rows. No weight is updated: weights, optimizer, random state
             and history stay as they are. It takes the time of a step, and as much memory, without the optimizer's state.
+        ranks: how many processes are to train together; the plan is of one of them. Those of one machine share its memory, which is
+            not looked at here.
 
     Raises:
         DataError: the data has no train split, or there is no data to measure with.
@@ -232,11 +242,11 @@ def preflight(lm: Any, data: Any, config: TrainConfig | None = None, measure: bo
     if (measure and data is None) or (data is not None and data.train is None):
         raise DataError("preflight needs a train split; this data has none. Add train.jsonl (or the key 'train').")
     config = (config or TrainConfig()).fill_from(DataSettings() if data is None else data.settings)
-    work = Workload.of(lm, data, config)
+    work = Workload.of(lm, data, config, whole_number("preflight: ranks", ranks, 1))
     plan = plan_memory(work)
     if measure:
         plan = measured(plan, work, lm, step_batches(data.train, config))
-    return plan if plan.fits else dataclasses.replace(plan, advice=tuple(_advice(lm, data, config)))
+    return plan if plan.fits else dataclasses.replace(plan, advice=tuple(_advice(lm, data, config, ranks)))
 
 
 Measure = Callable[[MemoryPlan, Workload], MemoryPlan]
@@ -290,11 +300,11 @@ def measured(plan: MemoryPlan, work: Workload, lm: Any, batches: StepBatches) ->
     return dataclasses.replace(plan, parts=parts, peak=sum(parts.values()), cache=cache, moment=moment, measured=True)
 
 
-def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
+def _advice(lm: Any, data: Any, config: TrainConfig, ranks: int) -> Iterator[str]:
     """Single changes that make it fit; where none does, all of them together."""
 
     def plan(changes: dict[str, Any]) -> MemoryPlan:
-        return plan_memory(Workload.of(lm, data, config.replace(**changes)))
+        return plan_memory(Workload.of(lm, data, config.replace(**changes), ranks))
 
     def named(changes: dict[str, Any], separator: str) -> str:
         return separator.join(f"{name}={value!r}" for name, value in changes.items() if value != getattr(config, name))
@@ -303,7 +313,7 @@ def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
         return html.in_one_unit([count, changed.limit])[0]  # in the unit of what there is
 
     enough = False
-    for costs, candidates in _changes(Workload.of(lm, data, config)):
+    for costs, candidates in _changes(Workload.of(lm, data, config, ranks)):
         for changes in candidates:
             if (changed := plan(changes)).fits:
                 enough = True
@@ -311,7 +321,7 @@ def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
                 break
     if enough:
         return
-    for changes in _combinations(Workload.of(lm, data, config)):
+    for changes in _combinations(Workload.of(lm, data, config, ranks)):
         changed = plan(changes)
         if changed.fits:
             together = named(changes, ", ")
@@ -327,6 +337,8 @@ def _advice(lm: Any, data: Any, config: TrainConfig) -> Iterator[str]:
 def _changes(work: Workload) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """What a single change costs, and its settings, those that change least first."""
     config = work.config
+    if work.ranks > 1 and not config.shard_optimizer:
+        yield "more traffic between ranks", [{"shard_optimizer": True}]
     if plan_memory(work).backward == "whole":
         if not config.grad_checkpoint:
             yield "about a third more time", [{"grad_checkpoint": True}]

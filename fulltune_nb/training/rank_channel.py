@@ -136,9 +136,9 @@ class RankChannel:
         with server:
             server.settimeout(0.5)
             while missing := [rank for rank in range(1, self.size) if rank not in wires]:
-                for rank in missing:
+                for rank in range(1, self.size):
                     if (ended := self._last_words(rank, 0.0)) is not None:
-                        raise TrainingError(f"Rank {rank} has ended before it came: {ended}")
+                        raise TrainingError(f"Rank {rank} has ended before all had come: {ended}")
                 if time.monotonic() > end:
                     ranks = ", ".join(map(str, missing))
                     raise TrainingError(f"Rank {ranks} did not come within {JOIN_SECONDS:.0f} s. See what it printed.")
@@ -146,6 +146,10 @@ class RankChannel:
                     wire = _Wire(server.accept()[0], min(self.deadline, HELLO_SECONDS))
                     if (rank := self._greeted(wire, missing, secret)) is not None:
                         wires[rank] = wire
+        for rank, wire in wires.items():  # not before all are there: until then nothing else is sent, and the deadline would pass
+            wire.wait_at_most(self.deadline)
+            with suppress(OSError):  # one that has ended meanwhile is noticed by who reads from it
+                wire.send({"welcome": rank})
         return wires
 
     def _greeted(self, wire: _Wire, missing: list[int], secret: bytes) -> int | None:
@@ -154,8 +158,6 @@ class RankChannel:
             hello = wire.receive(_MOST_HELLO_BYTES)
             known = hmac.compare_digest(str(hello.get("token")).encode(), secret)
             if known and (rank := hello.get("rank")) in missing:
-                wire.wait_at_most(self.deadline)
-                wire.send({"welcome": rank})
                 return rank
         wire.close()
         return None

@@ -6,7 +6,6 @@ Randomness is a function of the seed and the position (epoch, step): nothing has
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import time
 import weakref
@@ -19,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
-from fulltune_nb.cpu import cap_cache, evaluate, on_cpu
+from fulltune_nb.cpu import cap_cache, on_cpu
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.data.dataset import DataSet, load_data
 from fulltune_nb.data.example import Example
@@ -45,16 +44,12 @@ from fulltune_nb.training.card import ModelCard
 from fulltune_nb.training.config import TrainConfig
 from fulltune_nb.training.gradients import clip_scale
 from fulltune_nb.training.history import EvalReport, Event, History, StepReport
-from fulltune_nb.training.layerwise import check_for_ranks
 from fulltune_nb.training.lock import have_holder_save
 from fulltune_nb.training.loss import evaluate_split
 from fulltune_nb.training.objective import Loss, name_of
-from fulltune_nb.training.optimizers import Optimizers
 from fulltune_nb.training.parallel import Ranks, ranks_of_environment
 from fulltune_nb.training.plan import make_plan
 from fulltune_nb.training.rank_channel import Abandoned
-from fulltune_nb.training.rank_material import material_of
-from fulltune_nb.training.rules import put
 from fulltune_nb.training.run import (
     RunDirectory,
     StoredRun,
@@ -80,6 +75,7 @@ from fulltune_nb.training.state import (
     set_random_state,
     versions,
 )
+from fulltune_nb.training.together import Together
 
 _METHODS = {StepReport: "on_step", EvalReport: "on_eval", Event: "on_event"}
 _TELL_SECONDS = 0.25  # how often callbacks hear how far an evaluation is
@@ -95,9 +91,7 @@ def _on_all_ranks(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def call(self: Trainer, *args: Any, **settings: Any) -> Any:
-        if self._follows:
-            for _ in self._follow():
-                pass
+        if self._followed():
             return None
         with self._leading():
             return method(self, *args, **settings)
@@ -118,7 +112,6 @@ class Trainer:
         listeners: callbacks that are told of every report and event for as long as they stand here, in `run` and outside.
         batches: the micro-batches of every step.
         engine: computes the gradients.
-        ranks: the processes that train together; None where this is one alone.
         optimizers: updates the weights; its `observers` see each tensor's update.
         backward: "whole" or "layerwise": how gradients are computed, from `config.memory` and `config.backward`.
         step_count: optimizer steps taken.
@@ -171,8 +164,8 @@ class Trainer:
         if resume not in (None, "auto") and not isinstance(resume, StoredRun):
             raise ConfigError(f'resume: expected "auto" or None, got {resume!r:.80}. Trainer.resume(run_dir) goes on with a run.')
         run_dir = None if run_dir is None else absolute(run_dir)
-        self.ranks, self.loss = (ranks_of_environment() if parallel is None else parallel) or None, loss
-        if self._follows:
+        self._together, self.loss = Together((ranks_of_environment() if parallel is None else parallel) or None), loss
+        if self._together.follows:
             self._join(lm, data)
         elif isinstance(resume, StoredRun):
             self._begin(lm, data, config, force, resume)
@@ -241,12 +234,12 @@ class Trainer:
         if stored is not None:
             stored.check_loss(self.loss)
             stored.put_weights(lm, data, config)
-        plan = make_plan(lm, data, config, force, backward or (stored and stored.backward(config)), self.loss)
-        if self.ranks is not None and not self._follows:
-            self._gather_ranks(plan.backward, stored)
+        size = 1 if self.ranks is None else self.ranks.size
+        plan = make_plan(lm, data, config, force, backward or (stored and stored.backward(config)), self.loss, size)
+        of_ranks = self._together.begin(lm, data, config, self.loss, plan.backward, stored and str(stored.checkpoint))
         directory = None if run_dir is None else RunDirectory.create(run_dir, config, lm.source)
-        if not self._follows:
-            self._tell_what_is_trained(plan.notes, resumed=stored is not None)
+        if not self._together.follows:
+            self._tell_what_is_trained([*of_ranks, *plan.notes], resumed=stored is not None)
         self.batches, self.total_steps, self.backward = plan.batches, plan.total_steps, plan.backward
         schedule = config.schedule(self.total_steps)
         self._rate = LearningRate(schedule, peak_of(config.lr_schedule, config.learning_rate, schedule, self.total_steps))
@@ -257,15 +250,12 @@ class Trainer:
         self._trained_as = lm.trained_as = frozenset(trainable_of(lm.model)), plan.dtype
         cap_cache(plan.gives_back)
         self._memory_plan = plan.memory
-        self._shards = config.shard_optimizer and self.ranks is not None
-        part = {"rank": self.ranks.rank, "size": self.ranks.size} if self._shards else {}
-        self.optimizers, self._vocab_size = Optimizers(lm.model, config, **part), lm.config.vocab_size
+        self.optimizers, self._vocab_size = self._together.optimizers(lm.model, config), lm.config.vocab_size
         self.engine = plan.make_engine(lm.model, self.optimizers.in_stacks, self.ranks)
         if stored is not None:
             self._go_on_with(stored)
         else:
-            if not self._follows:
-                self._share_state()
+            self._together.share_state(lm.model, self.step_count, self.history)
             if directory is not None:
                 self._write_into(directory)
 
@@ -367,7 +357,7 @@ class Trainer:
             TornStepError: it failed when a part of the weights had been updated, now or before; go back to a snapshot or checkpoint.
             CheckpointError: the run's folder is gone or another's; or a report cannot be written.
         """
-        if self._follows:
+        if self._together.follows:
             return [*self._follow()][-1]
         with self._leading(), interrupts_deferred():
             with self._running():
@@ -390,7 +380,7 @@ class Trainer:
                 report = self._report(batches, loss, norm, rate, time.perf_counter() - started)
             self.record(report)  # a step that was taken by itself is over when it is told
             self._set_rate_to_come()
-            if self.ranks is not None and self.ranks.interrupted:
+            if self._together.interrupted:
                 raise KeyboardInterrupt
         return report
 
@@ -418,23 +408,19 @@ class Trainer:
                 "A later trainer of this model trains other tensors of it (train_only, freeze) or has changed their dtype (weights): go on"
                 " with that one, or make this one anew. Two trainers side by side need a model each: trainer.fork() copies it."
             )
-        with self._with_ranks("step", number=number, rate=learning_rate):
+        with self._together.doing("step", number=number, rate=learning_rate):
             return self._compute_step(number, batches, learning_rate)
 
     def _compute_step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> tuple[float, float]:
         limit = self.config.max_grad_norm
         gradients = self.engine.gradients(number, batches)
         scale = 1.0 if limit is None else clip_scale(gradients.norm(), limit)
-        if self.ranks is None:
-            gradients.check_finite()
-        else:
-            self.ranks.agree(gradients.check_finite)
+        self._together.agree(gradients.check_finite)
         self.lm.update_under_way = False  # the loss was computed from its weights
         self.optimizers.begin_step(learning_rate, scale)
         for piece in gradients.pieces(self.optimizers):  # one with all of them, or layer by layer
             self.optimizers.update_tensors(self.lm.model, piece.gradients, rows=piece.rows)
-            if self._shards:
-                self._exchange_weights(piece.gradients, piece.rows)
+            self._together.exchange_weights(self.lm.model, self.optimizers.owners, piece.gradients, piece.rows)
             del piece  # before the next one is computed
         self.optimizers.take_average(self.lm.model)
         self.optimizers.end_step()
@@ -498,7 +484,7 @@ class Trainer:
         move no schedule. Nothing is copied: while somebody holds the old arrays, updates are made in new memory. So the block needs
         memory for a second set of weights and optimizer state.
         """
-        self._check_leads("A rehearsal")
+        self._together.check_leads("A rehearsal")
         before, taken = self._take_state(), 0
         mx.eval(before.weights, before.optimizer_arrays)
         observers, self.optimizers.observers = self.optimizers.observers, []
@@ -518,7 +504,8 @@ class Trainer:
             put_parameters(self.lm.model, before.weights)
             self.lm.update_under_way = False
             set_random_state(before.random)
-            self._share_state(before.optimizer_arrays)  # last: it fails where a rank was lost
+            # Last: it fails where a rank was lost.
+            self._together.share_state(self.lm.model, self.step_count, self.history, before.optimizer_arrays)
 
     # -- many steps -----------------------------------------------------------------------------------------------
 
@@ -527,7 +514,7 @@ class Trainer:
 
         Evaluates and saves when due, before the step's report is handed out.
         """
-        if self._follows:
+        if self._together.follows:
             yield from self._follow()
             return
         target = self._target(n)
@@ -543,7 +530,7 @@ class Trainer:
                     report = self.step()
                     self._evaluate_if_due()
                     self._save_if_due()
-                    with nullcontext() if self.ranks is None else self.ranks.in_program():
+                    with self._together.in_program():
                         yield report
         finally:
             self.tell("on_change")  # however the loop was left
@@ -593,12 +580,9 @@ class Trainer:
             KeyboardInterrupt: a second interrupt.
         """
         self.interrupted = False
-        if self._follows:
-            for _ in self._follow():
-                pass
+        if self._followed():
             return
-        if self.ranks is not None:
-            self.ranks.interrupt(False)  # what came before is of another run
+        self._together.forget_interrupts()  # what came before is of another run
         before, self._callbacks = self._callbacks, (*callbacks, *(make() for make in default_callbacks))
         try:
             with self._leading(), termination_pauses():
@@ -629,9 +613,7 @@ class Trainer:
         Raises:
             DataError: there is no such split.
         """
-        if self._follows:
-            for _ in self._follow():
-                pass
+        if self._followed():
             return self.history.evals[-1]
         with self._leading():
             report = self._evaluated(split, batches)
@@ -648,8 +630,9 @@ class Trainer:
         put_in = self._average_put_in() if averaged else nullcontext()
         with self.now_doing(f"evaluating {split}"), self._last_checkpoint_named(), device_errors(IN_EVALUATION), put_in:
             tell = partial(self._tell_evaluated, split, [time.monotonic()])
-            if self.ranks is not None and split in self.data.splits:
-                self._command("evaluate", split=split, batches=batches, step=step, averaged=averaged or self._has_average)
+            if split in self.data.splits:
+                about = {"split": split, "batches": batches, "step": step, "averaged": averaged or self._has_average}
+                self._together.command("evaluate", **about)
             return evaluate_split(self.lm.model, self.data, split, step, self.config.batch_size, batches, tell, self.ranks)
 
     def _tell_report(self, report: EvalReport) -> None:
@@ -715,7 +698,7 @@ class Trainer:
         put_parameters(self.lm.model, weights)
         mx.eval(self.lm.model.parameters())
         self.loaded_best = best
-        self._share_state()
+        self._together.share_state(self.lm.model, self.step_count, self.history)
         last = self._directory and self._directory.last_checkpoint()
         where = f"; the last are in {last}" if last else ""
         self.event("load_best", f"the model has the weights of step {best}, the best validation{where}")
@@ -974,7 +957,7 @@ class Trainer:
             random=random_state(),
             optimizer_steps_before=self.optimizer_steps_before,
             origin=origin,
-            optimizer_arrays=self._optimizer_arrays(),
+            optimizer_arrays=self._together.optimizer_arrays(self.optimizers),
             weights=parameters_of(self.lm.model),
         )
 
@@ -1001,7 +984,7 @@ class Trainer:
         mx.eval(self.lm.model.parameters())
         self.history[:] = state.history
         self.step_count, self.optimizer_steps_before = state.step, state.optimizer_steps_before
-        self._share_state(state.optimizer_arrays)
+        self._together.share_state(self.lm.model, self.step_count, self.history, state.optimizer_arrays)
         self.lm.torn, self.lm.update_under_way = None, False
         self.failure = ""
         self._rate.factor = state.rate_factor
@@ -1055,7 +1038,7 @@ class Trainer:
             ConfigError: a setting that cannot be changed to that.
             CheckpointError: `run_dir` already holds a run, or cannot be written.
         """
-        self._check_leads("A fork")
+        self._together.check_leads("A fork")
         state, config = self._take_state(), self.config.replace(**changes)
         other = type(self)(copy_of(self.lm), self.data, config, parallel=False, loss=self.loss)
         if other.total_steps < state.step:
@@ -1078,83 +1061,20 @@ class Trainer:
     # -- several processes: rank 0 leads, the others follow -------------------------------------------------------
 
     @property
-    def _follows(self) -> bool:
-        return self.ranks is not None and self.ranks.rank > 0
-
-    def _check_leads(self, what: str) -> None:
-        if self._follows:
-            raise TrainingError(f"{what} is for rank 0, and this is rank {self.ranks.rank}: leave the call out on the others.")
+    def ranks(self) -> Ranks | None:
+        """The processes that train together; None where this is one alone."""
+        return self._together.ranks
 
     def _leading(self) -> AbstractContextManager[None]:
         """Within the block the other ranks follow; at its end they leave the call of theirs that follows this one."""
-        news = lambda: {"interrupted": self.interrupted, "patience": self.patience.to_dict(), "failure": self.failure}  # noqa: E731
-        return nullcontext() if self.ranks is None else self.ranks.leading(news)
-
-    def _command(self, do: str, **values: Any) -> None:
-        if self._run_of_ranks != self.ranks.runs:
-            raise TrainingError("A later trainer has these ranks now, and they serve one: make this one anew, or go on with that.")
-        self.ranks.command(do, **values)
-
-    @contextmanager
-    def _with_ranks(self, do: str, **values: Any) -> Iterator[None]:
-        """Within the block all ranks do the same, of which a part is not to be had alone: one's error ends the run of all."""
-        if self.ranks is None:
-            yield
-            return
-        self._command(do, **values)
-        try:
-            yield
-        except BaseException as error:
-            self.ranks.fail(error)
-            raise
-
-    def _gather_ranks(self, backward: str, stored: StoredRun | None) -> None:
-        """Tells the other ranks what run this is.
-
-        Raises:
-            ConfigError: such a run is for one process; they are not told of it.
-            TrainingError: they have other data or another model.
-        """
-        if backward == "layerwise":
-            check_for_ranks(self.lm.config)
-        if self.ranks.launched and self.loss is not None:
-            raise ConfigError("loss= is a function of this process, which ft.launch cannot send to ranks: start them by mlx.launch.")
-        if self.config.ema_decay is not None and self.config.shard_optimizer:
-            raise ConfigError("ema_decay with shard_optimizer: no rank has the average of all weights. Leave one of them out.")
-        self.ranks.runs += 1
-        self._run_of_ranks = self.ranks.runs
-        if self.ranks.launched:
-            material, arrays = material_of(self.lm, self.data)
-            with self._with_ranks("material", material=material):
-                self.ranks.shared(arrays, 0)
-        run = {"config": self.config.to_dict(), "backward": backward, "source": self.data.source}
-        run |= {"checkpoint": stored and str(stored.checkpoint), "has": self._what_must_agree(self.lm, self.data, self.loss)}
-        with self._with_ranks("begin", **run):
-            self.ranks.agree(lambda: None)
-        count = self.config.grad_accumulation_steps
-        if idle := max(self.ranks.size - count, 0):
-            who = f"{idle} of {self.ranks.size} ranks have nothing to do. Give more, and smaller ones"
-            self.event("parallel", f"grad_accumulation_steps={count}: a step has so many micro-batches, so {who}")
-
-    @staticmethod
-    def _what_must_agree(lm: LanguageModel, data: DataSet, loss: Loss | None) -> dict[str, str | None]:
-        shapes = {name: (array.shape, str(array.dtype)) for name, array in sorted(parameters_of(lm.model).items())}
-        model = hashlib.sha256(repr(shapes).encode()).hexdigest()
-        return {"data": data.fingerprint, "model": model, "versions": repr(versions()), "loss": name_of(loss)}
+        return self._together.leading(
+            lambda: {"interrupted": self.interrupted, "patience": self.patience.to_dict(), "failure": self.failure}
+        )
 
     def _join(self, lm: LanguageModel, data: DataSet, begin: dict[str, Any] | None = None) -> None:
         """On another rank than 0: the run that rank 0 begins, with its settings and weights."""
         begin = begin or self.ranks.awaited("begin")
-        self._run_of_ranks = self.ranks.runs
-        has = self._what_must_agree(lm, data, self.loss)
-        others = [name for name in has if has[name] != begin["has"][name]]
-
-        def check() -> None:
-            if others:
-                what = " and ".join(others)
-                raise TrainingError(f"this rank has other {what} than rank 0. Every rank needs the same model, data and versions.")
-
-        self.ranks.agree(check)
+        self._together.join(lm, data, self.loss, begin)
         self._begin(lm, data, TrainConfig.from_dict(begin["config"]), force=True, backward=begin["backward"])
         self.obey(self.ranks.following_at_once("take_state"))
         self.ranks.obeys = weakref.WeakMethod(self.obey)  # as when rank 0 makes its next trainer, for which this one saves
@@ -1170,57 +1090,15 @@ class Trainer:
         if not isinstance(data, DataSet):
             data = load_data(data or begin["source"], lm.tokenizer, config=config)
         trainer = cls.__new__(cls)
-        trainer.ranks, trainer.loss = ranks, loss
+        trainer._together, trainer.loss = Together(ranks), loss
         trainer._join(lm, data, begin)
         return trainer
 
-    def _share_state(self, arrays: Arrays | None = None) -> None:
-        """On rank 0: has the others stand where it does. `arrays`: the optimizer's; None where they have them, of a run that begins."""
-        if self.ranks is not None:
-            with self._with_ranks("take_state", step=self.step_count, optimizer=arrays is not None):
-                self.ranks.told(self.history.to_jsonable())
-                self.ranks.shared(parameters_of(self.lm.model), 0)
-                if arrays is not None:
-                    self.ranks.shared(arrays, 0)
-
-    def _take_shared_state(self, step: int, optimizer: bool) -> None:
-        """On the others, the same."""
-        self.step_count = step
-        self.history[:] = History.from_jsonable(self.ranks.told(None))
-        put_parameters(self.lm.model, self.ranks.shared({}, 0))
-        if optimizer:
-            self.optimizers.load_state_arrays(self.ranks.shared({}, 0, self.optimizers.keeps))
-        else:
-            self.optimizers.begin_average(self.lm.model)
-        self.lm.torn, self.lm.update_under_way = None, False
-
-    def _optimizer_arrays(self) -> Arrays:
-        """The optimizer's state; where the ranks share it out, all of it on rank 0."""
-        own = self.optimizers.state_arrays()
-        if not self._shards:
-            return own
-        arrays: Arrays = {}
-        with self._with_ranks("give_state"):
-            for owner in range(self.ranks.size):
-                arrays |= self.ranks.shared(own if owner == self.ranks.rank else {}, owner, lambda name: not self._follows)
-        return arrays
-
-    def _exchange_weights(self, names: Iterable[str], rows: slice | None) -> None:
-        """Of a piece just updated, what other ranks have updated."""
-        by_owner: dict[int, list[str]] = {}
-        for name in names:
-            by_owner.setdefault(self.optimizers.owners[name], []).append(name)
-        for owner, own in sorted(by_owner.items()):
-            held = parameters_of(self.lm.model)
-            here = {name: held[name] if rows is None else held[name][rows] for name in own} if owner == self.ranks.rank else {}
-            found = self.ranks.shared(here, owner)
-            if owner != self.ranks.rank and rows is not None:
-                for name in found:  # into a new array: a rehearsal holds the old one
-                    found[name] = put(held[name], held[name].ndim, rows, found[name])
-            if owner != self.ranks.rank:
-                put_parameters(self.lm.model, found)
-                del held
-                evaluate(found)
+    def _followed(self) -> bool:
+        """Whether this is another rank than 0, which has then done what rank 0 did in this call."""
+        for _ in self._follow() if self._together.follows else ():
+            pass
+        return self._together.follows
 
     def _follow(self) -> Iterator[StepReport]:
         """Does what rank 0 says until it leaves the call that this is in; yields the steps.
@@ -1250,9 +1128,11 @@ class Trainer:
             if do == "evaluate":
                 self.history.append(self._evaluated(command["split"], command["batches"], command["step"], command["averaged"]))
             elif do == "give_state":
-                self._optimizer_arrays()
+                self._together.optimizer_arrays(self.optimizers)
             elif do == "take_state":
-                self._take_shared_state(command["step"], command["optimizer"])
+                self.step_count = command["step"]
+                self._together.take_state(self.lm.model, self.history, self.optimizers, command["optimizer"])
+                self.lm.torn, self.lm.update_under_way = None, False
         except (Abandoned, DataError):
             pass  # rank 0 has gone on, or has the same error
         except FulltuneError as error:

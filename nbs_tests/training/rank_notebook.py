@@ -33,7 +33,7 @@ def main(folder: str, size: int) -> None:
         fork.run(1)
         trainer.restore(begin)
         trainer.run()
-        results.append([fork.history.steps[-1].loss, {**result_of(trainer, trainer.evaluate("test")), "state_bytes": None}])
+        results.append([fork.history.steps[-1].loss, result_of(trainer, trainer.evaluate("test"))])
     (Path(folder) / f"{size}.json").write_text(json.dumps(results))
     if ranks:
         ranks.close()

@@ -40,6 +40,10 @@ def trained(scenario: dict[str, Any], listeners: Sequence[Any] = ()) -> dict[str
         trainer.run(2)
         trainer = ft.Trainer(lm, data, config, scenario["run_dir"], resume="auto")  # for which the first one saves
     trainer.listeners.extend(listeners)
+    if scenario.get("back"):
+        begin = trainer.snapshot()
+        trainer.run(2)
+        trainer.restore(begin)
     if scenario.get("loop"):
         for report in trainer.steps():
             trainer.evaluate("test", report.step)

@@ -23,6 +23,7 @@ from fulltune_nb.models.embedding import EMBEDDING
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.training.rank_channel import RankChannel
 from fulltune_nb.training.start_ranks import end_together, environments, kill, start_rank
+from fulltune_nb.training.together import Together
 
 ONE_BY_ONE = {"grad_accumulation_steps": 5}  # with 27 rows in 14 micro-batches, the last step of an epoch has 4
 SMALL_CHUNKS = {"training.loss.CHUNK_ELEMENTS": 2**13, "training.vocabulary.RANGE_ELEMENTS": 2**12, "training.engine.CHUNK_ELEMENTS": 2**13}
@@ -46,6 +47,7 @@ SCENARIOS = {
     "experts": {"settings": ONE_BY_ONE, "model": EXPERTS},
     "smoothed, averaged": {"settings": {**ONE_BY_ONE, "label_smoothing": 0.1, "ema_decay": 0.8, "steps_per_eval": 2}},
     "calls within a loop": {"settings": ONE_BY_ONE, "loop": True},
+    "goes back": {"settings": ONE_BY_ONE, "back": True},
     "a second trainer goes on": {"settings": {**ONE_BY_ONE, "shard_optimizer": True}, "run_dir": "again", "again": True},
     "early stop": {"settings": {**ONE_BY_ONE, "iters": 20, "steps_per_eval": 1, "patience": 2, "learning_rate": 0.3, "val_batches": 2}},
 }
@@ -208,7 +210,8 @@ def test_a_notebook_that_starts_its_ranks_gets_what_it_gets_alone(tmp_path):
     for size in (1, 2):
         command = [sys.executable, "-m", "nbs_tests.training.rank_notebook", str(tmp_path), str(size)]
         assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL, timeout=300).returncode == 0
-    alone, together = (json.loads((tmp_path / f"{size}.json").read_text()) for size in (1, 2))
+    found = [json.loads((tmp_path / f"{size}.json").read_text()) for size in (1, 2)]
+    alone, together = ([(of_fork, same(result)) for of_fork, result in results] for results in found)
     assert together == alone
 
 
@@ -216,9 +219,9 @@ def test_rows_that_another_rank_has_updated_come_in_an_array_of_their_own(make_t
     trainer = make_trainer()
     held = parameters_of(trainer.lm.model)[EMBEDDING]  # as a rehearsal does
     before = np.array(held)
-    trainer.ranks = SimpleNamespace(rank=0, shared=lambda here, owner: {EMBEDDING: mx.ones((2, held.shape[1]))})
-    trainer.optimizers.owners = {EMBEDDING: 1}
-    trainer._exchange_weights([EMBEDDING], slice(1, 3))
+    together = Together(SimpleNamespace(rank=0, size=2, shared=lambda here, owner: {EMBEDDING: mx.ones((2, held.shape[1]))}))
+    together.optimizers(trainer.lm.model, trainer.config.replace(shard_optimizer=True))
+    together.exchange_weights(trainer.lm.model, {EMBEDDING: 1}, [EMBEDDING], slice(1, 3))
     now = np.array(parameters_of(trainer.lm.model)[EMBEDDING])
     assert np.array_equal(np.array(held), before)
     assert (now[1:3] == 1).all() and np.array_equal(now[3:], before[3:]) and np.array_equal(now[:1], before[:1])
@@ -263,7 +266,7 @@ def test_ranks_that_share_no_secret_do_not_come_together(monkeypatch):
 def test_experts_layer_by_layer_are_refused_before_other_ranks_hear_of_the_run(make_lm, make_data, monkeypatch):
     monkeypatch.setattr("fulltune_nb.training.layerwise.on_cpu", lambda: True)
     config = ft.TrainConfig(batch_size=4, iters=1, mask_prompt=True, backward="layerwise")
-    told_nothing = SimpleNamespace(rank=0)
+    told_nothing = SimpleNamespace(rank=0, size=2)
     with pytest.raises(ft.ConfigError, match="are for one process"):
         ft.Trainer(make_lm(**EXPERTS), make_data(8, config=config), config, parallel=told_nothing)
 

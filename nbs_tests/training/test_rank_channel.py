@@ -52,7 +52,7 @@ def test_a_rank_that_ends_before_it_comes_is_noticed_at_once_with_its_last_words
     monkeypatch.delenv("MLX_RANK", raising=False)
     began = time.monotonic()
     said = "exit code 1; no model here" if "exit" in program else "signal 9"
-    with pytest.raises(ft.errors.TrainingError, match=f"Rank 1 has ended before it came: {said}"):
+    with pytest.raises(ft.errors.TrainingError, match=f"Rank 1 has ended before all had come: {said}"):
         ft.launch(["localhost", "localhost"])
     assert time.monotonic() - began < 10 and not start_ranks._launched  # one may try again
 
@@ -99,6 +99,15 @@ def test_a_stranger_that_says_nothing_keeps_no_rank_out(address, monkeypatch):
         close_all([first.result(), second])
 
 
+def test_a_rank_that_comes_early_waits_for_a_late_one_longer_than_the_deadline(address):
+    with ThreadPoolExecutor(2) as pool:
+        early = [pool.submit(RankChannel, rank, 3, address, 0.5) for rank in (0, 1)]
+        time.sleep(1.2)
+        channels = [RankChannel(2, 3, address, 0.5), *(one.result() for one in early)]
+    assert [channel.failure for channel in channels] == [None] * 3
+    close_all(channels)
+
+
 @pytest.mark.parametrize(
     "variable, said, ask, told",
     [
@@ -114,6 +123,7 @@ def test_a_stranger_that_says_nothing_keeps_no_rank_out(address, monkeypatch):
 def test_a_variable_that_is_no_number_is_named(monkeypatch, variable, said, ask, told):
     for name in ("FULLTUNE_NB_RANK0", "MLX_HOSTFILE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setenv(variable, said)
     with pytest.raises(ft.ConfigError, match=told):
         ask()
