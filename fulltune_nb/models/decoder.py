@@ -150,12 +150,16 @@ class Decoder(nn.Module):
         """Logits (B, T, V) for token ids (B, T); with a cache, T are the new tokens only."""
         return self.head(self.hidden_states(ids, cache))
 
-    def embed(self, ids: mx.array, dtype: mx.Dtype | None = None, rows: mx.array | None = None) -> mx.array:
+    def embed(
+        self, ids: mx.array, dtype: mx.Dtype | None = None, rows: mx.array | None = None, noise: mx.array | None = None
+    ) -> mx.array:
         """Token ids (B, T) -> the first block's input (B, T, D), in `dtype` or that of the weights. `rows`: of the embedding for the ids,
-        where a gradient of theirs is wanted and not of the embedding's."""
+        where a gradient of theirs is wanted and not of the embedding's. `noise` (B, T, D): added to them, before a family scales them."""
         x = lookup(self.embed_tokens.weight, ids, dtype) if rows is None else rows
         if self._config.padding_id is not None:  # as torch's Embedding(padding_idx=...): its row gets no gradient from here
             x = mx.where((ids == self._config.padding_id)[..., None], mx.stop_gradient(x), x)
+        if noise is not None:
+            x = x + noise.astype(x.dtype)
         return x if self._config.embed_scale is None else x * mx.array(self._config.embed_scale, dtype=x.dtype)
 
     def hidden_states(
@@ -169,6 +173,7 @@ class Decoder(nn.Module):
         lengths: mx.array | None = None,
         for_gradients: bool = False,
         rows: mx.array | None = None,
+        noise: mx.array | None = None,
     ) -> mx.array:
         """The last block's output after the final norm: (B, T) -> (B, T, D).
 
@@ -182,9 +187,9 @@ class Decoder(nn.Module):
             balance: takes part in the experts' routing; not with a cache.
             lengths: (B,) tokens of each row that are no padding, which a rotation `by_length` goes by; None: all.
             for_gradients: whether a backward pass follows; changes the kernels, not what they compute.
-            rows: of the embedding, as for `embed`.
+            rows, noise: as for `embed`.
         """
-        x, contexts = self.embed(ids, dtype, rows), self.context(ids.shape[1], cache, segments, lengths)
+        x, contexts = self.embed(ids, dtype, rows, noise), self.context(ids.shape[1], cache, segments, lengths)
         if for_gradients:
             contexts = self.for_gradients(contexts, ids.shape[1])
         for i, (block, context) in enumerate(zip(self.layers, contexts, strict=True)):

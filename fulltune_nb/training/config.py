@@ -194,6 +194,11 @@ class TrainConfig:
         "The share of a target's probability that is spread evenly over the vocabulary while training, as torch's "
         "CrossEntropyLoss(label_smoothing=) does it. Losses of steps are of these targets, evaluations of the plain ones.",
     )  # fmt: skip
+    neftune_alpha: float | None = setting(
+        None, checks.optional(checks.number(above=0.0)),
+        "Noise on the embeddings while training (NEFTune), uniform within this / sqrt(tokens of the row x hidden size), such as 5; drawn "
+        "anew in each step, as a function of the seed. None: no noise.",
+    )  # fmt: skip
     lr_factors: dict[str, float] = setting(
         {}, checks.factors,
         "Name pattern -> factor on the learning rate; the first pattern that matches a tensor's Hugging Face name counts.",

@@ -85,39 +85,43 @@ class WholeGraph:
         lay_together(self._stacks)
         size = StepSize.of(batches)
         if self._ranks is not None:
-            return WholeGradients(number, batches, *self._sums_of_ranks(self._ranks, batches, size), self._kernels)
+            return WholeGradients(number, batches, *self._sums_of_ranks(self._ranks, number, batches, size), self._kernels)
         sums: Sums = None, {}
-        for batch in batches:
-            sums = self._with(batch, size, sums)
+        for place, batch in enumerate(batches):
+            sums = self._with((number, place), batch, size, sums)
         return WholeGradients(number, batches, *sums, self._kernels)
 
-    def _with(self, batch: Batch, size: StepSize, sums: Sums) -> Sums:
-        """The sums with one micro-batch more; by `evaluate`."""
+    def _with(self, place: tuple[int, int], batch: Batch, size: StepSize, sums: Sums) -> Sums:
+        """The sums with one micro-batch more; by `evaluate`. `place`: the numbers of the step, and of the micro-batch in it."""
+        inputs = inputs_of(batch, self._model, self._objective.noise(batch, *place, self._config.hidden_size))
         # Each micro-batch is weighted by its tokens: the sum is the mean over all tokens, not a mean of means.
         weights = batch.weights / size.tokens
-        sums = added(sums, *self._by_kernel(batch, weights, size)) if self._in_halves else self._by_graph(batch, weights, size, sums)
+        if self._in_halves:
+            sums = added(sums, *self._by_kernel(batch, inputs, weights, size))
+        else:
+            sums = self._by_graph(batch, inputs, weights, size, sums)
         # One micro-batch's activations at a time; and before the norm, in one graph with which the peak of `grad_checkpoint` doubles.
         evaluate(*sums)
         return sums
 
-    def _sums_of_ranks(self, ranks: Ranks, batches: Sequence[Batch], size: StepSize) -> Sums:
+    def _sums_of_ranks(self, ranks: Ranks, step: int, batches: Sequence[Batch], size: StepSize) -> Sums:
         """The sums over all ranks' micro-batches."""
         sums: Arrays = {}  # the loss is one of them
         for number, batch in ranks.own(batches):
-            loss, gradients = self._with(batch, size, (None, {}))
+            loss, gradients = self._with((step, number), batch, size, (None, {}))
             own = {"": loss, **gradients}
             del loss, gradients  # added to the running sum, none is held
             sums = ranks.added(number, len(batches), sums, own)
         sums = ranks.total(len(batches), sums)
         return sums.pop(""), sums
 
-    def _by_graph(self, batch: Batch, weights: np.ndarray, size: StepSize, sums: Sums) -> Sums:
+    def _by_graph(self, batch: Batch, inputs: Arrays, weights: np.ndarray, size: StepSize, sums: Sums) -> Sums:
         """The sums, to which a micro-batch's share of the mean loss and its gradients are added; lazy."""
         targets: dict[str, Any] = {"targets": mx.array(batch.targets), "weights": mx.array(weights)}  # (N,) each
         if self._objective.loss is not None:
             targets["weighed"] = partial(self._objective.weighed, batch, size)
         balance = balance_of(self._model, batch, self._balance * weights.sum()) or ()
-        read = together(parameters_of(self._model)), inputs_of(batch, self._model), targets, *balance
+        read = together(parameters_of(self._model)), inputs, targets, *balance
         # On a CPU adding is no part of what may be compiled: so it was, and runs that began so go on to the same bits.
         return added(sums, *self._graph((None, {}), *read)) if on_cpu() else self._graph(sums, *read)
 
@@ -153,7 +157,7 @@ class WholeGraph:
     def _hidden_states(self, inputs: Arrays, balance: RouterBalance | None = None, rows: mx.array | None = None) -> mx.array:
         """What the head sees of a micro-batch: (N, D), only positions with a trained target."""
         settings = {"grad_checkpoint": self._grad_checkpoint, "dtype": self._model.compute_dtype, "balance": balance}
-        of_rows = {name: inputs.get(name) for name in ("segments", "lengths")}
+        of_rows = {name: inputs.get(name) for name in ("segments", "lengths", "noise")}
         hidden = self._model.hidden_states(inputs["ids"], **of_rows, **settings, rows=rows, for_gradients=True)  # (B, T, D)
         return hidden.reshape(-1, hidden.shape[-1])[inputs["positions"]]
 
@@ -167,12 +171,12 @@ class WholeGraph:
             hidden, _, gradients = backward_through(body, lambda: self._hidden_states(inputs), [], hidden_gradient)
         return hidden, gradients
 
-    def _by_kernel(self, batch: Batch, weights: np.ndarray, size: StepSize) -> tuple[mx.array, Arrays]:
+    def _by_kernel(self, batch: Batch, inputs: Arrays, weights: np.ndarray, size: StepSize) -> tuple[mx.array, Arrays]:
         """A micro-batch's share of the mean loss, and its gradients; evaluated."""
         # The second half reads what the kernel has written by then. NaN: what would be computed too early could not go unnoticed.
         hidden_gradient = mx.full((len(batch.targets), self._config.hidden_size), math.nan)
         mx.eval(hidden_gradient)
-        hidden, gradients = self._graph(parameters_of(self._model), inputs_of(batch, self._model), hidden_gradient)
+        hidden, gradients = self._graph(parameters_of(self._model), inputs, hidden_gradient)
         mx.eval(hidden)
         value = None
         if self._objective.loss is not None:
@@ -248,11 +252,13 @@ def make_engine(
     return WholeGraph(model, grad_checkpoint, compiled, kernels, balance, in_stacks, ranks, objective)
 
 
-def inputs_of(batch: Batch, model: Decoder) -> Arrays:
-    """A micro-batch as the graph reads it: only what the model has use for."""
+def inputs_of(batch: Batch, model: Decoder, noise: mx.array | None = None) -> Arrays:
+    """A micro-batch as the graph reads it: only what the model has use for. `noise` (B, T, D): on the embeddings."""
     arrays = {"ids": mx.array(batch.inputs), "positions": mx.array(batch.target_positions)}  # (B, T), (N,)
     if batch.segments is not None:
         arrays["segments"] = mx.array(batch.segments)  # (B, T)
     if model.config.by_length and batch.row_lengths is not None:
         arrays["lengths"] = mx.array(batch.row_lengths)  # (B,)
+    if noise is not None:
+        arrays["noise"] = noise
     return arrays

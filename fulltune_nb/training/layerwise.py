@@ -238,7 +238,7 @@ class LayerwiseGradients:
         """All micro-batches up to the loss, and back to the last block's output."""
         size = StepSize.of(self._batches)
         how = size.tokens, self._balance, self._objective
-        self._streams = [_forward_one(self._model, self._passes, *numbered, *how) for numbered in self._own_batches]
+        self._streams = [_forward_one(self._model, self._passes, self._number, *numbered, *how) for numbered in self._own_batches]
         values = [] if self._objective.loss is None else self._weigh(size)
         inputs = [stream.head for stream in self._streams]
         losses, gradients = vocabulary.head_loss(self._model.head_weights(), inputs, self._kernels)
@@ -395,13 +395,15 @@ def balance_of(model: Decoder, batch: Batch, coefficient: float) -> tuple[float,
 def _forward_one(
     model: Decoder,
     passes: Sequence[BlockPasses],
+    step: int,
     number: int,
     batch: Batch,
     step_tokens: int,
     balance_coefficient: float,
     objective: Objective,
 ) -> _Stream:
-    """A micro-batch from its tokens to the hidden states of its trained positions, with each block's input; by `evaluate`."""
+    """Micro-batch `number` of a step, from its tokens to the hidden states of its trained positions, with each block's input; by
+    `evaluate`."""
     dtype = model.compute_dtype
     ids = mx.array(batch.inputs)
     segments = None if batch.segments is None else mx.array(batch.segments)
@@ -409,7 +411,7 @@ def _forward_one(
     contexts = model.context(ids.shape[1], segments=segments, lengths=lengths)
     of_balance = balance_of(model, batch, balance_coefficient * batch.num_tokens / step_tokens)
     balance = RouterBalance(*of_balance) if of_balance else None
-    x, inputs = model.embed(ids, dtype), []
+    x, inputs = model.embed(ids, dtype, noise=objective.noise(batch, step, number, model.config.hidden_size)), []
     for block, context in zip(passes, contexts, strict=True):
         evaluate(x)
         inputs.append(x)

@@ -16,6 +16,8 @@ import numpy as np
 from fulltune_nb.data.batches import Batch
 from fulltune_nb.errors import ConfigError, TrainingError
 
+_NOISE = 0x4E4546  # tells this use of the seed from others
+
 
 class StepSize(NamedTuple):
     """What the micro-batches of an optimizer step, those of all ranks, have together."""
@@ -72,6 +74,10 @@ class Objective:
     """The share of a target's probability that is spread evenly over the vocabulary, the target included (Szegedy et al. 2016)."""
     loss: Loss | None = None
     """In place of the cross-entropy."""
+    noise_alpha: float | None = None
+    """Of the noise on the embeddings (NEFTune, Jain et al. 2023); None: none."""
+    seed: int = 0
+    """Of the noise."""
 
     def __post_init__(self) -> None:
         if self.loss is not None and not callable(self.loss):
@@ -82,12 +88,25 @@ class Objective:
     @property
     def note(self) -> str | None:
         """What the user should hear about the losses that are told; None where they are those of an evaluation."""
+        told = []
         if self.smoothing:
-            told = f"label_smoothing={self.smoothing:g}: the losses of steps are those of smoothed targets"
-            return f"{told}, which a perfect model has above 0 too; evaluations have the plain cross-entropy"
+            told.append(f"those of smoothed targets (label_smoothing={self.smoothing:g}), which a perfect model has above 0 too")
         if self.loss is not None:
-            return f"the losses of steps are those of {name_of(self.loss)}; evaluations have the plain cross-entropy"
-        return None
+            told.append(f"those of {name_of(self.loss)}")
+        if self.noise_alpha is not None:
+            told.append(f"with noise on the embeddings (neftune_alpha={self.noise_alpha:g})")
+        return f"the losses of steps are {' and '.join(told)}; evaluations have the plain cross-entropy" if told else None
+
+    def noise(self, batch: Batch, number: int, micro_batch: int, hidden_size: int) -> mx.array | None:
+        """What is added to the embeddings: (B, T, D) float32, uniform within alpha / sqrt(L D), L tokens of the example; lazy.
+
+        A function of seed, step (`number`) and micro-batch alone, so that a second pass, and a run that goes on, have the same.
+        """
+        if self.noise_alpha is None:
+            return None
+        (key,) = np.random.SeedSequence((self.seed, _NOISE, number, micro_batch)).generate_state(1, np.uint64)
+        bounds = mx.array(self.noise_alpha / np.sqrt(_lengths(batch) * hidden_size), dtype=mx.float32)[..., None]  # (B, T, 1)
+        return mx.random.uniform(-1.0, 1.0, (*batch.inputs.shape, hidden_size), key=mx.random.key(int(key))) * bounds
 
     def weighed(self, batch: Batch, step: StepSize, log_probs: mx.array) -> tuple[mx.array, mx.array]:
         """The value of `loss`, and the weights (N,) float32 with which the cross-entropy has its gradients.
@@ -109,6 +128,16 @@ class Objective:
 
         found, slope = mx.value_and_grad(value)(log_probs)
         return found, -slope
+
+
+def _lengths(batch: Batch) -> np.ndarray:
+    """(B, T), for each position how many tokens its example has in the inputs; 1 where padded behind packed ones."""
+    rows, length = batch.inputs.shape
+    if batch.segments is None:
+        own = np.full(rows, length) if batch.row_lengths is None else np.maximum(batch.row_lengths, 1)
+        return np.repeat(own[:, None], length, axis=1)
+    counts = [np.append(np.bincount(segments[segments >= 0]), 1) for segments in batch.segments]  # the last is of padding, -1
+    return np.stack([count[segments] for count, segments in zip(counts, batch.segments, strict=True)])
 
 
 def name_of(loss: Loss | None) -> str | None:

@@ -99,7 +99,7 @@ def make_plan(
     """
     check_patterns(lm.model, config)
     _check_rows_together(config)
-    objective = Objective(config.label_smoothing, loss)
+    objective = Objective(config.label_smoothing, loss, config.neftune_alpha, config.seed)
     notes, batches = [], step_batches(data.train, config)
     if config.packing:
         notes.append(("packing", batches.packing_note))

@@ -64,8 +64,8 @@ def by_ranges(hidden, head, targets, weights, cap, kernels=None) -> Found:
     head = {name: mx.array(array) for name, array in head.items()}
     one = HeadInput(mx.array(hidden), targets, mx.array(weights), cap, SMOOTHING)
     (loss,), (to_hidden,) = vocabulary.head_loss(head, [one], kernels)
-    parts = [vocabulary.head_gradients(head, [one], rows) for rows in vocabulary.ranges(VOCAB, HIDDEN)]
-    to_head = {name: np.concatenate([np.array(part[name]) for part in parts]) for name in head}
+    ranges = vocabulary.ranges(VOCAB, HIDDEN)
+    to_head = {name: np.concatenate([np.array(vocabulary.head_gradient(head, [one], rows, name)) for rows in ranges]) for name in head}
     return float(loss), np.array(to_hidden), to_head
 
 
