@@ -165,7 +165,8 @@ def heat_map(
 
 
 def _svg(shapes: str, width: int, height: int, label: str) -> str:
-    return f'<svg width="{width}" height="{height}" role="img" aria-label="{esc(label)}">{shapes}</svg>'
+    place = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="max-width:100%;height:auto"'
+    return f'<svg {place} role="img" aria-label="{esc(label)}">{shapes}</svg>'
 
 
 def _thinned(points: Points) -> list[tuple[float, float]]:

@@ -120,7 +120,7 @@ class Comparison:
         except MissingDependencyError as error:
             warnings.warn(printable(error), stacklevel=2)
             raise NotImplementedError from error  # by which IPython goes on to `_repr_html_`
-        show(self.chart(), self._repr_html_(), repr(self))
+        show(self.chart(), self._tables_html(), repr(self))
 
     def _own_results(self) -> list[str]:
         """Entries of `result.json` that are not the same in all runs, where there are several, nor said by one above them."""
@@ -136,6 +136,15 @@ class Comparison:
         return f"Comparison({counted(len(self.runs), 'run')}, {len(self.differences)} settings differ)"
 
     def _repr_html_(self) -> str:
+        try:
+            from fulltune_nb.plots import picture_html
+        except MissingDependencyError as error:
+            picture = f"<div>{esc(error)}</div>"
+        else:
+            picture = picture_html(self.plot, f"training and validation losses of {counted(len(self.runs), 'run')}")
+        return picture + self._tables_html()
+
+    def _tables_html(self) -> str:
         names, results = [run.name for run in self.runs], self.results
         own = self._own_results()
         shown = [name for name in results if not name.startswith("result.")] + own[:_RESULTS]

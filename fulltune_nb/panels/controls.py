@@ -24,8 +24,8 @@ def button(description: str, tooltip: str, icon: str = "", style: str = "", togg
 
 
 def field(kind: type[widgets.DOMWidget], description: str, tooltip: str, layout: str | dict[str, str], **settings: Any) -> Any:
-    """A control with a label: of some kind, `layout` wide, with the kind's own settings."""
-    placed = widgets.Layout(**({"width": layout} if isinstance(layout, str) else layout))
+    """A control with a label: of some kind, `layout` wide but no wider than its place, with the kind's own settings."""
+    placed = widgets.Layout(max_width="calc(100% - 4px)", **({"width": layout} if isinstance(layout, str) else layout))  # 4px: its margins
     made = kind(description=description, tooltip=tooltip, style={"description_width": "initial"}, layout=placed, **settings)
     made.usual_tooltip = tooltip  # as of a button
     return made
@@ -108,11 +108,11 @@ class TrainControls:
             widgets.FloatText, "peak learning rate", "Highest rate of the schedule, the config's learning_rate; to be changed while paused",
             "250px", step=None, **whenever,
         )  # fmt: skip
+        tooltip = "Prompts the model answers while it learns, one a line; ⏎ stands for a line break within one"
         self.prompts = field(
-            widgets.Textarea, "prompts", "Prompts the model answers while it learns, one a line; ⏎ stands for a line break within one",
-            {"width": "60%", "min_width": "280px"}, placeholder="one prompt a line; add one by a new line", rows=3, **whenever,
+            widgets.Textarea, "prompts", tooltip, {"width": "60%", "min_width": "min(280px, 100% - 4px)"},
+            placeholder="one prompt a line; add one by a new line", rows=3, **whenever,
         )  # fmt: skip
-        tooltip = "Steps from one answer to the next; 0 for never"
         self.sample_every = field(number, "every", tooltip, "130px", value=0, min=0, max=10**9, **whenever)
         self.max_tokens = field(number, "tokens", "Tokens of an answer at most", "130px", value=64, min=1, max=10**6, **whenever)
 

@@ -28,7 +28,8 @@ _RULES = f"""<style>
 {_PLACE} :focus-visible {{ {_FOCUS} }}
 {_PLACE} .widget-html-content {{ min-width: 0 }} /* a wide table scrolls; the words above it do not */
 {_PLACE} .widget-inline-hbox {{ max-width: 100% }}
-{_PLACE} .lm-TabBar-tab {{ flex-basis: auto; color: var(--jp-ui-font-color1, inherit) }}
+{_PLACE} .lm-TabBar-content {{ flex-wrap: wrap }}
+{_PLACE} .lm-TabBar-tab {{ flex: 0 0 auto; color: var(--jp-ui-font-color1, inherit) }}
 [data-jp-theme-light="false"] {_PLACE} {{ --jp-widgets-dropdown-arrow: url("data:image/svg+xml,{_ARROW}") }} /* else black */
 {_PLACE}.jupyter-widgets-disconnected::before {{ content: "{_GONE}"; padding: 4px 0; font: bold 13px var(--jp-ui-font-family, sans-serif) }}
 </style>"""

@@ -39,6 +39,7 @@ def test_the_table_is_in_words_and_marks_the_lowest_loss(runs):
     (a, _), (b, _) = runs
     found = ft.compare([a, b])
     shown = found._repr_html_()
+    assert 'src="data:image/png' in shown, "for front ends that do not show the chart"
     assert "best validation loss" in shown and "best_valid_loss" not in shown and "Peak learning rate." in shown
     losses = found.results["best_valid_loss"]
     assert f"{min(losses):.4g} ✓ lowest" in shown and f"{max(losses):.4g} ✓" not in shown
@@ -117,5 +118,7 @@ def test_hostile_files_are_only_text(tmp_path):
     (other / "config.yaml").write_text("seed: 3\n")
     found = ft.compare([tmp_path, other])
     found.runs[0].name = HOSTILE
-    assert_harmless(found._repr_html_())
+    page = found._repr_html_()
+    assert page.count("<img") == 1 and page.endswith(found._tables_html()), "its own picture, before the tables"
+    assert_harmless(found._tables_html())
     found.plot().figure.canvas.draw()
