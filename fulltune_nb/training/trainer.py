@@ -722,7 +722,7 @@ class Trainer:
         """
         if self.optimizers.average is None:
             raise ConfigError("This run keeps no average of its weights: it begins with TrainConfig(ema_decay=0.999) or the like.")
-        self._check_leads("The average")
+        self._together.check_leads("The average")
         self._check_whole()
         self._check_has_last_weights()
         with self._average_put_in():
