@@ -23,6 +23,7 @@ LEFT_OUT = (
     (ALL, "experiments/test_search.py::test_twenty_trials_resumed_after_a_kill", OTHER_PROCESSES),
     (ALL, "training/test_parallel.py", OTHER_PROCESSES),
     (ALL, "training/test_parallel_networks.py", OTHER_PROCESSES),
+    (ALL, "training/test_rank_memory.py::test_what_a_rank_needs_is_counted", OTHER_PROCESSES),
     (ALL, "test_chat_and_serve.py::test_a_served_model", OTHER_PROCESSES),
     (ALL, "test_chat_and_serve.py::test_in_a_real_terminal", OTHER_PROCESSES),
     (ALL, "test_docs.py", THE_SAME),
