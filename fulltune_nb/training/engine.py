@@ -136,7 +136,7 @@ class WholeGraph:
                 return cross_entropy(hidden, head, targets["targets"], targets["weights"], cap, smoothing)
             value, weights = weighed(target_log_probs(hidden, head, targets["targets"], cap))
             entropy = cross_entropy(hidden, head, targets["targets"], mx.stop_gradient(weights), cap)
-            return mx.stop_gradient(value - entropy) + entropy  # the value of the one, the gradients of the other
+            return value + (entropy - mx.stop_gradient(entropy))  # the value of the one, the gradients of the other
 
         with swapped_in(self._model, apart(parameters)):
             rows = self._embedding_rows(inputs["ids"])
