@@ -75,6 +75,7 @@ class LearningRateSearch:
         self._fall, doubt = self._compare_with_the_start(lowest, finite, window)
         self.lowest_loss_rate = self._middle_of_the_valley(lowest) if lowest >= _FEWEST and self._fall > doubt else None
         self.rises_from = self._end_of_the_flat(lowest, doubt)
+        self._stays_flat = len(self.rates) > _FEWEST and abs(self.smoothed[-1] - self.smoothed[lowest] - self._fall) <= doubt
         self.below = _BELOW_THE_MINIMUM * (1.0 + final_share) / 2.0
         self.suggestion = None if self.lowest_loss_rate is None else self.lowest_loss_rate / self.below
         self._at_the_end = lowest >= len(self.rates) - 2
@@ -117,6 +118,8 @@ class LearningRateSearch:
                 f"learned these rows looks so: no rate makes it better in so few steps, and from {self.rises_from:.2g} on it is worse. "
                 "To train on, stay far below that, such as at the rate the training ended with."
             )
+        elif self.suggestion is None and self._stays_flat:
+            notes.append("The loss changed no more than batches differ at any rate tried: try higher ones (highest=).")
         elif self.suggestion is None:
             notes.append("The loss never fell: there is nothing to suggest. Look at the data, or begin at a lower rate (lowest=).")
         elif self._at_the_end:

@@ -120,6 +120,8 @@ def test_a_fall_no_larger_than_batches_differ_suggests_nothing_and_says_from_whe
     assert "no more than batches differ" in trained.notes[0] and f"from {trained.rises_from:.2g} on" in trained.notes[0]
     assert any("loss rises" in text.get_text() for text in trained.plot().texts)
     assert learning.suggestion is not None and not learning.notes
+    flat = curve(3 + noise)
+    assert flat.suggestion is None and flat.rises_from is None and "any rate tried: try higher ones" in flat.notes[0]
 
 
 def test_a_suggestion_where_rounding_eats_the_updates_names_the_remedy():
