@@ -15,6 +15,7 @@ from typing import Any
 
 from fulltune_nb.command_line import Parser, run, start
 from fulltune_nb.errors import ConfigError
+from fulltune_nb.html import printable
 
 EPILOG = """\
 examples:
@@ -59,7 +60,7 @@ def work(hosts: list[str], address: str | None, command: list[str]) -> int:
         for host, own in zip(hosts, environments(hosts, address), strict=True):
             first = OWN.get(command[0], [command[0]])
             ranks.append(start_rank(host, [*first, *command[1:]], own, start_new_session=True))  # else Ctrl-C would reach each by itself
-        return end_together(ranks)
+        return end_together(ranks, lambda line: print(printable(line), file=sys.stderr))
     finally:
         kill(ranks)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
@@ -142,8 +142,7 @@ class StartedRanks:
         said = self._said[rank - 1]
         size = os.fstat(said.fileno()).st_size
         text = os.pread(said.fileno(), _LAST_BYTES, max(size - _LAST_BYTES, 0)).decode("utf-8", "replace")
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return "; ".join([how, *(line.strip() for line in text.splitlines()[-_LAST_LINES:] if line.strip())])
+        return "; ".join([_how_it_ended(code), *(line.strip() for line in text.splitlines()[-_LAST_LINES:] if line.strip())])
 
     def end(self) -> None:
         """Those that were told to end have a moment; then they are killed."""
@@ -157,17 +156,28 @@ class StartedRanks:
         kill(self._processes)
 
 
-def end_together(processes: Sequence[subprocess.Popen]) -> int:
-    """Waits for all ranks; when one has failed, the others have some seconds to end. The exit code of the first that failed, or 0."""
+def end_together(processes: Sequence[subprocess.Popen], tell: Callable[[str], None] = lambda line: None) -> int:
+    """Waits for all ranks; when one has failed, the others have some seconds to end. The exit code of the first that failed, or 0.
+
+    Args:
+        tell: hears of the first that failed, and of those that had to be killed then, which may have said nothing.
+    """
     code, end = 0, None
     while None in (codes := [process.poll() for process in processes]):
-        failed = [found for found in codes if found]
+        failed = [rank for rank, found in enumerate(codes) if found]
         if failed and end is None:
-            code, end = failed[0], time.monotonic() + PATIENCE_SECONDS
+            code, end = codes[failed[0]], time.monotonic() + PATIENCE_SECONDS
+            tell(f"Rank {failed[0]} has ended with {_how_it_ended(code)}.")
         if end is not None and time.monotonic() > end:
+            left = ", ".join(str(rank) for rank, found in enumerate(codes) if found is None)
+            tell(f"Rank {left} did not end within {PATIENCE_SECONDS:.0f} s of that, and is killed.")
             kill(processes)
         time.sleep(0.05)
     return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _how_it_ended(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def kill(processes: Sequence[subprocess.Popen]) -> None:

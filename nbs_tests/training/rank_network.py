@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from fulltune_nb.training.start_ranks import environments, start_rank
+from fulltune_nb.training.start_ranks import end_together, environments, kill, start_rank
 
 INTERFACE = "eth0"
 """The name of a rank's interface within its namespace."""
@@ -72,12 +74,16 @@ class Network:
         _ip("-n", self._switch, "link", "set", f"port{rank}", "up")
 
 
-def start_ranks(command: Sequence[str], size: int, network: Network | None = None, **options: Any) -> list[subprocess.Popen]:
-    """The command on so many ranks, in a network or else over the loopback; `options` as for `subprocess.Popen`."""
-    if network is None:
-        return [start_rank("localhost", command, own, **options) for own in environments(["localhost"] * size)]
-    owns = environments(network.hosts[:size])
-    return [network.start(rank, command, own, **options) for rank, own in enumerate(owns)]
+def start_ranks(
+    command: Sequence[str], folder: Path, size: int, network: Network | None = None, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[subprocess.Popen]:
+    """The command on so many ranks, in a network or else over the loopback. What rank R says of errors goes to FOLDER/said-R."""
+    owns, ranks = environments(["localhost"] * size if network is None else network.hosts), []
+    for rank, own in enumerate(owns):
+        with open(folder / f"said-{rank}", "w") as said:
+            start = partial(start_rank, "localhost") if network is None else partial(network.start, rank)
+            ranks.append(start(command, {**own, **environment}, stdout=subprocess.DEVNULL, stderr=said))
+    return ranks
 
 
 def bytes_sent(interface: str = INTERFACE) -> int | None:
@@ -103,3 +109,12 @@ def why_no_network() -> str | None:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+if __name__ == "__main__":  # RANKS COMMAND...: the command on so many ranks, in a network
+    with Network(int(sys.argv[1])) as made:
+        processes = [made.start(rank, sys.argv[2:], own) for rank, own in enumerate(environments(made.hosts))]
+        try:
+            sys.exit(end_together(processes))
+        finally:
+            kill(processes)

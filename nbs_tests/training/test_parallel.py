@@ -274,3 +274,11 @@ def test_experts_layer_by_layer_are_refused_before_other_ranks_hear_of_the_run(m
 def test_a_command_that_is_not_there_is_told_in_a_line():
     with pytest.raises(ft.ConfigError, match=r"(?s)cannot be started: .*no-such-command.* Is the command there\?"):
         start_rank("localhost", ["no-such-command"], {})
+
+
+def test_the_command_says_which_rank_has_ended_and_which_it_killed():
+    dies = "import os, time; os.kill(os.getpid(), 9) if os.environ['MLX_RANK'] == '1' else time.sleep(60)"
+    command = [sys.executable, "-m", "fulltune_nb.ranks", "-n", "2", "--", "python", "-c", dies]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 128 + signal.SIGKILL
+    assert ended.stderr.splitlines() == ["Rank 1 has ended with signal 9.", "Rank 0 did not end within 3 s of that, and is killed."]

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import subprocess
 import sys
 
 import pytest
@@ -30,7 +29,7 @@ def results(tmp_path_factory):
         (folder / "scenarios.json").write_text(json.dumps(scenarios))
         with Network(size) as network:
             command = [sys.executable, "-m", "nbs_tests.training.rank_program", str(folder)]
-            ranks = start_ranks(command, size, network, stdout=subprocess.DEVNULL)
+            ranks = start_ranks(command, folder, size, network)
             try:
                 assert end_together(ranks) == 0
             finally:
