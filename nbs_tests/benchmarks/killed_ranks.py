@@ -41,21 +41,31 @@ DEADLINE, JOIN = 5.0, 10.0
 """Seconds: of silence after which a rank is lost; within which, from its own coming, all others must have come."""
 LIMIT, LIMIT_AT_START = DEADLINE + 10, JOIN + 25
 """Seconds within which all must have ended; at the start, before they have come together, with the loading that they still have to do."""
+START_SECONDS = 8.0
 AT_START = ("starting", "loading")
 AT_ONCE = 5
 """So many runs are harmed before all of them are resumed, by the same processes."""
 
 
 class Doing:
-    """A listener that writes down what rank 0 does."""
+    """A listener that writes down at which step rank 0 is, and what it does."""
 
     def __init__(self, place: Path):
         self.place = place
 
     def on_doing(self, trainer) -> None:
-        self.place.write_text(trainer.doing or "stepping")
+        self.place.write_text(f"{trainer.step_count} {trainer.doing or 'stepping'}")
+
+    def on_step(self, trainer, report) -> None:
+        self.on_doing(trainer)
 
     on_change = on_doing
+
+
+def step_and_doing(folder: Path) -> tuple[int, str]:
+    """What is written there."""
+    step, _, what = (folder / "doing").read_text().partition(" ")
+    return (int(step), " ".join(what.split()[:2])) if what else (0, "between")  # just being written
 
 
 def child(folder: Path) -> None:
@@ -63,11 +73,11 @@ def child(folder: Path) -> None:
     from nbs_tests.training.rank_program import trained
 
     rank, place = int(os.environ["MLX_RANK"]), folder / "doing"
-    place.write_text("loading")
+    place.write_text("0 loading")
     result = trained(json.loads((folder / "scenario.json").read_text()), [] if rank else [Doing(place)])
     (folder / f"rank-{rank}.json").write_text(json.dumps(result))
     if rank == 0:
-        place.write_text("ending")
+        place.write_text(f"{SETTINGS['iters']} ending")
 
 
 @dataclass
@@ -113,7 +123,7 @@ def started(folder: Path, size: int, network: Network | None) -> Iterator[list[s
     folder.mkdir()
     constants = {"training.rank_channel.JOIN_SECONDS": JOIN}
     (folder / "scenario.json").write_text(json.dumps({**SCENARIO, "run_dir": str(folder / "run"), "constants": constants}))
-    (folder / "doing").write_text("starting")
+    (folder / "doing").write_text("0 starting")
     command = [sys.executable, "-m", "nbs_tests.benchmarks.killed_ranks", "--child", str(folder)]
     ranks = start_ranks(command, folder, size, network, {"FULLTUNE_NB_DEADLINE": str(DEADLINE)})
     try:
@@ -122,26 +132,23 @@ def started(folder: Path, size: int, network: Network | None) -> Iterator[list[s
         kill(ranks)
 
 
-def undisturbed(folder: Path) -> tuple[float, float]:
-    """Seconds to the first step, and to the end, of a run that nobody disturbs."""
-    began, ready = time.monotonic(), 0.0
-    with started(folder, 2, None) as ranks:
-        while any([rank.poll() is None for rank in ranks]):
-            ready = ready or (time.monotonic() - began if (folder / "doing").read_text() not in ("", *AT_START) else 0.0)
-            time.sleep(0.01)
-        assert [rank.returncode for rank in ranks] == [0, 0]
-    return ready, time.monotonic() - began
+def await_instant(folder: Path, ranks: list[subprocess.Popen], draw: random.Random) -> None:
+    """Waits for a random instant: one time in five some seconds after the start, else some moments after some step."""
+    step = 0 if draw.random() < 0.2 else draw.randint(1, SETTINGS["iters"])
+    while step_and_doing(folder)[0] < step and ranks[0].poll() is None:
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, START_SECONDS if step == 0 else 0.5))
 
 
-def harmed(folder: Path, harm: str, ready: float, duration: float, draw: random.Random) -> Outcome | None:
-    """Begins a run and harms one of its ranks, one time in five at its start; None where the run had ended before."""
-    size, instant = draw.choice((2, 3)), draw.uniform(0, ready) if draw.random() < 0.2 else draw.uniform(ready, duration)
+def harmed(folder: Path, harm: str, draw: random.Random) -> Outcome | None:
+    """Begins a run and harms one of its ranks; None where that had ended before."""
+    size = draw.choice((2, 3))
     lost = draw.randrange(size)
     with Network(size) if harm == "cut" else nullcontext() as network, started(folder, size, network) as ranks:
-        time.sleep(instant)
+        await_instant(folder, ranks, draw)
         if ranks[lost].poll() is not None:
             return None
-        outcome = Outcome(harm, size, lost, (folder / "doing").read_text() or "between")
+        outcome = Outcome(harm, size, lost, step_and_doing(folder)[1])
         if network is not None:
             network.cut(lost)
         else:
@@ -153,7 +160,7 @@ def harmed(folder: Path, harm: str, ready: float, duration: float, draw: random.
             ranks[lost].send_signal(signal.SIGCONT)
             outcome.ends |= ends_of({lost: ranks[lost]}, limit)
         outcome.said = {rank: (folder / f"said-{rank}").read_text() for rank in range(size)}
-        outcome.through = (folder / "doing").read_text() == "ending"
+        outcome.through = step_and_doing(folder)[1] == "ending"
     return outcome
 
 
@@ -179,11 +186,11 @@ def outcomes_of(harm: str, count: int, draw: random.Random) -> Iterator[Outcome]
         place = Path(name)
         assert run_ranks(place / "alone", 1, {"alone": SCENARIO}) == 0
         expected = bits_of(results_of(place / "alone")["alone"])
-        times, runs = undisturbed(place / "undisturbed"), (place / str(number) for number in itertools.count())
+        runs = (place / str(number) for number in itertools.count())
         while count:
             found: dict[Path, Outcome] = {}
             while len(found) < min(count, AT_ONCE):
-                if (outcome := harmed(folder := next(runs), harm, *times, draw)) is not None:
+                if (outcome := harmed(folder := next(runs), harm, draw)) is not None:
                     found[folder] = outcome
             again = {str(folder): {**SCENARIO, "run_dir": str(folder / "run"), "resume": "auto"} for folder in found}
             assert run_ranks(place / "again", size := draw.choice((1, 2, 3)), again) == 0

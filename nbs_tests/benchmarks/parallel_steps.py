@@ -3,11 +3,11 @@
     python -m nbs_tests.benchmarks.parallel_steps --pin --micro 1                              # one process on one core
     python -m fulltune_nb.ranks -n 2 -- python -m nbs_tests.benchmarks.parallel_steps --pin --micro 2
     python -m nbs_tests.training.rank_network 2 python -m nbs_tests.benchmarks.parallel_steps --pin --micro 2
-    mlx.launch -n 2 --backend ring -- python -m nbs_tests.benchmarks.parallel_steps --pin --micro 2 --library mlx-lm
+    python -m fulltune_nb.ranks -n 2 -- python -m nbs_tests.benchmarks.parallel_steps --pin --micro 2 --library mlx-lm
 
 The third has each rank in a network of its own, where the kernel counts what passes its interface. mlx-lm trains the same shape on rows of
-the same length by its own loop, every weight, with the BLAS that this package has loaded. Each rank is pinned to the core of its number
-with --pin. Rank 0 prints a line of JSON.
+the same length by its own loop, every weight, with the BLAS that this package has loaded, over the same ring (`mlx.launch` starts it too,
+but keeps a core busy meanwhile). Each rank is pinned to the core of its number with --pin. Rank 0 prints a line of JSON.
 """
 
 import os
@@ -31,6 +31,7 @@ import numpy as np
 from fulltune_nb import tiny
 from fulltune_nb.models.parameters import trainable_of
 from fulltune_nb.tokenizer import load_tokenizer
+from fulltune_nb.training.parallel import ranks_of_environment
 from nbs_tests.training.rank_network import bytes_sent
 
 SHAPES = {"22m": (384, 1024, 6, 16_000), "1.2b": (2048, 8192, 16, 128_256)}
@@ -100,6 +101,7 @@ def mlx_lms(given: argparse.Namespace) -> dict[str, Any] | None:
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
     seconds: list[float] = []
+    ranks_of_environment()  # MLX's group, which its loop asks for
 
     class Notes(TrainingCallback):
         def on_train_loss_report(self, info: dict) -> None:
