@@ -128,7 +128,12 @@ def test_runs_one_after_the_other_use_the_temporary_folder_as_it_is(tmp_path, mo
 def test_all_runs_have_the_day_on_which_the_sweep_began(tmp_path, monkeypatch):
     days, start = [], subprocess.Popen
     process = [sys.executable, "-c", "pass"]
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: days.append(options["env"][DATE_VARIABLE]) or start(process))
+
+    def start_another(command, **options):
+        days.append(options["env"][DATE_VARIABLE])
+        return start(process, stdin=options["stdin"])
+
+    monkeypatch.setattr(subprocess, "Popen", start_another)
     notebook = notebook_of(tmp_path / "n.ipynb", "pass")
     for day, grid in (("2026-11-29", [1, 2]), ("2026-11-30", [3])):
         monkeypatch.setenv(DATE_VARIABLE, day)

@@ -130,7 +130,8 @@ def test_whatever_other_write_fails_is_an_error_that_names_the_file(make_trainer
 
 
 @pytest.mark.parametrize("limit", [1_000, 100_000, 300_000])
-def test_a_limit_on_the_size_of_files_stops_the_run_with_an_error_and_it_goes_on_later(make_trainer, make_data, tmp_path, limit):
+def test_a_limit_on_the_size_of_files_stops_the_run_with_an_error_and_it_goes_on_later(make_trainer, make_data, tmp_path, limit, capsys):
+    # capsys: what is printed goes into memory, and not into a file that the limit is for too
     straight, trainer = make_trainer(), make_trainer(run_dir=tmp_path / "run", save_every=2)
     straight.run()
     trainer.run(2)
