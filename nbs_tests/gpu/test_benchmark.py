@@ -3,10 +3,12 @@
 import importlib.util
 
 import mlx.core as mx
+import pytest
 
 from nbs_tests.gpu.__main__ import main
 
 
+@pytest.mark.ci
 def test_a_dry_run_fills_the_whole_table(tmp_path, capsys):
     assert main(["--dry", "--out", str(tmp_path / "table.md")]) == 0
     written = (tmp_path / "table.md").read_text(encoding="utf-8")

@@ -115,7 +115,10 @@ def runs_and_pauses(panel) -> None:
     assert records.count() == 2 and not any(record.is_visible() for record in records.all())  # the chart's and the panel's
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
+OTHERS = [pytest.param(name, marks=pytest.mark.ci) for name in FRONT_ENDS if name != "jupyterlab"]
+
+
+@pytest.mark.parametrize("front_end", ["jupyterlab", *OTHERS])
 def test_chart_and_panel_in_every_front_end(front_end, browser, tmp_path):  # noqa: F811
     there: dict = {}
     exec(SETUP, there)

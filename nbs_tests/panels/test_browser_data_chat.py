@@ -263,6 +263,7 @@ ELSEWHERE = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("front_end", ["notebook", "voila"])
 def test_data_and_chat_in_other_front_ends(front_end, browser, tmp_path):  # noqa: F811
     with shown(front_end, browser, tmp_path, ELSEWHERE) as (page, make_dark):

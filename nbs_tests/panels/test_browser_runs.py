@@ -107,6 +107,7 @@ def test_a_page_loaded_anew_during_a_run_still_saves_how_it_ended(lab, folder): 
     lab.command("kernelmenu:shutdown")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("saved_before", [True, False])
 def test_a_page_loaded_anew_while_paused_saves_where_the_run_stands(lab, folder, saved_before):  # noqa: F811
     path = begin_run(lab, folder, f"paused-{saved_before}.ipynb")
@@ -122,6 +123,7 @@ def test_a_page_loaded_anew_while_paused_saves_where_the_run_stands(lab, folder,
     lab.command("kernelmenu:shutdown")
 
 
+@pytest.mark.ci
 def test_a_notebook_opened_again_after_a_night_saves_how_the_run_ended(lab, folder):  # noqa: F811
     path = begin_run(lab, folder, "overnight.ipynb", iters=300)
     save(lab)
@@ -141,6 +143,7 @@ def test_a_notebook_opened_again_after_a_night_saves_how_the_run_ended(lab, fold
     lab.command("kernelmenu:shutdown")
 
 
+@pytest.mark.ci
 def test_two_tabs_save_the_same_true_record(lab, browser, server, folder):  # noqa: F811
     path = begin_run(lab, folder, "tabs.ipynb")
     save(lab)
@@ -160,6 +163,7 @@ def test_two_tabs_save_the_same_true_record(lab, browser, server, folder):  # no
     lab.command("kernelmenu:shutdown")
 
 
+@pytest.mark.ci
 def test_a_cell_that_is_run_again_keeps_the_record_of_its_new_run_alone(lab, folder):  # noqa: F811
     path = begin_run(lab, folder, "again.ipynb")
     button(lab, "Pause").click()
