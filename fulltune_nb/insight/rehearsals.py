@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from fulltune_nb.errors import ConfigError, NonFiniteError, TrainingError
+from fulltune_nb.errors import NonFiniteError, TrainingError
 from fulltune_nb.html import counted, facts, human_bytes
 from fulltune_nb.models.parameters import parameters_of
 from fulltune_nb.settings import whole_number
 from fulltune_nb.training.loss import evaluate_loss
+from fulltune_nb.training.schedule import check_rate
 from fulltune_nb.training.state import read_checkpoint
 from fulltune_nb.training.trainer import Trainer
 
@@ -155,8 +156,7 @@ def overfit_batch(trainer: Trainer, steps: int = 60, learning_rate: float | None
     """
     steps = whole_number("steps", steps, low=2)
     rate = trainer.peak_learning_rate if learning_rate is None else learning_rate
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-        raise ConfigError(f"learning_rate: expected a finite number above 0, got {rate!r:.80}.")
+    check_rate(rate)
     losses, diverged = [], False
     with trainer.rehearsal(same_rows=True) as step:
         for _ in range(steps):

@@ -244,9 +244,17 @@ class LearningRate:
         self._scale(self._peak, learning_rate, "the schedule's peak")
 
     def _scale(self, scheduled: float, learning_rate: float, what: str) -> None:
-        if not is_finite(learning_rate) or learning_rate <= 0:
-            raise ConfigError(f"learning_rate: expected a finite number larger than 0, got {show(learning_rate)}.")
+        check_rate(learning_rate)
         factor = learning_rate / scheduled if scheduled > 0 else math.inf
         if not is_finite(factor):
             raise ConfigError(f"{what} is {scheduled}: it cannot be scaled to {learning_rate}.")
         self.factor = factor
+
+
+def check_rate(learning_rate: Any) -> None:
+    """
+    Raises:
+        ConfigError: not a finite positive number.
+    """
+    if not is_finite(learning_rate) or learning_rate <= 0:
+        raise ConfigError(f"learning_rate: expected a finite number larger than 0, got {show(learning_rate)}.")

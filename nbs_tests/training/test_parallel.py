@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -87,11 +88,16 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_ranks_together_compute_what_one_process_does(results, name, size):
+    assert_as_one_process(results, name, size)
+    assert results(1)[0][name]["optimizer"] != results(size)[1][name]["optimizer"]  # which is there on rank 0 only
+
+
+def assert_as_one_process(results: Callable[[int], list], name: str, size: int) -> None:
+    """Each of so many ranks has what one process alone has; the optimizer's state, where it is shared out, is on rank 0 only."""
     alone = same(results(1)[0][name])
     assert same(results(size)[0][name]) == alone
     for rank in range(1, size):
         assert same(results(size)[rank][name]) | {"optimizer": alone["optimizer"]} == alone, f"rank {rank}"
-    assert results(1)[0][name]["optimizer"] != results(size)[1][name]["optimizer"]  # which is there on rank 0 only
 
 
 def same(result: dict) -> dict:

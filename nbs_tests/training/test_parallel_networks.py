@@ -8,7 +8,7 @@ import pytest
 
 from fulltune_nb.training.start_ranks import end_together, kill
 from nbs_tests.training.rank_network import Network, start_ranks, why_no_network
-from nbs_tests.training.test_parallel import SCENARIOS, results_of, run_ranks, same
+from nbs_tests.training.test_parallel import SCENARIOS, assert_as_one_process, results_of, run_ranks
 
 pytestmark = pytest.mark.ci
 NAMES = ["whole, clipped, packed", "layerwise, shared out", "early stop"]
@@ -42,10 +42,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_in_a_network_compute_what_one_process_does(results, name, size):
-    alone = same(results(1)[0][name])
-    assert same(results(size)[0][name]) == alone
-    for rank in range(1, size):
-        assert same(results(size)[rank][name]) | {"optimizer": alone["optimizer"]} == alone, f"rank {rank}"
+    assert_as_one_process(results, name, size)
 
 
 @pytest.mark.parametrize("size", [2, 3])
